@@ -1,0 +1,39 @@
+# make demo    fresh clone to a trained, plotted comparison on real images; needs Python 3.11+ and the package registry
+# make test    fresh clone to the passed test suite: ruff, mypy, pytest
+# make soak    the same tests with the full kill counts (FASTIL_SOAK=1)
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test soak clean
+
+demo: .venv/run
+	@rm -rf runs/demo
+	@mkdir -p runs/demo
+	@echo "Training 3 seeds with each loss on scikit-learn's digits, two runs at a time; logs in runs/demo/*.log"
+	@for seed in 0 1 2; do for loss in softmax balanced; do echo $$loss $$seed; done; done \
+	| OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c \
+	'$(BIN)/fastil run digits loss=$$0 seed=$$1 --out runs/demo/$$0-s$$1 > runs/demo/$$0-s$$1.log 2>&1 \
+	&& tail -n 2 runs/demo/$$0-s$$1.log | head -n 1 | sed "s/^/$$0 seed $$1: /" || { cat runs/demo/$$0-s$$1.log; exit 255; }'
+	@$(BIN)/fastil report runs/demo/softmax-s* runs/demo/balanced-s* --out runs/demo/report
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+soak: export FASTIL_SOAK = 1
+soak: test
+
+.venv/run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/dev: .venv/run
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs/demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,71 @@
+"""Files that are whole or absent, the resume point, and the lock of a run directory."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from fastil.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write beside the target, sync, rename: after a crash the path holds the old content or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{path}: disk full, nothing written before is lost; free some space and go on with --resume"
+            ) from None
+        raise UserError(f"{path}: cannot be written ({error}); go on with --resume once it can") from None
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()) and None)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """A checkpoint: tensors and plain containers only, so that loading it runs no code."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged zip or pickle raises many types
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a whole checkpoint ({reason}); remove it to start the run anew") from None
+    return state
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run directory for this process; the kernel lets go when the process ends, however it ends."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder}: another process is running there; wait for it or choose another --out"
+            ) from None
+        yield

@@ -1,0 +1,128 @@
+"""The commands: parse, call, print."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastil.errors import UserError
+
+app = typer.Typer(
+    name="fastil",
+    help="Class-incremental learning with the Balanced Softmax: train, compare, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Name of a recipe (see `fastil recipes`) or path of a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
+]
+Data = Annotated[str | None, typer.Option(help="Path of the data set.", show_default=False)]
+Val = Annotated[
+    str | None, typer.Option(help="Path of the test images of a folder, if not DATA/val.", show_default=False)
+]
+
+
+# Everything below is imported inside its command: torch takes seconds to load, and `fastil --help` should not.
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    data: Data = None,
+    val: Val = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/RECIPE-sSEED")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on exactly where the run in this directory stopped.")
+    ] = False,
+) -> None:
+    """Train one recipe."""
+    from fastil.experiment import Experiment, Stopped
+    from fastil.recipe import load
+
+    loaded = load(recipe, overrides or [], data=data, val=val)
+    folder = out or Path("runs") / f"{loaded.name}-s{loaded.train.seed}"
+    experiment = Experiment(loaded, folder, resume)
+    try:
+        results = experiment.run()
+    except Stopped:
+        print(f"stopped; the same command with --resume goes on ({folder})", file=sys.stderr)
+        raise typer.Exit(128 + (experiment.signal or 15)) from None
+    print(
+        f"average incremental accuracy {results['average_incremental_accuracy']:.2f}, final top-1 {results['final_top1']:.2f}"
+    )
+    if loaded.published is not None and loaded.as_shipped():
+        print(f"published: average incremental accuracy {loaded.published:.2f}")
+    print(f"results, figures and checkpoints: {folder}")
+
+
+@app.command()
+def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val: Val = None) -> None:
+    """Print what a recipe would do, without training."""
+    from fastil.planning import describe
+    from fastil.recipe import load
+
+    print(describe(load(recipe, overrides or [], data=data, val=val)))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes with the published accuracy and how faithful they are."""
+    from fastil.recipe import load, names
+    from fastil.summary import format_table
+
+    loaded = [load(name) for name in names()]
+    rows = [(r.name, r.description, "" if r.published is None else f"{r.published:.2f}", r.fidelity) for r in loaded]
+    print(format_table(("recipe", "what", "paper", "fidelity"), rows))
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="cifar10 or cifar100.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
+    url: Annotated[str | None, typer.Option(help="A mirror of the archive.", show_default=False)] = None,
+) -> None:
+    """Fetch a public data set, with progress, resume and checksum."""
+    from fastil.data.download import download as fetch
+
+    print(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md and the figures.", show_default=False)] = None,
+    html: Annotated[bool, typer.Option("--html", help="Also one self-contained page, report.html, in --out.")] = False,
+) -> None:
+    """Put runs side by side, with the published numbers where a recipe has them."""
+    from fastil.report import write_report
+
+    print(write_report(runs, out, html))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is missing, and the command that installs it."""
+    from fastil.doctor import diagnose
+
+    print(diagnose())
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"fastil: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

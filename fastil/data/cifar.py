@@ -1,0 +1,192 @@
+"""CIFAR-10 and CIFAR-100: the python version (pickles) and the binary version.
+
+A pickle can run code, so the unpickler here builds arrays, containers and strings and refuses everything else.
+"""
+
+import hashlib
+import io
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.errors import UserError
+
+PIXELS = 3 * 32 * 32
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+# The only globals a CIFAR pickle needs: numpy's array reconstruction, under its names of numpy 1 and 2, and the encoder
+# that newer Pythons write for bytes.
+SAFE_GLOBALS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+}
+
+
+class File(NamedTuple):
+    name: str
+    md5: str
+    images: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """File names, published md5 sums and layout of one of the two data sets."""
+
+    name: str
+    python_folder: str
+    binary_folder: str
+    train: tuple[File, ...]
+    test: File
+    meta: File
+    label_key: bytes
+    names_key: bytes
+    names_file: str
+    binary_train: tuple[str, ...]
+    binary_test: str
+    label_bytes: int  # in a binary record; the last one is the label that counts
+    archive: str
+    archive_md5: str
+
+
+CIFAR10 = Variant(
+    name="cifar10",
+    python_folder="cifar-10-batches-py",
+    binary_folder="cifar-10-batches-bin",
+    train=(
+        File("data_batch_1", "c99cafc152244af753f735de768cd75f", 10000),
+        File("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec", 10000),
+        File("data_batch_3", "54ebc095f3ab1f0389bbae665268c751", 10000),
+        File("data_batch_4", "634d18415352ddfa80567beed471001a", 10000),
+        File("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb", 10000),
+    ),
+    test=File("test_batch", "40351d587109b95175f43aff81a1287e", 10000),
+    meta=File("batches.meta", "5ff9c542aee3614f3951f8cda6e48888", 0),
+    label_key=b"labels",
+    names_key=b"label_names",
+    names_file="batches.meta.txt",
+    binary_train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+    binary_test="test_batch.bin",
+    label_bytes=1,
+    archive="cifar-10-python.tar.gz",
+    archive_md5="c58f30108f718f92721af3b95e74349a",
+)
+CIFAR100 = Variant(
+    name="cifar100",
+    python_folder="cifar-100-python",
+    binary_folder="cifar-100-binary",
+    train=(File("train", "16019d7e3df5f24257cddd939b257f8d", 50000),),
+    test=File("test", "f0ef6b0ae62326f3e7ffdfab6717acfc", 10000),
+    meta=File("meta", "7973b15100ade9c7d40fb424638fde48", 0),
+    label_key=b"fine_labels",
+    names_key=b"fine_label_names",
+    names_file="fine_label_names.txt",
+    binary_train=("train.bin",),
+    binary_test="test.bin",
+    label_bytes=2,
+    archive="cifar-100-python.tar.gz",
+    archive_md5="eb9058c3a382ffc7106e4002c42a8d85",
+)
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in SAFE_GLOBALS:
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
+
+
+def read(path: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[Arrays, Arrays]]:
+    """Class names and (train, test), each uint8 [N, 32, 32, 3] and int64 [N].
+
+    path: the folder with the files, or the one it was unpacked into. verify: compare md5 sums (python version; for
+    the unpacked binary version none are published, its sizes and labels are checked).
+    """
+    for folder in (path / variant.python_folder, path):
+        if (folder / variant.train[0].name).is_file():
+            return _read_python(folder, variant, verify)
+    for folder in (path / variant.binary_folder, path):
+        if (folder / variant.binary_train[0]).is_file():
+            return _read_binary(folder, variant)
+    raise UserError(
+        f"{path}: neither {variant.python_folder}/{variant.train[0].name} nor "
+        f"{variant.binary_folder}/{variant.binary_train[0]} there; run fastil download {variant.name} {path}"
+    )
+
+
+def _read_python(folder: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[Arrays, Arrays]]:
+    meta = _unpickle(folder, variant.meta, verify)
+    names = [name.decode() for name in meta.get(variant.names_key, [])]
+    parts = [_python_batch(folder, file, variant, verify) for file in variant.train]
+    train = np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
+    return names, (train, _python_batch(folder, variant.test, variant, verify))
+
+
+def _python_batch(folder: Path, file: File, variant: Variant, verify: bool) -> Arrays:
+    content = _unpickle(folder, file, verify)
+    data, labels = content.get(b"data"), content.get(variant.label_key)
+    if (
+        not isinstance(data, np.ndarray)
+        or data.dtype != np.uint8
+        or labels is None
+        or data.shape != (len(labels), PIXELS)
+    ):
+        raise UserError(f"{folder / file.name}: no images and labels of {variant.name} in it; download it again")
+    if len(data) != file.images and verify:
+        raise UserError(f"{folder / file.name}: {len(data)} images instead of {file.images}; download it again")
+    return _planar_to_rows(data), np.asarray(labels, dtype=np.int64)
+
+
+def _unpickle(folder: Path, file: File, verify: bool) -> dict[bytes, Any]:
+    path = folder / file.name
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); download the data set again") from None
+    if verify and hashlib.md5(raw, usedforsecurity=False).hexdigest() != file.md5:
+        raise UserError(
+            f"{path}: damaged or changed, its md5 is not {file.md5}; download it again, or set verify=false"
+        )
+    try:
+        content = RestrictedUnpickler(io.BytesIO(raw), encoding="bytes").load()
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise UserError(f"{path}: refused, {error or 'the file is cut short'}; download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a CIFAR file (no dictionary in it); download it again")
+    return content
+
+
+def _read_binary(folder: Path, variant: Variant) -> tuple[list[str], tuple[Arrays, Arrays]]:
+    names_path = folder / variant.names_file
+    if not names_path.is_file():
+        raise UserError(f"{names_path}: missing; unpack the binary version again")
+    names = names_path.read_text().split()
+    parts = [_binary_batch(folder / name, variant, len(names)) for name in variant.binary_train]
+    train = np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
+    return names, (train, _binary_batch(folder / variant.binary_test, variant, len(names)))
+
+
+def _binary_batch(path: Path, variant: Variant, classes: int) -> Arrays:
+    try:
+        raw = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); unpack the binary version again") from None
+    record = variant.label_bytes + PIXELS
+    if len(raw) == 0 or len(raw) % record:
+        raise UserError(f"{path}: {len(raw)} bytes are not whole records of {record}; it is cut short, unpack it again")
+    rows = raw.reshape(-1, record)
+    labels = rows[:, variant.label_bytes - 1].astype(np.int64)
+    if labels.max() >= classes:
+        raise UserError(f"{path}: label {labels.max()} but only {classes} classes; unpack the binary version again")
+    return _planar_to_rows(rows[:, variant.label_bytes :]), labels
+
+
+def _planar_to_rows(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[N, 3072] channel planes to contiguous [N, 32, 32, 3]."""
+    return np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))

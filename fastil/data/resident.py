@@ -1,0 +1,72 @@
+"""The resident loader: the whole set as uint8 on the device, every batch cut from it by one `augment`.
+
+CIFAR-100 takes 184 MB this way. A step, a replay memory or a test pass is a list of ids in the plan; nothing is copied,
+decoded or sent again.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastil import kernels
+from fastil.data.sources import Split
+from fastil.errors import UserError
+from fastil.plan import EpochPlan, Transform
+
+BACKENDS = ("auto", "resident")
+
+
+class Batch(NamedTuple):
+    """images [B, 3, H, W] channels-last, normalised; labels int64 [B], data set labels; ids int64 [B]."""
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+
+
+class Loader:
+    """Batches of one split, for as many plans as the run has. `close` frees the images."""
+
+    def __init__(self, split: Split, transform: Transform, device: torch.device) -> None:
+        self.transform = transform
+        self.device = device
+        self.dtype = torch.float32  # autocast casts inside the network, where it knows which layers want it
+        self.images: Tensor | None = torch.from_numpy(split.images).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.mean = torch.tensor(transform.mean, device=device)
+        self.std = torch.tensor(transform.std, device=device)
+
+    def batches(self, plan: EpochPlan, first: int = 0) -> Iterator[Batch]:
+        """The batches of the plan in its order, from number `first` on."""
+        if self.images is None:
+            raise ValueError("this loader was closed")
+        # One transfer per epoch; every batch is then a view of it.
+        ids = torch.from_numpy(plan.ids).to(self.device)
+        boxes = torch.from_numpy(plan.boxes).to(self.device)
+        flips = torch.from_numpy(plan.flips).to(self.device)
+        size = (self.transform.height, self.transform.width)
+        for number, part in enumerate(plan.batches()):
+            if number >= first:
+                images = kernels.augment(
+                    self.images, ids[part], boxes[part], flips[part], self.mean, self.std, self.dtype, size
+                )
+                yield Batch(images, self.labels[ids[part]], ids[part])
+
+    def close(self) -> None:
+        self.images = None
+
+
+def make_loader(dataset: Split, backend: str, transform: Transform, device: str | torch.device) -> Loader:
+    """A loader over one split. backend: "resident", or "auto", which today means the same.
+
+    transform.height and width must not exceed what a box can name; images of another size are an error, for this
+    backend crops and pads but does not resize.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"loader={backend}: unknown; use one of {', '.join(BACKENDS)}")
+    if dataset.images.dtype != np.uint8 or dataset.images.ndim != 4:
+        raise ValueError(f"images must be uint8 [N, h, w, 3], not {dataset.images.dtype} {dataset.images.shape}")
+    return Loader(dataset, transform, torch.device(device))

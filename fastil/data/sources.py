@@ -1,0 +1,249 @@
+"""Every data source as uint8 images in memory, each parser once.
+
+A source yields two splits with the same classes: train and val (the test set of the protocol). Sample id = row.
+"""
+
+import difflib
+import gzip
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.data import cifar, folder
+from fastil.errors import UserError
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+FASHION_CLASSES = [
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on and how its pixels are prepared."""
+
+    dataset: str = "digits"  # digits | fashion-mnist | idx | cifar10 | cifar100 | folder
+    data: str | None = None  # path of the data set; --data sets it
+    val: str | None = None  # folder: path of the test images if not DATA/val; --val sets it
+    size: int = 32  # folder: images are resized once, short side, then centre-cropped to a square
+    on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what a file that does not decode means
+    verify: bool = True  # cifar: compare the md5 of the python version's files with the published ones
+    pad: int = 4  # random crop after black padding of this many pixels
+    flip: bool = True  # random mirror
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+
+    def __post_init__(self) -> None:
+        if self.dataset not in SOURCES:
+            near = difflib.get_close_matches(self.dataset, SOURCES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SOURCES)}"
+            raise UserError(f"dataset={self.dataset}: unknown; {hint}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError("mean and std: give three numbers each, std above 0")
+        if self.size < 8:
+            raise UserError(f"size={self.size}: must be at least 8 pixels")
+        if not 0 <= self.pad <= self.size:
+            raise UserError(f"pad={self.pad}: must lie between 0 and the size of the images")
+
+
+@dataclass(frozen=True)
+class Split:
+    """uint8 images [N, h, w, 3] and int64 labels [N]."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of pixels and labels, so that two runs can prove that they saw the same data."""
+        digest = hashlib.sha256(repr(self.images.shape).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return digest.hexdigest()
+
+    def of_class(self, class_id: int) -> NDArray[np.int64]:
+        """Sample ids of one class, ascending. int64."""
+        return self._by_class[0][self._by_class[1][class_id] : self._by_class[1][class_id + 1]]
+
+    @cached_property
+    def _by_class(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        order = np.argsort(self.labels, kind="stable")
+        bounds = np.searchsorted(self.labels[order], np.arange(self.labels.max() + 2))
+        return order, bounds
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Train and val splits of the same classes."""
+
+    name: str
+    class_names: list[str]
+    train: Split
+    val: Split
+    notes: tuple[str, ...] = ()  # what the reader had to do that the user should know
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is published of a data set, for planning a run before its files are there."""
+
+    classes: int
+    train_per_class: int
+    val_per_class: int
+    size: int
+
+
+PUBLISHED = {
+    "cifar10": Shape(10, 5000, 1000, 32),
+    "cifar100": Shape(100, 500, 100, 32),
+    "fashion-mnist": Shape(10, 6000, 1000, 28),
+}
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Read the data set of a recipe. A UserError names what is missing or damaged, and the fix."""
+    dataset = SOURCES[config.dataset](config)
+    for name, split in (("train", dataset.train), ("val", dataset.val)):
+        counts = np.bincount(split.labels, minlength=len(dataset.class_names))
+        if len(counts) != len(dataset.class_names) or split.labels.min() < 0:
+            raise UserError(f"{dataset.name}: {name} has labels outside its {len(dataset.class_names)} classes")
+        if counts.min() == 0:
+            missing = dataset.class_names[int(counts.argmin())]
+            raise UserError(f"{dataset.name}: {name} has no image of class {missing}; add some or remove the class")
+    if len(dataset.class_names) < 2:
+        raise UserError(
+            f"{dataset.name}: only one class ({dataset.class_names[0]}); incremental training needs two or more"
+        )
+    return dataset
+
+
+def digits(config: DataConfig) -> Dataset:
+    """scikit-learn's 8x8 digits, embedded in its wheel. Every 5th image per class in file order is the test set."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    labels = bunch.target.astype(np.int64)
+    is_val = np.zeros(len(labels), dtype=np.bool_)
+    for digit in range(10):
+        is_val[np.flatnonzero(labels == digit)[4::5]] = True
+    images = _rgb(grey)
+    return Dataset(
+        "digits",
+        [str(digit) for digit in range(10)],
+        Split(images[~is_val], labels[~is_val]),
+        Split(images[is_val], labels[is_val]),
+    )
+
+
+def fashion_mnist(config: DataConfig) -> Dataset:
+    """Fashion-MNIST from idx files, by default where Debian's package puts them."""
+    path = Path(config.data) if config.data else FASHION_MNIST
+    if not path.exists() and not config.data:
+        raise UserError(
+            f"Fashion-MNIST not found at {path}; apt-get install dataset-fashion-mnist, or give --data with its idx files"
+        )
+    return _idx_dataset("fashion-mnist", path, FASHION_CLASSES)
+
+
+def idx(config: DataConfig) -> Dataset:
+    """Any grayscale data set as the four idx files of MNIST, gzipped or not."""
+    return _idx_dataset("idx", _required(config), None)
+
+
+def _idx_dataset(name: str, path: Path, class_names: list[str] | None) -> Dataset:
+    splits = []
+    for prefix in ("train", "t10k"):
+        images = read_idx(_idx_file(path, f"{prefix}-images-idx3-ubyte"), dimensions=3)
+        labels = read_idx(_idx_file(path, f"{prefix}-labels-idx1-ubyte"), dimensions=1).astype(np.int64)
+        if len(images) != len(labels):
+            raise UserError(
+                f"{path}: {prefix} has {len(images)} images but {len(labels)} labels; fetch both files again"
+            )
+        splits.append(Split(_rgb(images), labels))
+    names = class_names or [str(label) for label in range(int(splits[0].labels.max()) + 1)]
+    return Dataset(name, names, *splits)
+
+
+def _idx_file(path: Path, name: str) -> Path:
+    for candidate in (path / name, path / f"{name}.gz"):
+        if candidate.exists():
+            return candidate
+    raise UserError(f"{path}: no {name} (or .gz) there; --data must name the folder with the four idx files")
+
+
+def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    """An idx file of unsigned bytes, gzipped or not: 0 0 8 ndim, big-endian sizes, then the bytes."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
+    header = 4 + 4 * dimensions
+    if len(raw) < header or raw[:4] != bytes([0, 0, 8, dimensions]):
+        raise UserError(f"{path}: not an idx file of {dimensions}-dimensional bytes; fetch it again")
+    shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4))
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(raw) - header != expected:
+        raise UserError(
+            f"{path}: holds {len(raw) - header} bytes of data, its header promises {expected}; fetch it again"
+        )
+    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def cifar10(config: DataConfig) -> Dataset:
+    """CIFAR-10, the python or the binary version."""
+    return _cifar(config, cifar.CIFAR10)
+
+
+def cifar100(config: DataConfig) -> Dataset:
+    """CIFAR-100 with its 100 fine labels, the python or the binary version."""
+    return _cifar(config, cifar.CIFAR100)
+
+
+def _cifar(config: DataConfig, variant: cifar.Variant) -> Dataset:
+    if config.data is None:
+        raise UserError(f"{variant.name} needs its files: fastil download {variant.name} DIR, then --data DIR")
+    names, (train, val) = cifar.read(_required(config), variant, config.verify)
+    return Dataset(variant.name, names, Split(*train), Split(*val))
+
+
+def image_folder(config: DataConfig) -> Dataset:
+    """A folder train/<class>/* and val/<class>/* of image files."""
+    root = _required(config)
+    train, val = root / "train", root / "val"
+    if config.val:
+        train, val = (train if train.is_dir() else root), Path(config.val)
+    names, splits, notes = folder.read(train, val, config.size, skip_corrupt=config.on_corrupt == "skip")
+    return Dataset(root.name, names, *(Split(*split) for split in splits), notes=tuple(notes))
+
+
+def _required(config: DataConfig) -> Path:
+    if config.data is None:
+        raise UserError(f"dataset={config.dataset} needs --data PATH")
+    path = Path(config.data)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; --data must name the data set")
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+        raise UserError(f"{path}: not a folder that can be read; unpack the archive and give its folder as --data")
+    return path
+
+
+def _rgb(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.repeat(grey[..., None], 3, axis=3)
+
+
+SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
+    "digits": digits,
+    "fashion-mnist": fashion_mnist,
+    "idx": idx,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "folder": image_folder,
+}

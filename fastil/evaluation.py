@@ -1,0 +1,74 @@
+"""One pass over the test set, or over training images for herding: everything a step needs from a frozen network."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastil.data import Loader
+from fastil.models import Network, Output
+from fastil.plan import sequential_plan
+
+BATCH = 256  # images of a forward without gradients
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Accuracy after one step, percent, over the test images of every class seen so far; a line of results.json."""
+
+    step: int
+    classes_seen: int
+    top1: float
+    top1_base: float  # over the classes of the base step
+    top1_old: float | None  # over the classes of all earlier steps
+    top1_new: float  # over the classes of this step
+    top5: float | None  # where there are more than five classes
+    nme_top1: float | None = None  # of the nearest-mean-of-exemplars classifier, for methods that use one
+
+
+def forward(network: Network, loader: Loader, ids: NDArray[np.int64], autocast: torch.autocast) -> Output:
+    """Features and logits of the images `ids`, in that order, by the test-time transform; no maps.
+
+    Rows are float32 on the loader's device.
+    """
+    network.eval()
+    features, logits = [], []
+    with torch.inference_mode(), autocast:
+        for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH)):
+            out = network(batch.images)
+            features.append(out.features.float())
+            logits.append(out.logits.float())
+    return Output(torch.cat(features), [], torch.cat(logits))
+
+
+def evaluate(
+    logits: Tensor, positions: Tensor, *, step: int, num_base: int, num_old: int, num_seen: int
+) -> tuple[StepResult, NDArray[np.int64]]:
+    """Result and confusion matrix of a step.
+
+    logits: [n, W] of the step's predictor; columns from num_seen on are ignored. positions: int64 [n], true
+    incremental positions. The matrix is int64 [seen, seen], rows are true classes, in incremental order.
+    """
+    seen = logits[:, :num_seen]
+    # nan_to_num: a network that diverged must count as wrong rather than by the accident of how argmax treats NaN.
+    ranked = torch.nan_to_num(seen, nan=-torch.inf).topk(min(5, num_seen), dim=1).indices
+    cells = positions * num_seen + ranked[:, 0]
+    confusion = torch.bincount(cells, minlength=num_seen**2).view(num_seen, num_seen).cpu().numpy()
+    in_five = int((ranked == positions[:, None]).any(dim=1).sum())
+    hits, totals = np.diag(confusion), confusion.sum(axis=1)
+
+    def percent(start: int, stop: int) -> float:
+        return 100 * int(hits[start:stop].sum()) / int(totals[start:stop].sum())
+
+    result = StepResult(
+        step=step,
+        classes_seen=num_seen,
+        top1=percent(0, num_seen),
+        top1_base=percent(0, num_base),
+        top1_old=percent(0, num_old) if num_old else None,
+        top1_new=percent(num_old, num_seen),
+        top5=100 * in_five / len(positions) if num_seen > 5 else None,
+    )
+    return result, confusion

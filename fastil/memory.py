@@ -1,0 +1,99 @@
+"""The rehearsal memory: which exemplars of each class are kept, and in what rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastil import kernels
+from fastil.errors import UserError
+from fastil.plan import Key, counter_hash
+
+Ids = NDArray[np.int64]
+GRAM_BYTES = 256 * 2**20  # Gram matrices of as many classes as fit in this are built at once
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Size and choice of the rehearsal memory (section 3.1)."""
+
+    exemplars_per_class: int | None = 20  # R, growing memory
+    memory_budget: int | None = None  # fixed total instead: budget // classes seen for each class
+    exemplar_selection: Literal["herding", "random"] = "herding"
+
+    def __post_init__(self) -> None:
+        if (self.exemplars_per_class is None) == (self.memory_budget is None):
+            raise UserError("give exactly one of exemplars_per_class and memory_budget (set the other to null)")
+        for key in ("exemplars_per_class", "memory_budget"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key}={value}: must be at least 1")
+
+    def quota(self, classes_seen: int) -> int:
+        """Exemplars per class once classes_seen classes share the memory."""
+        if self.memory_budget is None:
+            assert self.exemplars_per_class is not None
+            return self.exemplars_per_class
+        if self.memory_budget < classes_seen:
+            raise UserError(
+                f"memory_budget={self.memory_budget} leaves no exemplar for each of {classes_seen} classes; raise it"
+            )
+        return self.memory_budget // classes_seen
+
+
+class RehearsalMemory:
+    """Exemplar ids per class in rank order; a smaller quota keeps the prefix."""
+
+    def __init__(self) -> None:
+        self.exemplars: dict[int, Ids] = {}  # in the order the classes were learned
+
+    def add(self, class_id: int, ranked_ids: Ids) -> None:
+        """Store the exemplars of a new class, best first."""
+        self.exemplars[class_id] = ranked_ids
+
+    def reduce(self, quota: int) -> None:
+        """Keep the first `quota` exemplars of every class."""
+        self.exemplars = {class_id: ids[:quota] for class_id, ids in self.exemplars.items()}
+
+    def ids(self) -> Ids:
+        """Every exemplar, class after class. int64."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *self.exemplars.values()])
+
+
+def herd_classes(features: Sequence[Tensor], m: int) -> list[Ids]:
+    """`herd` for many classes: features[g] is float [n_g, d]; returns int64 arrays of min(m, n_g) positions.
+
+    Features are normalised and multiplied in float64, so that the picks do not depend on the order of summation.
+    """
+    picks: list[Ids] = []
+    largest = max(len(f) for f in features)
+    group = max(1, GRAM_BYTES // (8 * largest**2))
+    for start in range(0, len(features), group):
+        chunk = [torch.nn.functional.normalize(f.double(), dim=1) for f in features[start : start + group]]
+        padded = torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True)
+        counts = torch.tensor([len(f) for f in chunk], device=padded.device)
+        ranks = kernels.herd(padded @ padded.transpose(1, 2), counts, m).cpu().numpy()
+        picks += [row[row >= 0] for row in ranks]
+    return picks
+
+
+def herd(features: Tensor | NDArray[np.floating], m: int) -> Ids:
+    """Positions of the exemplars of one class in herding rank. features: float [n, d]. Returns int64 [min(m, n)].
+
+    iCaRL's released loop on L2-normalised features, which the LUCIR and PODNet codes share: repeats move the target
+    without being picked (see `fastil.kernels.herd`).
+    """
+    features = torch.as_tensor(features)
+    if features.ndim != 2 or len(features) == 0:
+        raise ValueError(f"features must be [n, d] with n >= 1, not {tuple(features.shape)}")
+    return herd_classes([features], m)[0]
+
+
+def select_at_random(ids: Ids, m: int, key: Key) -> Ids:
+    """m of ids, drawn by the counter, in the order of the draw. A smaller m is a prefix."""
+    draw = counter_hash(key, "select", ids, np.zeros_like(ids))
+    return ids[np.argsort(draw, kind="stable")[:m]]

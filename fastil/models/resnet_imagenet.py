@@ -1,0 +1,43 @@
+"""ResNet-18 for ImageNet, with the usual stem and with PODNet's."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastil.models.blocks import initialise, stage
+
+
+class ResNet18(nn.Module):
+    """Four stages of two blocks with 64 to 512 channels, projection shortcuts. Maps are the four stage outputs.
+
+    pod=False: 7x7 stem with stride 2, ReLU after every addition; last_relu switches the very last one (LUCIR's cosine
+    network has it off). pod=True: what PODNet's code trains, a 3x3 stem with stride 1 (3.8 times the work), no ReLU
+    after the second block of a stage, and zero-initialised last batch normalisations; features are pooled after a ReLU.
+    """
+
+    feature_dim = 512
+
+    def __init__(self, last_relu: bool, pod: bool, generator: torch.Generator) -> None:
+        super().__init__()
+        self.pod = pod
+        self.conv1 = (
+            nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            if pod
+            else nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        )
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        relus = [True, not pod]
+        self.stage1 = stage(64, 64, 1, relus)
+        self.stage2 = stage(64, 128, 2, relus)
+        self.stage3 = stage(128, 256, 2, relus)
+        self.stage4 = stage(256, 512, 2, [True, last_relu and not pod])
+        initialise(self, generator, zero_last_bn=pod)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
+        x1 = self.stage1(x)
+        x2 = self.stage2(x1)
+        x3 = self.stage3(x2)
+        x4 = self.stage4(x3)
+        return (F.relu(x4) if self.pod else x4).mean(dim=(2, 3)), [x1, x2, x3, x4]

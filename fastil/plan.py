@@ -1,0 +1,106 @@
+"""What one epoch visits: sample ids, crop boxes, flips, batches (numpy only).
+
+All randomness is a counter: a hash of (seed, step, phase, epoch, sample id, occurrence) decides order, crop and flip.
+So a plan depends on nothing that happened before it: not on the backend, the workers, or where a run was resumed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+PHASES = ("train", "correct", "memory", "evaluate", "init")
+STREAMS = ("order", "top", "left", "flip", "select")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Output of a loader and how training images are augmented."""
+
+    height: int
+    width: int
+    pad: int  # random crop after padding each side with this many black pixels
+    flip: bool  # random mirror, left to right
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Key(NamedTuple):
+    """Where in the run a random decision is made."""
+
+    seed: int
+    step: int
+    phase: str = "train"
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One pass over some samples, in the order of visit."""
+
+    ids: NDArray[np.int64]  # [n]
+    boxes: NDArray[np.int32]  # [n, 4] top, left, height, width in source pixels; outside the image is black
+    flips: NDArray[np.bool_]  # [n]
+    batch_size: int
+
+    def batches(self) -> Iterator[slice]:
+        """Slices of the plan: full batches, then the rest; a rest of one joins the batch before it, for batch
+        normalisation cannot train on a single image."""
+        count = len(self.ids)
+        for start in range(0, count, self.batch_size):
+            stop = min(start + self.batch_size, count)
+            if start and stop - start == 1:
+                return
+            yield slice(start, count if count - stop == 1 else stop)
+
+
+def counter_hash(key: Key, stream: str, ids: NDArray[np.int64], occurrence: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Uniform uint64 [n] from the counter of each sample (SplitMix64's finaliser, chained over the words)."""
+    words = (key.seed, key.step, PHASES.index(key.phase), key.epoch, STREAMS.index(stream), ids, occurrence)
+    state = np.zeros(len(ids), dtype=np.uint64)
+    for word in words:
+        state += np.asarray(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return state
+
+
+def occurrences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many times each id stood in the list before: 0 for the first. int64 [n]."""
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    runs = np.diff(np.r_[starts, len(ids)])
+    counted = np.empty(len(ids), dtype=np.int64)
+    counted[order] = np.arange(len(ids)) - np.repeat(starts, runs)
+    return counted
+
+
+def training_plan(ids: NDArray[np.int64], key: Key, transform: Transform, batch_size: int) -> EpochPlan:
+    """Every entry of ids once, shuffled, each with its own crop and flip (an id listed twice is cropped twice)."""
+    if len(ids) == 0:
+        raise ValueError("a training plan needs at least one sample")
+    again = occurrences(ids)
+    order = np.argsort(counter_hash(key, "order", ids, again), kind="stable")
+    ids, again = ids[order], again[order]
+    boxes = _whole(len(ids), transform)
+    if transform.pad:
+        for column, stream in enumerate(("top", "left")):
+            draw = counter_hash(key, stream, ids, again) % np.uint64(2 * transform.pad + 1)
+            boxes[:, column] = draw.astype(np.int32) - transform.pad
+    flips = np.zeros(len(ids), dtype=np.bool_)
+    if transform.flip:
+        flips = (counter_hash(key, "flip", ids, again) >> np.uint64(63)).astype(np.bool_)
+    return EpochPlan(ids, boxes, flips, batch_size)
+
+
+def sequential_plan(ids: NDArray[np.int64], transform: Transform, batch_size: int) -> EpochPlan:
+    """Every entry of ids once, in the order given, whole images: the test-time transform."""
+    return EpochPlan(ids, _whole(len(ids), transform), np.zeros(len(ids), dtype=np.bool_), batch_size)
+
+
+def _whole(count: int, transform: Transform) -> NDArray[np.int32]:
+    return np.tile(np.array([0, 0, transform.height, transform.width], dtype=np.int32), (count, 1))

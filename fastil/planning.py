@@ -1,0 +1,74 @@
+"""`fastil plan`: what a recipe would do, what it would hold in memory and how long it would take here."""
+
+import time
+
+import numpy as np
+import torch
+
+from fastil import compiling, summary
+from fastil.data.sources import PUBLISHED, load_dataset
+from fastil.errors import UserError
+from fastil.experiment import device_name, pick_device
+from fastil.models import Network, build_network
+from fastil.protocol import build_protocol
+from fastil.recipe import Recipe
+
+TIMED_STEPS = 3
+
+
+def describe(recipe: Recipe) -> str:
+    """The effective protocol as text. Where the data set's files are not there but its shape is published, that is used."""
+    try:
+        dataset = load_dataset(recipe.data)
+        counts = np.bincount(dataset.train.labels)
+        names, size = dataset.class_names, dataset.train.images.shape[1:3]
+        source = f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.val.labels):,} test images"
+        resident = dataset.train.images.nbytes + dataset.val.images.nbytes
+    except UserError as error:
+        shape = PUBLISHED.get(recipe.data.dataset)
+        if shape is None or recipe.data.data is not None:
+            raise
+        counts, names, size = np.full(shape.classes, shape.train_per_class), None, (shape.size, shape.size)
+        source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
+        resident = shape.classes * (shape.train_per_class + shape.val_per_class) * shape.size**2 * 3
+    protocol = build_protocol(recipe.protocol, len(counts))
+    steps = summary.effective_steps(recipe, protocol, counts)
+    device = pick_device(recipe.train.device)
+    student, teacher = (build_network(recipe.model, len(protocol.order), 0).to(device) for _ in range(2))
+    plain, distilled = (_images_per_second(recipe, student, t, size, device) for t in (None, teacher))
+    seconds = sum(plan.visits / (distilled if plan.step else plain) for plan in steps)
+    parameters = sum(p.numel() for p in student.parameters())
+    forward = compiling.flops_per_image(student, *size)
+    lines = [
+        f"{recipe.name}: {recipe.description}",
+        f"data         {source}, {size[0]}x{size[1]}, {resident / 2**20:,.0f} MiB resident as uint8",
+        f"classes      {len(protocol.order)}" + (f", list {protocol.class_hash(names)}" if names else ""),
+        f"model        {recipe.model.model}, {parameters:,} parameters, {forward / 2e6:,.0f} MMAC per image",
+        f"loss         {recipe.method.method}, loss={recipe.method.loss}, T={recipe.method.temperature:g}, alpha={recipe.method.alpha:g}",
+        f"optimiser    SGD, momentum {recipe.train.momentum:g}, weight decay {recipe.train.weight_decay:g}, batch {recipe.train.batch_size}",
+        summary.as_table(steps),
+        f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations",
+        f"exemplars    {recipe.memory.quota(len(protocol.order))} per class at the end, by {recipe.memory.exemplar_selection}",
+        f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
+        f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps",
+    ]
+    return "\n".join(lines)
+
+
+def _images_per_second(
+    recipe: Recipe, student: Network, teacher: Network | None, size: tuple[int, int], device: torch.device
+) -> float:
+    """Of an uncompiled training step on one resident batch, which is what bounds a run."""
+    images = torch.zeros(recipe.train.batch_size, 3, *size, device=device).to(memory_format=torch.channels_last)
+    took = []
+    for _ in range(TIMED_STEPS + 1):  # the first one warms up
+        began = time.perf_counter()
+        if teacher is not None:
+            with torch.no_grad():
+                teacher(images)
+        student(images).logits.sum().backward()
+        student.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - began)
+    return len(images) / float(np.median(took[1:]))

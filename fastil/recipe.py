@@ -1,0 +1,173 @@
+"""Typed configuration: each part's own dataclass, gathered under flat keys.
+
+A recipe is a YAML file of keys with a `base:` parent, `description`, `published` (average incremental accuracy in
+percent) and `fidelity`. Every key of every part is set at the top level, in the file or as KEY=VALUE.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from fastil.data import DataConfig
+from fastil.errors import UserError
+from fastil.memory import MemoryConfig
+from fastil.methods import ILBaselineConfig
+from fastil.models import ModelConfig
+from fastil.protocol import ProtocolConfig
+from fastil.trainer import TrainConfig
+
+PARTS: dict[str, type] = {
+    "data": DataConfig,
+    "protocol": ProtocolConfig,
+    "memory": MemoryConfig,
+    "model": ModelConfig,
+    "method": ILBaselineConfig,
+    "train": TrainConfig,
+}
+KEYS = {field.name: part for part, config in PARTS.items() for field in dataclasses.fields(config)}
+assert len(KEYS) == sum(len(dataclasses.fields(config)) for config in PARTS.values()), "two parts share a key"
+
+# What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
+RUNTIME_KEYS = {"data", "val", "verify", "device", "compile", "checkpoint_every"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The effective configuration of a run."""
+
+    name: str
+    description: str
+    published: float | None  # average incremental accuracy of the paper, percent
+    fidelity: str  # how this recipe relates to the paper
+    data: DataConfig
+    protocol: ProtocolConfig
+    memory: MemoryConfig
+    model: ModelConfig
+    method: ILBaselineConfig
+    train: TrainConfig
+
+    def keys(self) -> dict[str, Any]:
+        """Every key with its value, flat."""
+        return {key: getattr(getattr(self, part), key) for key, part in KEYS.items()}
+
+    def identity(self, *, seed: bool = True) -> dict[str, Any]:
+        """The keys that decide what is trained."""
+        ignored = RUNTIME_KEYS if seed else RUNTIME_KEYS | {"seed"}
+        return {key: value for key, value in self.keys().items() if key not in ignored}
+
+    def as_shipped(self) -> bool:
+        """Whether nothing but the seed and the runtime keys was overridden, so that `published` may stand beside it."""
+        try:
+            return self.identity(seed=False) == load(self.name).identity(seed=False)
+        except UserError:
+            return False
+
+    def dump(self) -> str:
+        """The recipe as YAML, every default filled in."""
+        head = {
+            "recipe": self.name,
+            "description": self.description,
+            "published": self.published,
+            "fidelity": self.fidelity,
+        }
+        return yaml.safe_dump(head | self.keys(), sort_keys=False)
+
+
+def names() -> list[str]:
+    """Recipes that come with fastil."""
+    return sorted(
+        f.name.removesuffix(".yaml") for f in resources.files("fastil.recipes").iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recipe:
+    """A recipe by name, or by the path of a YAML file, with KEY=VALUE overrides; paths: the keys `data` and `val`."""
+    values = _read(name)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"{override}: overrides are written KEY=VALUE")
+        try:
+            values[_known(key)] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{override}: the value is not valid YAML; quote it") from None
+    values |= {key: path for key, path in paths.items() if path is not None}
+    return _build(Path(name).stem, values)
+
+
+def read_effective(path: Path) -> Recipe:
+    """The recipe.yaml of a run directory."""
+    try:
+        values = yaml.safe_load(path.read_text())
+        name = values.pop("recipe")
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
+    return _build(name, values)
+
+
+def _read(name: str) -> dict[str, Any]:
+    """The keys of a recipe file over those of its parents."""
+    if name in names():
+        text = resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
+    elif name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text()
+        except OSError as error:
+            raise UserError(
+                f"{name}: {error.strerror}; give a recipe's name (fastil recipes lists them) or a YAML file"
+            ) from None
+    else:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "fastil recipes lists them"
+        raise UserError(f"unknown recipe {name}: {hint}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: a recipe is a mapping of keys to values")
+    parent = values.pop("base", None)
+    head = {"description", "published", "fidelity"}
+    checked = {key if key in head else _known(str(key)): value for key, value in values.items()}
+    if parent is None:
+        return checked
+    # What was published belongs to the very recipe that says so, not to those that derive from it.
+    return {key: value for key, value in _read(str(parent)).items() if key != "published"} | checked
+
+
+def _known(key: str) -> str:
+    if key in KEYS:
+        return key
+    near = [k for k in KEYS if k.startswith(key)] or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(sorted(KEYS))}"
+    raise UserError(f"unknown key {key}: {hint}")
+
+
+def _build(name: str, values: dict[str, Any]) -> Recipe:
+    description = str(values.pop("description", ""))
+    published = values.pop("published", None)
+    fidelity = str(values.pop("fidelity", ""))
+    parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    for key, value in values.items():
+        parts[KEYS[_known(key)]][key] = value
+    built = {part: _validate(config, parts[part]) for part, config in PARTS.items()}
+    return Recipe(name=name, description=description, published=published, fidelity=fidelity, **built)
+
+
+def _validate(config: type, values: dict[str, Any]) -> Any:
+    """The dataclass with its types checked; the first mistake becomes one line."""
+    try:
+        return pydantic.TypeAdapter(config).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        if "error" in first.get("ctx", {}):  # raised by the dataclass itself, which names the key and the fix
+            raise UserError(str(first["ctx"]["error"])) from None
+        key = ".".join(str(part) for part in first["loc"][:1])
+        raise UserError(f"{key}={first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}") from None

@@ -1,0 +1,210 @@
+"""Tables and figures from run directories, beside the published numbers."""
+
+import base64
+import html
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.errors import UserError
+from fastil.recipe import Recipe, read_effective
+from fastil.summary import format_table
+
+HEADER = ("run", "seeds", "average incremental", "paper", "base", "final", "final old", "final new")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run directory."""
+
+    path: Path
+    recipe: Recipe
+    results: dict[str, Any]
+    total_steps: int
+
+    @property
+    def curve(self) -> list[float]:
+        return [step["top1"] for step in self.results["steps"]]
+
+
+def read_run(path: Path) -> Run:
+    """A run directory; an error says what is missing."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory")
+    recipe = read_effective(path / "recipe.yaml")
+    try:
+        results = json.loads((path / "results.json").read_text())
+        total = len(json.loads((path / "protocol.json").read_text())["steps"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)") from None
+    except (json.JSONDecodeError, KeyError):
+        raise UserError(f"{path}: results.json or protocol.json is damaged; run again with --resume") from None
+    return Run(path, recipe, results, total)
+
+
+def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in nothing but the seed, under a label that says what sets the group apart."""
+    groups: dict[str, list[Run]] = {}
+    identities = [run.recipe.identity(seed=False) for run in runs]
+    for run, identity in zip(runs, identities, strict=True):
+        same_recipe = [i for i, other in zip(identities, runs, strict=True) if other.recipe.name == run.recipe.name]
+        differing = [key for key in identity if key != "loss" and any(i[key] != identity[key] for i in same_recipe)]
+        label = ", ".join([run.recipe.name, run.results["loss"], *(f"{key}={identity[key]}" for key in differing)])
+        groups.setdefault(label, []).append(run)
+    return groups
+
+
+def table(groups: dict[str, list[Run]]) -> str:
+    """One row per group; mean and, over several seeds, the sample standard deviation. Percent."""
+    rows = []
+    for label, runs in groups.items():
+        last = [run.results["steps"][-1] for run in runs]
+        unfinished = [run for run in runs if len(run.curve) < run.total_steps]
+        published = runs[0].recipe.published if runs[0].recipe.as_shipped() else None
+        rows.append(
+            (
+                label + (f" (unfinished: {len(unfinished)})" if unfinished else ""),
+                str(len({run.results["seed"] for run in runs})),
+                spread([run.results["average_incremental_accuracy"] for run in runs]),
+                "" if published is None else f"{published:.2f}",
+                spread([run.curve[0] for run in runs]),
+                spread([step["top1"] for step in last]),
+                spread([step["top1_old"] for step in last]),
+                spread([step["top1_new"] for step in last]),
+            )
+        )
+    return format_table(HEADER, rows)
+
+
+def paired_gain(groups: dict[str, list[Run]]) -> list[str]:
+    """What the Balanced Softmax adds to the softmax where both ran with the same seeds and settings otherwise."""
+    lines = []
+    for label, balanced in groups.items():
+        for other, softmax in groups.items():
+            if not _differ_in_loss_only(balanced[0], softmax[0]):
+                continue
+            by_seed = {run.results["seed"]: run for run in softmax}
+            gains = [
+                run.results["average_incremental_accuracy"]
+                - by_seed[run.results["seed"]].results["average_incremental_accuracy"]
+                for run in balanced
+                if run.results["seed"] in by_seed
+            ]
+            if gains:
+                lines.append(
+                    f"{label} minus {other}: {spread(gains, sign=True)} points of average incremental accuracy, paired over seeds"
+                )
+    return lines
+
+
+def _differ_in_loss_only(balanced: Run, softmax: Run) -> bool:
+    a, b = balanced.recipe.identity(seed=False), softmax.recipe.identity(seed=False)
+    return a["loss"] == "balanced" and b["loss"] == "softmax" and all(a[key] == b[key] for key in a if key != "loss")
+
+
+def spread(values: Sequence[float | None], sign: bool = False) -> str:
+    """Mean, with the sample standard deviation where there is more than one value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):{'+' if sign else ''}.2f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.2f}"
+
+
+def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
+    """The text of the report; with `out`, also report.md, the figures and, as_html, one self-contained page there."""
+    groups = group_runs([read_run(path) for path in paths])
+    text = "\n\n".join(
+        [
+            "Top-1 in percent over all classes seen; mean ± standard deviation over seeds.",
+            table(groups),
+            *paired_gain(groups),
+        ]
+    )
+    if as_html and out is None:
+        raise UserError("--html needs --out DIR, the folder to write report.html into")
+    if out is None:
+        return text
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.md").write_text(text + "\n")
+        draw_accuracy(groups, out / "accuracy.png")
+        draw_last_confusions(groups, out / "confusion.png")
+        if as_html:
+            (out / "report.html").write_text(page(text, [out / "accuracy.png", out / "confusion.png"]))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    return text + f"\n\nfigures: {out}/accuracy.png, {out}/confusion.png"
+
+
+def page(text: str, figures: Sequence[Path]) -> str:
+    """One HTML page that needs no other file."""
+    images = "".join(
+        f'<p><img alt="{figure.stem}" src="data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}"></p>'
+        for figure in figures
+    )
+    return f"<!doctype html><meta charset=utf-8><title>fastil report</title><pre>{html.escape(text)}</pre>{images}\n"
+
+
+def draw_run(path: Path) -> None:
+    """The figures of one run directory: accuracy.png and confusion_step_K.png."""
+    run = read_run(path)
+    groups = {f"{run.recipe.name}, {run.results['loss']}": [run]}
+    draw_accuracy(groups, path / "figures/accuracy.png")
+    for step in run.results["steps"]:
+        matrix = np.load(path / f"confusion/step_{step['step']}.npy")
+        title = f"{run.recipe.name}, {run.results['loss']}, step {step['step']}: top-1 {step['top1']:.2f} %"
+        draw_confusions([(title, matrix)], path / f"figures/confusion_step_{step['step']}.png")
+
+
+def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
+    """Top-1 over the classes seen, mean over seeds, with a band of one standard deviation."""
+    figure, axes = _figure(1)
+    for label, runs in groups.items():
+        length = min(len(run.curve) for run in runs)
+        curves = np.array([run.curve[:length] for run in runs])
+        classes = [step["classes_seen"] for step in runs[0].results["steps"][:length]]
+        mean = curves.mean(axis=0)
+        (line,) = axes[0].plot(classes, mean, marker="o", label=f"{label} ({curves.mean():.1f})")
+        if len(runs) > 1:
+            deviation = curves.std(axis=0, ddof=1)
+            axes[0].fill_between(classes, mean - deviation, mean + deviation, alpha=0.2, color=line.get_color())
+    axes[0].set(xlabel="classes seen", ylabel="top-1 accuracy (%)", ylim=(0, 100))
+    axes[0].grid(alpha=0.3)
+    axes[0].legend(title="average incremental accuracy in brackets", fontsize="small", title_fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_last_confusions(groups: dict[str, list[Run]], path: Path) -> None:
+    """The last confusion matrix of each group, summed over its seeds, side by side."""
+    panels = []
+    for label, runs in groups.items():
+        last = min(len(run.curve) for run in runs) - 1
+        matrices = [np.load(run.path / f"confusion/step_{last}.npy") for run in runs]
+        panels.append((label, np.sum(matrices, axis=0)))
+    draw_confusions(panels, path)
+
+
+def draw_confusions(panels: Sequence[tuple[str, NDArray[np.int64]]], path: Path) -> None:
+    """Confusion matrices as log(1 + x), "for better visibility" (Figure 2), classes in incremental order."""
+    figure, axes = _figure(len(panels))
+    for axis, (title, matrix) in zip(axes, panels, strict=True):
+        image = axis.imshow(np.log1p(matrix), cmap="viridis")
+        axis.set(title=title, xlabel="predicted class", ylabel="true class")
+        axis.title.set_fontsize("small")
+        figure.colorbar(image, ax=axis, shrink=0.8, label="log(1 + images)")
+    figure.savefig(path, dpi=120)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    """A figure outside pyplot's registry, so that nothing has to be closed and no display is asked for."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * panels, 4.8), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]

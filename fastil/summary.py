@@ -1,0 +1,92 @@
+"""What a run will do, step by step, before it does it: the effective protocol."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.protocol import Protocol
+from fastil.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of the effective protocol."""
+
+    step: int
+    new_classes: int
+    classes_seen: int
+    new_images: int
+    exemplars: int  # rehearsed in this step
+    exemplars_per_class: int  # at most; fewer where a class has fewer images
+    epochs: int
+    iterations: int
+    visits: int  # images seen in training
+    first_lr: float
+    last_lr: float
+
+
+def effective_steps(recipe: Recipe, protocol: Protocol, train_counts: NDArray[np.int64]) -> list[StepPlan]:
+    """The steps of a recipe on a data set with train_counts[class id] training images."""
+    plans: list[StepPlan] = []
+    config, seen = recipe.train, 0
+    for step, classes in enumerate(protocol.steps):
+        quota = recipe.memory.quota(seen) if seen else 0
+        exemplars = int(np.minimum(train_counts[protocol.order[:seen]], quota).sum())
+        new_images = int(train_counts[classes].sum())
+        epochs = config.epochs_of(step)
+        images = new_images + exemplars
+        rest = images % config.batch_size
+        batches = images // config.batch_size + (rest > 1 or images == rest)
+        seen += len(classes)
+        plans.append(
+            StepPlan(
+                step=step,
+                new_classes=len(classes),
+                classes_seen=seen,
+                new_images=new_images,
+                exemplars=exemplars,
+                exemplars_per_class=quota,
+                epochs=epochs,
+                iterations=epochs * batches,
+                visits=epochs * images,
+                first_lr=config.learning_rate(0, epochs),
+                last_lr=config.learning_rate(epochs - 1, epochs),
+            )  # fmt: skip
+        )
+    return plans
+
+
+def run_flops(steps: list[StepPlan], forward: int) -> float:
+    """Floating-point operations of training: three forwards' worth per visit, four with a teacher."""
+    return float(sum(plan.visits * forward * (4 if plan.step else 3) for plan in steps))
+
+
+def as_table(steps: list[StepPlan]) -> str:
+    """The steps for a terminal."""
+    header = ("step", "classes", "new images", "exemplars", "epochs", "lr", "iterations", "image visits")
+    rows = [
+        (
+            str(plan.step), f"+{plan.new_classes} = {plan.classes_seen}", f"{plan.new_images:,}",
+            f"{plan.exemplars:,}" + (f" ({plan.exemplars_per_class}/class)" if plan.exemplars else ""),
+            str(plan.epochs), f"{plan.first_lr:g} to {plan.last_lr:.2g}", f"{plan.iterations:,}", f"{plan.visits:,}",
+        )
+        for plan in steps
+    ]  # fmt: skip
+    return format_table(header, rows)
+
+
+def as_json(steps: list[StepPlan]) -> list[dict[str, Any]]:
+    return [asdict(plan) for plan in steps]
+
+
+def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table whose columns line up in a terminal too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [header, *rows]
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

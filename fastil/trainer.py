@@ -1,0 +1,274 @@
+"""The training loop, written once; it serves every phase of every method.
+
+The loop never waits for the device: the meter adds up there and is read once per epoch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastil.compiling import compile_network
+from fastil.data import Batch, Loader
+from fastil.errors import UserError
+from fastil.models import Network, Output
+from fastil.plan import EpochPlan
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation of a step (section 4.1.3) and how the machine is used for it."""
+
+    epochs: int = 250  # of each incremental step
+    base_epochs: int | None = None  # of the base step; default: the same
+    batch_size: int = 128
+    lr: float = 0.1
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: lr / 10, as parts of the step
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    seed: int = 0  # of initialisation, shuffling, crops and flips; the class order is fixed by `order`
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it
+    compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
+    checkpoint_every: int = 10  # epochs between checkpoints within a step
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "lr", "checkpoint_every"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"{key}={getattr(self, key)}: must be above 0")
+        if self.base_epochs is not None and self.base_epochs < 1:
+            raise UserError(f"base_epochs={self.base_epochs}: must be above 0")
+        if self.batch_size < 2:
+            raise UserError("batch_size=1: batch normalisation needs at least 2 images")
+        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != self.milestones:
+            raise UserError(
+                f"milestones={self.milestones}: give rising parts of a step between 0 and 1, such as [0.4, 0.6, 0.8]"
+            )
+        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
+            raise UserError("momentum must lie in [0, 1) and weight_decay must not be negative")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: must not be negative")
+
+    def epochs_of(self, step: int) -> int:
+        return self.base_epochs if step == 0 and self.base_epochs else self.epochs
+
+    def learning_rate(self, epoch: int, epochs: int) -> float:
+        """Of an epoch (from 0) among `epochs`. A drop takes effect at the start of epoch round(milestone * epochs)."""
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        return self.lr * 0.1 ** sum(epoch >= round(m * epochs) for m in self.milestones)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One call of `fit`: what is trained, on what, how long, by which loss."""
+
+    name: str  # "train"; one optimiser state per name
+    step: int
+    parameters: list[nn.Parameter]
+    plan: Callable[[int], EpochPlan]  # of an epoch
+    epochs: int
+    schedule: Callable[[int], float]  # learning rate of an epoch
+    loss: Callable[[Tensor, Output, Output | None], Tensor]  # (positions, student, teacher) -> scalar
+    bn_mode: Literal["train", "frozen"] = "train"
+    teacher: bool = True  # whether the loss needs the previous step's network
+
+
+@dataclass
+class EpochRecord:
+    """What one epoch showed; a line of metrics.jsonl but for the last two, which no rerun reproduces."""
+
+    step: int
+    phase: str
+    epoch: int
+    epochs: int
+    lr: float
+    loss: float
+    train_top1: float  # percent, on augmented training images
+    images: int
+    seconds: float
+    data_seconds: float
+
+
+class Stopped(Exception):
+    """A signal asked for a stop; the checkpoint has been written."""
+
+
+class Trainer:
+    """Student and teacher live here for the whole run: compiled once, overwritten in place at each step.
+
+    table: int64 [classes of the data set], label to incremental position. save(epoch, batch) writes a checkpoint that
+    resumes before that batch; report gets every finished epoch; stop says whether a signal came.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Network,
+        teacher: Network,
+        loader: Loader,
+        table: Tensor,
+        *,
+        save: Callable[[int, int], None],
+        report: Callable[[EpochRecord], None],
+        tick: Callable[[int], None],
+        stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.student, self.teacher = config, student, teacher
+        self.loader, self.table = loader, table
+        self.save, self.report, self.tick, self.stop = save, report, tick, stop
+        self.device = table.device
+        self.teacher.eval().requires_grad_(False)
+        self.fast_student: Callable[[Tensor], Output] = student
+        self.fast_teacher: Callable[[Tensor], Output] = teacher
+        self.lr = torch.zeros((), device=self.device)
+        self.meter = torch.zeros(3, device=self.device)  # sum of the loss, hits, images
+        self.num_seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.columns = torch.arange(student.width, device=self.device)
+        self.optimizers: dict[str, torch.optim.SGD] = {}
+        bf16 = config.precision == "bf16" or (
+            config.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        self.autocast_dtype = torch.bfloat16 if bf16 else None
+
+    def compile(self) -> str | None:
+        """Compile both networks for the full batch. Returns why not, in one line, if that failed."""
+        size = (self.loader.transform.height, self.loader.transform.width)
+        example = torch.zeros(self.config.batch_size, 3, *size, device=self.device)
+        example = example.to(memory_format=torch.channels_last)
+        with self.autocast():
+            student, why_not = compile_network(self.student, example, train=True)
+            if why_not is None:
+                teacher, why_not = compile_network(self.teacher, example, train=False)
+        if why_not is None:
+            self.fast_student, self.fast_teacher = student, teacher
+        return why_not
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def fit(self, phase: Phase, first_epoch: int = 0, first_batch: int = 0) -> None:
+        """Run a phase, from its beginning or from where a checkpoint stopped."""
+        optimizer = self.optimizer(phase)
+        if first_epoch == first_batch == 0:
+            self.reset(optimizer)
+        self.student.train(phase.bn_mode == "train")
+        for epoch in range(first_epoch, phase.epochs):
+            self.lr.fill_(phase.schedule(epoch))
+            plan = phase.plan(epoch)
+            started, waited = time.perf_counter(), 0.0
+            batches = self.loader.batches(plan, first_batch)
+            for number, (batch, seconds) in enumerate(timed(batches), first_batch):
+                if self.stop():
+                    self.save(epoch, number)
+                    raise Stopped
+                waited += seconds
+                self.train_step(phase, optimizer, batch)
+                self.tick(len(batch.ids))
+            first_batch = 0
+            loss, hits, images = self.meter.tolist()  # the epoch's one wait for the device
+            self.meter.zero_()
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; lower lr"
+                )
+            self.report(
+                EpochRecord(
+                    step=phase.step,
+                    phase=phase.name,
+                    epoch=epoch + 1,
+                    epochs=phase.epochs,
+                    lr=phase.schedule(epoch),
+                    loss=loss / images,
+                    train_top1=100 * hits / images,
+                    images=int(images),
+                    seconds=time.perf_counter() - started,
+                    data_seconds=waited,
+                )  # fmt: skip
+            )
+            if (epoch + 1) % self.config.checkpoint_every == 0 and epoch + 1 < phase.epochs:
+                self.save(epoch + 1, 0)
+
+    def train_step(self, phase: Phase, optimizer: torch.optim.SGD, batch: Batch) -> None:
+        """One update. Nothing here reads a value back from the device."""
+        positions = self.table[batch.labels]
+        full = len(batch.images) == self.config.batch_size  # a ragged batch would recompile everything
+        with self.autocast():
+            teacher_out = None
+            if phase.teacher:
+                with torch.no_grad():
+                    teacher_out = (self.fast_teacher if full else self.teacher)(batch.images)
+            out = (self.fast_student if full else self.student)(batch.images)
+            loss = phase.loss(positions, out, teacher_out)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            hits = (torch.where(self.columns < self.num_seen, out.logits, -torch.inf).argmax(1) == positions).sum()
+            count = torch.full_like(loss, len(batch.images))
+            self.meter += torch.stack((loss.detach() * count, hits.to(loss.dtype), count))
+
+    def optimizer(self, phase: Phase) -> torch.optim.SGD:
+        """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do. It is
+        built once; its learning rate is a tensor, so a captured step stays valid."""
+        if phase.name not in self.optimizers:
+            self.optimizers[phase.name] = torch.optim.SGD(
+                phase.parameters,
+                lr=self.lr,
+                momentum=self.config.momentum,
+                weight_decay=self.config.weight_decay,
+                fused=True,
+            )
+            for parameter in phase.parameters:  # allocated now, so that a step only ever overwrites
+                self.optimizers[phase.name].state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return self.optimizers[phase.name]
+
+    def reset(self, optimizer: torch.optim.SGD) -> None:
+        """Forget the momentum and the meter, in place."""
+        for state in optimizer.state.values():
+            state["momentum_buffer"].zero_()
+        self.meter.zero_()
+
+    def begin_step(self, num_seen: int) -> None:
+        """Freeze the network of the step before as the teacher and widen the set of classes that count."""
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.num_seen.fill_(num_seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "meter": self.meter,
+            "num_seen": self.num_seen,
+            "momentum": {
+                name: [state["momentum_buffer"] for state in optimizer.state.values()]
+                for name, optimizer in self.optimizers.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any], phases: list[Phase]) -> None:
+        """phases: those whose optimisers the state may hold."""
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.meter.copy_(state["meter"])
+        self.num_seen.copy_(state["num_seen"])
+        for phase in phases:
+            buffers = state["momentum"].get(phase.name, [])
+            if buffers:
+                for entry, saved in zip(self.optimizer(phase).state.values(), buffers, strict=True):
+                    entry["momentum_buffer"].copy_(saved)
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds it was waited for."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started

@@ -1,0 +1,42 @@
+"""Gather, crop, flip, normalise and lay out channels-last, straight from a resident uint8 data set."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def augment(
+    images: Tensor,
+    ids: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    dtype: torch.dtype = torch.float32,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Batch of normalised crops.
+
+    images: uint8 [N, h, w, 3]. ids: int64 [B]. boxes: int [B, 4] (top, left, height, width) in source pixels; height
+    and width equal `size` (default: that of the images), for nothing is resized here. flips: bool [B], mirror left to
+    right after the crop. Outside the image is black *before* normalisation, (0 - mean) / std, as PIL pads. mean, std: per channel, in
+    units of the full range (tensors on the device save a copy per call). Returns [B, 3, H, W] in channels-last layout; in float32 bit for bit (pixel / 255 - mean) / std.
+    """
+    count, height, width, channels = images.shape
+    out_height, out_width = size or (height, width)
+    device = images.device
+    rows = boxes[:, 0, None].long() + torch.arange(out_height, device=device)  # [B, H]
+    across = torch.arange(out_width, device=device)
+    columns = boxes[:, 1, None].long() + torch.where(flips[:, None], out_width - 1 - across, across)  # [B, W]
+    row_inside = (rows >= 0) & (rows < height)
+    column_inside = (columns >= 0) & (columns < width)
+    # One flat gather of whole pixels; a pixel outside reads a valid address and is blackened afterwards.
+    line = ids[:, None] * height + rows.clamp(0, height - 1)
+    flat = line[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+    pixels = images.view(count * height * width, channels)[flat.reshape(-1)].view(-1, out_height, out_width, channels)
+    pixels *= (row_inside[:, :, None] & column_inside[:, None, :])[..., None]
+    mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
+    std = torch.as_tensor(std, dtype=torch.float32, device=device)
+    normal = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+    return normal.to(dtype).permute(0, 3, 1, 2)

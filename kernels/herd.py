@@ -1,0 +1,42 @@
+"""Herding from Gram matrices: all picks of many classes at once."""
+
+import torch
+from torch import Tensor
+
+MAX_TURNS = 1000  # where iCaRL's released loop gives up on repeats
+
+
+def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
+    """Exemplars of G classes in the order iCaRL's released loop picks them.
+
+    gram: [G, n, n] inner products of the L2-normalised features of each class, padded to n. counts: int64 [G], images
+    of each class. Returns int64 [G, m], positions within the class, -1 beyond the class's count.
+
+    The released loop starts with w = mu; each turn takes i = argmax w.D over all images, then w += mu - D_i; i counts
+    as picked if it is new. Written with the Gram matrix, w.D_j = (t + 1) mu.D_j - sum of D_i.D_j over the turns so
+    far, so a turn costs one row of the matrix. After 1000 turns the rest follow greedily among the images not yet
+    picked. Ties go to the lowest position, and a smaller m is a prefix.
+    """
+    groups, n, _ = gram.shape
+    device = gram.device
+    counts = counts.to(device)
+    valid = torch.arange(n, device=device) < counts[:, None]
+    gram = gram * (valid[:, :, None] & valid[:, None, :])
+    mean = gram.sum(dim=1) / counts.clamp(min=1)[:, None]  # mu.D_j
+    wanted = counts.clamp(max=m)
+    group = torch.arange(groups, device=device)
+    score = mean.masked_fill(~valid, -torch.inf)
+    picked = torch.zeros(groups, n, dtype=torch.bool, device=device)
+    ranks = torch.full((groups, m + 1), -1, dtype=torch.int64, device=device)  # the last column takes what is not kept
+    found = torch.zeros(groups, dtype=torch.int64, device=device)
+    for turn in range(MAX_TURNS + m):
+        if bool((found >= wanted).all()):
+            break
+        candidates = score if turn < MAX_TURNS else score.masked_fill(picked, -torch.inf)
+        choice = candidates.argmax(dim=1)
+        keep = ~picked[group, choice] & (found < wanted)
+        ranks[group, torch.where(keep, found, m)] = choice
+        picked[group, choice] |= keep
+        found += keep
+        score = score + mean - gram[group, choice]
+    return ranks[:, :m]
