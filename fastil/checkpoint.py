@@ -1,4 +1,4 @@
-"""Files that are whole or absent, the resume point, and the lock of a run directory."""
+"""Files that are whole or absent, and the lock of a run directory."""
 
 import contextlib
 import errno
@@ -13,35 +13,49 @@ import torch
 
 from fastil.errors import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write beside the target, sync, rename: after a crash the path holds the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turn a failed write of this file into a UserError."""
     try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink()
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(cause, OSError) and cause.errno in FULL:
             raise UserError(
                 f"{path}: disk full, nothing written before is lost; free some space and go on with --resume"
             ) from None
-        raise UserError(f"{path}: cannot be written ({error}); go on with --resume once it can") from None
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+        raise UserError(f"{path}: cannot be written ({error}); once it can, go on with --resume") from None
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write beside the target, sync, rename: after a crash the path holds the old content or the new, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with written(path):
+        try:
+            with open(partial, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -44,8 +44,9 @@ def run(
     ] = False,
 ) -> None:
     """Train one recipe."""
-    from fastil.experiment import Experiment, Stopped
+    from fastil.experiment import Experiment
     from fastil.recipe import load
+    from fastil.trainer import Stopped
 
     loaded = load(recipe, overrides or [], data=data, val=val)
     folder = out or Path("runs") / f"{loaded.name}-s{loaded.train.seed}"
@@ -54,10 +55,9 @@ def run(
         results = experiment.run()
     except Stopped:
         print(f"stopped; the same command with --resume goes on ({folder})", file=sys.stderr)
-        raise typer.Exit(128 + (experiment.signal or 15)) from None
-    print(
-        f"average incremental accuracy {results['average_incremental_accuracy']:.2f}, final top-1 {results['final_top1']:.2f}"
-    )
+        raise typer.Exit(128 + (experiment.interrupt.number or 0)) from None
+    average, final = results["average_incremental_accuracy"], results["final_top1"]
+    print(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
     if loaded.published is not None and loaded.as_shipped():
         print(f"published: average incremental accuracy {loaded.published:.2f}")
     print(f"results, figures and checkpoints: {folder}")

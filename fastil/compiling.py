@@ -1,7 +1,7 @@
 """Whether and how the networks are compiled.
 
-Measured on two CPU cores: the first compilation of ResNet-32 costs about 30 s, 4 s from the cache on disk; a module that
-is overwritten in place is never compiled again; a batch of another size would be, so ragged ones run uncompiled.
+Measured on two CPU cores: the first compilation of ResNet-32 costs about 30 s, 4 s from the cache on disk; a module
+that is overwritten in place is never compiled again; a batch of another size would be, so ragged ones run uncompiled.
 """
 
 import os
@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastil.models import Network, Output
 
-# A run below this many floating-point operations ends before a compiled step has repaid its compilation. CPU: about 400 s
-# of eager training on two cores at 90 GFLOP/s, of which compilation saves a tenth; GPU: as long at 10 TFLOP/s.
+# A run below this many floating-point operations ends before a compiled step has repaid its compilation. CPU: about
+# 400 s of eager training on two cores at 90 GFLOP/s, of which compilation saves a tenth; GPU: as long at 10 TFLOP/s.
 REPAID_BY = {"cpu": 4e13, "cuda": 4e15}
 
 
@@ -35,13 +35,11 @@ def flops_per_image(network: Network, height: int, width: int) -> int:
     return int(counter.get_total_flops())
 
 
-def decide(
-    wanted: Literal["auto", True, False], device: torch.device, run_flops: Callable[[], float]
-) -> tuple[bool, str | None]:
+def decide(wanted: Literal["auto", True, False], device: torch.device, run_flops: float) -> tuple[bool, str | None]:
     """Whether to compile, and a line for the user if a wish cannot be met. run_flops: of the whole run."""
     if wanted is False:
         return False, None
-    if wanted == "auto" and run_flops() < REPAID_BY.get(device.type, float("inf")):
+    if wanted == "auto" and run_flops < REPAID_BY.get(device.type, float("inf")):
         return False, None
     if device.type == "cpu" and not has_cxx_compiler():
         return False, "no C++ compiler found: training runs uncompiled (apt-get install g++ makes it faster)"

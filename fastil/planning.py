@@ -17,7 +17,7 @@ TIMED_STEPS = 3
 
 
 def describe(recipe: Recipe) -> str:
-    """The effective protocol as text. Where the data set's files are not there but its shape is published, that is used."""
+    """The effective protocol as text. Without the files, a published shape of the data set is used."""
     try:
         dataset = load_dataset(recipe.data)
         counts = np.bincount(dataset.train.labels)
@@ -38,17 +38,18 @@ def describe(recipe: Recipe) -> str:
     plain, distilled = (_images_per_second(recipe, student, t, size, device) for t in (None, teacher))
     seconds = sum(plan.visits / (distilled if plan.step else plain) for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
-    forward = compiling.flops_per_image(student, *size)
+    flops = compiling.flops_per_image(student, *size)
+    method, train, memory = recipe.method, recipe.train, recipe.memory
     lines = [
         f"{recipe.name}: {recipe.description}",
         f"data         {source}, {size[0]}x{size[1]}, {resident / 2**20:,.0f} MiB resident as uint8",
         f"classes      {len(protocol.order)}" + (f", list {protocol.class_hash(names)}" if names else ""),
-        f"model        {recipe.model.model}, {parameters:,} parameters, {forward / 2e6:,.0f} MMAC per image",
-        f"loss         {recipe.method.method}, loss={recipe.method.loss}, T={recipe.method.temperature:g}, alpha={recipe.method.alpha:g}",
-        f"optimiser    SGD, momentum {recipe.train.momentum:g}, weight decay {recipe.train.weight_decay:g}, batch {recipe.train.batch_size}",
+        f"model        {recipe.model.model}, {parameters:,} parameters, {flops / 2e6:,.0f} MMAC per image",
+        f"loss         {method.method}, loss={method.loss}, T={method.temperature:g}, alpha={method.alpha:g}",
+        f"optimiser    SGD, momentum {train.momentum:g}, weight decay {train.weight_decay:g}, batch {train.batch_size}",
         summary.as_table(steps),
         f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations",
-        f"exemplars    {recipe.memory.quota(len(protocol.order))} per class at the end, by {recipe.memory.exemplar_selection}",
+        f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}",
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps",
     ]

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,7 +13,7 @@ class Progress:
     """Counts images within a step and prints lines that do not break the bar."""
 
     def __init__(self) -> None:
-        self.bar: tqdm[None] | None = None
+        self.bar: tqdm[Any] | None = None
         self.last_line = 0.0
 
     def begin(self, label: str, visits: int, done: int) -> None:

@@ -7,6 +7,7 @@ different orders: LUCIR's [15] and iCaRL's [26]. Both are here; `lucir` is the d
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +97,7 @@ class Protocol:
     def steps(self) -> list[Ids]:
         """Data set ids of each step, the base step first."""
         bounds = [0, *range(self.base, len(self.order) + 1, self.increment or 1)]
-        return [self.order[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [self.order[a:b] for a, b in pairwise(bounds)]
 
     def positions(self, num_classes: int) -> Ids:
         """Lookup table from data set label to incremental position, -1 for a class the protocol leaves out."""

@@ -97,9 +97,7 @@ def paired_gain(groups: dict[str, list[Run]]) -> list[str]:
                 if run.results["seed"] in by_seed
             ]
             if gains:
-                lines.append(
-                    f"{label} minus {other}: {spread(gains, sign=True)} points of average incremental accuracy, paired over seeds"
-                )
+                lines.append(f"{label} minus {other}: {spread(gains, sign=True)} points on average, paired over seeds")
     return lines
 
 

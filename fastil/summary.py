@@ -1,7 +1,7 @@
 """What a run will do, step by step, before it does it: the effective protocol."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ def effective_steps(recipe: Recipe, protocol: Protocol, train_counts: NDArray[np
                 visits=epochs * images,
                 first_lr=config.learning_rate(0, epochs),
                 last_lr=config.learning_rate(epochs - 1, epochs),
-            )  # fmt: skip
+            )
         )
     return plans
 
@@ -77,11 +77,7 @@ def as_table(steps: list[StepPlan]) -> str:
     return format_table(header, rows)
 
 
-def as_json(steps: list[StepPlan]) -> list[dict[str, Any]]:
-    return [asdict(plan) for plan in steps]
-
-
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table whose columns line up in a terminal too."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [

@@ -189,7 +189,7 @@ class Trainer:
                     images=int(images),
                     seconds=time.perf_counter() - started,
                     data_seconds=waited,
-                )  # fmt: skip
+                )
             )
             if (epoch + 1) % self.config.checkpoint_every == 0 and epoch + 1 < phase.epochs:
                 self.save(epoch + 1, 0)
@@ -214,8 +214,9 @@ class Trainer:
             self.meter += torch.stack((loss.detach() * count, hits.to(loss.dtype), count))
 
     def optimizer(self, phase: Phase) -> torch.optim.SGD:
-        """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do. It is
-        built once; its learning rate is a tensor, so a captured step stays valid."""
+        """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do.
+
+        It is built once, and its learning rate is a tensor, so a captured step stays valid."""
         if phase.name not in self.optimizers:
             self.optimizers[phase.name] = torch.optim.SGD(
                 phase.parameters,

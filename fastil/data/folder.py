@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +34,13 @@ def read(train: Path, val: Path, size: int, skip_corrupt: bool) -> tuple[list[st
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory // 2:
             raise UserError(
-                f"{root}: {len(files)} images at {size}x{size} take {needed / 2**30:.0f} GiB of {memory / 2**30:.0f}; lower size"
+                f"{root}: {len(files)} images at {size}x{size} need {needed / 2**30:.0f} GiB, half of this machine has "
+                f"{memory / 2**31:.0f}; lower size"
             )
         images = np.empty((len(files), size, size, 3), dtype=np.uint8)
-        errors: dict[int, str] = {}
-
-        def load(row: int, files: list[Path] = files, images: NDArray[np.uint8] = images) -> str | None:
-            try:
-                images[row] = decode(files[row], size)
-            except Exception as error:  # Pillow's readers raise many kinds on damaged files
-                return str(error) or type(error).__name__
-            return None
-
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
-            errors = {row: error for row, error in enumerate(pool.map(load, range(len(files)))) if error}
+            outcomes = list(pool.map(partial(_decode_into, size=size), images, files))
+        errors = {row: outcome for row, outcome in enumerate(outcomes) if outcome}
         if errors:
             listing = "; ".join(f"{files[row]} ({error})" for row, error in list(errors.items())[:NAMED])
             more = f" and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
@@ -57,6 +51,15 @@ def read(train: Path, val: Path, size: int, skip_corrupt: bool) -> tuple[list[st
             images, labels = images[kept], labels[kept]
         splits.append((images, labels))
     return names, splits, notes
+
+
+def _decode_into(target: NDArray[np.uint8], path: Path, size: int) -> str | None:
+    """Fill one row of the split; returns what is wrong with the file."""
+    try:
+        target[:] = decode(path, size)
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        return str(error) or type(error).__name__
+    return None
 
 
 def decode(path: Path, size: int) -> NDArray[np.uint8]:

@@ -148,7 +148,7 @@ def fashion_mnist(config: DataConfig) -> Dataset:
     path = Path(config.data) if config.data else FASHION_MNIST
     if not path.exists() and not config.data:
         raise UserError(
-            f"Fashion-MNIST not found at {path}; apt-get install dataset-fashion-mnist, or give --data with its idx files"
+            f"Fashion-MNIST not found at {path}; apt-get install dataset-fashion-mnist, or --data with its idx files"
         )
     return _idx_dataset("fashion-mnist", path, FASHION_CLASSES)
 
@@ -169,7 +169,8 @@ def _idx_dataset(name: str, path: Path, class_names: list[str] | None) -> Datase
             )
         splits.append(Split(_rgb(images), labels))
     names = class_names or [str(label) for label in range(int(splits[0].labels.max()) + 1)]
-    return Dataset(name, names, *splits)
+    train, val = splits
+    return Dataset(name, names, train, val)
 
 
 def _idx_file(path: Path, name: str) -> Path:
@@ -217,11 +218,11 @@ def _cifar(config: DataConfig, variant: cifar.Variant) -> Dataset:
 def image_folder(config: DataConfig) -> Dataset:
     """A folder train/<class>/* and val/<class>/* of image files."""
     root = _required(config)
-    train, val = root / "train", root / "val"
+    train_root, val_root = root / "train", root / "val"
     if config.val:
-        train, val = (train if train.is_dir() else root), Path(config.val)
-    names, splits, notes = folder.read(train, val, config.size, skip_corrupt=config.on_corrupt == "skip")
-    return Dataset(root.name, names, *(Split(*split) for split in splits), notes=tuple(notes))
+        train_root, val_root = (train_root if train_root.is_dir() else root), Path(config.val)
+    names, (train, val), notes = folder.read(train_root, val_root, config.size, config.on_corrupt == "skip")
+    return Dataset(root.name, names, Split(*train), Split(*val), tuple(notes))
 
 
 def _required(config: DataConfig) -> Path:

@@ -1,4 +1,4 @@
-"""IL-Baseline and BalancedS-CE: rehearsal and distillation, with the softmax or the Balanced Softmax (sections 3.1, 3.2).
+"""IL-Baseline and BalancedS-CE: rehearsal and distillation under the softmax or the Balanced Softmax (3.1, 3.2).
 
 "L = rho L_d + (1 - rho) L_c" (eq. 1), "where rho is defined as N_t / N_{t+1} [...] the total number of classes". The
 released BiC code weighs the two by the step number and leaves T^2 out; here both are the paper's.

@@ -1,0 +1,29 @@
+"""SIGTERM and SIGINT as a flag that the training loop reads between batches."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+
+class Interrupt:
+    """While entered, the first signal only sets `number`; a second one acts as it would have without this."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def requested(self) -> bool:
+        return self.number is not None

@@ -1,0 +1,126 @@
+"""A run directory: what is in it, and whose it is.
+
+recipe.yaml, protocol.json, results.json, timings.json, metrics.jsonl, memory/, confusion/, checkpoints/, figures/.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastil import checkpoint
+from fastil.data import Dataset
+from fastil.errors import UserError
+from fastil.evaluation import StepResult
+from fastil.protocol import Protocol
+from fastil.recipe import Recipe, read_effective
+from fastil.summary import StepPlan
+
+FOLDERS = ("checkpoints", "memory", "confusion", "figures")
+
+
+class Position(NamedTuple):
+    """Where a checkpoint resumes: phase "train", before that batch; phase "memory", with all that follows training."""
+
+    step: int = 0
+    phase: str = "train"
+    epoch: int = 0
+    batch: int = 0
+
+
+class RunDirectory:
+    """Paths and files of one run. Nothing is made before `create`."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        if path.exists() and not resume:
+            raise UserError(f"{path}: exists already; go on with --resume, or choose another --out")
+        self.path = path
+        self.last = path / "checkpoints/last.pt"
+        self.metrics = path / "metrics.jsonl"
+
+    def create(self) -> None:
+        try:
+            for name in FOLDERS:
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
+
+    def claim(self, recipe: Recipe, protocol: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+        """Write recipe.yaml and protocol.json and return the last checkpoint, if there is one.
+
+        A directory of another recipe, or of other images, is an error and stays as it was.
+        """
+        recipe_path, protocol_path = self.path / "recipe.yaml", self.path / "protocol.json"
+        if recipe_path.exists():
+            old, new = read_effective(recipe_path).identity(), recipe.identity()
+            changed = [f"{key} was {old[key]}, now {new[key]}" for key in new if old[key] != new[key]]
+            if changed:
+                raise UserError(
+                    f"{self.path}: a run of another recipe ({'; '.join(changed)}); repeat its settings or choose "
+                    f"another --out"
+                )
+        elif self.last.exists():
+            raise UserError(f"{recipe_path}: missing, so the run cannot be told; choose another --out")
+        if self.last.exists() and protocol_path.exists():
+            before = json.loads(protocol_path.read_text())
+            for key in ("dataset", "class_order"):
+                if before[key] != protocol[key]:
+                    raise UserError(f"{self.path}: its {key} is not that of --data; give the images it was run on")
+        checkpoint.write_text(recipe_path, recipe.dump())
+        checkpoint.write_json(protocol_path, protocol)
+        if self.last.exists():
+            state = checkpoint.load(self.last, device)
+            with open(self.metrics, "ab") as file:
+                file.truncate(state["metrics_bytes"])
+            return state
+        self.metrics.write_bytes(b"")
+        return None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint; it remembers how long metrics.jsonl was."""
+        checkpoint.save(self.last, state | {"metrics_bytes": self.metrics.stat().st_size})
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        with checkpoint.written(self.metrics), open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def write_exemplars(self, step: int, exemplars: dict[int, NDArray[np.int64]]) -> None:
+        content = {str(class_id): ids.tolist() for class_id, ids in exemplars.items()}
+        checkpoint.write_json(self.path / f"memory/step_{step}.json", content)
+
+    def write_confusion(self, step: int, matrix: NDArray[np.int64]) -> None:
+        checkpoint.write_atomically(self.path / f"confusion/step_{step}.npy", lambda file: np.save(file, matrix))
+
+    def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> dict[str, Any]:
+        """results.json: only what is reproducible."""
+        accuracies = [result.top1 for result in steps]
+        results = {
+            "recipe": recipe.name,
+            "method": recipe.method.method,
+            "loss": recipe.method.loss,
+            "seed": recipe.train.seed,
+            "steps": [dataclasses.asdict(result) for result in steps],
+            "average_incremental_accuracy": sum(accuracies) / len(accuracies),
+            "final_top1": accuracies[-1],
+        }
+        checkpoint.write_json(self.path / "results.json", results)
+        return results
+
+
+def describe(dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan]) -> dict[str, Any]:
+    """The content of protocol.json."""
+    splits = {"train": dataset.train, "val": dataset.val}
+    return {
+        "class_order": protocol.order.tolist(),
+        "class_names": dataset.class_names,
+        "class_list_hash": protocol.class_hash(dataset.class_names),
+        "steps": [classes.tolist() for classes in protocol.steps],
+        "dataset": {"name": dataset.name}
+        | {name: {"sha256": split.sha256, "images": len(split.labels)} for name, split in splits.items()},
+        "effective": [dataclasses.asdict(plan) for plan in steps],
+    }
