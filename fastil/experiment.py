@@ -82,9 +82,9 @@ class Experiment:
                 self.run_step(step, position)
                 self.directory.write_results(self.recipe, self.results)
                 self.write_timings()
-                self.save(Position(step + 1))
                 weights = self.directory.path / f"checkpoints/step_{step}.pt"
                 checkpoint.save(weights, self.trainer.student.state_dict())
+                self.save(Position(step + 1))  # last: only now is the step never done again
             results = self.directory.write_results(self.recipe, self.results)
             report.draw_run(self.directory.path)
             return results

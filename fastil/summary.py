@@ -28,7 +28,11 @@ class StepPlan:
 
 
 def effective_steps(recipe: Recipe, protocol: Protocol, train_counts: NDArray[np.int64]) -> list[StepPlan]:
-    """The steps of a recipe on a data set with train_counts[class id] training images."""
+    """The steps of a recipe on a data set with train_counts[class id] training images.
+
+    A memory budget too small for the last step is an error now, not after days of training.
+    """
+    recipe.memory.quota(len(protocol.order))
     plans: list[StepPlan] = []
     config, seen = recipe.train, 0
     for step, classes in enumerate(protocol.steps):

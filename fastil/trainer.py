@@ -218,15 +218,17 @@ class Trainer:
 
         It is built once, and its learning rate is a tensor, so a captured step stays valid."""
         if phase.name not in self.optimizers:
-            self.optimizers[phase.name] = torch.optim.SGD(
+            optimizer = torch.optim.SGD(
                 phase.parameters,
-                lr=self.lr,
+                lr=0.0,
                 momentum=self.config.momentum,
                 weight_decay=self.config.weight_decay,
                 fused=True,
             )
+            optimizer.param_groups[0]["lr"] = self.lr  # set afterwards, for the constructor would read its value
             for parameter in phase.parameters:  # allocated now, so that a step only ever overwrites
-                self.optimizers[phase.name].state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            self.optimizers[phase.name] = optimizer
         return self.optimizers[phase.name]
 
     def reset(self, optimizer: torch.optim.SGD) -> None:

@@ -34,8 +34,8 @@ class Loader:
         self.transform = transform
         self.device = device
         self.dtype = torch.float32  # autocast casts inside the network, where it knows which layers want it
-        self.images: Tensor | None = torch.from_numpy(split.images).to(device)
-        self.labels = torch.from_numpy(split.labels).to(device)
+        self.images: Tensor | None = torch.as_tensor(split.images, device=device)
+        self.labels = torch.as_tensor(split.labels, device=device)
         self.mean = torch.tensor(transform.mean, device=device)
         self.std = torch.tensor(transform.std, device=device)
 
@@ -44,9 +44,9 @@ class Loader:
         if self.images is None:
             raise ValueError("this loader was closed")
         # One transfer per epoch; every batch is then a view of it.
-        ids = torch.from_numpy(plan.ids).to(self.device)
-        boxes = torch.from_numpy(plan.boxes).to(self.device)
-        flips = torch.from_numpy(plan.flips).to(self.device)
+        ids = torch.as_tensor(plan.ids, device=self.device)
+        boxes = torch.as_tensor(plan.boxes, device=self.device)
+        flips = torch.as_tensor(plan.flips, device=self.device)
         size = (self.transform.height, self.transform.width)
         for number, part in enumerate(plan.batches()):
             if number >= first:

@@ -1,0 +1,77 @@
+"""What every bench shares: contestants that take turns, medians and ratios, one result file with the machine in it."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastil.experiment import device_name
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def take_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run all of them once per round, in an order that turns round by round; each returns its own figure."""
+    figures: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            figures[name].append(contestants[name]())
+            print(f"  round {turn + 1}/{rounds}  {name:<28}{figures[name][-1]:10.2f}", flush=True)
+    return figures
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's queue included."""
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(figures: dict[str, list[float]], over: str, under: str) -> dict[str, float]:
+    """Of two contestants, round by round, so that a change of the machine's speed touches both sides."""
+    return spread([a / b for a, b in zip(figures[over], figures[under], strict=True)])
+
+
+def save(name: str, device: torch.device, content: dict[str, Any]) -> Path:
+    """Write bench/results/NAME.json."""
+    machine = {
+        "device": device_name(device),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine} | content, indent=1) + "\n")
+    return path
+
+
+def show(label: str, values: dict[str, float], unit: str = "") -> None:
+    print(f"{label:<46}{values['median']:10.3f} {unit}  ({values['min']:.3f} to {values['max']:.3f})")
+
+
+def digits_at(size: int, count: int) -> Any:
+    """`count` real images, scikit-learn's digits enlarged to size x size, in 10 classes."""
+    import numpy as np
+
+    from fastil.data import DataConfig, Split, load_dataset
+
+    train = load_dataset(DataConfig("digits")).train
+    rows = np.arange(count) % len(train.labels)
+    scale = size // 8
+    images = train.images[rows].repeat(scale, axis=1).repeat(scale, axis=2)
+    return Split(np.ascontiguousarray(images), train.labels[rows])

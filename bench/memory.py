@@ -1,0 +1,71 @@
+"""Building the rehearsal memory: features and herding, beside the pure forward of the same images.
+
+python -m bench.memory [--rounds N]
+
+50 classes of 500 images at 32x32 through ResNet-32, 20 exemplars each; the forward gets batches that are already there.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+from bench.harness import digits_at, ratio, save, seconds, show, spread, take_turns
+from fastil import memory
+from fastil.data import make_loader
+from fastil.evaluation import BATCH, forward
+from fastil.experiment import pick_device
+from fastil.models import ModelConfig, build_network
+from fastil.plan import Transform, sequential_plan
+
+CLASSES, IMAGES, EXEMPLARS = 50, 500, 20
+TRANSFORM = Transform(32, 32, pad=4, flip=True, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    device = pick_device("auto")
+    loader = make_loader(digits_at(32, CLASSES * IMAGES), "auto", TRANSFORM, device)
+    network = build_network(ModelConfig("resnet32"), 100, 0).to(device).eval()
+    autocast = torch.autocast(device.type, enabled=False)
+    ids = np.arange(CLASSES * IMAGES)
+    ready = [batch.images for batch in loader.batches(sequential_plan(ids, TRANSFORM, BATCH))]
+
+    def pure_forward() -> None:
+        with torch.inference_mode():
+            for images in ready:
+                network(images)
+
+    def features_and_herding() -> None:
+        features = forward(network, loader, ids, autocast).features
+        picks = memory.herd_classes(torch.split(features, IMAGES), EXEMPLARS)
+        assert [len(p) for p in picks] == [EXEMPLARS] * CLASSES
+
+    features = forward(network, loader, ids, autocast).features
+    print(f"seconds, {CLASSES} classes of {IMAGES} images")
+    figures = take_turns(
+        {
+            "features and herding": lambda: seconds(features_and_herding, device),
+            "pure forward": lambda: seconds(pure_forward, device),
+            "herding alone": lambda: seconds(
+                lambda: memory.herd_classes(torch.split(features, IMAGES), EXEMPLARS), device
+            ),
+        },
+        rounds,
+    )
+    over = ratio(figures, "features and herding", "pure forward")
+    for name, values in figures.items():
+        show(name, spread(values), "s")
+    show("features and herding / pure forward", over)
+    content = {
+        "rounds": rounds,
+        "seconds": {name: spread(values) for name, values in figures.items()},
+        "memory/forward": over,
+    }
+    print(f"written to {save('memory', device, content)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Training throughput: fastil's loop beside its ceiling and beside the usual loop.
+
+python -m bench.train_step [--rounds N]
+
+(a) fastil: resident loader, compiled channels-last network, one read per epoch.
+(b) ceiling: the same compiled network stepping on one batch that is already there.
+(c) usual: Dataset with PIL transforms, DataLoader with two workers, eager NCHW network, `.item()` in every step.
+ResNet-32 at 32x32, batch 128, with and without a teacher; (c)'s pixels are first checked to be (a)'s. The time to start
+(c)'s workers is left out, which favours (c).
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bench.harness import digits_at, ratio, save, show, spread, take_turns
+from fastil.data import Batch, Split, make_loader
+from fastil.experiment import pick_device
+from fastil.losses import balanced_cross_entropy, distillation, log_prior
+from fastil.methods import ILBaseline, ILBaselineConfig, StepContext
+from fastil.models import ModelConfig, build_network
+from fastil.plan import EpochPlan, Key, Transform, training_plan
+from fastil.trainer import Phase, TrainConfig, Trainer
+
+BATCH, STEPS, CLASSES, NUM_OLD = 128, 8, 60, 50
+TRANSFORM = Transform(32, 32, pad=4, flip=True, mean=(0.5071, 0.4866, 0.4409), std=(0.2009, 0.1984, 0.2023))
+COUNTS = np.array([20] * NUM_OLD + [500] * (CLASSES - NUM_OLD) + [0] * 4)
+
+
+class PilDataset(Dataset[tuple[Tensor, int]]):
+    """Pad, crop, flip with PIL, then to a normalised tensor, image by image, as torchvision's transforms do."""
+
+    def __init__(self, split: Split, plan: EpochPlan) -> None:
+        self.split, self.plan = split, plan
+        self.mean = torch.tensor(TRANSFORM.mean).view(3, 1, 1)
+        self.std = torch.tensor(TRANSFORM.std).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.plan.ids)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self.split.images[self.plan.ids[row]])
+        top, left, height, width = (int(v) for v in self.plan.boxes[row])
+        image = image.crop((left, top, left + width, top + height))  # outside the image PIL pads with black
+        if self.plan.flips[row]:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+        return (tensor - self.mean) / self.std, int(self.split.labels[self.plan.ids[row]])
+
+
+def build(split: Split, device: torch.device, images: int) -> tuple[Trainer, Phase, Phase]:
+    """A compiled trainer in the middle of an incremental step, its phase with a teacher and the one without."""
+    student, teacher = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
+    trainer = Trainer(
+        TrainConfig(batch_size=BATCH, epochs=1),
+        student,
+        teacher,
+        make_loader(split, "auto", TRANSFORM, device),
+        torch.arange(CLASSES, device=device),
+        save=lambda epoch, batch: None,
+        report=lambda record: None,
+        tick=lambda count: None,
+        stop=lambda: False,
+    )
+    method = ILBaseline(ILBaselineConfig(), student.width, device)
+    method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
+    trainer.num_seen.fill_(CLASSES)
+    note = trainer.compile()
+    print(note or "compiled")
+
+    def phase(with_teacher: bool) -> Phase:
+        return Phase(
+            name="train",
+            step=1,
+            parameters=list(student.parameters()),
+            plan=lambda epoch: training_plan(np.arange(images), Key(0, 1), TRANSFORM, BATCH),
+            epochs=1,
+            schedule=lambda epoch: 0.01,
+            loss=method.loss,
+            teacher=with_teacher,
+        )
+
+    return trainer, phase(True), phase(False)
+
+
+class UsualLoop:
+    """What most repositories run."""
+
+    def __init__(self, split: Split, plan: EpochPlan, device: torch.device, teacher: bool) -> None:
+        student, frozen = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
+        self.student = student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.teacher = frozen.to(memory_format=torch.contiguous_format).eval() if teacher else None  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.01, momentum=0.9, weight_decay=2e-4)
+        self.prior = log_prior(torch.from_numpy(COUNTS), NUM_OLD).to(device)
+        self.device = device
+        self.loader = DataLoader(PilDataset(split, plan), batch_size=BATCH, num_workers=2)
+
+    def images_per_second(self) -> float:
+        batches: Iterator[tuple[Tensor, Tensor]] = iter(self.loader)
+        self.step(*next(batches))  # the workers are up and ahead by now
+        began, seen, total = time.perf_counter(), 0, 0.0
+        for images, labels in batches:
+            total += self.step(images, labels)
+            seen += len(images)
+        return seen / (time.perf_counter() - began)
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        images, labels = images.to(self.device), labels.to(self.device)
+        logits = self.student(images).logits
+        loss = balanced_cross_entropy(logits, labels, self.prior)
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(images).logits
+            loss = loss / 6 + distillation(logits, teacher_logits, NUM_OLD, 2.0) * 5 / 6
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.item()
+
+
+def check_pixels(split: Split, plan: EpochPlan, trainer: Trainer) -> None:
+    """Every pixel of (c) equals (a)'s, bit for bit in float32."""
+    usual = DataLoader(PilDataset(split, plan), batch_size=BATCH)
+    for (theirs, labels), ours in zip(usual, trainer.loader.batches(plan), strict=True):
+        assert torch.equal(theirs, ours.images.cpu()), "the two loops see different pixels"
+        assert torch.equal(labels, ours.labels.cpu())
+    print(f"pixels of (a) and (c) are equal on {len(plan.ids)} augmented images")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    device = pick_device("auto")
+    images = BATCH * STEPS
+    split = digits_at(32, images)
+    trainer, with_teacher, without = build(split, device, images)
+    plan = without.plan(0)
+    check_pixels(split, plan, trainer)
+    one: Batch = next(trainer.loader.batches(plan))
+
+    def fastil(phase: Phase) -> float:
+        began = time.perf_counter()
+        trainer.fit(phase)
+        return images / (time.perf_counter() - began)
+
+    def ceiling(phase: Phase) -> float:
+        optimizer = trainer.optimizer(phase)
+        trainer.student.train()
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            trainer.train_step(phase, optimizer, one)
+        trainer.meter.tolist()
+        return images / (time.perf_counter() - began)
+
+    results = {}
+    for label, phase in (("without a teacher", without), ("with a teacher", with_teacher)):
+        usual = UsualLoop(split, plan, device, phase.teacher)
+        print(f"{label}, images per second, {STEPS} batches of {BATCH} a turn")
+        fastil(phase)  # warm-up
+        figures = take_turns(
+            {
+                "a fastil": lambda phase=phase: fastil(phase),  # type: ignore[misc]
+                "b ceiling": lambda phase=phase: ceiling(phase),  # type: ignore[misc]
+                "c usual": usual.images_per_second,
+            },
+            rounds,
+        )
+        rates = {name: spread(values) for name, values in figures.items()}
+        ratios = {f"a / {other[0]}": ratio(figures, "a fastil", other) for other in ("b ceiling", "c usual")}
+        for name, values in rates.items():
+            show(f"{label}: {name}", values, "img/s")
+        for name, values in ratios.items():
+            show(f"{label}: {name}", values)
+        results[label] = {"images_per_second": rates, "ratios": ratios}
+    path = save("train_step", device, {"rounds": rounds, "batch": BATCH, "model": "resnet32", "results": results})
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

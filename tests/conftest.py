@@ -1,0 +1,69 @@
+"""Shared by the tests: the commands as a user runs them, and a small image folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+TINY = ["epochs=2", "base_epochs=2", "batch_size=64"]  # seconds instead of minutes; the digits recipe otherwise
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def fastil(tmp_path):
+    """Run `fastil ...` in an empty folder; returns the finished process."""
+
+    def run(*arguments, **options):
+        command = [sys.executable, "-m", "fastil.cli", *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, **options)
+
+    return run
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start `fastil ...` without waiting for it."""
+    processes = []
+
+    def begin(*arguments):
+        command = [sys.executable, "-m", "fastil.cli", *map(str, arguments)]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def make_folder(root, classes=4, train=6, val=3, size=12):
+    """A folder data set of noise around one colour per class."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 60, (size, size, 3)) + 40 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+def assert_user_error(process, *words):
+    """Exit 2, nothing but one clear line on stderr, with all the words in it."""
+    assert process.returncode == 2, process.stderr + process.stdout
+    lines = process.stderr.strip().splitlines()
+    assert len(lines) == 1, process.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])

@@ -1,0 +1,203 @@
+"""The commands as a user meets them: what they print, what they write, and one clear line for every mistake."""
+
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+import yaml
+from conftest import TINY, assert_user_error, make_folder
+
+
+def test_run_writes_the_whole_run_directory(fastil, tmp_path):
+    process = fastil("run", "digits", "seed=3", *TINY)
+    assert process.returncode == 0, process.stderr
+    run = tmp_path / "runs/digits-s3"
+    results = json.loads((run / "results.json").read_text())
+    assert list(results) == [
+        "recipe", "method", "loss", "seed", "steps", "average_incremental_accuracy", "final_top1",
+    ]  # fmt: skip
+    assert (results["recipe"], results["loss"], results["seed"]) == ("digits", "balanced", 3)
+    assert [s["classes_seen"] for s in results["steps"]] == [5, 6, 7, 8, 9, 10]
+    for step in results["steps"]:
+        assert set(step) == {
+            "step", "classes_seen", "top1", "top1_base", "top1_old", "top1_new", "top5", "nme_top1",
+        }  # fmt: skip
+        # Accuracy again from the confusion matrix, rows true classes in incremental order.
+        matrix = np.load(run / f"confusion/step_{step['step']}.npy")
+        assert matrix.dtype == np.int64
+        assert matrix.shape == (step["classes_seen"],) * 2
+        assert step["top1"] == pytest.approx(100 * np.trace(matrix) / matrix.sum())
+        old = step["classes_seen"] - 1 if step["step"] else 0
+        assert step["top1_base"] == pytest.approx(100 * np.trace(matrix[:5, :5]) / matrix[:5].sum())
+        assert step["top1_new"] == pytest.approx(100 * np.diag(matrix)[old:].sum() / matrix[old:].sum())
+        if step["step"]:
+            assert step["top1_old"] == pytest.approx(100 * np.diag(matrix)[:old].sum() / matrix[:old].sum())
+        else:
+            assert step["top1_old"] is None
+    top1 = [s["top1"] for s in results["steps"]]
+    assert results["average_incremental_accuracy"] == pytest.approx(sum(top1) / 6)
+    assert results["final_top1"] == top1[-1]
+
+    protocol = json.loads((run / "protocol.json").read_text())
+    assert sorted(protocol["class_order"]) == list(range(10))
+    assert [len(s) for s in protocol["steps"]] == [5, 1, 1, 1, 1, 1]
+    assert protocol["dataset"]["train"]["images"] + protocol["dataset"]["val"]["images"] == 1797
+    assert re.fullmatch("[0-9a-f]{64}", protocol["dataset"]["train"]["sha256"])
+    memory = json.loads((run / "memory/step_5.json").read_text())
+    assert {int(c): len(ids) for c, ids in memory.items()} == {c: 2 for c in range(10)}
+    earlier = json.loads((run / "memory/step_2.json").read_text())
+    assert all(memory[c] == ids for c, ids in earlier.items())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["step"], m["epoch"]) for m in metrics] == [(s, e) for s in range(6) for e in (1, 2)]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["epochs"] == 2
+    assert recipe["exemplars_per_class"] == 2
+    timings = json.loads((run / "timings.json").read_text())
+    assert timings["steps"]["1"]["train"] > 0
+    for figure in ["accuracy", *(f"confusion_step_{k}" for k in range(6))]:
+        assert (run / f"figures/{figure}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(run.rglob("*.partial"))
+
+
+def test_plan_without_the_files_uses_the_published_shape(fastil, tmp_path):
+    process = fastil("plan", "cifar100_balanced_5", "model=resnet8")
+    assert process.returncode == 0, process.stderr
+    assert "as published" in process.stdout
+    # Section 4.1.1: 50 base classes of 500 images, then five steps of 10; section 4.1.3: 250 epochs of 128.
+    visits = 250 * (25_000 + sum(5_000 + 20 * old for old in range(50, 100, 10)))
+    assert f"{visits:,}" in process.stdout
+    assert re.search(r"\| 0 +\| \+50 = 50 +\| 25,000 +\| 0 +\| 250 +\| 0.1 to 0.0001 +\| 49,000 ", process.stdout)
+    assert re.search(r"\| 5 +\| \+10 = 100 +\| 5,000 +\| 1,800 \(20/class\) ", process.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_lists_the_published_numbers(fastil):
+    process = fastil("recipes")
+    assert process.returncode == 0
+    for name, number in (
+        ("il_baseline_5", "43.80"),
+        ("il_baseline_10", "37.00"),
+        ("balanced_5", "62.22"),
+        ("balanced_10", "58.32"),
+    ):
+        assert re.search(rf"cifar100_{name} .*{number}", process.stdout)
+
+
+def test_doctor_names_what_is_missing_and_how_to_get_it(fastil):
+    process = fastil("doctor")
+    assert process.returncode == 0
+    assert re.search(r"torch +2\.", process.stdout)
+    for line in process.stdout.splitlines():
+        if "missing" in line:
+            assert "install" in line
+
+
+def test_report_groups_seeds_and_pairs_losses(fastil, tmp_path):
+    for seed in (0, 1):
+        for loss in ("softmax", "balanced"):
+            process = fastil("run", "digits", *TINY, f"loss={loss}", f"seed={seed}", "--out", f"{loss}{seed}")
+            assert process.returncode == 0, process.stderr
+    process = fastil("report", "softmax0", "softmax1", "balanced0", "balanced1", "--out", "report", "--html")
+    assert process.returncode == 0, process.stderr
+    average = {
+        name: json.loads((tmp_path / name / "results.json").read_text())["average_incremental_accuracy"]
+        for name in ("softmax0", "softmax1", "balanced0", "balanced1")
+    }
+    pair = np.array([average["balanced0"], average["balanced1"]])
+    assert f"{pair.mean():.2f} ± {pair.std(ddof=1):.2f}" in process.stdout
+    gain = pair - np.array([average["softmax0"], average["softmax1"]])
+    assert f"{gain.mean():+.2f} ± {gain.std(ddof=1):.2f}" in process.stdout
+    assert (tmp_path / "report/accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report/confusion.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report/report.html").read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert "http" not in page
+    assert_user_error(fastil("report", "softmax0", "--html"), "--out")
+
+
+def test_a_published_number_stands_only_beside_the_recipe_it_belongs_to(tmp_path):
+    from fastil.recipe import load
+
+    assert load("cifar100_balanced_5", ["seed=4", "device=cpu"], data="elsewhere").as_shipped()
+    assert not load("cifar100_balanced_5", ["epochs=20"]).as_shipped()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "digit"], ["unknown recipe digit", "digits"]),
+        (["run", "digits", "exemplars=3"], ["unknown key exemplars", "exemplars_per_class"]),
+        (["run", "digits", "base=5"], ["unknown key base", "base_classes"]),
+        (["run", "digits", "epochs"], ["KEY=VALUE"]),
+        (["run", "digits", "epochs=many"], ["epochs", "integer"]),
+        (["run", "digits", "epochs=0"], ["epochs=0", "above 0"]),
+        (["run", "digits", "loss=balansed"], ["loss", "softmax", "balanced"]),
+        (["run", "digits", "base_classes=11"], ["base_classes=11", "10 classes"]),
+        (["run", "digits", "increment=2"], ["increment=2", "1 or 5"]),
+        (["run", "digits", "subset=lucir", "order=lucir"], ["subset and order"]),
+        (["run", "digits", "subset=lucir"], ["ImageNet's 1000"]),
+        (["run", "digits", "order=icarl"], ["order=icarl", "100 classes"]),
+        (["run", "digits", "memory_budget=100"], ["exemplars_per_class", "memory_budget"]),
+        (["run", "digits", "exemplars_per_class=null", "memory_budget=9"], ["memory_budget=9", "raise it"]),
+        (["run", "digits", "device=cuda"], ["device=cuda", "device=cpu"]),
+        (["run", "digits", "milestones=[2]"], ["milestones"]),
+        (["run", "fashion-mnist", "--data", "nowhere"], ["nowhere"]),
+        (["run", "folder"], ["--data"]),
+        (["run", "folder", "--data", "nowhere"], ["nowhere", "--data"]),
+        (["run", "cifar100_balanced_5"], ["fastil download cifar100"]),
+        (["run", "cifar100_balanced_5", "--data", "."], ["fastil download cifar100"]),
+        (["plan", "digits", "increment=3"], ["increment=3"]),
+        (["report", "nowhere"], ["nowhere"]),
+        (["download", "cifar1000", "x"], ["cifar1000", "cifar100"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_2(fastil, tmp_path, arguments, words):
+    assert_user_error(fastil(*arguments), *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_files_are_named(fastil, tmp_path):
+    data = make_folder(tmp_path / "data")
+    broken = data / "train/class1/2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    settings = [*TINY, "size=12", "model=resnet8", "base_classes=2", "increment=1", "exemplars_per_class=2"]
+    assert_user_error(fastil("run", "folder", *settings, "--data", data), "class1/2.png", "on_corrupt=skip")
+    process = fastil("run", "folder", *settings, "on_corrupt=skip", "--data", data)
+    assert process.returncode == 0, process.stderr
+    assert "class1/2.png" in process.stdout
+    one = make_folder(tmp_path / "one", classes=1)
+    assert_user_error(fastil("run", "folder", "--data", one, "--out", "other"), "class0", "two classes")
+
+
+def test_a_cifar_file_cut_short_or_malicious_is_refused_and_runs_nothing(fastil, tmp_path):
+    data = tmp_path / "cifar-100-python"
+    data.mkdir()
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "canary"), "w"))
+
+    for name in ("meta", "test"):
+        (data / name).write_bytes(pickle.dumps({}))
+    (data / "train").write_bytes(pickle.dumps({b"data": Evil()}))
+    run = ["run", "cifar100_balanced_5", "--data", tmp_path]
+    assert_user_error(fastil(*run), "md5", "verify=false")
+    assert_user_error(fastil(*run, "verify=false"), "train", "refused")
+    assert not (tmp_path / "canary").exists()
+    good = pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [0, 1, 2, 3]})
+    (data / "train").write_bytes(good[: len(good) // 2])
+    assert_user_error(fastil(*run, "verify=false"), "train", "download it again")
+
+
+def test_without_a_cxx_compiler_training_runs_and_says_so(tmp_path, monkeypatch, capsys):
+    from fastil.experiment import Experiment
+    from fastil.recipe import load
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    recipe = load("digits", [*TINY, "compile=true", "increment=5"])
+    Experiment(recipe, tmp_path / "run", resume=False).run()
+    assert "no C++ compiler" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "run/timings.json").read_text())["compiled"]
