@@ -83,6 +83,7 @@ class Protocol:
     increment: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "order", np.asarray(self.order, dtype=np.int64))
         total = len(self.order)
         if not 1 <= self.base <= total:
             raise UserError(f"base_classes={self.base}: must lie between 1 and the {total} classes of the data set")

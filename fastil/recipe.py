@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pydantic
 import yaml
@@ -92,7 +92,7 @@ def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recip
     values = _read(name)
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator:
+        if not separator or not key:
             raise UserError(f"{override}: overrides are written KEY=VALUE")
         try:
             values[_known(key)] = yaml.safe_load(text)
@@ -107,21 +107,24 @@ def read_effective(path: Path) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text())
         name = values.pop("recipe")
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
     return _build(name, values)
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     """The keys of a recipe file over those of its parents."""
+    if name in children:
+        raise UserError(f"{name}: is its own parent; change a base")
     if name in names():
         text = resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
     elif name.endswith((".yaml", ".yml")):
         try:
             text = Path(name).read_text()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "not a text file")
             raise UserError(
-                f"{name}: {error.strerror}; give a recipe's name (fastil recipes lists them) or a YAML file"
+                f"{name}: {reason}; give a recipe's name (fastil recipes lists them) or a YAML file"
             ) from None
     else:
         near = difflib.get_close_matches(name, names(), n=1)
@@ -139,7 +142,10 @@ def _read(name: str) -> dict[str, Any]:
     if parent is None:
         return checked
     # What was published belongs to the very recipe that says so, not to those that derive from it.
-    return {key: value for key, value in _read(str(parent)).items() if key != "published"} | checked
+    parent = str(parent)
+    if parent.endswith((".yaml", ".yml")) and name not in names():  # a path, from the folder of this file
+        parent = str(Path(name).parent / parent)
+    return {key: value for key, value in _read(parent, (*children, name)).items() if key != "published"} | checked
 
 
 def _known(key: str) -> str:
@@ -153,6 +159,8 @@ def _known(key: str) -> str:
 def _build(name: str, values: dict[str, Any]) -> Recipe:
     description = str(values.pop("description", ""))
     published = values.pop("published", None)
+    if published is not None and type(published) not in (int, float):
+        raise UserError(f"published={published}: must be a number")
     fidelity = str(values.pop("fidelity", ""))
     parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for key, value in values.items():
@@ -163,6 +171,10 @@ def _build(name: str, values: dict[str, Any]) -> Recipe:
 
 def _validate(config: type, values: dict[str, Any]) -> Any:
     """The dataclass with its types checked; the first mistake becomes one line."""
+    types = get_type_hints(config)
+    for key, value in values.items():
+        if isinstance(value, bool) and types[key] in (int, float, int | None):  # pydantic would take true for 1
+            raise UserError(f"{key}={value}: must be a number")
     try:
         return pydantic.TypeAdapter(config).validate_python(values)
     except pydantic.ValidationError as error:

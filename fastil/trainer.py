@@ -39,7 +39,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "lr", "checkpoint_every"):
-            if getattr(self, key) <= 0:
+            if not 0 < getattr(self, key) < float("inf"):
                 raise UserError(f"{key}={getattr(self, key)}: must be above 0")
         if self.base_epochs is not None and self.base_epochs < 1:
             raise UserError(f"base_epochs={self.base_epochs}: must be above 0")
@@ -49,10 +49,10 @@ class TrainConfig:
             raise UserError(
                 f"milestones={self.milestones}: give rising parts of a step between 0 and 1, such as [0.4, 0.6, 0.8]"
             )
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0:
+        if not 0 <= self.momentum < 1 or not 0 <= self.weight_decay < float("inf"):
             raise UserError("momentum must lie in [0, 1) and weight_decay must not be negative")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: must lie between 0 and 2**32 - 1")
 
     def epochs_of(self, step: int) -> int:
         return self.base_epochs if step == 0 and self.base_epochs else self.epochs

@@ -225,9 +225,8 @@ def test_one_update_is_equation_1_with_plain_sgd():
     phase = make_phase(trainer, method, np.arange(32, 48), step=1, epochs=1)
     (batch,) = trainer.loader.batches(phase.plan(0))
     config = trainer.config
-    wanted = reference_step(
-        trainer.student, trainer.teacher, batch.images, batch.labels, counts, 4, 6, 0.05, config.weight_decay, config.momentum
-    )  # fmt: skip
+    rates = (0.05, config.weight_decay, config.momentum)
+    wanted = reference_step(trainer.student, trainer.teacher, batch.images, batch.labels, counts, 4, 6, *rates)
     teacher_before = copy.deepcopy(trainer.teacher.state_dict())
     trainer.fit(phase)
     for name, value in wanted.state_dict().items():

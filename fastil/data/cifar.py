@@ -18,16 +18,6 @@ from fastil.errors import UserError
 PIXELS = 3 * 32 * 32
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
-# The only globals a CIFAR pickle needs: numpy's array reconstruction, under its names of numpy 1 and 2, and the encoder
-# that newer Pythons write for bytes.
-SAFE_GLOBALS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
-}
-
 
 class File(NamedTuple):
     name: str
@@ -95,10 +85,52 @@ CIFAR100 = Variant(
 )
 
 
+class _PickledArray:
+    """Stands for numpy's array while a pickle is read: numpy's own reconstruction trusts the dtype in the file, and
+    with a dtype of objects a file can make numpy follow any address."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = state
+        if dtype is not _BYTES or not isinstance(content, bytes):
+            raise pickle.UnpicklingError("an array in it is not one of bytes")
+        self.values = np.frombuffer(content, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class _PickledDtype:
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_BYTES, _OTHER = _PickledDtype(), _PickledDtype()
+
+
+def _dtype(code: Any, *options: Any) -> _PickledDtype:
+    return _BYTES if code in (b"u1", "u1") else _OTHER
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    return text.encode("latin-1")
+
+
+def _reconstruct(*arguments: Any) -> _PickledArray:
+    return _PickledArray()
+
+
+# The only globals a CIFAR pickle needs: numpy's array reconstruction, under its names of numpy 1 and 2, and the encoder
+# that newer Pythons write for bytes. None of them is the real one.
+STAND_INS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("_codecs", "encode"): _encode,
+}
+
+
 class RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in SAFE_GLOBALS:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        if (module, name) in STAND_INS:
+            return STAND_INS[module, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
 
 
@@ -122,7 +154,10 @@ def read(path: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[A
 
 def _read_python(folder: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[Arrays, Arrays]]:
     meta = _unpickle(folder, variant.meta, verify)
-    names = [name.decode() for name in meta.get(variant.names_key, [])]
+    try:
+        names = [name.decode() for name in meta[variant.names_key]]
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError):
+        raise UserError(f"{folder / variant.meta.name}: no class names in it; download it again") from None
     parts = [_python_batch(folder, file, variant, verify) for file in variant.train]
     train = np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
     return names, (train, _python_batch(folder, variant.test, variant, verify))
@@ -130,11 +165,11 @@ def _read_python(folder: Path, variant: Variant, verify: bool) -> tuple[list[str
 
 def _python_batch(folder: Path, file: File, variant: Variant, verify: bool) -> Arrays:
     content = _unpickle(folder, file, verify)
-    data, labels = content.get(b"data"), content.get(variant.label_key)
+    data, labels = getattr(content.get(b"data"), "values", None), content.get(variant.label_key)
     if (
-        not isinstance(data, np.ndarray)
-        or data.dtype != np.uint8
-        or labels is None
+        data is None
+        or not isinstance(labels, list)
+        or not all(type(label) is int and 0 <= label < 256 for label in labels)
         or data.shape != (len(labels), PIXELS)
     ):
         raise UserError(f"{folder / file.name}: no images and labels of {variant.name} in it; download it again")

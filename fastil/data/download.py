@@ -1,10 +1,12 @@
 """Public data sets over HTTP: progress, resume, checksum, safe unpacking."""
 
 import hashlib
+import http.client
 import shutil
 import tarfile
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,13 +30,17 @@ def download(name: str, folder: Path, url: str | None = None) -> Path:
         raise UserError(f"unknown data set {name}: use one of {', '.join(VARIANTS)}")
     variant = VARIANTS[name]
     target = folder / variant.python_folder
-    if all((target / file.name).is_file() for file in (*variant.train, variant.test, variant.meta)):
+    if all(md5_of(target / file.name) == file.md5 for file in (*variant.train, variant.test, variant.meta)):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         archive = folder / variant.archive
         if not archive.exists():
             fetch(url or SITE + variant.archive, archive, variant.archive_md5)
+        elif md5_of(archive) != variant.archive_md5:
+            raise UserError(
+                f"{archive}: damaged, its md5 is not {variant.archive_md5}; remove it and run the command again"
+            )
         unpack(archive, target)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another DIR") from None
@@ -45,8 +51,8 @@ def fetch(url: str, path: Path, md5: str) -> None:
     """Download url to path, resuming path.partial; the md5 decides whether it counts."""
     partial = path.with_name(path.name + ".partial")
     done = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             if done and response.status != 206:  # a server without ranges sends everything again
                 done = 0
@@ -64,20 +70,32 @@ def fetch(url: str, path: Path, md5: str) -> None:
             raise UserError(
                 f"{url}: broke off after {done} of {total} bytes; run the command again, it goes on from there"
             )
+    except UserError:
+        raise
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the partial file is complete already
             raise UserError(f"{url}: {error.code} {error.reason}; try --url with a mirror") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (http.client.InvalidURL, ValueError) as error:
+        raise UserError(f"{url}: not an address ({error}); --url needs one with http:// or https://") from None
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
             f"{url}: {reason}; run the command again, it goes on from there, or try --url with a mirror"
         ) from None
-    with open(partial, "rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    found = md5_of(partial)
     if found != md5:
         partial.unlink()
         raise UserError(f"{url}: md5 {found} instead of {md5}; the damaged file was removed, run the command again")
     partial.rename(path)
+
+
+def md5_of(path: Path) -> str | None:
+    """None: no such file."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -87,7 +105,7 @@ def unpack(archive: Path, target: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(staging, filter="data")  # refuses paths and links that lead outside
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"{archive}: not a whole archive ({error}); remove it and run the command again") from None
     shutil.rmtree(target, ignore_errors=True)
     (staging / target.name).rename(target)

@@ -62,8 +62,7 @@ class Loader:
 def make_loader(dataset: Split, backend: str, transform: Transform, device: str | torch.device) -> Loader:
     """A loader over one split. backend: "resident", or "auto", which today means the same.
 
-    transform.height and width must not exceed what a box can name; images of another size are an error, for this
-    backend crops and pads but does not resize.
+    The boxes of its plans have the height and width of the transform: this backend crops and pads, it does not resize.
     """
     if backend not in BACKENDS:
         raise UserError(f"loader={backend}: unknown; use one of {', '.join(BACKENDS)}")

@@ -6,7 +6,9 @@ A source yields two splits with the same classes: train and val (the test set of
 import difflib
 import gzip
 import hashlib
+import math
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,7 +47,8 @@ class DataConfig:
             near = difflib.get_close_matches(self.dataset, SOURCES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SOURCES)}"
             raise UserError(f"dataset={self.dataset}: unknown; {hint}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        numbers = self.mean + self.std
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, numbers)) or min(self.std) <= 0:
             raise UserError("mean and std: give three numbers each, std above 0")
         if self.size < 8:
             raise UserError(f"size={self.size}: must be at least 8 pixels")
@@ -111,12 +114,16 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Read the data set of a recipe. A UserError names what is missing or damaged, and the fix."""
     dataset = SOURCES[config.dataset](config)
     for name, split in (("train", dataset.train), ("val", dataset.val)):
-        counts = np.bincount(split.labels, minlength=len(dataset.class_names))
-        if len(counts) != len(dataset.class_names) or split.labels.min() < 0:
+        if len(split.labels) == 0:
+            raise UserError(f"{dataset.name}: {name} has no images; add some")
+        if split.labels.min() < 0 or split.labels.max() >= len(dataset.class_names):
             raise UserError(f"{dataset.name}: {name} has labels outside its {len(dataset.class_names)} classes")
+        counts = np.bincount(split.labels, minlength=len(dataset.class_names))
         if counts.min() == 0:
             missing = dataset.class_names[int(counts.argmin())]
             raise UserError(f"{dataset.name}: {name} has no image of class {missing}; add some or remove the class")
+    if dataset.train.images.shape[1:] != dataset.val.images.shape[1:]:
+        raise UserError(f"{dataset.name}: train and test images differ in size; make them the same")
     if len(dataset.class_names) < 2:
         raise UserError(
             f"{dataset.name}: only one class ({dataset.class_names[0]}); incremental training needs two or more"
@@ -168,7 +175,7 @@ def _idx_dataset(name: str, path: Path, class_names: list[str] | None) -> Datase
                 f"{path}: {prefix} has {len(images)} images but {len(labels)} labels; fetch both files again"
             )
         splits.append(Split(_rgb(images), labels))
-    names = class_names or [str(label) for label in range(int(splits[0].labels.max()) + 1)]
+    names = class_names or [str(label) for label in range(int(splits[0].labels.max(initial=-1)) + 1)]
     train, val = splits
     return Dataset(name, names, train, val)
 
@@ -184,13 +191,13 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """An idx file of unsigned bytes, gzipped or not: 0 0 8 ndim, big-endian sizes, then the bytes."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
     header = 4 + 4 * dimensions
     if len(raw) < header or raw[:4] != bytes([0, 0, 8, dimensions]):
         raise UserError(f"{path}: not an idx file of {dimensions}-dimensional bytes; fetch it again")
     shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4))
-    expected = int(np.prod(shape, dtype=np.int64))
+    expected = math.prod(shape)
     if len(raw) - header != expected:
         raise UserError(
             f"{path}: holds {len(raw) - header} bytes of data, its header promises {expected}; fetch it again"
@@ -222,7 +229,7 @@ def image_folder(config: DataConfig) -> Dataset:
     if config.val:
         train_root, val_root = (train_root if train_root.is_dir() else root), Path(config.val)
     names, (train, val), notes = folder.read(train_root, val_root, config.size, config.on_corrupt == "skip")
-    return Dataset(root.name, names, Split(*train), Split(*val), tuple(notes))
+    return Dataset(root.resolve().name, names, Split(*train), Split(*val), tuple(notes))
 
 
 def _required(config: DataConfig) -> Path:

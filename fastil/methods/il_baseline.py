@@ -29,7 +29,7 @@ class ILBaselineConfig:
 
     def __post_init__(self) -> None:
         for key in ("alpha", "temperature"):
-            if getattr(self, key) <= 0:
+            if not 0 < getattr(self, key) < float("inf"):
                 raise UserError(f"{key}={getattr(self, key)}: must be above 0")
 
 
@@ -49,7 +49,7 @@ class ILBaseline:
     def __init__(self, config: ILBaselineConfig, width: int, device: torch.device) -> None:
         self.config = config
         self.log_prior = torch.zeros(width, device=device)
-        self.num_old = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_old, self.num_seen = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self.ce_weight = torch.ones((), device=device)
         self.kd_weight = torch.zeros((), device=device)
 
@@ -62,6 +62,7 @@ class ILBaseline:
             self.log_prior.copy_(log_prior(counts, context.num_old, self.config.alpha))
         rho = context.num_old / context.num_seen
         self.num_old.fill_(context.num_old)
+        self.num_seen.fill_(context.num_seen)
         self.kd_weight.fill_(rho)
         self.ce_weight.fill_(1 - rho)
 
@@ -73,6 +74,7 @@ class ILBaseline:
             self.log_prior,
             None if teacher_out is None else teacher_out.logits,
             num_old=self.num_old,
+            num_seen=self.num_seen,
             ce_weight=self.ce_weight,
             kd_weight=self.kd_weight,
             temperature=self.config.temperature,
