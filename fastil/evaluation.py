@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil.data import Loader
+from fastil.errors import UserError
 from fastil.models import Network, Output
 from fastil.plan import sequential_plan
 
@@ -48,12 +49,14 @@ def evaluate(
 ) -> tuple[StepResult, NDArray[np.int64]]:
     """Result and confusion matrix of a step.
 
-    logits: [n, W] of the step's predictor; columns from num_seen on are ignored. positions: int64 [n], true
-    incremental positions. The matrix is int64 [seen, seen], rows are true classes, in incremental order.
+    logits: [n, W] of the step's predictor; columns from num_seen on are ignored, a value that is not finite among the
+    others is an error. positions: int64 [n], true incremental positions. The matrix is int64 [seen, seen], rows are
+    true classes, in incremental order.
     """
     seen = logits[:, :num_seen]
-    # nan_to_num: a network that diverged must count as wrong rather than by the accident of how argmax treats NaN.
-    ranked = torch.nan_to_num(seen, nan=-torch.inf).topk(min(5, num_seen), dim=1).indices
+    if not bool(torch.isfinite(seen).all()):  # what argmax makes of NaN is an accident
+        raise UserError(f"logits that are not numbers in step {step}: training diverged; lower lr")
+    ranked = seen.topk(min(5, num_seen), dim=1).indices
     cells = positions * num_seen + ranked[:, 0]
     confusion = torch.bincount(cells, minlength=num_seen**2).view(num_seen, num_seen).cpu().numpy()
     in_five = int((ranked == positions[:, None]).any(dim=1).sum())

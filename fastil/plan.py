@@ -45,6 +45,10 @@ class EpochPlan:
     flips: NDArray[np.bool_]  # [n]
     batch_size: int
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size}: must be at least 2")
+
     def batches(self) -> Iterator[slice]:
         """Slices of the plan: full batches, then the rest; a rest of one joins the batch before it, for batch
         normalisation cannot train on a single image."""

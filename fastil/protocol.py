@@ -88,10 +88,10 @@ class Protocol:
         if not 1 <= self.base <= total:
             raise UserError(f"base_classes={self.base}: must lie between 1 and the {total} classes of the data set")
         rest = total - self.base
-        if rest and (self.increment < 1 or rest % self.increment):
+        if self.increment < 0 or (rest and (self.increment == 0 or rest % self.increment)):
             raise UserError(
                 f"increment={self.increment}: the {rest} classes after the base step do not divide into steps of that "
-                f"size; use {_divisors(rest)}"
+                f"size; use {_divisors(rest) or 0}"
             )
 
     @property

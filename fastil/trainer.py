@@ -58,10 +58,11 @@ class TrainConfig:
         return self.base_epochs if step == 0 and self.base_epochs else self.epochs
 
     def learning_rate(self, epoch: int, epochs: int) -> float:
-        """Of an epoch (from 0) among `epochs`. A drop takes effect at the start of epoch round(milestone * epochs)."""
+        """Of an epoch (from 0) among `epochs`. A drop takes effect at the start of epoch round(milestone * epochs), but
+        never in the first."""
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        return self.lr * 0.1 ** sum(epoch >= round(m * epochs) for m in self.milestones)
+        return self.lr * 0.1 ** sum(epoch >= max(1, round(m * epochs)) for m in self.milestones)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ def augment(
 
     images: uint8 [N, h, w, 3]. ids: int64 [B]. boxes: int [B, 4] (top, left, height, width) in source pixels; height
     and width equal `size` (default: that of the images), for nothing is resized here. flips: bool [B], mirror left to
-    right after the crop. Outside the image is black *before* normalisation, (0 - mean) / std, as PIL pads. mean, std: per channel, in
-    units of the full range (tensors on the device save a copy per call). Returns [B, 3, H, W] in channels-last layout; in float32 bit for bit (pixel / 255 - mean) / std.
+    right after the crop. mean, std: per channel, in units of the full range (tensors on the device save a copy per
+    call). Outside the image is black *before* normalisation, (0 - mean) / std, as PIL pads.
+
+    Returns [B, 3, H, W] in channels-last layout; in float32 bit for bit (pixel / 255 - mean) / std.
     """
     count, height, width, channels = images.shape
     out_height, out_width = size or (height, width)
@@ -38,5 +40,6 @@ def augment(
     pixels *= (row_inside[:, :, None] & column_inside[:, None, :])[..., None]
     mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
     std = torch.as_tensor(std, dtype=torch.float32, device=device)
-    normal = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+    full = torch.full((), 255.0, device=device)  # by a tensor: CUDA turns division by a number into a multiplication
+    normal = pixels.to(torch.float32).div_(full).sub_(mean).div_(std)
     return normal.to(dtype).permute(0, 3, 1, 2)

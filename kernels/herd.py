@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+TIE = 1e-9  # scores this close are equal: far above float64's rounding, far below what tells two images apart
 MAX_TURNS = 1000  # where iCaRL's released loop gives up on repeats
 
 
@@ -33,7 +34,9 @@ def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
         if bool((found >= wanted).all()):
             break
         candidates = score if turn < MAX_TURNS else score.masked_fill(picked, -torch.inf)
-        choice = candidates.argmax(dim=1)
+        # Equal images tie in exact arithmetic; what rounding makes of their scores must not decide between them.
+        best = candidates.amax(dim=1, keepdim=True)
+        choice = (candidates >= best - TIE).to(torch.uint8).argmax(dim=1)
         keep = ~picked[group, choice] & (found < wanted)
         ranks[group, torch.where(keep, found, m)] = choice
         picked[group, choice] |= keep

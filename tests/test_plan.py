@@ -222,7 +222,6 @@ def test_a_plan_of_nothing_has_no_batches():
     assert list(sequential_plan(np.empty(0, dtype=np.int64), TRANSFORM, 4).batches()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="defect: with batch_size=1 every sample but the first is dropped in silence")
 def test_a_batch_size_of_one_drops_nothing_or_is_refused():
     boxes, flips = np.zeros((5, 4), dtype=np.int32), np.zeros(5, dtype=np.bool_)
     try:

@@ -137,7 +137,6 @@ def test_a_base_or_increment_that_does_not_fit_is_one_clear_error(base, incremen
         Protocol(class_order("lucir", 100), base, increment)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: Protocol does not look at the increment where nothing follows the base")
 def test_a_negative_increment_after_a_base_of_all_classes_is_refused_or_harmless():
     try:
         protocol = Protocol(class_order("lucir", 100), 100, -5)

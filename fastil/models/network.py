@@ -49,10 +49,11 @@ def build_network(config: ModelConfig, num_classes: int, seed: int) -> Network:
     generator = torch.Generator().manual_seed(seed)
     name = config.model
     backbone: nn.Module
-    if name == "resnet32_rebuffi":
-        backbone = ResNetRebuffi(generator)
-    elif name.startswith("resnet18"):
-        backbone = ResNet18(config.last_relu, name == "resnet18_pod", generator)
-    else:
-        backbone = ResNetCifar(int(name.removeprefix("resnet")), config.last_relu, generator)
+    with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator before `initialise`
+        if name == "resnet32_rebuffi":
+            backbone = ResNetRebuffi(generator)
+        elif name.startswith("resnet18"):
+            backbone = ResNet18(config.last_relu, name == "resnet18_pod", generator)
+        else:
+            backbone = ResNetCifar(int(name.removeprefix("resnet")), config.last_relu, generator)
     return Network(backbone, num_classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

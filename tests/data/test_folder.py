@@ -119,6 +119,7 @@ def test_the_orientation_tag_is_not_applied(tmp_path):
         (16, 16, 16, None, 0, 0),
         (24, 16, 16, None, 4, 0),
         (16, 21, 16, None, 0, 2),  # an odd rest is cut at the end
+        (21, 16, 16, None, 2, 0),
         (40, 20, 10, (20, 10), 5, 0),
         (20, 40, 10, (10, 20), 0, 5),
         (30, 21, 14, (20, 14), 3, 0),

@@ -96,7 +96,7 @@ def test_what_a_thousand_turns_did_not_pick_follows_greedily(n, d, more):
 def test_exact_ties_go_to_the_lowest_position(n):
     """Duplicates and blank images tie in exact arithmetic; numpy's argmax is the first of the largest."""
     random = np.random.default_rng(n)
-    for _ in range(5):
+    for _ in range(2):
         rows = exact_rows(random, n)
         for m in (1, n // 2 + 1, n):
             wanted, _ = released_loop(rows, m)
@@ -108,7 +108,6 @@ def test_all_blank_images_are_picked_in_order(n):
     assert picks_of(np.zeros((n, 4)), n) == list(range(n))
 
 
-@pytest.mark.xfail(strict=True, reason="defect: rounding, not position, decides among equal images")
 def test_the_lower_one_of_two_equal_images_is_picked_first():
     """DESIGN section 5: ties to the lowest id. Equal images tie in exact arithmetic, whatever their features are; of
     60 images in equal pairs the first 20 picks are among the first 30."""

@@ -140,9 +140,7 @@ def test_every_model_is_covered_here():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_layout(name):
-    for num_classes, width in ((100, 104), (10, 16)):
-        network = build(name, num_classes)
-        assert sum(p.numel() for p in network.parameters()) == parameters_by_arithmetic(name, width)
+    assert sum(p.numel() for p in build(name, 100).parameters()) == parameters_by_arithmetic(name, 104)
 
 
 def test_resnet18_has_the_published_parameters_of_torchvisions():
@@ -274,7 +272,6 @@ def test_the_seed_decides_the_weights(name):
     assert all(not torch.equal(a[key], c[key]) for key in a if a[key].ndim == 4)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: nn.Conv2d draws from torch's global generator before it is overwritten")
 @pytest.mark.parametrize("name", MODELS)
 def test_building_a_network_leaves_torchs_global_generator_alone(name):
     before = torch.get_rng_state()
