@@ -75,11 +75,16 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run directory for this process; the kernel lets go when the process ends, however it ends."""
-    with open(folder / "lock", "w") as file:
+    path = folder / "lock"
+    with written(path):
+        file = open(path, "w")  # noqa: SIM115  (held while the run lasts)
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(
                 f"{folder}: another process is running there; wait for it or choose another --out"
             ) from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be locked ({error.strerror}); choose --out on another disk") from None
         yield

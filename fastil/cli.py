@@ -11,7 +11,6 @@ from fastil.errors import UserError
 app = typer.Typer(
     name="fastil",
     help="Class-incremental learning with the Balanced Softmax: train, compare, report.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -117,11 +116,16 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2."""
+    # Typer carries its own copy of click or uses the installed one; this is the base of its usage errors either way.
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
-        print(f"fastil: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except usage_error as error:
+        message = f"{error.format_message()} See fastil --help."  # type: ignore[attr-defined]
+    print(f"fastil: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

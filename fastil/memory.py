@@ -67,7 +67,8 @@ class RehearsalMemory:
 def herd_classes(features: Sequence[Tensor], m: int) -> list[Ids]:
     """`herd` for many classes: features[g] is float [n_g, d]; returns int64 arrays of min(m, n_g) positions.
 
-    Features are normalised and multiplied in float64, so that the picks do not depend on the order of summation.
+    Features are normalised and multiplied in float64, so that the picks do not depend on the order of summation. A Gram
+    matrix takes 8 n^2 bytes: 14 MB for ImageNet's largest classes, 288 MB for Fashion-MNIST's 6,000 images.
     """
     picks: list[Ids] = []
     largest = max(len(f) for f in features)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-PHASES = ("train", "correct", "memory", "evaluate", "init")
+PHASES = ("train", "correct", "memory", "evaluate")
 STREAMS = ("order", "top", "left", "flip", "select")
 
 
@@ -53,11 +53,15 @@ class EpochPlan:
         """Slices of the plan: full batches, then the rest; a rest of one joins the batch before it, for batch
         normalisation cannot train on a single image."""
         count = len(self.ids)
-        for start in range(0, count, self.batch_size):
-            stop = min(start + self.batch_size, count)
-            if start and stop - start == 1:
-                return
-            yield slice(start, count if count - stop == 1 else stop)
+        total = num_batches(count, self.batch_size)
+        for number in range(total):
+            yield slice(number * self.batch_size, count if number == total - 1 else (number + 1) * self.batch_size)
+
+
+def num_batches(count: int, batch_size: int) -> int:
+    """How many batches `EpochPlan.batches` makes of so many images."""
+    full, rest = divmod(count, batch_size)
+    return full + (rest > 1 or count == 1)
 
 
 def counter_hash(key: Key, stream: str, ids: NDArray[np.int64], occurrence: NDArray[np.int64]) -> NDArray[np.uint64]:

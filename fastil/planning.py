@@ -12,6 +12,7 @@ from fastil.experiment import device_name, pick_device
 from fastil.models import Network, build_network
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
+from fastil.trainer import mixed_precision
 
 TIMED_STEPS = 3
 
@@ -35,6 +36,7 @@ def describe(recipe: Recipe) -> str:
     steps = summary.effective_steps(recipe, protocol, counts)
     device = pick_device(recipe.train.device)
     student, teacher = (build_network(recipe.model, len(protocol.order), 0).to(device) for _ in range(2))
+    teacher.eval()
     plain, distilled = (_images_per_second(recipe, student, t, size, device) for t in (None, teacher))
     seconds = sum(plan.visits / (distilled if plan.step else plain) for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
@@ -64,10 +66,12 @@ def _images_per_second(
     took = []
     for _ in range(TIMED_STEPS + 1):  # the first one warms up
         began = time.perf_counter()
-        if teacher is not None:
-            with torch.no_grad():
-                teacher(images)
-        student(images).logits.sum().backward()
+        with mixed_precision(recipe.train, device):
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher(images)
+            loss = student(images).logits.float().sum()
+        loss.backward()
         student.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

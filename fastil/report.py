@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastil import checkpoint
 from fastil.errors import UserError
 from fastil.recipe import Recipe, read_effective
 from fastil.summary import format_table
@@ -27,6 +28,8 @@ class Run:
     recipe: Recipe
     results: dict[str, Any]
     total_steps: int
+    dataset: str
+    images: tuple[str, ...]  # hashes of what it was run on
 
     @property
     def curve(self) -> list[float]:
@@ -40,23 +43,43 @@ def read_run(path: Path) -> Run:
     recipe = read_effective(path / "recipe.yaml")
     try:
         results = json.loads((path / "results.json").read_text())
-        total = len(json.loads((path / "protocol.json").read_text())["steps"])
+        protocol = json.loads((path / "protocol.json").read_text())
+        dataset = protocol["dataset"]
+        images = tuple(dataset[split]["sha256"] for split in ("train", "val"))
+        run = Run(path, recipe, results, len(protocol["steps"]), dataset["name"], images)
+        _ = run.curve[0], results["seed"], results["loss"], results["average_incremental_accuracy"]
     except FileNotFoundError:
         raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)") from None
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, LookupError, TypeError):
         raise UserError(f"{path}: results.json or protocol.json is damaged; run again with --resume") from None
-    return Run(path, recipe, results, total)
+    return run
+
+
+def read_confusion(run: Run, step: int) -> NDArray[np.int64]:
+    """The matrix of one step of a run."""
+    path = run.path / f"confusion/step_{step}.npy"
+    try:
+        matrix: NDArray[np.int64] = np.load(path)
+    except (OSError, ValueError):
+        raise UserError(f"{path}: missing or damaged; run again in a new --out") from None
+    return matrix
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in nothing but the seed, under a label that says what sets the group apart."""
     groups: dict[str, list[Run]] = {}
-    identities = [run.recipe.identity(seed=False) for run in runs]
+    identities = [run.recipe.identity(seed=False) | {"images": f"{run.dataset} {run.images[0][:6]}"} for run in runs]
     for run, identity in zip(runs, identities, strict=True):
         same_recipe = [i for i, other in zip(identities, runs, strict=True) if other.recipe.name == run.recipe.name]
         differing = [key for key in identity if key != "loss" and any(i[key] != identity[key] for i in same_recipe)]
         label = ", ".join([run.recipe.name, run.results["loss"], *(f"{key}={identity[key]}" for key in differing)])
-        groups.setdefault(label, []).append(run)
+        group = groups.setdefault(label, [])
+        twin = next((other for other in group if other.results["seed"] == run.results["seed"]), None)
+        if twin is not None:
+            raise UserError(
+                f"{run.path}: the same run as {twin.path} (same settings, images and seed); give one of them"
+            )
+        group.append(run)
     return groups
 
 
@@ -70,7 +93,7 @@ def table(groups: dict[str, list[Run]]) -> str:
         rows.append(
             (
                 label + (f" (unfinished: {len(unfinished)})" if unfinished else ""),
-                str(len({run.results["seed"] for run in runs})),
+                str(len(runs)),
                 spread([run.results["average_incremental_accuracy"] for run in runs]),
                 "" if published is None else f"{published:.2f}",
                 spread([run.curve[0] for run in runs]),
@@ -103,7 +126,11 @@ def paired_gain(groups: dict[str, list[Run]]) -> list[str]:
 
 def _differ_in_loss_only(balanced: Run, softmax: Run) -> bool:
     a, b = balanced.recipe.identity(seed=False), softmax.recipe.identity(seed=False)
-    return a["loss"] == "balanced" and b["loss"] == "softmax" and all(a[key] == b[key] for key in a if key != "loss")
+    return (
+        balanced.images == softmax.images
+        and (a["loss"], b["loss"]) == ("balanced", "softmax")
+        and all(a[key] == b[key] for key in a if key != "loss")
+    )
 
 
 def spread(values: Sequence[float | None], sign: bool = False) -> str:
@@ -116,7 +143,9 @@ def spread(values: Sequence[float | None], sign: bool = False) -> str:
 
 
 def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
-    """The text of the report; with `out`, also report.md, the figures and, as_html, one self-contained page there."""
+    """The text of the report; with `out`, also report.md, the figures and, as_html, one self-contained page there
+    (default folder: report)."""
+    out = Path("report") if as_html and out is None else out
     groups = group_runs([read_run(path) for path in paths])
     text = "\n\n".join(
         [
@@ -125,8 +154,6 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
             *paired_gain(groups),
         ]
     )
-    if as_html and out is None:
-        raise UserError("--html needs --out DIR, the folder to write report.html into")
     if out is None:
         return text
     try:
@@ -156,7 +183,7 @@ def draw_run(path: Path) -> None:
     groups = {f"{run.recipe.name}, {run.results['loss']}": [run]}
     draw_accuracy(groups, path / "figures/accuracy.png")
     for step in run.results["steps"]:
-        matrix = np.load(path / f"confusion/step_{step['step']}.npy")
+        matrix = read_confusion(run, step["step"])
         title = f"{run.recipe.name}, {run.results['loss']}, step {step['step']}: top-1 {step['top1']:.2f} %"
         draw_confusions([(title, matrix)], path / f"figures/confusion_step_{step['step']}.png")
 
@@ -176,7 +203,7 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
     axes[0].set(xlabel="classes seen", ylabel="top-1 accuracy (%)", ylim=(0, 100))
     axes[0].grid(alpha=0.3)
     axes[0].legend(title="average incremental accuracy in brackets", fontsize="small", title_fontsize="small")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_last_confusions(groups: dict[str, list[Run]], path: Path) -> None:
@@ -184,8 +211,7 @@ def draw_last_confusions(groups: dict[str, list[Run]], path: Path) -> None:
     panels = []
     for label, runs in groups.items():
         last = min(len(run.curve) for run in runs) - 1
-        matrices = [np.load(run.path / f"confusion/step_{last}.npy") for run in runs]
-        panels.append((label, np.sum(matrices, axis=0)))
+        panels.append((label, np.sum([read_confusion(run, last) for run in runs], axis=0)))
     draw_confusions(panels, path)
 
 
@@ -197,7 +223,11 @@ def draw_confusions(panels: Sequence[tuple[str, NDArray[np.int64]]], path: Path)
         axis.set(title=title, xlabel="predicted class", ylabel="true class")
         axis.title.set_fontsize("small")
         figure.colorbar(image, ax=axis, shrink=0.8, label="log(1 + images)")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    checkpoint.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _figure(panels: int) -> tuple[Any, Any]:

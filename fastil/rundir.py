@@ -5,6 +5,7 @@ recipe.yaml, protocol.json, results.json, timings.json, metrics.jsonl, memory/, 
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,10 @@ class RunDirectory:
     def __init__(self, path: Path, resume: bool) -> None:
         if path.exists() and not resume:
             raise UserError(f"{path}: exists already; go on with --resume, or choose another --out")
+        # A run that was killed before it wrote anything has at least its lock.
+        ours = any((path / name).exists() for name in ("recipe.yaml", "lock"))
+        if path.exists() and not ours and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: not a run directory, so nothing to resume; choose another --out")
         self.path = path
         self.last = path / "checkpoints/last.pt"
         self.metrics = path / "metrics.jsonl"
@@ -66,23 +71,22 @@ class RunDirectory:
                 )
         elif self.last.exists():
             raise UserError(f"{recipe_path}: missing, so the run cannot be told; choose another --out")
-        if self.last.exists() and protocol_path.exists():
-            before = json.loads(protocol_path.read_text())
-            for key in ("dataset", "class_order"):
-                if before[key] != protocol[key]:
-                    raise UserError(f"{self.path}: its {key} is not that of --data; give the images it was run on")
+        if self.last.exists() and _images_of(protocol_path) != _images_in(protocol):
+            raise UserError(f"{self.path}: was run on other images than those of --data; give the same ones")
+        state = checkpoint.load(self.last, device) if self.last.exists() else None
+        length = 0 if state is None else state["metrics_bytes"]
+        if length and (not self.metrics.exists() or self.metrics.stat().st_size < length):
+            raise UserError(f"{self.metrics}: shorter than the checkpoint says; choose another --out")
         checkpoint.write_text(recipe_path, recipe.dump())
         checkpoint.write_json(protocol_path, protocol)
-        if self.last.exists():
-            state = checkpoint.load(self.last, device)
-            with open(self.metrics, "ab") as file:
-                file.truncate(state["metrics_bytes"])
-            return state
-        self.metrics.write_bytes(b"")
-        return None
+        with checkpoint.written(self.metrics), open(self.metrics, "ab") as file:
+            file.truncate(length)
+        return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint; it remembers how long metrics.jsonl was."""
+        """Replace the checkpoint; it remembers how long metrics.jsonl was, once that much of it is on the disk."""
+        with checkpoint.written(self.metrics), open(self.metrics, "ab") as file:
+            os.fsync(file.fileno())
         checkpoint.save(self.last, state | {"metrics_bytes": self.metrics.stat().st_size})
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -110,6 +114,18 @@ class RunDirectory:
         }
         checkpoint.write_json(self.path / "results.json", results)
         return results
+
+
+def _images_in(protocol: dict[str, Any]) -> list[Any]:
+    """What must not change between a run and its resume."""
+    return [protocol["dataset"]["train"], protocol["dataset"]["val"], protocol["class_order"], protocol["class_names"]]
+
+
+def _images_of(path: Path) -> list[Any]:
+    try:
+        return _images_in(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: missing or damaged, so the run cannot be told; choose another --out") from None
 
 
 def describe(dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastil.plan import num_batches
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe
 
@@ -41,8 +42,7 @@ def effective_steps(recipe: Recipe, protocol: Protocol, train_counts: NDArray[np
         new_images = int(train_counts[classes].sum())
         epochs = config.epochs_of(step)
         images = new_images + exemplars
-        rest = images % config.batch_size
-        batches = images // config.batch_size + (rest > 1 or images == rest)
+        batches = num_batches(images, config.batch_size)
         seen += len(classes)
         plans.append(
             StepPlan(

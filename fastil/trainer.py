@@ -75,7 +75,7 @@ class Phase:
     plan: Callable[[int], EpochPlan]  # of an epoch
     epochs: int
     schedule: Callable[[int], float]  # learning rate of an epoch
-    loss: Callable[[Tensor, Output, Output | None], Tensor]  # (positions, student, teacher) -> scalar
+    loss: Callable[[Batch, Output, Output | None], Tensor]  # (batch, student, teacher) -> scalar
     bn_mode: Literal["train", "frozen"] = "train"
     teacher: bool = True  # whether the loss needs the previous step's network
 
@@ -94,6 +94,13 @@ class EpochRecord:
     images: int
     seconds: float
     data_seconds: float
+
+
+def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The autocast context of a run: bf16 if asked for, or by default where the GPU computes in it natively."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = config.precision == "bf16" or (config.precision == "auto" and native)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 class Stopped(Exception):
@@ -132,10 +139,7 @@ class Trainer:
         self.num_seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self.columns = torch.arange(student.width, device=self.device)
         self.optimizers: dict[str, torch.optim.SGD] = {}
-        bf16 = config.precision == "bf16" or (
-            config.precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        self.autocast_dtype = torch.bfloat16 if bf16 else None
+        self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
 
     def compile(self) -> str | None:
         """Compile both networks for the full batch. Returns why not, in one line, if that failed."""
@@ -151,7 +155,7 @@ class Trainer:
         return why_not
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+        return mixed_precision(self.config, self.device)
 
     def fit(self, phase: Phase, first_epoch: int = 0, first_batch: int = 0) -> None:
         """Run a phase, from its beginning or from where a checkpoint stopped."""
@@ -162,13 +166,14 @@ class Trainer:
         for epoch in range(first_epoch, phase.epochs):
             self.lr.fill_(phase.schedule(epoch))
             plan = phase.plan(epoch)
-            started, waited = time.perf_counter(), 0.0
+            started, before = time.perf_counter(), self.seconds
             batches = self.loader.batches(plan, first_batch)
-            for number, (batch, seconds) in enumerate(timed(batches), first_batch):
+            for number, (batch, waited) in enumerate(timed(batches), first_batch):
                 if self.stop():
+                    self.seconds = before + time.perf_counter() - started
                     self.save(epoch, number)
                     raise Stopped
-                waited += seconds
+                self.waited += waited
                 self.train_step(phase, optimizer, batch)
                 self.tick(len(batch.ids))
             first_batch = 0
@@ -188,16 +193,17 @@ class Trainer:
                     loss=loss / images,
                     train_top1=100 * hits / images,
                     images=int(images),
-                    seconds=time.perf_counter() - started,
-                    data_seconds=waited,
+                    seconds=before + time.perf_counter() - started,
+                    data_seconds=self.waited,
                 )
             )
+            self.seconds = self.waited = 0.0
             if (epoch + 1) % self.config.checkpoint_every == 0 and epoch + 1 < phase.epochs:
                 self.save(epoch + 1, 0)
 
     def train_step(self, phase: Phase, optimizer: torch.optim.SGD, batch: Batch) -> None:
         """One update. Nothing here reads a value back from the device."""
-        positions = self.table[batch.labels]
+        batch = batch._replace(labels=self.table[batch.labels])  # from here on incremental positions
         full = len(batch.images) == self.config.batch_size  # a ragged batch would recompile everything
         with self.autocast():
             teacher_out = None
@@ -205,12 +211,12 @@ class Trainer:
                 with torch.no_grad():
                     teacher_out = (self.fast_teacher if full else self.teacher)(batch.images)
             out = (self.fast_student if full else self.student)(batch.images)
-            loss = phase.loss(positions, out, teacher_out)
+            loss = phase.loss(batch, out, teacher_out)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            hits = (torch.where(self.columns < self.num_seen, out.logits, -torch.inf).argmax(1) == positions).sum()
+            hits = (torch.where(self.columns < self.num_seen, out.logits, -torch.inf).argmax(1) == batch.labels).sum()
             count = torch.full_like(loss, len(batch.images))
             self.meter += torch.stack((loss.detach() * count, hits.to(loss.dtype), count))
 
@@ -249,6 +255,7 @@ class Trainer:
             "teacher": self.teacher.state_dict(),
             "meter": self.meter,
             "num_seen": self.num_seen,
+            "clock": [self.seconds, self.waited],
             "momentum": {
                 name: [state["momentum_buffer"] for state in optimizer.state.values()]
                 for name, optimizer in self.optimizers.items()
@@ -261,6 +268,7 @@ class Trainer:
         self.teacher.load_state_dict(state["teacher"])
         self.meter.copy_(state["meter"])
         self.num_seen.copy_(state["num_seen"])
+        self.seconds, self.waited = state["clock"]
         for phase in phases:
             buffers = state["momentum"].get(phase.name, [])
             if buffers:

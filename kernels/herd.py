@@ -22,7 +22,8 @@ def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
     device = gram.device
     counts = counts.to(device)
     valid = torch.arange(n, device=device) < counts[:, None]
-    gram = gram * (valid[:, :, None] & valid[:, None, :])
+    if not bool(valid.all()):
+        gram = gram.masked_fill(~(valid[:, :, None] & valid[:, None, :]), 0)
     mean = gram.sum(dim=1) / counts.clamp(min=1)[:, None]  # mu.D_j
     wanted = counts.clamp(max=m)
     group = torch.arange(groups, device=device)

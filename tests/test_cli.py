@@ -114,7 +114,7 @@ def test_report_groups_seeds_and_pairs_losses(fastil, tmp_path):
     page = (tmp_path / "report/report.html").read_text()
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page
-    assert_user_error(fastil("report", "softmax0", "--html"), "--out")
+    assert_user_error(fastil("report", "softmax0", "softmax0"), "the same run")
 
 
 def test_a_published_number_stands_only_beside_the_recipe_it_belongs_to(tmp_path):
@@ -151,6 +151,9 @@ def test_a_published_number_stands_only_beside_the_recipe_it_belongs_to(tmp_path
         (["plan", "digits", "increment=3"], ["increment=3"]),
         (["report", "nowhere"], ["nowhere"]),
         (["download", "cifar1000", "x"], ["cifar1000", "cifar100"]),
+        (["run"], ["RECIPE"]),
+        (["run", "digits", "--bogus"], ["--bogus"]),
+        (["run", "digits", "device=meta"], ["device=meta", "cpu"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_2(fastil, tmp_path, arguments, words):

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, assert_user_error
+from conftest import TINY, assert_user_error, make_folder
 
 from fastil import checkpoint
 from fastil.errors import UserError
@@ -112,7 +112,7 @@ def test_an_existing_directory_another_recipe_and_other_images_are_refused(fasti
     protocol = json.loads((run / "protocol.json").read_text())
     protocol["dataset"]["train"]["sha256"] = "0" * 64
     (run / "protocol.json").write_text(json.dumps(protocol))
-    assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "dataset", "--data")
+    assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "other images", "--data")
     assert (run / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
     (run / "recipe.yaml").unlink()
     assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "recipe.yaml", "missing")
@@ -132,8 +132,27 @@ def test_a_damaged_checkpoint_is_named(fastil, tmp_path, undisturbed):
     assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "last.pt", "remove it")
 
 
+def test_resume_never_takes_over_a_folder_that_is_no_run(fastil, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/metrics.jsonl").write_text("precious")
+    assert_user_error(fastil("run", *SETTINGS, "--out", "mine", "--resume"), "not a run directory")
+    assert (tmp_path / "mine/metrics.jsonl").read_text() == "precious"
+    assert len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_a_folder_that_was_moved_resumes_and_other_images_do_not(fastil, tmp_path):
+    data = make_folder(tmp_path / "here")
+    settings = ["folder", "epochs=1", "base_epochs=1", "batch_size=8", "size=12", "model=resnet8", "base_classes=2"]
+    settings += ["increment=1", "exemplars_per_class=2", "--out", "run"]
+    assert fastil("run", *settings, "--data", data).returncode == 0
+    data.rename(tmp_path / "there")
+    assert fastil("run", *settings, "--data", tmp_path / "there", "--resume").returncode == 0
+    other = make_folder(tmp_path / "other", train=7)
+    assert_user_error(fastil("run", *settings, "--data", other, "--resume"), "other images")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch, number, undisturbed):
+def test_a_full_disk_leaves_the_last_checkpoint_and_resume_goes_on(fastil, tmp_path, monkeypatch, number, undisturbed):
     """The third checkpoint meets a full disk in the middle of its file."""
     calls, real = [0], os.fsync
 
@@ -145,15 +164,19 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(tmp_path, 
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes it is compared with
     recipe = load(SETTINGS[0], SETTINGS[1:])
     with pytest.raises(UserError, match=r"disk full.*--resume"):
         Experiment(recipe, tmp_path / "run", resume=False).run()
+    torch.set_num_threads(threads)
     assert not list((tmp_path / "run").rglob("*.partial"))
     state = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)
     assert state["position"] == [0, "train", 2, 0]
     monkeypatch.undo()
-    results = Experiment(recipe, tmp_path / "run", resume=True).run()
-    assert results["average_incremental_accuracy"] > 0
+    finished = fastil("run", *SETTINGS, "--out", "run", "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert_same(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

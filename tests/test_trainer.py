@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import (
 from fastil.compiling import decide, has_cxx_compiler
 from fastil.data import Split, make_loader
 from fastil.errors import UserError
+from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
 from fastil.methods import ILBaseline, ILBaselineConfig, StepContext
 from fastil.models import ModelConfig, build_network
-from fastil.plan import Key, Transform, sequential_plan, training_plan
+from fastil.plan import Key, Transform, training_plan
 from fastil.trainer import Phase, Stopped, TrainConfig, Trainer
 
 CLASSES, SIZE = 6, 8
@@ -40,7 +41,7 @@ def images_of(classes=CLASSES, each=12):
     return Split(images.astype(np.uint8), labels.astype(np.int64))
 
 
-def make_trainer(split, config=None, device="cpu", **hooks):
+def make_trainer(split, config=None, device="cpu", table=None, **hooks):
     config = config or TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu")
     with unset_fake_temporarily():
         student, teacher = (build_network(ModelConfig("resnet8"), CLASSES, 0) for _ in range(2))
@@ -48,7 +49,8 @@ def make_trainer(split, config=None, device="cpu", **hooks):
         student, teacher = on_fake(student, device), on_fake(teacher, device)
     calls = {"save": lambda *a: None, "report": lambda r: None, "tick": lambda n: None, "stop": lambda: False} | hooks
     loader = make_loader(split, "auto", TRANSFORM, device)
-    return Trainer(config, student, teacher, loader, torch.arange(CLASSES, device=device), **calls)
+    table = torch.arange(CLASSES, device=device) if table is None else table
+    return Trainer(config, student, teacher, loader, table, **calls)
 
 
 def on_fake(network, device):
@@ -119,17 +121,17 @@ def test_training_never_waits_for_the_device(device, cuda_guard, monkeypatch):
         assert trainer.loader.images.device.type == device
         method = ILBaseline(ILBaselineConfig(loss="balanced"), trainer.student.width, trainer.device)
         phase = make_phase(trainer, method, np.arange(72), step=1)
-        optimizer = trainer.optimizer(phase)
-        trainer.student.train()
         batches = list(trainer.loader.batches(phase.plan(0)))
         assert [len(b.images) for b in batches] == [16, 16, 16, 16, 8]
         for batch in batches:
             assert isinstance(batch.images, FakeTensor)
             assert batch.images.device.type == device
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
-            trainer.train_step(phase, optimizer, batch)
-        with pytest.raises(DataDependentOutputException):  # the instrument works: the epoch's one read raises
-            trainer.meter.tolist()
+        trained = []
+        trainer.tick = trained.append
+        with pytest.raises(DataDependentOutputException):  # nothing before the epoch's one read, which must raise
+            trainer.fit(phase)
+        assert trained == [16, 16, 16, 16, 8]
 
 
 @pytest.mark.skipif(not has_cxx_compiler(), reason="needs a C++ compiler: apt-get install g++")
@@ -146,8 +148,7 @@ def test_nothing_is_recompiled_after_the_second_incremental_step():
         begin(trainer, method, step, old, seen, counts)
         ids = np.arange(seen * 12 - step)  # ragged last batches of several sizes
         trainer.fit(make_phase(trainer, method, ids, step=step, epochs=1))
-        trainer.student.eval()
-        next(trainer.loader.batches(sequential_plan(ids, TRANSFORM, 16)))
+        forward(trainer.student, trainer.loader, ids, trainer.autocast())  # as herding and evaluation do
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[2] == graphs[3] == graphs[4]
@@ -216,7 +217,8 @@ def reference_step(network, teacher, images, positions, counts, num_old, num_see
 
 
 def test_one_update_is_equation_1_with_plain_sgd():
-    trainer = make_trainer(images_of())
+    table = torch.tensor([2, 0, 3, 1, 5, 4])  # label to incremental position
+    trainer = make_trainer(images_of(), table=table)
     method = ILBaseline(ILBaselineConfig(), trainer.student.width, trainer.device)
     begin(trainer, method, 0, 0, 4, [12] * 4 + [0] * 4)
     trainer.fit(make_phase(trainer, method, np.arange(48), epochs=1))
@@ -226,7 +228,7 @@ def test_one_update_is_equation_1_with_plain_sgd():
     (batch,) = trainer.loader.batches(phase.plan(0))
     config = trainer.config
     rates = (0.05, config.weight_decay, config.momentum)
-    wanted = reference_step(trainer.student, trainer.teacher, batch.images, batch.labels, counts, 4, 6, *rates)
+    wanted = reference_step(trainer.student, trainer.teacher, batch.images, table[batch.labels], counts, 4, 6, *rates)
     teacher_before = copy.deepcopy(trainer.teacher.state_dict())
     trainer.fit(phase)
     for name, value in wanted.state_dict().items():

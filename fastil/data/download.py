@@ -3,6 +3,7 @@
 import hashlib
 import http.client
 import shutil
+import ssl
 import tarfile
 import urllib.error
 import urllib.request
@@ -77,7 +78,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
             raise UserError(f"{url}: {error.code} {error.reason}; try --url with a mirror") from None
     except (http.client.InvalidURL, ValueError) as error:
         raise UserError(f"{url}: not an address ({error}); --url needs one with http:// or https://") from None
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
             f"{url}: {reason}; run the command again, it goes on from there, or try --url with a mirror"

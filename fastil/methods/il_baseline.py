@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.kernels import incremental_loss
 from fastil.losses import log_prior
@@ -24,8 +25,8 @@ class ILBaselineConfig:
 
     method: Literal["il_baseline"] = "il_baseline"
     loss: Literal["softmax", "balanced"] = "balanced"  # classification loss: plain or Balanced Softmax cross-entropy
-    alpha: float = 1.0  # balanced: weight of the old classes (eq. 5); 1 is eq. 3
-    temperature: float = 2.0  # of the distillation; section 3.1 leaves it open, BiC's 2
+    alpha: float = 1.0  # balanced: weight of the old classes (eq. 5); section 4.1.3: 1, which is eq. 3
+    temperature: float = 2.0  # of the distillation; section 4.1.3: "equal to 2"
 
     def __post_init__(self) -> None:
         for key in ("alpha", "temperature"):
@@ -66,11 +67,11 @@ class ILBaseline:
         self.kd_weight.fill_(rho)
         self.ce_weight.fill_(1 - rho)
 
-    def loss(self, positions: Tensor, out: Output, teacher_out: Output | None) -> Tensor:
-        """Eq. 1 on a batch. positions: int64 [B], incremental positions of the labels. Returns a scalar."""
+    def loss(self, batch: Batch, out: Output, teacher_out: Output | None) -> Tensor:
+        """Eq. 1 on a batch whose labels are incremental positions. Returns a scalar."""
         return incremental_loss(
             out.logits,
-            positions,
+            batch.labels,
             self.log_prior,
             None if teacher_out is None else teacher_out.logits,
             num_old=self.num_old,

@@ -84,7 +84,7 @@ def test_test_time_batches_are_the_whole_images_in_the_order_given(split, device
 )
 def test_outside_the_image_is_black_before_normalisation(split, corner, flip):
     box = np.array([[*corner, HEIGHT, WIDTH]], dtype=np.int32)
-    plan = EpochPlan(np.array([4]), box, np.array([flip]), 1)
+    plan = EpochPlan(np.array([4]), box, np.array([flip]), batch_size=2)
     (batch,) = make_loader(split, "auto", TRANSFORM, "cpu").batches(plan)
     check(batch, [4], box, [flip], split, TRANSFORM)
 
