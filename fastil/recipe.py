@@ -151,7 +151,7 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
 def _known(key: str) -> str:
     if key in KEYS:
         return key
-    near = [k for k in KEYS if k.startswith(key)] or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)
+    near = [k for k in KEYS if k.startswith(key)] or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(sorted(KEYS))}"
     raise UserError(f"unknown key {key}: {hint}")
 
@@ -159,8 +159,8 @@ def _known(key: str) -> str:
 def _build(name: str, values: dict[str, Any]) -> Recipe:
     description = str(values.pop("description", ""))
     published = values.pop("published", None)
-    if published is not None and type(published) not in (int, float):
-        raise UserError(f"published={published}: must be a number")
+    if published is not None and (type(published) not in (int, float) or not 0 <= published <= 100):
+        raise UserError(f"published={published}: must be a percentage")
     fidelity = str(values.pop("fidelity", ""))
     parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for key, value in values.items():

@@ -40,7 +40,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "lr", "checkpoint_every"):
             if not 0 < getattr(self, key) < float("inf"):
-                raise UserError(f"{key}={getattr(self, key)}: must be above 0")
+                raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
         if self.base_epochs is not None and self.base_epochs < 1:
             raise UserError(f"base_epochs={self.base_epochs}: must be above 0")
         if self.batch_size < 2:

@@ -91,11 +91,11 @@ def fetch(url: str, path: Path, md5: str) -> None:
 
 
 def md5_of(path: Path) -> str | None:
-    """None: no such file."""
+    """None: no file there that can be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None
 
 
@@ -106,8 +106,9 @@ def unpack(archive: Path, target: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(staging, filter="data")  # refuses paths and links that lead outside
+        shutil.rmtree(target, ignore_errors=True)  # is damaged, or nothing would have been fetched
+        (staging / target.name).rename(target)
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"{archive}: not a whole archive ({error}); remove it and run the command again") from None
-    shutil.rmtree(target, ignore_errors=True)
-    (staging / target.name).rename(target)
-    shutil.rmtree(staging)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -72,6 +72,10 @@ def decode(path: Path, size: int) -> NDArray[np.uint8]:
         image: Image.Image = opened
         if image.mode.startswith("I"):  # 16-bit grayscale opens as I or I;16, which convert("RGB") would clip
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point samples have no agreed range; convert it to 8 bits")
+        if "transparency" in image.info:  # a palette with transparent entries, which Pillow wants spelled out
+            image = image.convert("RGBA")
         image = image.convert("RGB")
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

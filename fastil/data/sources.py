@@ -49,7 +49,7 @@ class DataConfig:
             raise UserError(f"dataset={self.dataset}: unknown; {hint}")
         numbers = self.mean + self.std
         if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, numbers)) or min(self.std) <= 0:
-            raise UserError("mean and std: give three numbers each, std above 0")
+            raise UserError("mean and std: give three finite numbers each, std above 0")
         if self.size < 8:
             raise UserError(f"size={self.size}: must be at least 8 pixels")
         if not 0 <= self.pad <= self.size:
@@ -198,6 +198,8 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         raise UserError(f"{path}: not an idx file of {dimensions}-dimensional bytes; fetch it again")
     shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4))
     expected = math.prod(shape)
+    if expected == 0:
+        raise UserError(f"{path}: an idx file of nothing (its sizes are {shape}); fetch it again")
     if len(raw) - header != expected:
         raise UserError(
             f"{path}: holds {len(raw) - header} bytes of data, its header promises {expected}; fetch it again"

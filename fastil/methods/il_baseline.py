@@ -31,7 +31,7 @@ class ILBaselineConfig:
     def __post_init__(self) -> None:
         for key in ("alpha", "temperature"):
             if not 0 < getattr(self, key) < float("inf"):
-                raise UserError(f"{key}={getattr(self, key)}: must be above 0")
+                raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
 
 
 @dataclass(frozen=True)
