@@ -200,6 +200,9 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
         if len(runs) > 1:
             deviation = curves.std(axis=0, ddof=1)
             axes[0].fill_between(classes, mean - deviation, mean + deviation, alpha=0.2, color=line.get_color())
+    axes[0].set_xticks(
+        sorted({step["classes_seen"] for group in groups.values() for step in group[0].results["steps"]})
+    )
     axes[0].set(xlabel="classes seen", ylabel="top-1 accuracy (%)", ylim=(0, 100))
     axes[0].grid(alpha=0.3)
     axes[0].legend(title="average incremental accuracy in brackets", fontsize="small", title_fontsize="small")
