@@ -183,7 +183,7 @@ def test_a_cifar_file_cut_short_or_malicious_is_refused_and_runs_nothing(fastil,
             return (open, (str(tmp_path / "canary"), "w"))
 
     for name in ("meta", "test"):
-        (data / name).write_bytes(pickle.dumps({}))
+        (data / name).write_bytes(pickle.dumps({b"fine_label_names": [b"a", b"b", b"c", b"d"]}))
     (data / "train").write_bytes(pickle.dumps({b"data": Evil()}))
     run = ["run", "cifar100_balanced_5", "--data", tmp_path]
     assert_user_error(fastil(*run), "md5", "verify=false")
