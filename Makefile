@@ -9,12 +9,12 @@ BIN := .venv/bin
 
 demo: .venv/run
 	@rm -rf runs/demo
-	@mkdir -p runs/demo
-	@echo "Training 3 seeds with each loss on scikit-learn's digits, two runs at a time; logs in runs/demo/*.log"
+	@mkdir -p runs/demo/logs
+	@echo "Training 3 seeds with each loss on scikit-learn's digits, two runs at a time; logs in runs/demo/logs"
 	@for seed in 0 1 2; do for loss in softmax balanced; do echo $$loss $$seed; done; done \
 	| OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c \
-	'$(BIN)/fastil run digits loss=$$0 seed=$$1 --out runs/demo/$$0-s$$1 > runs/demo/$$0-s$$1.log 2>&1 \
-	&& tail -n 2 runs/demo/$$0-s$$1.log | head -n 1 | sed "s/^/$$0 seed $$1: /" || { cat runs/demo/$$0-s$$1.log; exit 255; }'
+	'$(BIN)/fastil run digits loss=$$0 seed=$$1 --out runs/demo/$$0-s$$1 > runs/demo/logs/$$0-s$$1 2>&1 \
+	&& tail -n 2 runs/demo/logs/$$0-s$$1 | head -n 1 | sed "s/^/$$0 seed $$1: /" || { cat runs/demo/logs/$$0-s$$1; exit 255; }'
 	@$(BIN)/fastil report runs/demo/softmax-s* runs/demo/balanced-s* --out runs/demo/report
 
 test: .venv/dev
