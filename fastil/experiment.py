@@ -31,7 +31,7 @@ class Experiment:
     """The state of a run. Its directory is made only when everything that can be wrong has been checked."""
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool) -> None:
-        self.recipe = recipe
+        self.recipe, self.resume = recipe, resume
         self.directory = RunDirectory(out, resume)
         self.interrupt = Interrupt()
         self.progress = Progress()
@@ -74,7 +74,7 @@ class Experiment:
         """
         self.directory.create()
         with checkpoint.locked(self.directory.path), self.interrupt:
-            position = self.restore()
+            position = self.restore(self.resume)
             if position.step < len(self.class_steps):
                 self.announce()
                 self.compile()
@@ -169,11 +169,13 @@ class Experiment:
         self.directory.write_confusion(step, confusion)
         return result
 
-    def restore(self) -> Position:
+    def restore(self, resuming: bool) -> Position:
         """Claim the directory and take up its last checkpoint, if there is one."""
         protocol = rundir.describe(self.dataset, self.protocol, self.steps)
         state = self.directory.claim(self.recipe, protocol, self.device)
         if state is None:
+            if resuming:
+                self.progress.say(f"{self.directory.path}: no checkpoint to resume from, starting anew")
             return Position()
         position = Position(*state["position"])
         empty = np.empty(0, dtype=np.int64)
@@ -182,6 +184,9 @@ class Experiment:
         self.results = [StepResult(**result) for result in state["results"]]
         for step, clock in state["seconds"].items():
             self.seconds[step].update(clock)
+        if position.step == len(self.class_steps):
+            self.progress.say(f"{self.directory.path}: finished already")
+            return position
         self.progress.say(
             f"{self.directory.path}: going on at step {position.step}, phase {position.phase}, "
             f"epoch {position.epoch + 1}, batch {position.batch + 1}"

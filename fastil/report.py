@@ -146,12 +146,15 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
     """The text of the report; with `out`, also report.md, the figures and, as_html, one self-contained page there
     (default folder: report)."""
     out = Path("report") if as_html and out is None else out
-    groups = group_runs([read_run(path) for path in paths])
+    started = [path for path in paths if not (path / "recipe.yaml").exists() or (path / "results.json").exists()]
+    skipped = [f"{path}: no results yet, left out" for path in paths if path not in started] if started else []
+    groups = group_runs([read_run(path) for path in started or paths])
     text = "\n\n".join(
         [
             "Top-1 in percent over all classes seen; mean ± standard deviation over seeds.",
             table(groups),
             *paired_gain(groups),
+            *skipped,
         ]
     )
     if out is None:

@@ -69,7 +69,7 @@ def test_plan_without_the_files_uses_the_published_shape(fastil, tmp_path):
     visits = 250 * (25_000 + sum(5_000 + 20 * old for old in range(50, 100, 10)))
     assert f"{visits:,}" in process.stdout
     assert re.search(r"\| 0 +\| \+50 = 50 +\| 25,000 +\| 0 +\| 250 +\| 0.1 to 0.0001 +\| 49,000 ", process.stdout)
-    assert re.search(r"\| 5 +\| \+10 = 100 +\| 5,000 +\| 1,800 \(20/class\) ", process.stdout)
+    assert re.search(r"\| 5 +\| \+10 = 100 +\| 5,000 +\| 1,800 \(up to 20/class\) ", process.stdout)
     assert not list(tmp_path.iterdir())
 
 

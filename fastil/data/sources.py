@@ -112,6 +112,8 @@ PUBLISHED = {
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Read the data set of a recipe. A UserError names what is missing or damaged, and the fix."""
+    if config.dataset == "digits" and (config.data or config.val):
+        raise UserError("digits come with scikit-learn and take no --data; for your own images use the recipe folder")
     dataset = SOURCES[config.dataset](config)
     for name, split in (("train", dataset.train), ("val", dataset.val)):
         if len(split.labels) == 0:
