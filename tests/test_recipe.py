@@ -394,7 +394,7 @@ def test_a_damaged_effective_recipe_is_named(tmp_path, raw):
 
 def test_a_wrong_value_in_an_effective_recipe_is_refused(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(load("digits").dump().replace("epochs: 40", "epochs: forty"))
+    path.write_text(re.sub(r"^epochs: .*", "epochs: forty", load("digits").dump(), flags=re.MULTILINE))
     with pytest.raises(UserError, match="epochs=forty"):
         read_effective(path)
 

@@ -154,7 +154,7 @@ def test_the_table_shows_every_step_and_lines_up():
         assert cells[0] == str(plan.step)
         assert cells[1] == f"+{plan.new_classes} = {plan.classes_seen}"
         assert cells[2] == f"{plan.new_images:,}"
-        assert cells[3] == ("0" if plan.step == 0 else f"{plan.exemplars} (2/class)")
+        assert cells[3] == ("0" if plan.step == 0 else f"{plan.exemplars} (up to 2/class)")
         assert cells[6:] == [f"{plan.iterations:,}", f"{plan.visits:,}"]
 
 
