@@ -52,3 +52,44 @@ def distillation(logits: Tensor, teacher_logits: Tensor, num_old: int | Tensor, 
     teacher = torch.softmax(torch.where(old, teacher_logits.detach().float() / temperature, MASKED), dim=1)
     terms = torch.where(old, teacher * student, 0.0)
     return -(temperature**2) * terms.sum() / logits.shape[0]
+
+
+def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tensor, num_seen: int | Tensor) -> Tensor:
+    """Cross-entropy with one softmax over the old and one over the new classes (SS-IL, arXiv 2003.13947): a row
+    competes with the classes of its target's block only. The mean over the batch.
+
+    logits [B, W], target int64 [B] (-1: the row contributes nothing). Returns a scalar.
+    """
+    column = torch.arange(logits.shape[1], device=logits.device)
+    own_block = (column < num_old) == (target < num_old)[:, None]
+    separated = torch.where(own_block & (column < num_seen), logits.float(), MASKED)
+    return F.cross_entropy(separated, target, ignore_index=-1, reduction="sum") / logits.shape[0]
+
+
+def hardest_new(
+    cosines: Tensor, target: Tensor, num_old: int | Tensor, num_seen: int | Tensor, k: int, margin: float
+) -> tuple[Tensor, Tensor]:
+    """Of the k new classes with the highest cosine: how far each comes within the margin of the target's, at least 0,
+    and 0 where the target is not old or there is no such class; and its column. Both [B, k]."""
+    column = torch.arange(cosines.shape[1], device=cosines.device)
+    new = (column >= num_old) & (column < num_seen)
+    highest, rival = torch.where(new, cosines.float(), -torch.inf).topk(min(k, cosines.shape[1]), dim=1)
+    own = cosines.float().gather(1, target.clamp(min=0).long()[:, None])
+    counts = ((target >= 0) & (target < num_old))[:, None] & (highest > -torch.inf)
+    return torch.where(counts, margin - own + highest, 0.0).clamp(min=0), rival
+
+
+def margin_ranking(
+    cosines: Tensor,
+    target: Tensor,
+    num_old: int | Tensor,
+    num_seen: int | Tensor,
+    k: int = 2,
+    margin: float = 0.5,
+) -> Tensor:
+    """LUCIR's margin ranking (eq. 8): rows of old classes keep their target's cosine a margin above the k highest of
+    the new classes; the mean over k and over the batch (the released code divides by the rows of old classes instead).
+
+    cosines [B, W], not scaled; target int64 [B]. Returns a scalar.
+    """
+    return hardest_new(cosines, target, num_old, num_seen, k, margin)[0].sum() / (k * cosines.shape[0])

@@ -1,7 +1,8 @@
-"""The hot paths of fastil, one file each, with the plain form that gives it its meaning and runs on the CPU."""
+"""The hot paths of fastil, one file each: the plain form that gives it its meaning and runs on the CPU, and its
+registration with torch. The Triton forms stand in `jit/` and load on first use on a GPU."""
 
 from fastil.kernels.augment import augment
 from fastil.kernels.herd import herd
-from fastil.kernels.incremental_loss import incremental_loss
+from fastil.kernels.incremental_loss import incremental_loss, incremental_loss_grad
 
-__all__ = ["augment", "herd", "incremental_loss"]
+__all__ = ["augment", "herd", "incremental_loss", "incremental_loss_grad"]

@@ -1,0 +1,62 @@
+"""How every kernel is launched, and the pieces that more than one kernel uses."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: object, num_warps: int, **constants: object) -> None:
+    """Run a kernel. The ahead-of-time check replaces this function by one that only compiles."""
+    if grid[0]:
+        # Fusing a product into a sum is asked for by name, since the default differs between versions of Triton.
+        kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
+
+
+def scalar(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A kernel argument: a 0-d tensor beside `like` is read on the device, one on the CPU becomes a number."""
+    if isinstance(value, Tensor) and value.device != like.device:
+        return value.item()
+    return value
+
+
+def power_of_two(number: int) -> int:
+    return max(1, 1 << (number - 1).bit_length())
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def rows_like(tensor: Tensor, *shape: int) -> Tensor:
+    """Room for float32 values per row."""
+    return torch.empty(*shape, dtype=torch.float32, device=tensor.device)
+
+
+@triton.jit
+def value_of(argument, dtype: tl.constexpr):
+    """A scalar that is given as a number or as a pointer to one."""
+    if hasattr(argument, "dtype"):  # the interpreter passes floats as they are
+        if argument.dtype.is_ptr():
+            return tl.load(argument).to(dtype)
+        return argument.to(dtype)
+    return tl.cast(argument, dtype)
+
+
+@triton.jit
+def join4(a, b, c, d):
+    """[..., 2, 2]: four tensors that one reduction then takes in one round over the lanes instead of four."""
+    return tl.join(tl.join(a, b), tl.join(c, d))
+
+
+@triton.jit
+def split4(x):
+    first, second = tl.split(x)
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a, b, c, d

@@ -1,0 +1,55 @@
+"""How the kernels become torch operators `torch.ops.fastil.*`.
+
+Each operator has a plain form (CPU), a Triton form (CUDA) and a shape-only form, which torch.compile, fake tensors and
+CUDA graphs need. `Library.define` and `impl` cost a third of what `custom_op` costs per call, and, unlike it, the
+autograd functions on top of them raise under forward-mode differentiation instead of returning a zero tangent.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fastil", "DEF")
+
+
+def register(schema: str, *, plain: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define `torch.ops.fastil.NAME` from its schema and its three forms, which take the same arguments."""
+    LIBRARY.define(schema)
+    name = schema.split("(")[0]
+    LIBRARY.impl(name, plain, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"fastil::{name}", fake, lib=LIBRARY)
+
+
+def jitted(module: str, function: str) -> Callable[..., Any]:
+    """`function` of fastil.kernels.jit.`module`, imported at its first call and run on the device of its arguments."""
+
+    def run(*args: Any) -> Any:
+        try:
+            launcher = getattr(importlib.import_module(f"fastil.kernels.jit.{module}"), function)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise ImportError("fastil's CUDA kernels need Triton: pip install triton") from None
+        with torch.cuda.device(args[0].device):
+            return launcher(*args)
+
+    return run
+
+
+def scalar_tensor(value: float | Tensor) -> Tensor:
+    """A 0-d tensor; a number stays on the CPU and reaches the kernel as an argument, without a copy or a launch."""
+    return value if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def refuse_second_order(name: str) -> None:
+    """For backward functions: they compute a gradient that autograd cannot differentiate again, so being asked to must
+    not give a wrong answer in silence."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} is differentiable once only (create_graph=True asked for more); "
+            "use the formulas of fastil.losses for second derivatives"
+        )
