@@ -1,9 +1,15 @@
-"""Gather, crop, flip, normalise and lay out channels-last, straight from a resident uint8 data set."""
+"""Gather, crop, flip, normalise and lay out channels-last, straight from a resident uint8 data set.
+
+On CUDA one launch, which reads each wanted byte once and writes the batch in the precision it is trained in.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastil.kernels.registration import jitted, register
 
 
 def augment(
@@ -23,10 +29,27 @@ def augment(
     right after the crop. mean, std: per channel, in units of the full range (tensors on the device save a copy per
     call). Outside the image is black *before* normalisation, (0 - mean) / std, as PIL pads.
 
-    Returns [B, 3, H, W] in channels-last layout; in float32 bit for bit (pixel / 255 - mean) / std.
+    Returns [B, 3, H, W] in channels-last layout; in float32 bit for bit (pixel / 255 - mean) / std. An id that the data
+    set lacks raises IndexError on the CPU and gives NaN on CUDA, where raising would mean waiting for the device.
     """
+    height, width = size or (images.shape[1], images.shape[2])
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device) for v in (mean, std))
+    batch: Tensor = torch.ops.fastil.augment(images, ids, boxes, flips, mean, std, dtype, height, width)
+    return batch
+
+
+def plain(
+    images: Tensor,
+    ids: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+    out_height: int,
+    out_width: int,
+) -> Tensor:
     count, height, width, channels = images.shape
-    out_height, out_width = size or (height, width)
     device = images.device
     rows = boxes[:, 0, None].long() + torch.arange(out_height, device=device)  # [B, H]
     across = torch.arange(out_width, device=device)
@@ -38,8 +61,20 @@ def augment(
     flat = line[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
     pixels = images.view(count * height * width, channels)[flat.reshape(-1)].view(-1, out_height, out_width, channels)
     pixels *= (row_inside[:, :, None] & column_inside[:, None, :])[..., None]
-    mean = torch.as_tensor(mean, dtype=torch.float32, device=device)
-    std = torch.as_tensor(std, dtype=torch.float32, device=device)
     full = torch.full((), 255.0, device=device)  # by a tensor: CUDA turns division by a number into a multiplication
     normal = pixels.to(torch.float32).div_(full).sub_(mean).div_(std)
     return normal.to(dtype).permute(0, 3, 1, 2)
+
+
+def _fake(images: Tensor, ids: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor, *shape: Any) -> Tensor:
+    dtype, height, width = shape
+    return images.new_empty(len(ids), height, width, images.shape[3], dtype=dtype).permute(0, 3, 1, 2)
+
+
+register(
+    "augment(Tensor images, Tensor ids, Tensor boxes, Tensor flips, Tensor mean, Tensor std, ScalarType dtype,"
+    " int height, int width) -> Tensor",
+    plain=plain,
+    cuda=jitted("augment", "augment"),
+    fake=_fake,
+)

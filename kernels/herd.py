@@ -1,10 +1,15 @@
-"""Herding from Gram matrices: all picks of many classes at once."""
+"""Herding from Gram matrices: all picks of many classes at once, on CUDA in one launch."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastil.kernels.registration import jitted, register
+
 TIE = 1e-9  # scores this close are equal: far above float64's rounding, far below what tells two images apart
 MAX_TURNS = 1000  # where iCaRL's released loop gives up on repeats
+LARGEST = 8_192  # images of a class that a Triton program holds in registers; above, the plain form runs on CUDA too
 
 
 def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
@@ -18,9 +23,15 @@ def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
     far, so a turn costs one row of the matrix. After 1000 turns the rest follow greedily among the images not yet
     picked. Ties go to the lowest position, and a smaller m is a prefix.
     """
+    if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or counts.shape != gram.shape[:1]:
+        raise ValueError(f"gram must be [G, n, n] and counts [G], not {[*gram.shape]} and {[*counts.shape]}")
+    picks: Tensor = torch.ops.fastil.herd(gram.detach(), counts.to(gram.device), m, MAX_TURNS, TIE)
+    return picks
+
+
+def plain(gram: Tensor, counts: Tensor, m: int, max_turns: int, tie: float) -> Tensor:
     groups, n, _ = gram.shape
     device = gram.device
-    counts = counts.to(device)
     valid = torch.arange(n, device=device) < counts[:, None]
     if not bool(valid.all()):
         gram = gram.masked_fill(~(valid[:, :, None] & valid[:, None, :]), 0)
@@ -31,16 +42,29 @@ def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
     picked = torch.zeros(groups, n, dtype=torch.bool, device=device)
     ranks = torch.full((groups, m + 1), -1, dtype=torch.int64, device=device)  # the last column takes what is not kept
     found = torch.zeros(groups, dtype=torch.int64, device=device)
-    for turn in range(MAX_TURNS + m):
+    for turn in range(max_turns + m):
         if bool((found >= wanted).all()):
             break
-        candidates = score if turn < MAX_TURNS else score.masked_fill(picked, -torch.inf)
+        candidates = score if turn < max_turns else score.masked_fill(picked, -torch.inf)
         # Equal images tie in exact arithmetic; what rounding makes of their scores must not decide between them.
         best = candidates.amax(dim=1, keepdim=True)
-        choice = (candidates >= best - TIE).to(torch.uint8).argmax(dim=1)
+        choice = (candidates >= best - tie).to(torch.uint8).argmax(dim=1)
         keep = ~picked[group, choice] & (found < wanted)
         ranks[group, torch.where(keep, found, m)] = choice
         picked[group, choice] |= keep
         found += keep
         score = score + mean - gram[group, choice]
-    return ranks[:, :m]
+    return ranks[:, :m].contiguous()
+
+
+def _cuda(*arguments: Any) -> Tensor:
+    picks: Tensor = (jitted("herd", "herd") if arguments[0].shape[1] <= LARGEST else plain)(*arguments)
+    return picks
+
+
+register(
+    "herd(Tensor gram, Tensor counts, int m, int max_turns, float tie) -> Tensor",
+    plain=plain,
+    cuda=_cuda,
+    fake=lambda gram, counts, m, *_: counts.new_empty(len(gram), m, dtype=torch.int64),
+)

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastil.kernels.registration import jitted, refuse_second_order, register, scalar_tensor
 from fastil.losses import MASKED, hardest_new
 
+WIDEST_COSINES = 8_192  # columns up to which the Triton form does logit_scale and margin ranking; above, the plain one
+
 
 def incremental_loss(
     logits: Tensor,
@@ -208,7 +210,8 @@ def plain(
     kd = torch.zeros_like(ce)
     if teacher is not None:
         log_p = torch.log_softmax(torch.where(old, z / temperature, MASKED), 1)
-        p_teacher = torch.softmax(torch.where(old, teacher.float() / temperature, MASKED), 1)
+        # By the same functions as the student's, so that equal logits give a difference of exactly 0.
+        p_teacher = torch.log_softmax(torch.where(old, teacher.float() / temperature, MASKED), 1).exp()
         kd = -(temperature**2) * torch.where(old, p_teacher * log_p, 0).sum(1)
         gradient += torch.where(old, log_p.exp() - p_teacher, 0) * (kd_weight * temperature / batch)
     scale_gradient = x.new_empty(0)
@@ -238,12 +241,20 @@ def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(logits, memory_format=torch.contiguous_format), per_row[0], per_row[1]
 
 
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    cosines = arguments[10] is not None or arguments[11] is not None
+    narrow = arguments[0].shape[1] <= WIDEST_COSINES
+    run = jitted("incremental_loss", "incremental_loss") if narrow or not cosines else plain
+    result: tuple[Tensor, Tensor, Tensor] = run(*arguments)
+    return result
+
+
 register(
     "incremental_loss(Tensor logits, Tensor target, Tensor log_prior, Tensor? teacher, Tensor num_old, Tensor num_seen,"
     " Tensor ce_weight, Tensor kd_weight, Tensor temperature, Tensor? sample_weight, Tensor? logit_scale,"
     " Tensor? margin_weight, bool separated, float label_smoothing, float margin, int hardest, Tensor(a!)? meter,"
     " bool value) -> (Tensor, Tensor, Tensor)",
     plain=plain,
-    cuda=jitted("incremental_loss", "incremental_loss"),
+    cuda=_cuda,
     fake=_fake,
 )

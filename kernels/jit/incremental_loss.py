@@ -385,8 +385,6 @@ def incremental_loss(
     logits = logits.contiguous()
     batch, width = logits.shape
     block, warps = launch_table(width)
-    if width > IN_REGISTERS and (logit_scale is not None or margin_weight is not None):
-        raise ValueError(f"cosines and margin ranking are for up to {IN_REGISTERS} columns, not {width}")
     per_row: dict[str, Any] = {"dtype": torch.float32, "device": logits.device}
     gradient = torch.empty_like(logits)
     scale_gradient = torch.empty(batch if logit_scale is not None else 0, **per_row)
