@@ -71,7 +71,6 @@ def build(split: Split, device: torch.device, images: int) -> tuple[Trainer, Pha
     )
     method = ILBaseline(ILBaselineConfig(), student.width, device)
     method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
-    trainer.num_seen.fill_(CLASSES)
     note = trainer.compile()
     if note:
         raise SystemExit(note)
@@ -84,7 +83,8 @@ def build(split: Split, device: torch.device, images: int) -> tuple[Trainer, Pha
             plan=lambda epoch: training_plan(np.arange(images), Key(0, 1), TRANSFORM, BATCH),
             epochs=1,
             schedule=lambda epoch: 0.01,
-            loss=method.loss,
+            backward=method.backward,
+            weights=method.weights,
             teacher=with_teacher,
         )
 
@@ -163,11 +163,10 @@ def main() -> None:
             if phase.teacher:
                 with torch.no_grad():
                     teacher_out = trainer.fast_teacher(one.images)
-            loss = phase.loss(one, trainer.fast_student(one.images), teacher_out)
-            loss.backward()  # type: ignore[no-untyped-call]
+            phase.backward(one, trainer.fast_student(one.images), teacher_out, trainer.meter)
             optimizer.step()
             optimizer.zero_grad()
-        loss.item()  # the end of the queue
+        trainer.meter.sum(0).tolist()  # the end of the queue
         return images / (time.perf_counter() - began)
 
     results = {}

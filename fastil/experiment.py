@@ -100,7 +100,7 @@ class Experiment:
         self.method.begin_step(StepContext(step, num_old, num_seen, counts))
         position = resumed if resumed.step == step else Position(step)
         if position == Position(step):
-            self.trainer.begin_step(num_seen)
+            self.trainer.begin_step()
             generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, step))
             self.trainer.student.head.open_rows(num_old, num_seen, generator)
         clock = self.seconds[str(step)]
@@ -134,7 +134,8 @@ class Experiment:
             plan=plan,
             epochs=epochs,
             schedule=lambda epoch: config.learning_rate(epoch, epochs),
-            loss=self.method.loss,
+            backward=self.method.backward,
+            weights=self.method.weights,
             teacher=step > 0,
         )
 

@@ -6,6 +6,7 @@ Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning"
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor
 # A finite stand-in for -inf: exp(MASKED - max) is exactly 0 beside any real logit, and a row in which every column is
 # masked (no old class yet) still has a finite logarithm, so that 0 * log p is 0 and not NaN.
 MASKED = -1e30
+
+SHORTEST = 1e-12  # length below which a vector is not normalised: what F.normalize takes
 
 
 def log_prior(counts: Tensor, num_old: int | Tensor = 0, alpha: float | Tensor = 1.0) -> Tensor:
@@ -93,3 +96,44 @@ def margin_ranking(
     cosines [B, W], not scaled; target int64 [B]. Returns a scalar.
     """
     return hardest_new(cosines, target, num_old, num_seen, k, margin)[0].sum() / (k * cosines.shape[0])
+
+
+def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
+    """LUCIR's less-forget constraint (Hou et al., CVPR 2019): the mean over the batch of 1 - cos(features, teacher's).
+
+    features, teacher_features: [B, d], not normalised. The teacher gets no gradient. A vector shorter than 1e-12 has no
+    direction: its row counts 1 and has no gradient. Returns a scalar.
+    """
+    student, teacher = _unit(features.float()), _unit(teacher_features.detach().float())
+    # 1 - cos of unit vectors is half their squared distance, which does not cancel where they are nearly equal.
+    half_squared = (student - teacher).square().sum(1) / 2
+    return torch.where(student.any(1) & teacher.any(1), half_squared, 1.0).mean()
+
+
+def _unit(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / norm.masked_fill(norm < SHORTEST, math.inf)
+
+
+def pod_flat(features: Tensor, teacher_features: Tensor) -> Tensor:
+    """PODNet's flat distillation (arXiv 2004.13513) as the released code computes it: 1 - cos, as `less_forget`."""
+    return less_forget(features, teacher_features)
+
+
+def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """PODNet's spatial distillation (arXiv 2004.13513) as the released code computes it: the squares of a map, summed
+    over its width and over its height, are concatenated and L2-normalised; the Euclidean distance to the teacher's, not
+    squared, the mean over the batch and over the layers.
+
+    maps, teacher_maps: for each layer [B, C, H, W]. The teacher gets no gradient. Returns a scalar.
+    """
+
+    def pooled(x: Tensor) -> Tensor:
+        energy = x.float().square()
+        return F.normalize(torch.cat((energy.sum(3), energy.sum(2)), 2).flatten(1), eps=SHORTEST)
+
+    distances = [
+        torch.linalg.vector_norm(pooled(student) - pooled(teacher.detach()), dim=1).mean()
+        for student, teacher in zip(maps, teacher_maps, strict=True)
+    ]
+    return torch.stack(distances).mean()

@@ -75,7 +75,9 @@ class Phase:
     plan: Callable[[int], EpochPlan]  # of an epoch
     epochs: int
     schedule: Callable[[int], float]  # learning rate of an epoch
-    loss: Callable[[Batch, Output, Output | None], Tensor]  # (batch, student, teacher) -> scalar
+    # (batch, student, teacher, meter [R, 4]): gradients into the parameters, the terms of the loss into the meter
+    backward: Callable[[Batch, Output, Output | None, Tensor], None]
+    weights: tuple[float, float, float]  # in the loss shown: of cross-entropy, distillation, margin ranking
     bn_mode: Literal["train", "frozen"] = "train"
     teacher: bool = True  # whether the loss needs the previous step's network
 
@@ -135,9 +137,10 @@ class Trainer:
         self.fast_student: Callable[[Tensor], Output] = student
         self.fast_teacher: Callable[[Tensor], Output] = teacher
         self.lr = torch.zeros((), device=self.device)
-        self.meter = torch.zeros(3, device=self.device)  # sum of the loss, hits, images
-        self.num_seen = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.columns = torch.arange(student.width, device=self.device)
+        # Running sums per row of the batch (a rest of one image joins the batch before it): cross-entropy,
+        # distillation, hits, margin ranking. The loss kernel adds to them; nothing else touches them in an epoch.
+        self.meter = torch.zeros(config.batch_size + 1, 4, device=self.device)
+        self.images = 0  # counted in the meter
         self.optimizers: dict[str, torch.optim.SGD] = {}
         self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
 
@@ -175,10 +178,11 @@ class Trainer:
                     raise Stopped
                 self.waited += waited
                 self.train_step(phase, optimizer, batch)
+                self.images += len(batch.ids)
                 self.tick(len(batch.ids))
             first_batch = 0
-            loss, hits, images = self.meter.tolist()  # the epoch's one wait for the device
-            self.meter.zero_()
+            ce, kd, hits, ranking = self.meter.sum(0).tolist()  # the epoch's one wait for the device
+            loss = sum(w * term for w, term in zip(phase.weights, (ce, kd, ranking), strict=True))
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; lower lr"
@@ -190,14 +194,14 @@ class Trainer:
                     epoch=epoch + 1,
                     epochs=phase.epochs,
                     lr=phase.schedule(epoch),
-                    loss=loss / images,
-                    train_top1=100 * hits / images,
-                    images=int(images),
+                    loss=loss / self.images,
+                    train_top1=100 * hits / self.images,
+                    images=self.images,
                     seconds=before + time.perf_counter() - started,
                     data_seconds=self.waited,
                 )
             )
-            self.seconds = self.waited = 0.0
+            self.forget_epoch()
             if (epoch + 1) % self.config.checkpoint_every == 0 and epoch + 1 < phase.epochs:
                 self.save(epoch + 1, 0)
 
@@ -211,14 +215,9 @@ class Trainer:
                 with torch.no_grad():
                     teacher_out = (self.fast_teacher if full else self.teacher)(batch.images)
             out = (self.fast_student if full else self.student)(batch.images)
-            loss = phase.loss(batch, out, teacher_out)
-        loss.backward()  # type: ignore[no-untyped-call]
+        phase.backward(batch, out, teacher_out, self.meter)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            hits = (torch.where(self.columns < self.num_seen, out.logits, -torch.inf).argmax(1) == batch.labels).sum()
-            count = torch.full_like(loss, len(batch.images))
-            self.meter += torch.stack((loss.detach() * count, hits.to(loss.dtype), count))
 
     def optimizer(self, phase: Phase) -> torch.optim.SGD:
         """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do.
@@ -242,20 +241,22 @@ class Trainer:
         """Forget the momentum and the meter, in place."""
         for state in optimizer.state.values():
             state["momentum_buffer"].zero_()
-        self.meter.zero_()
+        self.forget_epoch()
 
-    def begin_step(self, num_seen: int) -> None:
-        """Freeze the network of the step before as the teacher and widen the set of classes that count."""
+    def forget_epoch(self) -> None:
+        self.meter.zero_()
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def begin_step(self) -> None:
+        """Freeze the network of the step before as the teacher."""
         self.teacher.load_state_dict(self.student.state_dict())
-        self.num_seen.fill_(num_seen)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
             "meter": self.meter,
-            "num_seen": self.num_seen,
-            "clock": [self.seconds, self.waited],
+            "clock": [self.images, self.seconds, self.waited],
             "momentum": {
                 name: [state["momentum_buffer"] for state in optimizer.state.values()]
                 for name, optimizer in self.optimizers.items()
@@ -267,8 +268,7 @@ class Trainer:
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.meter.copy_(state["meter"])
-        self.num_seen.copy_(state["num_seen"])
-        self.seconds, self.waited = state["clock"]
+        self.images, self.seconds, self.waited = state["clock"]
         for phase in phases:
             buffers = state["momentum"].get(phase.name, [])
             if buffers:

@@ -1,8 +1,9 @@
 """The hot paths of fastil, one file each: the plain form that gives it its meaning and runs on the CPU, and its
 registration with torch. The Triton forms stand in `jit/` and load on first use on a GPU."""
 
+from fastil.kernels.alpha_hypergradient import alpha_hypergradient
 from fastil.kernels.augment import augment
 from fastil.kernels.herd import herd
 from fastil.kernels.incremental_loss import incremental_loss, incremental_loss_grad
 
-__all__ = ["augment", "herd", "incremental_loss", "incremental_loss_grad"]
+__all__ = ["alpha_hypergradient", "augment", "herd", "incremental_loss", "incremental_loss_grad"]

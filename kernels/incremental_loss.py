@@ -115,11 +115,11 @@ def _checked(
 
 
 def _rows(meter: Tensor, batch: int) -> Tensor:
-    """The meter's rows for this batch."""
+    """The meter itself, or rows to be summed into it."""
     fits = meter.shape == (4,) or (meter.ndim == 2 and meter.shape[1] == 4 and len(meter) >= batch)
     if meter.dtype != torch.float32 or not fits:
         raise ValueError(f"meter must be float32 [4] or [R, 4] with R >= {batch}, not {meter.dtype} {[*meter.shape]}")
-    return meter[:batch] if meter.ndim == 2 else meter.new_zeros(batch, 4)
+    return meter if meter.ndim == 2 else meter.new_zeros(batch, 4)
 
 
 def _finish(meter: Tensor | None, rows: Tensor | None) -> None:
@@ -226,13 +226,13 @@ def plain(
         gradient.scatter_add_(1, rival, step).scatter_add_(1, y.expand_as(rival), -step)
     if meter is not None:
         best = torch.where(seen, x, -torch.inf).argmax(1)
-        meter += torch.stack((ce, kd, (best == target).float(), ranking), 1)
+        meter[:batch] += torch.stack((ce, kd, (best == target).float(), ranking), 1)
     row_loss = x.new_empty(0)
     if value:
         row_loss = (ce_weight * ce + kd_weight * kd) / batch
         if margin_weight is not None:
             row_loss = row_loss + margin_weight * ranking / batch
-    return gradient.to(logits.dtype), scale_gradient, row_loss
+    return gradient.to(logits.dtype).contiguous(), scale_gradient, row_loss
 
 
 def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""The losses against equations 2 to 5 of arXiv 2103.12532, written out in float64 numpy with means over the batch."""
+"""The losses against equations 2 to 5 of arXiv 2103.12532 and those of LUCIR and PODNet, written out in float64 numpy
+with means over the batch."""
 
 import math
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastil.losses import balanced_cross_entropy, distillation, log_prior
+from fastil.losses import balanced_cross_entropy, distillation, less_forget, log_prior, pod_flat, pod_spatial
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 GARBAGE = [math.nan, math.inf, -math.inf, 3e38, 0.0]
@@ -385,3 +386,129 @@ def test_the_gradient_comes_back_in_the_precision_of_the_logits():
     )
     assert gradient.dtype == torch.bfloat16
     assert torch.isfinite(gradient).all()
+
+
+# --- distillation of features and maps
+
+
+def example_maps(shape, seed, scale=1.0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32))
+
+
+def one_minus_cosine(features, teacher):
+    norms = np.linalg.norm(features, axis=1) * np.linalg.norm(teacher, axis=1)
+    return (1 - (features * teacher).sum(axis=1) / norms).mean()
+
+
+def pod(maps, teacher_maps):
+    """PODNet's distance image by image: sums of squares over width and over height, concatenated, normalised."""
+    distances = []
+    for layer, teacher_layer in zip(maps, teacher_maps, strict=True):
+        for x, y in zip(layer, teacher_layer, strict=True):
+            a, b = (np.concatenate(((z**2).sum(axis=2).ravel(), (z**2).sum(axis=1).ravel())) for z in (x, y))
+            unit_a, unit_b = (z / max(np.linalg.norm(z), 1e-12) for z in (a, b))
+            distances.append(np.linalg.norm(unit_a - unit_b) / len(layer))
+    return sum(distances) / len(maps)
+
+
+@pytest.mark.parametrize("loss", [less_forget, pod_flat])
+@pytest.mark.parametrize(("rows", "width"), [(1, 2), (5, 64), (7, 33)])
+def test_distillation_of_features_is_one_minus_the_cosine(loss, rows, width):
+    features, teacher = example_maps((rows, width), 0), example_maps((rows, width), 1)
+    value, gradient = value_and_gradient(lambda f: loss(f, teacher), features)
+    f, t = float64(features), float64(teacher)
+    assert value.dtype == torch.float32
+    assert value.shape == ()
+    np.testing.assert_allclose(float64(value), one_minus_cosine(f, t), **CLOSE)
+    np.testing.assert_allclose(float64(gradient), differences(lambda x: one_minus_cosine(x, t), f), **CLOSE)
+
+
+def test_nearly_equal_features_keep_the_digits_of_one_minus_the_cosine():
+    features = example_maps((6, 64), 0)
+    teacher = features + example_maps((6, 64), 1, scale=1e-4)
+    wanted = one_minus_cosine(float64(features), float64(teacher))
+    assert wanted < 1e-7  # less than float32 resolves beside 1
+    assert less_forget(features, teacher).item() == pytest.approx(wanted, rel=1e-2)
+
+
+def test_equal_features_have_no_loss_and_no_gradient():
+    features = example_maps((5, 16), 0)
+    value, gradient = value_and_gradient(lambda f: less_forget(f, features), features)
+    assert value.item() == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("blank", ["student", "teacher", "both"])
+def test_features_without_a_direction_count_one_and_have_no_gradient(blank):
+    features, teacher = example_maps((4, 16), 0), example_maps((4, 16), 1)
+    if blank != "teacher":
+        features[2] = 0
+    if blank != "student":
+        teacher[2] = 0
+    value, gradient = value_and_gradient(lambda f: less_forget(f, teacher), features)
+    others = [0, 1, 3]
+    wanted = one_minus_cosine(float64(features[others]), float64(teacher[others]))
+    assert value.item() == pytest.approx((3 * wanted + 1) / 4, rel=1e-6)
+    assert (gradient[2] == 0).all()
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("shapes", [[(3, 5, 4, 6)], [(2, 4, 8, 8), (2, 8, 4, 4), (2, 6, 1, 3)]])
+def test_spatial_distillation_is_that_of_podnet(shapes):
+    maps = [example_maps(shape, seed) for seed, shape in enumerate(shapes)]
+    teacher_maps = [example_maps(shape, 10 + seed) for seed, shape in enumerate(shapes)]
+    leaves = [x.clone().requires_grad_() for x in maps]
+    value = pod_spatial(leaves, teacher_maps)
+    value.backward()
+    x, y = [float64(m) for m in maps], [float64(m) for m in teacher_maps]
+    assert value.dtype == torch.float32
+    assert value.shape == ()
+    np.testing.assert_allclose(float64(value), pod(x, y), **CLOSE)
+    for layer, leaf in enumerate(leaves):
+        wanted = differences(lambda z, at=layer: pod([*x[:at], z, *x[at + 1 :]], y), x[layer])
+        np.testing.assert_allclose(float64(leaf.grad), wanted, **CLOSE)
+
+
+def test_equal_maps_have_no_loss_and_no_gradient():
+    maps = example_maps((3, 4, 5, 6), 0)
+    value, gradient = value_and_gradient(lambda x: pod_spatial([x], [maps]), maps)
+    assert value.item() == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("blank", ["student", "teacher", "both"])
+def test_blank_maps_are_finite_and_have_no_gradient(blank):
+    maps, teacher = example_maps((3, 4, 5, 6), 0), example_maps((3, 4, 5, 6), 1)
+    if blank != "teacher":
+        maps[1] = 0
+    if blank != "student":
+        teacher[1] = 0
+    value, gradient = value_and_gradient(lambda x: pod_spatial([x], [teacher]), maps)
+    assert value.item() == pytest.approx(pod([float64(maps)], [float64(teacher)]), rel=1e-6)
+    assert torch.isfinite(gradient).all()
+    # The distance of a unit vector to nothing is 1 whatever its direction.
+    assert gradient[1].abs().max() <= 1e-6 * gradient.abs().max()
+
+
+def test_as_many_maps_as_the_teacher_has_are_needed():
+    maps = example_maps((2, 3, 4, 4), 0)
+    with pytest.raises(ValueError, match="zip"):
+        pod_spatial([maps], [maps, maps])
+
+
+def test_the_teacher_of_features_and_maps_gets_no_gradient():
+    student, teacher = example_maps((2, 3, 4, 4), 0).requires_grad_(), example_maps((2, 3, 4, 4), 1).requires_grad_()
+    (pod_spatial([student], [teacher]) + less_forget(student.flatten(1), teacher.flatten(1))).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_and_maps_of_half_precision_are_computed_in_float32(dtype):
+    student, teacher = example_maps((2, 3, 4, 4), 0).to(dtype), example_maps((2, 3, 4, 4), 1).to(dtype)
+    ours = pod_spatial([student], [teacher]), less_forget(student.flatten(1), teacher.flatten(1))
+    student, teacher = student.float(), teacher.float()
+    wanted = pod_spatial([student], [teacher]), less_forget(student.flatten(1), teacher.flatten(1))
+    for a, b in zip(ours, wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)

@@ -89,13 +89,14 @@ def make_phase(trainer, method, ids, *, step=0, epochs=2, batch_size=16, teacher
     return Phase(
         name="train", step=step, parameters=list(trainer.student.parameters()),
         plan=lambda epoch: training_plan(ids, Key(0, step, "train", epoch), TRANSFORM, batch_size),
-        epochs=epochs, schedule=lambda epoch: lr, loss=method.loss, teacher=bool(step) if teacher is None else teacher,
+        epochs=epochs, schedule=lambda epoch: lr, backward=method.backward,
+        weights=method.weights, teacher=bool(step) if teacher is None else teacher,
     )  # fmt: skip
 
 
 def begin(trainer, method, step, num_old, num_seen, counts):
     method.begin_step(StepContext(step, num_old, num_seen, np.asarray(counts)))
-    trainer.begin_step(num_seen)
+    trainer.begin_step()
     trainer.student.head.open_rows(num_old, num_seen, torch.Generator().manual_seed(step))
 
 
@@ -107,7 +108,8 @@ def test_training_never_waits_for_the_device(device, cuda_guard, monkeypatch):
     """
     if device == "cuda":
 
-        def backward(loss):
+        def backward(logits, gradient):
+            assert gradient.shape == logits.shape
             for parameter in trainer.student.parameters():
                 parameter.grad = torch.empty_like(parameter)
 

@@ -5,7 +5,7 @@ released BiC code weighs the two by the step number and leaves T^2 out; here bot
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.kernels import incremental_loss
+from fastil.kernels import incremental_loss, incremental_loss_grad
 from fastil.losses import log_prior
 from fastil.models import Output
 
@@ -50,9 +50,14 @@ class ILBaseline:
     def __init__(self, config: ILBaselineConfig, width: int, device: torch.device) -> None:
         self.config = config
         self.log_prior = torch.zeros(width, device=device)
-        self.num_old, self.num_seen = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self.ce_weight = torch.ones((), device=device)
-        self.kd_weight = torch.zeros((), device=device)
+        self.scalars = {
+            "num_old": torch.zeros((), dtype=torch.int64, device=device),
+            "num_seen": torch.zeros((), dtype=torch.int64, device=device),
+            "ce_weight": torch.ones((), device=device),
+            "kd_weight": torch.zeros((), device=device),
+            "temperature": torch.full((), config.temperature, device=device),
+        }
+        self.weights = (1.0, 0.0, 0.0)
 
     def begin_step(self, context: StepContext) -> None:
         """Set eq. 1's weights and eq. 3's prior for the classes and counts of this step."""
@@ -62,21 +67,21 @@ class ILBaseline:
         else:
             self.log_prior.copy_(log_prior(counts, context.num_old, self.config.alpha))
         rho = context.num_old / context.num_seen
-        self.num_old.fill_(context.num_old)
-        self.num_seen.fill_(context.num_seen)
-        self.kd_weight.fill_(rho)
-        self.ce_weight.fill_(1 - rho)
+        self.weights = (1 - rho, rho, 0.0)
+        for name, value in zip(self.scalars, (context.num_old, context.num_seen, 1 - rho, rho), strict=False):
+            self.scalars[name].fill_(value)
 
     def loss(self, batch: Batch, out: Output, teacher_out: Output | None) -> Tensor:
         """Eq. 1 on a batch whose labels are incremental positions. Returns a scalar."""
-        return incremental_loss(
-            out.logits,
-            batch.labels,
-            self.log_prior,
-            None if teacher_out is None else teacher_out.logits,
-            num_old=self.num_old,
-            num_seen=self.num_seen,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
-            temperature=self.config.temperature,
-        )
+        return incremental_loss(**self.arguments(batch, out, teacher_out))
+
+    def backward(self, batch: Batch, out: Output, teacher_out: Output | None, meter: Tensor) -> None:
+        """The backward pass of `loss`, begun with its gradient in the logits; no value is needed. meter: [R, 4]."""
+        gradient = incremental_loss_grad(**self.arguments(batch, out, teacher_out), meter=meter)
+        out.logits.backward(gradient)  # type: ignore[no-untyped-call]
+
+    def arguments(self, batch: Batch, out: Output, teacher_out: Output | None) -> dict[str, Any]:
+        """Of the loss kernel."""
+        teacher = None if teacher_out is None else teacher_out.logits
+        tensors = {"logits": out.logits, "target": batch.labels, "log_prior": self.log_prior, "teacher_logits": teacher}
+        return tensors | self.scalars

@@ -28,13 +28,13 @@ def augment_pixels(
     value = (tl.program_id(0) % PARTS) * BLOCK + tl.arange(0, BLOCK)
     channel, pixel = value % C, value // C
     sample = tl.load(IDS + image).to(tl.int64)
-    known = (sample >= 0) & (sample < count)
+    end = tl.where((sample >= 0) & (sample < count), VALUES, 0)  # nothing is read for an id that the data set lacks
     column = pixel % W
     column = tl.where(tl.load(FLIPS + image) != 0, W - 1 - column, column)
     # 64 bits, for a box may lie anywhere.
     y = tl.load(BOXES + image * 4).to(tl.int64) + pixel // W
     x = tl.load(BOXES + image * 4 + 1).to(tl.int64) + column
-    inside = known & (value < VALUES) & (y >= 0) & (y < SOURCE_H) & (x >= 0) & (x < SOURCE_W)
+    inside = (value < end) & (y >= 0) & (y < SOURCE_H) & (x >= 0) & (x < SOURCE_W)
     at = ((sample * SOURCE_H + y) * SOURCE_W + x) * C + channel
     byte = tl.load(IMAGES + at, mask=inside, other=0).to(tl.float32)
     mean, std = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], 1.0, tl.float32)
@@ -43,7 +43,7 @@ def augment_pixels(
         std = tl.where(channel == k, tl.load(STD + k).to(tl.float32), std)
     # Divisions rounded as IEEE asks for: the float32 result is the CPU's, bit for bit.
     normal = tl.div_rn(tl.div_rn(byte, tl.full([BLOCK], 255.0, tl.float32)) - mean, std)
-    normal = tl.where(known, normal, float("nan"))  # an id that the data set lacks must not pass for a black image
+    normal = tl.where(value < end, normal, float("nan"))  # and its image does not pass for a black one
     tl.store(OUT + image * VALUES + value, normal.to(OUT.dtype.element_ty), mask=value < VALUES)
 
 

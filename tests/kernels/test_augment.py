@@ -1,8 +1,12 @@
-"""Crops, flips and normalisation against a loop over pixels and against PIL, bit for bit in float32."""
+"""Crops, flips and normalisation against a loop over pixels and against PIL, bit for bit in float32.
+
+Both forms: the operator (on a CPU the plain form) and the Triton kernel, on a GPU or in Triton's interpreter.
+"""
 
 import numpy as np
 import pytest
 import torch
+from guards import guarded, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -49,8 +53,20 @@ def by_pil(images, ids, boxes, flips):
     return np.stack(out)
 
 
-def run(images, ids, boxes, flips, mean=MEAN, std=STD, **keys):
-    return augment(
+def jitted(images, ids, boxes, flips, mean, std, dtype=torch.float32, size=None):
+    """The Triton form, with the arguments of `augment`."""
+    launcher = pytest.importorskip("fastil.kernels.jit.augment", reason="triton is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [t.to(device) for t in (images, ids, boxes, flips)]
+    normal = [torch.as_tensor(v, dtype=torch.float32, device=device) for v in (mean, std)]
+    return launcher.augment(*tensors, *normal, dtype, *(size or images.shape[1:3])).cpu()
+
+
+both_forms = pytest.mark.parametrize("form", [augment, jitted], ids=["operator", "triton"])
+
+
+def run(form, images, ids, boxes, flips, mean=MEAN, std=STD, **keys):
+    return form(
         torch.from_numpy(images),
         torch.tensor(ids),
         torch.tensor(boxes, dtype=keys.pop("box_dtype", torch.int32)),
@@ -61,109 +77,150 @@ def run(images, ids, boxes, flips, mean=MEAN, std=STD, **keys):
     )
 
 
+@both_forms
 @given(
     st.integers(1, 4), st.integers(1, 6), st.integers(1, 7), st.integers(1, 6), st.integers(1, 7),
     st.integers(0, 2**32 - 1), st.data(),
 )  # fmt: skip
 @settings(deadline=None, database=None, derandomize=True, max_examples=60)
-def test_every_pixel_is_where_the_box_and_the_flip_put_it(count, height, width, out_height, out_width, seed, data):
+def test_every_pixel_is_where_the_box_and_the_flip_put_it(
+    form, count, height, width, out_height, out_width, seed, data
+):
     images = random_images(count, height, width, seed)
     batch = data.draw(st.integers(1, 3))
     ids = data.draw(st.lists(st.integers(0, count - 1), min_size=batch, max_size=batch))
     offsets = st.tuples(st.integers(-9, 9), st.integers(-9, 9))
     boxes = [(*data.draw(offsets), out_height, out_width) for _ in ids]
     flips = data.draw(st.lists(st.booleans(), min_size=batch, max_size=batch))
-    out = run(images, ids, boxes, flips, size=(out_height, out_width))
+    out = run(form, images, ids, boxes, flips, size=(out_height, out_width))
     assert out.dtype == torch.float32
     np.testing.assert_array_equal(out.numpy(), pixel_by_pixel(images, ids, boxes, flips, (out_height, out_width)))
 
 
+@both_forms
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 31)])
-def test_a_training_plan_is_cut_as_pil_cuts_it(height, width):
+def test_a_training_plan_is_cut_as_pil_cuts_it(form, height, width):
     images = random_images(20, height, width)
     plan = training_plan(np.arange(20), Key(0, 0), Transform(height, width, 4, True, MEAN, STD), 8)
-    out = augment(*(torch.from_numpy(a) for a in (images, plan.ids, plan.boxes, plan.flips)), MEAN, STD)
+    out = form(*(torch.from_numpy(a) for a in (images, plan.ids, plan.boxes, plan.flips)), MEAN, STD)
     np.testing.assert_array_equal(out.numpy(), by_pil(images, plan.ids, plan.boxes.tolist(), plan.flips))
 
 
+@both_forms
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("top", "left"), [(0, 0), (3, 5), (-2, 1), (7, -3), (9, 11)])
-def test_a_size_smaller_or_larger_than_the_images_is_cut_as_pil_cuts_it(top, left, flip):
+def test_a_size_smaller_or_larger_than_the_images_is_cut_as_pil_cuts_it(form, top, left, flip):
     images = random_images(3, 12, 14)
     for size in ((5, 4), (12, 14), (17, 20)):
         boxes = [(top, left, *size)] * 2
-        out = run(images, [2, 0], boxes, [flip, not flip], size=size)
+        out = run(form, images, [2, 0], boxes, [flip, not flip], size=size)
         assert out.shape == (2, 3, *size)
         np.testing.assert_array_equal(out.numpy(), by_pil(images, [2, 0], boxes, [flip, not flip]))
 
 
+@both_forms
 @pytest.mark.parametrize("offset", [-(2**31), -10_000, -8, 8, 10_000, 2**31 - 1])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_box_that_misses_the_image_is_black_before_normalisation(offset, axis):
+def test_a_box_that_misses_the_image_is_black_before_normalisation(form, offset, axis):
     images = np.full((2, 8, 8, 3), 255, dtype=np.uint8)
     box = [0, 0, 8, 8]
     box[axis] = offset
-    out = run(images, [0, 1], [box, box], [False, True]).numpy()
+    out = run(form, images, [0, 1], [box, box], [False, True]).numpy()
     for channel in range(3):
         assert (out[:, channel] == normalised(0, channel)).all()
 
 
-def test_every_value_of_a_pixel_is_normalised_bit_for_bit():
+@both_forms
+def test_every_value_of_a_pixel_is_normalised_bit_for_bit(form):
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    out = run(images, [0], [[0, 0, 16, 16]], [False]).numpy()
+    out = run(form, images, [0], [[0, 0, 16, 16]], [False]).numpy()
     for value in range(256):
         for channel in range(3):
             assert out[0, channel, value // 16, value % 16] == normalised(value, channel)
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_the_float32_result_rounded_once(dtype):
+def test_half_precision_is_the_float32_result_rounded_once(form, dtype):
     images = random_images(4, 9, 7)
     arguments = ([3, 1, 1], [[-2, 3, 9, 7], [1, -1, 9, 7], [0, 0, 9, 7]], [True, False, True])
-    out = run(images, *arguments, dtype=dtype)
+    out = run(form, images, *arguments, dtype=dtype)
     assert out.dtype == dtype
-    assert torch.equal(out, torch.from_numpy(pixel_by_pixel(images, *arguments, (9, 7))).to(dtype))
+    wanted = torch.from_numpy(pixel_by_pixel(images, *arguments, (9, 7)))
+    if form is jitted and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        wanted = (wanted.view(torch.int32) & -65536).view(torch.float32)  # the interpreter cuts off instead of rounding
+    assert torch.equal(out, wanted.to(dtype))
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [None, (5, 3)])
-def test_the_batch_is_laid_out_channels_last(dtype, size):
+def test_the_batch_is_laid_out_channels_last(form, dtype, size):
     height, width = size or (9, 7)
-    out = run(random_images(4, 9, 7), [0, 3], [[0, 0, height, width]] * 2, [False, True], dtype=dtype, size=size)
+    out = run(form, random_images(4, 9, 7), [0, 3], [[0, 0, height, width]] * 2, [False, True], dtype=dtype, size=size)
     assert out.shape == (2, 3, height, width)
     assert out.stride() == (height * width * 3, 1, width * 3, 3)
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_mean_and_std_may_be_lists_or_tensors(dtype):
+def test_mean_and_std_may_be_lists_or_tensors(form, dtype):
     images = random_images(3, 6, 6)
     arguments = ([0, 2], [[-1, 1, 6, 6], [0, 0, 6, 6]], [True, False])
-    lists = run(images, *arguments, list(MEAN), list(STD))
-    tensors = run(images, *arguments, torch.tensor(MEAN, dtype=dtype), torch.tensor(STD, dtype=dtype))
+    lists = run(form, images, *arguments, list(MEAN), list(STD))
+    tensors = run(form, images, *arguments, torch.tensor(MEAN, dtype=dtype), torch.tensor(STD, dtype=dtype))
     assert torch.equal(lists, tensors)
 
 
-def test_boxes_of_any_integer_type_are_the_same():
+@both_forms
+def test_boxes_of_any_integer_type_are_the_same(form):
     images = random_images(2, 6, 6)
     arguments = ([0, 1], [[-1, 1, 6, 6], [2, -3, 6, 6]], [True, False])
-    assert torch.equal(run(images, *arguments), run(images, *arguments, box_dtype=torch.int64))
+    assert torch.equal(run(form, images, *arguments), run(form, images, *arguments, box_dtype=torch.int64))
 
 
 def test_the_data_set_is_not_changed():
     images = random_images(3, 6, 6)
     before = images.copy()
-    run(images, [0, 1, 1], [[3, 3, 6, 6], [-9, 0, 6, 6], [0, 0, 6, 6]], [True, False, True])
+    run(augment, images, [0, 1, 1], [[3, 3, 6, 6], [-9, 0, 6, 6], [0, 0, 6, 6]], [True, False, True])
     np.testing.assert_array_equal(images, before)
 
 
-def test_an_id_the_data_set_lacks_is_an_error():
+def test_an_id_the_data_set_lacks_is_an_error_on_the_cpu_and_not_a_number_on_a_gpu():
+    images = random_images(3, 6, 6)
     with pytest.raises(IndexError):
-        run(random_images(3, 6, 6), [3], [[0, 0, 6, 6]], [False])
+        run(augment, images, [3], [[0, 0, 6, 6]], [False])
+    out = run(jitted, images, [3, 1, -1], [[0, 0, 6, 6]] * 3, [False] * 3)
+    assert out[[0, 2]].isnan().all()
+    assert torch.equal(out[1:2], run(augment, images, [1], [[0, 0, 6, 6]], [False]))
 
 
-def test_an_empty_batch_has_no_images():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_beside_the_tensors_is_read_or_written(dtype, device):
+    """Poisoned bytes are 255 and would show."""
+    launcher = pytest.importorskip("fastil.kernels.jit.augment")
+    images, mean, std = torch.zeros(3, 9, 7, 3, dtype=torch.uint8), torch.zeros(3), torch.ones(3)
+    ids, flips = torch.tensor([2, 0, 0, 2]), torch.tensor([True, False, True, False])
+    boxes = torch.tensor([[-3, 5, 9, 7], [8, -6, 9, 7], [-(2**31), 0, 9, 7], [2**31 - 1, 2**31 - 1, 9, 7]])
+    inputs = [t.to(device) for t in (images, ids, boxes.int(), flips, mean, std)]
+    buffers = [poisoned(t) if t.dtype != torch.bool else t for t in inputs]
+    with guarded():
+        out = launcher.augment(*buffers, dtype, 9, 7)
+    assert (out == 0).all()
+
+
+def test_the_operator_works_under_fake_tensors_and_follows_its_schema():
+    images = torch.from_numpy(random_images(3, 9, 7))
+    ids, flips = torch.tensor([2, 0]), torch.tensor([True, False])
+    boxes = torch.tensor([[-3, 5, 6, 5], [8, -6, 6, 5]])
+    arguments = (images, ids, boxes, flips, torch.tensor(MEAN), torch.tensor(STD), torch.bfloat16, 6, 5)
+    torch.library.opcheck(torch.ops.fastil.augment.default, arguments)
+
+
+@both_forms
+def test_an_empty_batch_has_no_images(form):
     none = torch.empty(0, dtype=torch.int64)
     images = torch.from_numpy(random_images(3, 6, 5))
-    out = augment(images, none, none.view(0, 1).expand(0, 4), none.bool(), MEAN, STD)
+    out = form(images, none, none.view(0, 1).expand(0, 4), none.bool(), MEAN, STD)
     assert out.shape == (0, 3, 6, 5)

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from guards import guarded, poisoned
 
 from fastil.kernels import incremental_loss, incremental_loss_grad
 from fastil.losses import log_prior
@@ -250,7 +251,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(form, dtype, see
     assert torch.equal(half.meter, full.meter)
 
 
-def test_nothing_beside_the_tensors_is_read_or_written(device, poisoned, guarded):
+def test_nothing_beside_the_tensors_is_read_or_written(device):
     launcher = pytest.importorskip("fastil.kernels.jit.incremental_loss")
     for rows, seen, width in ((3, 37, 37), (5, 100, 104), (1, 8_200, 8_200)):
         arguments = [t.to(device) for t in example(rows, seen, seen // 2, width=width)]
@@ -411,7 +412,7 @@ def test_an_incoming_gradient_scales_the_result(device):
     torch.testing.assert_close(three.grad, 3 * one.grad)
 
 
-def test_a_label_beyond_the_logits_is_an_infinite_loss_and_no_access_out_of_bounds(device, poisoned):
+def test_a_label_beyond_the_logits_is_an_infinite_loss_and_no_access_out_of_bounds(device):
     launcher = pytest.importorskip("fastil.kernels.jit.incremental_loss")
     logits, _, prior, teacher = (t.to(device) for t in example(2, 10, 5))
     target = torch.tensor([3, 4_000], device=device)
