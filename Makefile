@@ -1,11 +1,13 @@
 # make demo    fresh clone to a trained, plotted comparison on real images; needs Python 3.11+ and the package registry
-# make test    fresh clone to the passed test suite: ruff, mypy, pytest
+# make test    fresh clone to the passed test suite: ruff, mypy, pytest, and what the kernels compile to for three GPUs,
+#              with the newest Triton that is supported and with the oldest
 # make soak    the same tests with the full kill counts (FASTIL_SOAK=1)
+# make gpu     on a machine with an NVIDIA GPU: the kernels' tests on it, compute-sanitizer where there is one, the bench
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak clean
+.PHONY: demo test test-oldest-triton soak gpu clean
 
 demo: .venv/run
 	@rm -rf runs/demo
@@ -22,6 +24,28 @@ test: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m fastil.tools.aot --check
+	$(MAKE) --no-print-directory test-oldest-triton
+
+# The kernels' tests and what they compile to once more, with the oldest Triton that they support and the numpy it needs.
+# Both lie in a folder in front of the environment.
+OLDEST := build/triton-3.6.0
+test-oldest-triton: .venv/dev $(OLDEST)/done
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(BIN)/pytest -n auto --dist loadfile tests/kernels
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastil.tools.aot --check
+
+$(OLDEST)/done:
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) triton==3.6.0 'numpy<2.4'
+	@touch $@
+
+# Uses the torch and the Triton of $(PYTHON), which on GPU images are there already.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels
+	@if command -v compute-sanitizer > /dev/null; then \
+	for tool in memcheck racecheck; do PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest tests/kernels -k beside || exit 1; done; \
+	else echo "compute-sanitizer is not installed: skipped"; fi
+	PYTHONPATH=. $(PYTHON) -m bench.kernels
 
 soak: export FASTIL_SOAK = 1
 soak: test

@@ -1,6 +1,6 @@
 """What the two forms of the incremental loss share: loading a row, its losses, its gradient.
 
-Shapes: R rows, of which a program has one, kept as an axis so that the reductions below read alike; C columns of a tile.
+Shapes: R rows, of which a program has one (kept as an axis, so that tiles stay two-dimensional); C columns of a tile.
 """
 
 import triton

@@ -1,0 +1,261 @@
+"""What a training call of the incremental loss asks of a GPU, counted without one: launches, waits of the host, bytes.
+
+The contestants compute Balanced Softmax cross-entropy plus distillation on the old columns, and the gradient in the
+logits. Nothing here is timed, and every count comes from running the code:
+
+- operators of torch: by a dispatch mode. One that is no view and returns a tensor it writes is one launch. Bytes:
+  every element of its inputs once, of its outputs once.
+- Triton kernels of fastil and Liger-Kernel: in Triton's interpreter, whose loads and stores are recorded. Bytes:
+  the distinct addresses that a launch reads, and those that it writes.
+- torch.compile: the Triton code that Inductor generates for an H100, which stands there as a set of properties; bytes
+  as Inductor states them for each generated kernel.
+
+So a byte that a launch reads twice counts once: whether the second read leaves the caches is for a clock to say. What
+an operator does inside, such as zeroing the output of nll_loss_backward, counts neither as a launch nor as bytes, and
+only reads of a device value by the host count as waits, not copies of constants to the device: the figures of the
+peers are lower bounds. The seed of the backward pass lies ready for everybody.
+
+The interpreter and Inductor's code generator cannot share a process. `bench.kernels` runs this file once for each,
+`python -m bench.launch_counts interpreted` and `... compiled`, and reads the JSON they print.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.loss_contestants import CASES, COMPILED, Call, Case, backward_of, contestants, formulas, make_call
+
+INTERPRETED_ROWS = (4, 8)  # batch sizes that are run; a call's bytes lie on the line through them
+
+
+@dataclass
+class Count:
+    """bytes: of each launch, in order. waits: how often the host reads a value from the device."""
+
+    bytes: list[float] = field(default_factory=list)
+    waits: int = 0
+
+
+def elements(tensor: Tensor) -> int:
+    """Elements in memory: an expanded axis is there once."""
+    return int(np.prod([n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride], dtype=np.int64))
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, Tensor)]
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what runs inside. Operators of fastil run their Triton form, in the interpreter."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = Count()
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "fastil":
+            name = func._schema.name.split("::")[1]
+            with self:
+                return getattr(importlib.import_module(f"fastil.kernels.jit.{name}"), name)(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not self.paused:
+            self.operator(func, args, kwargs, result)
+        return result
+
+    def operator(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        name = func._schema.name.split("::")[1]
+        if name in ("_local_scalar_dense", "equal"):
+            self.count.waits += 1
+        # empty, empty_like, new_empty, ... only allocate; lift_fresh hands a constant over.
+        if name != "equal" and (not tensors(result) or func.is_view or "empty" in name or name == "lift_fresh"):
+            return
+        read = list(args)
+        if name == "nll_loss_forward":
+            read[0] = args[1].to(args[0].dtype)  # of the log-probabilities, one per target
+        elif name == "nll_loss_backward":
+            del read[1]  # the log-probabilities give a shape only
+        elif name in ("copy_", "fill_", "zero_"):
+            del read[0]
+        once = {(t.data_ptr(), t.shape, t.stride()): t for t in tensors([read, kwargs])}
+        self.count.bytes.append(sum(elements(t) * t.element_size() for t in [*once.values(), *tensors(result)]))
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Count]:
+    """Count everything that runs inside; needs Triton's interpreter."""
+    from triton.runtime import interpreter
+
+    counter = Counter()
+    builder, function = interpreter.InterpreterBuilder, interpreter.InterpretedFunction
+    load, store, run = builder.create_masked_load, builder.create_masked_store, function.run
+    convert = interpreter._implicit_cvt
+    touched: dict[tuple[str, int], list[Any]] = {}
+
+    def note(kind: str, pointers: Any, mask: Any) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        touched.setdefault((kind, size), []).append(pointers.data[mask.data])
+
+    def recorded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        note("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def recorded_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        note("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def recorded_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        touched.clear()
+        counter.paused = True  # the interpreter's own use of torch
+        result = run(self, *args, **kwargs)
+        counter.paused = False
+        distinct = (size * len(np.unique(np.concatenate(parts))) for (_, size), parts in touched.items())
+        counter.count.bytes.append(sum(distinct))
+        return result
+
+    def float32_argument(value: Any) -> Any:
+        """A number as a kernel on a GPU gets it; the interpreter passes Python's float, which Liger cannot cast."""
+        if not isinstance(value, float):
+            return convert(value)
+        handle = interpreter.TensorHandle(np.array([value], np.float32), interpreter.tl.float32)
+        return interpreter.tl.tensor(handle, interpreter.tl.float32)
+
+    with (
+        mock.patch.object(interpreter, "_implicit_cvt", float32_argument),
+        mock.patch.object(builder, "create_masked_load", recorded_load),
+        mock.patch.object(builder, "create_masked_store", recorded_store),
+        mock.patch.object(function, "run", recorded_run),
+        counter,
+    ):
+        yield counter.count
+
+
+def count_call(contestant: Callable[[Call], Tensor], case: Case) -> Count:
+    call = make_call(case, torch.device("cpu"), 0)
+    with counted() as count:
+        contestant(call)
+    return count
+
+
+def along_the_line(counts: dict[int, Count], batch: int) -> Count:
+    """The count at `batch` rows from those at two others: a launch costs so much, and so much for every row."""
+    (rows, few), (more_rows, more) = counts.items()
+    if (len(few.bytes), few.waits) != (len(more.bytes), more.waits):
+        raise ValueError("the number of launches or waits depends on the number of rows")
+    share = (batch - rows) / (more_rows - rows)
+    return Count([a + (b - a) * share for a, b in zip(few.bytes, more.bytes, strict=True)], few.waits)
+
+
+def count_interpreted(cases: list[Case]) -> list[dict[str, Count]]:
+    """Of every case, by contestant: all but torch.compile."""
+    entrants = contestants(compiled=False)
+
+    @functools.cache
+    def counts(name: str, *shape: Any) -> dict[int, Count]:
+        return {rows: count_call(entrants[name], Case(rows, *shape)) for rows in INTERPRETED_ROWS}
+
+    return [
+        {name: along_the_line(counts(name, case.width, case.classes, case.dtype), case.batch) for name in entrants}
+        for case in cases
+    ]
+
+
+class CodeIsThere(BaseException):
+    """Ends Inductor's work before it would load the code onto the GPU."""
+
+
+def count_compiled(case: Case) -> Count:
+    """Of torch.compile in its default mode: launches in the Triton code that Inductor makes for an H100."""
+    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.node import map_aggregate
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    count, cuda = Count(), torch.device("cuda", 0)
+    h100 = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, warp_size=32, gcnArchName="",
+                           regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
+                           max_threads_per_block=1024, shared_memory_per_block_optin=232448)  # fmt: skip
+
+    def read_code(graph: Any) -> None:
+        code = graph.codegen()[0].value
+        launches = re.findall(r"\.run\(.*stream=|extern_kernels\.\w+\(|torch\.ops\.\w+\.\w+\.\w+\(", code)
+        moved = [node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes]
+        if len(moved) != len(launches):
+            raise ValueError(f"{len(launches)} launches in the code of {len(moved)} scheduled kernels")
+        count.bytes.extend(moved)
+        raise CodeIsThere
+
+    def on_the_gpu(module: Any, inputs: Any, **keys: Any) -> Any:
+        """Generate code for a copy of the graph that lives on the GPU; run the graph itself here."""
+        moved = torch.fx.GraphModule(module, copy.deepcopy(module.graph))
+        for node in moved.graph.nodes:
+            node.args, node.kwargs = (
+                map_aggregate(v, lambda leaf: cuda if isinstance(leaf, torch.device) else leaf)
+                for v in (node.args, node.kwargs)
+            )
+        mode = FakeTensorMode()
+        with mode:
+            fake = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=cuda) for t in inputs]
+        FakeTensorProp(moved, mode=mode).propagate(*fake)
+        with contextlib.suppress(CodeIsThere), torch._guards.tracing(torch._guards.TracingContext(mode)):
+            compile_fx_inner(moved, fake, is_backward=keys.get("is_backward", False))
+        return make_boxed_func(module.forward)
+
+    with contextlib.ExitStack() as patches:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            patches.enter_context(mock.patch.object(owner, name, value))
+
+        for owner in (torch.cuda, CudaInterface, CudaInterface.Worker):
+            put(owner, "get_device_properties", lambda device=None: h100)
+        put(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        put(torch.cuda, "current_device", lambda: 0)
+        put(CudaInterface, "get_compute_capability", lambda device=None: 90)
+        put(CudaInterface, "is_available", lambda: True)
+        put(CudaInterface, "is_bf16_supported", lambda including_emulation=False: True)
+        put(CudaInterface, "raise_if_triton_unavailable", lambda device=None: None)
+        put(torch.utils._triton, "triton_hash_with_backend", lambda: "none")
+        put(GraphLowering, "compile_to_module", read_code)
+        patches.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
+        torch.compiler.reset()  # else the eighth shape would run uncompiled
+        compiled = torch.compile(
+            formulas, backend=lambda module, inputs: compile_fx(module, inputs, inner_compile=on_the_gpu), dynamic=False
+        )
+        backward_of(compiled)(make_call(case, torch.device("cpu"), 0))
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=("interpreted", "compiled"))
+    if parser.parse_args().part == "interpreted":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            sys.exit("set TRITON_INTERPRET=1: Triton chooses its interpreter when it is imported")
+        counts = count_interpreted(CASES)
+    else:
+        counts = [{COMPILED: count_compiled(case)} for case in CASES]
+    print(json.dumps([{name: asdict(count) for name, count in row.items()} for row in counts]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Who competes in `bench.kernels`, on what: the incremental loss of one training call, and its gradient in the logits.
+
+Balanced Softmax cross-entropy over all columns plus distillation on the old ones, eq. 1 of arXiv 2103.12532. The seed
+of the backward pass lies ready for everybody, and the weights and numbers of classes are 0-d tensors on the device, as
+in training: a step changes their values and no code.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastil.kernels import incremental_loss, incremental_loss_grad
+from fastil.losses import balanced_cross_entropy, distillation, log_prior
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """B rows of W columns, of which the first `classes` are classes and half of those are old."""
+
+    batch: int
+    width: int
+    classes: int
+    dtype: str
+
+    @property
+    def num_old(self) -> int:
+        return self.classes // 2
+
+
+SHAPES = ((128, 104, 100), (128, 1000, 1000), (1024, 104, 100), (1024, 1000, 1000), (1024, 4000, 4000),
+          (128, 21848, 21841), (1024, 21848, 21841))  # fmt: skip
+CASES = [Case(*shape, dtype) for shape in SHAPES for dtype in DTYPES]
+
+
+@dataclass
+class Call:
+    """The tensors of one call. logits, teacher [B, W]; target [B]; prior [W]; meter [B, 4]; the rest 0-d, since an
+    incremental step changes their values and must change no code."""
+
+    logits: Tensor
+    teacher: Tensor
+    target: Tensor
+    prior: Tensor
+    num_old: Tensor
+    num_seen: Tensor
+    ce_weight: Tensor
+    kd_weight: Tensor
+    meter: Tensor
+    seed: Tensor
+    old: int
+
+
+def make_call(case: Case, device: torch.device, seed: int) -> Call:
+    """Random inputs of the case."""
+    random = torch.Generator(device).manual_seed(seed)
+    options: dict[str, Any] = {"device": device, "generator": random}
+    logits, teacher = (torch.randn(case.batch, case.width, **options).mul_(3).to(DTYPES[case.dtype]) for _ in range(2))
+    counts = torch.zeros(case.width, dtype=torch.int64)
+    counts[: case.classes], counts[: case.num_old] = 500, 20
+    rho = case.num_old / case.classes
+
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(value, device=device)
+
+    return Call(
+        logits.requires_grad_(),
+        teacher,
+        torch.randint(0, case.classes, (case.batch,), **options),
+        log_prior(counts, case.num_old).to(device),
+        num_old=scalar(case.num_old),
+        num_seen=scalar(case.classes),
+        ce_weight=scalar(1 - rho),
+        kd_weight=scalar(rho),
+        meter=torch.zeros(case.batch, 4, device=device),
+        seed=scalar(1.0),
+        old=case.num_old,
+    )
+
+
+def gradient_in_float64(call: Call) -> Tensor:
+    """Eq. 1's gradient by its formula, [B, W]."""
+    z, d, rows = call.logits.detach().double(), call.teacher.double(), len(call.target)
+    gradient = torch.softmax(z + call.prior.double(), 1)
+    gradient[torch.arange(rows, device=z.device), call.target] -= 1
+    gradient *= call.ce_weight / rows
+    p, p_teacher = (torch.softmax(v[:, : call.old] / TEMPERATURE, 1) for v in (z, d))
+    gradient[:, : call.old] += (p - p_teacher) * (call.kd_weight * TEMPERATURE / rows)
+    return gradient
+
+
+def scalars_of(call: Call) -> dict[str, Any]:
+    names = ("num_old", "num_seen", "ce_weight", "kd_weight")
+    return {name: getattr(call, name) for name in names} | {"temperature": TEMPERATURE}
+
+
+def fused_gradient(call: Call) -> Tensor:
+    z, keys = call.logits, scalars_of(call)
+    return incremental_loss_grad(z, call.target, call.prior, call.teacher, meter=call.meter, **keys)
+
+
+def fused_autograd(call: Call) -> Tensor:
+    loss = incremental_loss(call.logits, call.target, call.prior, call.teacher, **scalars_of(call))
+    return torch.autograd.grad(loss, call.logits, call.seed)[0]
+
+
+def formulas(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    prior: Tensor,
+    num_old: Tensor,
+    ce_weight: Tensor,
+    kd_weight: Tensor,
+) -> Tensor:
+    ce = balanced_cross_entropy(logits, target, prior)
+    return ce_weight * ce + kd_weight * distillation(logits, teacher, num_old, TEMPERATURE)
+
+
+def backward_of(loss: Callable[..., Tensor]) -> Callable[[Call], Tensor]:
+    def run(c: Call) -> Tensor:
+        value = loss(c.logits, c.teacher, c.target, c.prior, c.num_old, c.ce_weight, c.kd_weight)
+        return torch.autograd.grad(value, c.logits, c.seed)[0]
+
+    return run
+
+
+def liger() -> Callable[[Call], Tensor]:
+    """The same loss by Liger-Kernel's modules, as its user would put it together; KL has the gradient of eq. 2."""
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
+
+    cross_entropy, kl = LigerCrossEntropyLoss(ignore_index=-1), LigerKLDIVLoss(reduction="batchmean")
+
+    def run(call: Call) -> Tensor:
+        ce = cross_entropy(call.logits + call.prior, call.target)
+        student = torch.log_softmax(call.logits[:, : call.old].float() / TEMPERATURE, 1)
+        teacher = torch.softmax(call.teacher[:, : call.old].float() / TEMPERATURE, 1)
+        loss = call.ce_weight * ce + call.kd_weight * TEMPERATURE**2 * kl(student, teacher)
+        return torch.autograd.grad(loss, call.logits, call.seed)[0]
+
+    return run
+
+
+FASTIL, AUTOGRAD, EAGER, COMPILED, LIGER = "fastil", "fastil autograd", "eager", "torch.compile", "Liger-Kernel"
+
+
+def contestants(*, compiled: bool = True) -> dict[str, Callable[[Call], Tensor]]:
+    """By name: a function of a call that returns the gradient in the logits."""
+    table = {FASTIL: fused_gradient, AUTOGRAD: fused_autograd, EAGER: backward_of(formulas)}
+    if compiled:
+        table[COMPILED] = backward_of(torch.compile(formulas, dynamic=False))
+    if importlib.util.find_spec("liger_kernel"):
+        table[LIGER] = liger()
+    return table
