@@ -3,7 +3,19 @@ registration with torch. The Triton forms stand in `jit/` and load on first use 
 
 from fastil.kernels.alpha_hypergradient import alpha_hypergradient
 from fastil.kernels.augment import augment
+from fastil.kernels.cosine_head import cosine_head
 from fastil.kernels.herd import herd
 from fastil.kernels.incremental_loss import incremental_loss, incremental_loss_grad
+from fastil.kernels.less_forget import less_forget
+from fastil.kernels.pod_spatial import pod_spatial
 
-__all__ = ["alpha_hypergradient", "augment", "herd", "incremental_loss", "incremental_loss_grad"]
+__all__ = [
+    "alpha_hypergradient",
+    "augment",
+    "cosine_head",
+    "herd",
+    "incremental_loss",
+    "incremental_loss_grad",
+    "less_forget",
+    "pod_spatial",
+]

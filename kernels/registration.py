@@ -51,5 +51,5 @@ def refuse_second_order(name: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} is differentiable once only (create_graph=True asked for more); "
-            "use the formulas of fastil.losses for second derivatives"
+            "for second derivatives use plain torch, such as the formulas of fastil.losses"
         )
