@@ -20,7 +20,7 @@ from torch import Tensor
 from fastil.kernels.jit.launching import join4, launch, power_of_two, rows_like, split4
 from fastil.kernels.jit.less_forget import length, unit_difference
 
-TILE = 4_096  # numbers of a map at once
+TILE = 2_048  # numbers of a map at once
 BLOCK = 2_048  # pooled numbers at once
 
 
@@ -136,11 +136,12 @@ def pod_spatial_images(
 
 def launch_table(height: int, width: int, channels: int) -> tuple[int, int, int, int]:
     """(rows, columns, channels, warps) of a tile: whole rows of all channels if they fit, else the channels in parts.
-    Eight numbers per thread, so that a load is 16 bytes also in bfloat16; 16 per thread spill with some compilers."""
+    Eight numbers per thread, so that a load is 16 bytes also in bfloat16; twice the tile and the warps, with half the
+    registers for each, spills."""
     columns = power_of_two(width)
     part = min(power_of_two(channels), max(8, TILE // columns))
     rows = min(power_of_two(height), max(1, TILE // (columns * part)))
-    return rows, columns, part, max(1, min(16, rows * columns * part // 256))
+    return rows, columns, part, max(1, min(8, rows * columns * part // 256))
 
 
 def pod_spatial(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Tensor]:
@@ -159,9 +160,9 @@ def pod_spatial(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Ten
         gradient,
         1 / (layers * max(1, batch)),
         num_warps=warps,
-        # All registers for the one program that a processor holds; left alone, the assembler stops at 64 for some maps,
-        # for the sake of a second one, and spills.
-        maxnreg=min(255, 2048 // warps),
+        # Without a word on registers the assembler stops at 64 for some maps, to make room for more programs than there
+        # are images, and spills.
+        maxnreg=255,
         H=height,
         W=width,
         C=channels,
