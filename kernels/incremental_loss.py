@@ -13,7 +13,7 @@ from torch import Tensor
 from fastil.kernels.registration import jitted, refuse_second_order, register, scalar_tensor
 from fastil.losses import MASKED, hardest_new
 
-WIDEST_COSINES = 8_192  # columns up to which the Triton form does logit_scale and margin ranking; above, the plain one
+WIDEST_COSINES = 2_048  # columns up to which the Triton form does logit_scale and margin ranking; above, the plain one
 
 
 def incremental_loss(

@@ -16,6 +16,8 @@ What keeps it accurate in float32; each costs nothing beside the memory traffic:
 Rounds over the lanes, not arithmetic, bound small rows: there are two, one for four maxima and one for four sums.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -44,7 +46,10 @@ from fastil.kernels.jit.loss_parts import (
     store_row_values,
 )
 
-IN_REGISTERS = 8_192  # columns; at 16,384 the 128 registers of a thread do not hold three exponentials, and spill
+# Columns of a row that is held in registers; wider ones stream. At 16,384 a thread's 128 registers do not hold three
+# exponentials, and spill; with label smoothing they spill at 8,192.
+IN_REGISTERS = 8_192
+IN_REGISTERS_SMOOTHED = 4_096
 STREAM_BLOCK = 2_048
 
 
@@ -141,8 +146,8 @@ def incremental_loss_stream(
     W: tl.constexpr, BLOCK: tl.constexpr,
     SEPARATED: tl.constexpr, SMOOTHED: tl.constexpr, HARDEST: tl.constexpr,
 ):  # fmt: skip
-    """One row per program, read twice in blocks (the second time from the caches). Arguments as above; cosines and
-    margin ranking are not for rows this wide."""
+    """One row per program, read twice in blocks, the second time from the caches. Arguments as above, but without
+    cosines and margin ranking."""
     num_old, num_seen = value_of(NUM_OLD, tl.int32), value_of(NUM_SEEN, tl.int32)
     ce_weight, kd_weight = value_of(CE_WEIGHT, tl.float32), value_of(KD_WEIGHT, tl.float32)
     temperature = value_of(TEMPERATURE, tl.float32)
@@ -214,11 +219,14 @@ def incremental_loss_stream(
     )
 
 
-def launch_table(width: int) -> tuple[int, int]:
-    """(block, warps): eight columns per thread, so that a load is 16 bytes also in bfloat16, and up to 256 columns one
-    warp, which needs no barrier. (Several narrow rows per program were no better: more registers or barriers.)"""
+def launch_table(width: int, smoothed: bool) -> tuple[Any, int, int]:
+    """(kernel, block, warps): eight columns per thread, so that a load is 16 bytes also in bfloat16, and up to 256
+    columns one warp, which needs no barrier. (Several narrow rows per program were no better: more registers or
+    barriers.)"""
     block = power_of_two(max(width, 32))
-    return (block, max(1, min(16, block // 256))) if block <= IN_REGISTERS else (STREAM_BLOCK, 8)
+    if block <= (IN_REGISTERS_SMOOTHED if smoothed else IN_REGISTERS):
+        return incremental_loss_rows, block, max(1, min(16, block // 256))
+    return incremental_loss_stream, STREAM_BLOCK, 8
 
 
 def incremental_loss(
@@ -244,12 +252,12 @@ def incremental_loss(
     """Launch. Arguments and results as those of `fastil.kernels.incremental_loss.plain`."""
     logits = logits.contiguous()
     batch, width = logits.shape
-    block, warps = launch_table(width)
+    kernel, block, warps = launch_table(width, label_smoothing > 0)
     gradient = torch.empty_like(logits)
     scale_gradient = rows_like(logits, batch if logit_scale is not None else 0)
     row_loss = rows_like(logits, batch if value else 0)
     launch(
-        incremental_loss_rows if width <= IN_REGISTERS else incremental_loss_stream,
+        kernel,
         (batch,),
         logits,
         contiguous(teacher),
@@ -267,6 +275,9 @@ def incremental_loss(
         label_smoothing,
         margin,
         num_warps=warps,
+        # Narrow rows hide each other's waits, and 96 registers leave room for 21 of them. Wide ones may have all that a
+        # program can: left alone, the assembler stops at 64 or 128 for the sake of a second one, and spills.
+        maxnreg=96 if block <= 128 else min(255, 2048 // warps),
         W=width,
         BLOCK=block,
         SEPARATED=separated,

@@ -41,11 +41,12 @@ def rows_like(tensor: Tensor, *shape: int) -> Tensor:
 @triton.jit
 def value_of(argument, dtype: tl.constexpr):
     """A scalar that is given as a number or as a pointer to one."""
+    # One return: after a `return` inside nested conditions Triton compiles what follows the inner one as well.
     if hasattr(argument, "dtype"):  # the interpreter passes floats as they are
-        if argument.dtype.is_ptr():
-            return tl.load(argument).to(dtype)
-        return argument.to(dtype)
-    return tl.cast(argument, dtype)
+        value = tl.load(argument).to(dtype) if argument.dtype.is_ptr() else argument.to(dtype)
+    else:
+        value = tl.cast(argument, dtype)
+    return value
 
 
 @triton.jit
