@@ -1,0 +1,92 @@
+"""What the operators run on CUDA tensors, taken through Triton's interpreter: the form chosen and its arguments."""
+
+import contextlib
+import importlib
+
+import pytest
+import torch
+
+from fastil.kernels.registration import scalar_tensor
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_needed(monkeypatch):
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+
+def loss_arguments(device, cosines):
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 5, 24, device=device)
+    prior = torch.zeros(24, device=device)
+    options = [torch.tensor(2.0, device=device), torch.tensor(0.5, device=device)] if cosines else [None, None]
+    scalars = [scalar_tensor(v) for v in (8, 20, 0.4, 0.6, 2.0)]  # numbers: on the CPU beside any device
+    target = torch.tensor([0, 19, -1, 7, 8], device=device)
+    return [logits, target, prior, teacher, *scalars, None, *options, False, 0.0, 0.5, 2, None, True]
+
+
+def alpha_arguments(device):
+    logits, target, prior, tangent, *rest = loss_arguments(device, False)
+    return [logits, tangent, target, prior, *rest[:3]]
+
+
+def herd_arguments(device):
+    torch.manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(2, 9, 4, dtype=torch.float64, device=device), dim=2)
+    return [rows @ rows.mT, torch.tensor([9, 6], device=device), 5, 30, 1e-9]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "limit", "arguments"),
+    [
+        ("incremental_loss", "WIDEST_COSINES", lambda device: loss_arguments(device, True)),
+        ("alpha_hypergradient", "WIDEST", alpha_arguments),
+        ("herd", "LARGEST", herd_arguments),
+    ],
+)
+def test_what_triton_does_not_hold_in_registers_takes_the_plain_form(kernel, limit, arguments, device, monkeypatch):
+    module = importlib.import_module(f"fastil.kernels.{kernel}")
+    jit = importlib.import_module(f"fastil.kernels.jit.{kernel}")
+    launches = []
+    launch = jit.launch
+    monkeypatch.setattr(jit, "launch", lambda *a, **k: (launches.append(a), launch(*a, **k)))
+    inputs = arguments(device)
+    wanted = torch.utils._pytree.tree_leaves(module.plain(*inputs))
+    narrow = torch.utils._pytree.tree_leaves(module._cuda(*inputs))
+    assert len(launches) == 1
+    monkeypatch.setattr(module, limit, 4)
+    wide = torch.utils._pytree.tree_leaves(module._cuda(*inputs))
+    assert len(launches) == 1
+    for a, b, c in zip(wanted, narrow, wide, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+        assert torch.equal(c, a)
+
+
+def test_wide_logits_without_cosines_are_streamed(device, monkeypatch):
+    module = importlib.import_module("fastil.kernels.incremental_loss")
+    inputs = loss_arguments(device, False)
+    narrow = module._cuda(*inputs)
+    monkeypatch.setattr(importlib.import_module("fastil.kernels.jit.incremental_loss"), "IN_REGISTERS", 16)
+    for a, b in zip(module._cuda(*inputs), narrow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        ("alpha_hypergradient", "alpha_hypergradient"), ("augment", "augment"), ("cosine_head", "cosine_head"),
+        ("cosine_head", "cosine_head_grad"), ("herd", "herd"), ("incremental_loss", "incremental_loss"),
+        ("less_forget", "less_forget"), ("pod_spatial", "pod_spatial"),
+    ],
+)  # fmt: skip
+def test_the_three_forms_of_an_operator_take_the_same_arguments(module, function):
+    """The schema's names, where a form names them, in the schema's order."""
+    plain = importlib.import_module(f"fastil.kernels.{module}")
+    plain = plain.plain_grad if function.endswith("_grad") else plain.plain
+    jitted = getattr(importlib.import_module(f"fastil.kernels.jit.{module}"), function)
+    schema = [a.name for a in getattr(torch.ops.fastil, function).default._schema.arguments]
+    for form in (plain, jitted):
+        code = form.__code__
+        assert code.co_argcount == len(schema)
+    assert jitted.__code__.co_varnames[: len(schema)] == tuple(schema)
