@@ -38,14 +38,24 @@ $(OLDEST)/done:
 	$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) triton==3.6.0 'numpy<2.4'
 	@touch $@
 
-# Uses the torch and the Triton of $(PYTHON), which on GPU images are there already.
-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels
-	@if command -v compute-sanitizer > /dev/null; then \
+# Takes the torch and the Triton of $(PYTHON), which GPU images bring, and installs the rest beside them. All three parts
+# run, whatever the ones before them say.
+GPU := .venv-gpu/bin/python
+gpu: .venv-gpu/done
+	@failed=; \
+	PYTHONPATH=. $(GPU) -m pytest tests/kernels || failed=1; \
+	if command -v compute-sanitizer > /dev/null; then \
 	for tool in memcheck racecheck; do PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest tests/kernels -k beside || exit 1; done; \
-	else echo "compute-sanitizer is not installed: skipped"; fi
-	PYTHONPATH=. $(PYTHON) -m bench.kernels
+	compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU) -m pytest tests/kernels -m sanitize || failed=1; done; \
+	else echo "compute-sanitizer is not installed: skipped"; fi; \
+	PYTHONPATH=. $(GPU) -m bench.kernels || failed=1; \
+	test -z "$$failed"
+
+.venv-gpu/done: pyproject.toml
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps liger-kernel
+	@touch $@
 
 soak: export FASTIL_SOAK = 1
 soak: test
@@ -60,4 +70,4 @@ soak: test
 	@touch $@
 
 clean:
-	rm -rf .venv runs/demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-gpu runs/demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -36,10 +36,27 @@ def alpha_hypergradient(
     classes, and 0 for the others. With one alpha for all old classes dL_val/dalpha = -lr * result.sum() / alpha, with
     one per class -lr * result / alpha. Momentum does not enter (theta* is a plain step). Not differentiable.
     """
-    arguments = [a.detach() for a in (logits, tangent, target, log_prior)]
     scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight)]
-    result: Tensor = torch.ops.fastil.alpha_hypergradient(*arguments, *scalars)
+    run = _run if torch.compiler.is_compiling() else _Constant.apply
+    result: Tensor = run(logits, tangent, target, log_prior, *scalars)
     return result
+
+
+def _run(*arguments: Tensor) -> Tensor:
+    result: Tensor = torch.ops.fastil.alpha_hypergradient(*(a.detach() for a in arguments))
+    return result
+
+
+class _Constant(torch.autograd.Function):
+    """An operator call that refuses to be differentiated, where detaching would be wrong in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
+        return _run(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError("alpha_hypergradient has no derivative")
 
 
 def plain(
@@ -56,7 +73,7 @@ def plain(
     q = torch.softmax(torch.where(seen, logits.float() + log_prior, MASKED), 1)
     u = torch.where(seen, tangent.float(), 0)
     rows = q * (u - (q * u).sum(1, keepdim=True)) * (target >= 0)[:, None]
-    return torch.where(column < num_old, rows.sum(0), 0) * (ce_weight / len(logits))
+    return torch.where(column < num_old, rows.sum(0), 0) * (ce_weight / logits.shape[0])
 
 
 def _cuda(*arguments: Any) -> Tensor:

@@ -51,6 +51,8 @@ def plain(
 ) -> Tensor:
     count, height, width, channels = images.shape
     device = images.device
+    if device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < count:
+        raise IndexError(f"ids must lie in [0, {count})")
     rows = boxes[:, 0, None].long() + torch.arange(out_height, device=device)  # [B, H]
     across = torch.arange(out_width, device=device)
     columns = boxes[:, 1, None].long() + torch.where(flips[:, None], out_width - 1 - across, across)  # [B, W]
@@ -68,7 +70,7 @@ def plain(
 
 def _fake(images: Tensor, ids: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor, *shape: Any) -> Tensor:
     dtype, height, width = shape
-    return images.new_empty(len(ids), height, width, images.shape[3], dtype=dtype).permute(0, 3, 1, 2)
+    return images.new_empty(ids.shape[0], height, width, images.shape[3], dtype=dtype).permute(0, 3, 1, 2)
 
 
 register(

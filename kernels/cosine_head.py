@@ -113,7 +113,7 @@ def plain_grad(
 
 
 def _fake(features: Tensor, weight: Tensor, scale: Tensor, sharpness: float) -> tuple[Tensor, ...]:
-    batch, proxies = len(features), weight.shape[:-1].numel()
+    batch, proxies = features.shape[0], weight.shape[:-1].numel()
     saved = [features.new_empty(shape, dtype=torch.float32) for shape in ((batch, proxies), (batch,), (proxies,))]
     return features.new_empty(batch, len(weight)), *saved
 

@@ -9,7 +9,7 @@ from fastil.kernels.registration import jitted, register
 
 TIE = 1e-9  # scores this close are equal: far above float64's rounding, far below what tells two images apart
 MAX_TURNS = 1000  # where iCaRL's released loop gives up on repeats
-LARGEST = 8_192  # images of a class that a Triton program holds in registers; above, the plain form runs on CUDA too
+LARGEST = 4_096  # images of a class that a Triton program holds in registers; above, the plain form runs on CUDA too
 
 
 def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:

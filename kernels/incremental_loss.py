@@ -41,13 +41,15 @@ def incremental_loss(
 
     logits, teacher_logits: [B, W] in float32, bfloat16 or float16, computed in float32. target: int [B], incremental
     positions; -1 contributes no cross-entropy. log_prior: [W], -inf on classes without images; columns from num_seen on
-    are ignored whatever it or they hold. Counts, weights and temperature are numbers or 0-d tensors on the device: a
-    step then changes values, and neither shapes nor code.
+    are ignored whatever it or they hold; a target among the columns that do not count is an infinite loss. Counts,
+    weights and temperature are numbers or 0-d tensors on the device: a step then changes values, and neither shapes nor
+    code.
 
     sample_weight: [B], factor of each row's cross-entropy. separated: a row competes with the classes of its own block
     only, old or new (SS-IL). label_smoothing: in [0, 1), spread over the classes a row competes with.
     logit_scale: 0-d; the input then holds cosines, of which cross-entropy and distillation see the scaled ones and
-    margin ranking (`fastil.losses.margin_ranking`, over the `hardest` new classes) the plain ones, as in LUCIR.
+    margin ranking (`fastil.losses.margin_ranking`, over the `hardest` new classes) the plain ones, as in LUCIR. Both
+    are one launch up to 2,048 columns and the plain formula beyond.
     meter: see `incremental_loss_grad`.
 
     Differentiable once, in logits and logit_scale: a second derivative or a forward-mode one raises RuntimeError.
@@ -55,7 +57,7 @@ def incremental_loss(
     arguments = _checked(logits, target, log_prior, teacher_logits, sample_weight, label_smoothing)
     scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight, kd_weight, temperature)]
     weight = None if margin_weight is None else scalar_tensor(margin_weight)
-    rows = None if meter is None else _rows(meter, len(logits))
+    rows = None if meter is None else _rows(meter, logits.shape[0])
     loss: Tensor = _Value.apply(  # type: ignore[no-untyped-call]
         *arguments, *scalars, sample_weight, logit_scale, weight, separated, label_smoothing, margin, hardest, rows
     )
@@ -83,14 +85,16 @@ def incremental_loss_grad(
 
     meter: float32 [R, 4] with R >= B, or [4]. Row b gains the cross-entropy, the distillation, 1 for a hit (the target
     is the argmax of the raw logits over the num_seen columns) and the margin ranking of image b: sums to be read once
-    per epoch. [R, 4] costs nothing, [4] a reduction. Nothing here waits for the device.
+    per epoch. [R, 4] costs nothing, [4] three small launches. Nothing here waits for the device.
 
-    Returns [B, W] in the dtype of logits.
+    Returns [B, W] in the dtype of logits. Differentiating it again raises RuntimeError; in compiled code it is a
+    constant. float16 has no room for a gradient divided by B: multiply the weights by the loss scale, or use the
+    autograd form, which keeps its gradient in float32 until it is scaled.
     """
     arguments = _checked(logits, target, log_prior, teacher_logits, sample_weight, label_smoothing)
     scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight, kd_weight, temperature)]
-    rows = _rows(meter, len(logits))
-    # Compiled code cannot be differentiated twice anyway, and tracing a backward pass that raises would fail.
+    rows = _rows(meter, logits.shape[0])
+    # Tracing a backward pass that raises would fail: in compiled code the gradient is a constant.
     run = _gradient if torch.compiler.is_compiling() else _Gradient.apply
     gradient: Tensor = run(*arguments, *scalars, sample_weight, None, None, separated, label_smoothing, 0.0, 0, rows)
     _finish(meter, rows)
@@ -116,9 +120,11 @@ def _checked(
 
 def _rows(meter: Tensor, batch: int) -> Tensor:
     """The meter itself, or rows to be summed into it."""
-    fits = meter.shape == (4,) or (meter.ndim == 2 and meter.shape[1] == 4 and len(meter) >= batch)
-    if meter.dtype != torch.float32 or not fits:
-        raise ValueError(f"meter must be float32 [4] or [R, 4] with R >= {batch}, not {meter.dtype} {[*meter.shape]}")
+    fits = meter.shape == (4,) or (meter.ndim == 2 and meter.shape[1] == 4 and meter.shape[0] >= batch)
+    if meter.dtype != torch.float32 or not fits or not meter.is_contiguous():
+        raise ValueError(
+            f"meter must be contiguous float32 [4] or [R, 4] with R >= {batch}, not {meter.dtype} {[*meter.shape]}"
+        )
     return meter if meter.ndim == 2 else meter.new_zeros(batch, 4)
 
 
@@ -134,7 +140,7 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         gradient, scale_gradient, row_loss = torch.ops.fastil.incremental_loss(*arguments, True)
         ctx.save_for_backward(gradient, scale_gradient)
-        ctx.arguments, ctx.has_scale = len(arguments), arguments[10] is not None
+        ctx.arguments, ctx.has_scale, ctx.dtype = len(arguments), arguments[10] is not None, arguments[0].dtype
         loss: Tensor = row_loss.sum()
         return loss
 
@@ -143,7 +149,7 @@ class _Value(torch.autograd.Function):
         refuse_second_order("incremental_loss")
         gradient, scale_gradient = ctx.saved_tensors
         grads: list[Tensor | None] = [None] * ctx.arguments
-        grads[0] = gradient * grad
+        grads[0] = (gradient * grad).to(ctx.dtype)
         if ctx.has_scale:
             grads[10] = scale_gradient.sum() * grad
         return tuple(grads)
@@ -199,7 +205,8 @@ def plain(
         competes = competes & (old == (target < num_old)[:, None])
     log_q = torch.log_softmax(torch.where(competes, z + log_prior, MASKED), 1)
     aim = torch.zeros_like(x).scatter_(1, y, 1 - label_smoothing)
-    ce = -log_q.gather(1, y)[:, 0]
+    # A target that does not compete, not seen or without images, has an infinite loss, as in the Triton form.
+    ce = torch.where(competes.gather(1, y), -log_q.gather(1, y), torch.inf)[:, 0]
     if label_smoothing:
         share = label_smoothing / competes.sum(1, keepdim=True).clamp(min=1)
         aim += torch.where(competes, share, 0)
@@ -226,19 +233,26 @@ def plain(
         gradient.scatter_add_(1, rival, step).scatter_add_(1, y.expand_as(rival), -step)
     if meter is not None:
         best = torch.where(seen, x, -torch.inf).argmax(1)
-        meter[:batch] += torch.stack((ce, kd, (best == target).float(), ranking), 1)
+        hit = (best == target) & x.gather(1, y)[:, 0].isfinite()
+        meter[:batch] += torch.stack((ce, kd, hit.float(), ranking), 1)
     row_loss = x.new_empty(0)
     if value:
         row_loss = (ce_weight * ce + kd_weight * kd) / batch
         if margin_weight is not None:
             row_loss = row_loss + margin_weight * ranking / batch
-    return gradient.to(logits.dtype).contiguous(), scale_gradient, row_loss
+    return gradient.to(gradient_dtype(logits, value)).contiguous(), scale_gradient, row_loss
+
+
+def gradient_dtype(logits: Tensor, value: bool) -> torch.dtype:
+    """Of the operator's gradient: that of logits, but where the autograd form has yet to scale it not float16, whose
+    smallest numbers a gradient divided by B would fall below."""
+    return torch.float32 if value and logits.dtype == torch.float16 else logits.dtype
 
 
 def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, has_scale, value = len(logits), arguments[9] is not None, arguments[-1]
+    batch, has_scale, value = logits.shape[0], arguments[9] is not None, arguments[-1]
     per_row = [logits.new_empty(batch if wanted else 0, dtype=torch.float32) for wanted in (has_scale, value)]
-    return torch.empty_like(logits, memory_format=torch.contiguous_format), per_row[0], per_row[1]
+    return logits.new_empty(logits.shape, dtype=gradient_dtype(logits, value)), per_row[0], per_row[1]
 
 
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,12 +8,14 @@ from torch import Tensor
 from fastil.kernels.registration import jitted, refuse_second_order, register
 from fastil.losses import SHORTEST
 
+WIDEST = 8_192  # columns a Triton program holds in registers; wider features take the plain form on CUDA too
+
 
 def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
     """The mean over the batch of 1 - cos(features, teacher_features), as `fastil.losses.less_forget`. Returns a float32
     scalar.
 
-    features, teacher_features: [B, d] in float32, bfloat16 or float16, computed in float32; on CUDA d is up to 8,192.
+    features, teacher_features: [B, d] in float32, bfloat16 or float16, computed in float32.
     A vector shorter than 1e-12 has no direction: its row counts 1 and has no gradient.
 
     Differentiable once, in features: a second derivative or a forward-mode one raises RuntimeError. The gradient keeps
@@ -72,12 +74,18 @@ def _gradient_like(features: Tensor) -> Tensor:
 
 
 def _fake(features: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    return features.new_empty(len(features), dtype=torch.float32), _gradient_like(features)
+    return features.new_empty(features.shape[0], dtype=torch.float32), _gradient_like(features)
+
+
+def _cuda(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    narrow = arguments[0].shape[1] <= WIDEST
+    result: tuple[Tensor, Tensor] = (jitted("less_forget", "less_forget") if narrow else plain)(*arguments)
+    return result
 
 
 register(
     "less_forget(Tensor features, Tensor teacher) -> (Tensor, Tensor)",
     plain=plain,
-    cuda=jitted("less_forget", "less_forget"),
+    cuda=_cuda,
     fake=_fake,
 )

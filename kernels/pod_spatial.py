@@ -85,7 +85,7 @@ def _gradient_like(maps: Tensor) -> Tensor:
 
 
 def _fake(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-    return maps.new_empty(len(maps), dtype=torch.float32), _gradient_like(maps)
+    return maps.new_empty(maps.shape[0], dtype=torch.float32), _gradient_like(maps)
 
 
 register(

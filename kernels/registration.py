@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("fastil", "DEF")
 
@@ -21,7 +22,29 @@ def register(schema: str, *, plain: Callable[..., Any], cuda: Callable[..., Any]
     name = schema.split("(")[0]
     LIBRARY.impl(name, plain, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, _undifferentiable(name), "Autograd")
     torch.library.register_fake(f"fastil::{name}", fake, lib=LIBRARY)
+
+
+def _undifferentiable(name: str) -> Callable[..., Any]:
+    """What an operator does where autograd looks: nothing, or raise. The autograd functions of this package call it
+    with gradients switched off; whoever gets here with something to differentiate, such as torch.func inside compiled
+    code, which looks through those functions, would get a zero derivative."""
+
+    def run(*arguments: Any) -> Any:
+        for a in arguments:
+            if isinstance(a, Tensor) and (
+                (a.requires_grad and torch.is_grad_enabled())
+                or torch._C._functorch.is_gradtrackingtensor(a)
+                or forward_ad.unpack_dual(a).tangent is not None
+            ):
+                raise RuntimeError(
+                    f"{name}: only its first derivative, in reverse mode and outside torch.func, is there"
+                )
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.fastil, name)(*arguments)
+
+    return run
 
 
 def jitted(module: str, function: str) -> Callable[..., Any]:
@@ -42,7 +65,7 @@ def jitted(module: str, function: str) -> Callable[..., Any]:
 
 def scalar_tensor(value: float | Tensor) -> Tensor:
     """A 0-d tensor; a number stays on the CPU and reaches the kernel as an argument, without a copy or a launch."""
-    return value if isinstance(value, Tensor) else torch.tensor(value)
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def refuse_second_order(name: str) -> None:

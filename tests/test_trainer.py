@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import (
 )
 
 from fastil.compiling import decide, has_cxx_compiler
-from fastil.data import Split, make_loader
+from fastil.data import Batch, Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
 from fastil.methods import ILBaseline, ILBaselineConfig, StepContext
-from fastil.models import ModelConfig, build_network
+from fastil.models import ModelConfig, Output, build_network
 from fastil.plan import Key, Transform, training_plan
 from fastil.trainer import Phase, Stopped, TrainConfig, Trainer
 
@@ -134,6 +134,22 @@ def test_training_never_waits_for_the_device(device, cuda_guard, monkeypatch):
         with pytest.raises(DataDependentOutputException):  # nothing before the epoch's one read, which must raise
             trainer.fit(phase)
         assert trained == [16, 16, 16, 16, 8]
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_methods_backward_is_that_of_its_loss(with_teacher):
+    method = ILBaseline(ILBaselineConfig(), 8, torch.device("cpu"))
+    method.begin_step(StepContext(1, 4, CLASSES, np.array([2] * 4 + [9] * (CLASSES - 4) + [0] * (8 - CLASSES))))
+    labels = torch.tensor([0, 5, 3])
+    batch = Batch(torch.zeros(3, 3, SIZE, SIZE), labels, labels)
+    outputs = []
+    for backward in (lambda *a: method.loss(*a).backward(), lambda *a: method.backward(*a, torch.zeros(4, 4))):
+        torch.manual_seed(0)
+        logits, teacher = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+        out, teacher_out = (Output(torch.zeros(3, 2), [], z) for z in (logits, teacher))
+        backward(batch, out, teacher_out if with_teacher else None)
+        outputs.append(logits.grad)
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.skipif(not has_cxx_compiler(), reason="needs a C++ compiler: apt-get install g++")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastil.kernels.alpha_hypergradient import WIDEST
+from fastil.kernels.herd import LARGEST
 from fastil.kernels.incremental_loss import WIDEST_COSINES
 from fastil.kernels.jit.alpha_hypergradient import alpha_hypergradient
 from fastil.kernels.jit.augment import augment
@@ -190,11 +192,11 @@ CASES = [
     *(loss("lucir", dtype, width) for dtype in DTYPES for width in (104, 1000, WIDEST_COSINES)),
     *(loss("all", dtype, width) for dtype in DTYPES for width in (104, 1000, WIDEST_COSINES, 4000, 8192)),
     loss("all", "fp32", 21848),
-    *(alpha_hypergradient_case("fp32", width) for width in (104, 1000)),
+    *(alpha_hypergradient_case("fp32", width) for width in (104, 1000, WIDEST)),
     *(augment_case(dtype, 32, 32) for dtype in DTYPES),
     augment_case("bf16", 256, 224),
-    *(herd_case(images) for images in (500, 1_300)),
-    *(less_forget_case(dtype, width) for dtype in DTYPES for width in (64, 512)),
+    *(herd_case(images) for images in (500, 1_300, LARGEST)),
+    *(less_forget_case(dtype, width) for dtype in DTYPES for width in (64, 512, WIDEST)),
     *(pod_spatial_case("bf16", *shape) for shape in (*CIFAR_MAPS, *IMAGENET_MAPS)),
     *(pod_spatial_case("fp32", *shape) for shape in (CIFAR_MAPS[0], IMAGENET_MAPS[0])),
     *(cosine_head_case("bf16", 64, 104, proxies, backward=b) for proxies in (1, 10) for b in (False, True)),

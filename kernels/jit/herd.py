@@ -18,7 +18,7 @@ def herd_classes(
 ):  # fmt: skip
     """The scores of all images of the class stay in registers; a turn reads one row of the Gram matrix."""
     group = tl.program_id(0).to(tl.int64)
-    count = tl.load(COUNTS + group).to(tl.int32)
+    count = tl.minimum(tl.load(COUNTS + group).to(tl.int32), n)
     image = tl.arange(0, BLOCK)
     valid = image < count
     gram = GRAM + group * n * n
@@ -34,8 +34,8 @@ def herd_classes(
     while (found < wanted) & (turn < MAX_TURNS + m):
         candidates = tl.where(picked & (turn >= MAX_TURNS), float("-inf"), score)
         best = tl.max(candidates, 0)
-        # Scores this close are equal but for rounding; the lowest position is taken.
-        choice = tl.min(tl.where(candidates >= best - tie, image, BLOCK), 0)
+        # Scores this close are equal but for rounding; the lowest position is taken. (Where all are NaN, the last one.)
+        choice = tl.minimum(tl.min(tl.where(candidates >= best - tie, image, BLOCK), 0), count - 1)
         repeat = tl.max(tl.where((image == choice) & picked, 1, 0), 0)
         tl.store(PICKS + group * m + found, choice.to(tl.int64), mask=repeat == 0)
         picked = picked | (image == choice)
@@ -61,7 +61,8 @@ def herd(gram: Tensor, counts: Tensor, m: int, max_turns: int, tie: float) -> Te
             n,
             m,
             tie,
-            num_warps=max(1, min(16, block // 128)),
+            num_warps=(warps := max(1, min(16, block // 128))),
+            maxnreg=min(255, 2048 // warps),  # left alone, the assembler spills for the sake of a second program
             MAX_TURNS=max_turns,
             BLOCK=block,
             BLOCK_M=power_of_two(m),

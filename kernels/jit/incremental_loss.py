@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastil.kernels.incremental_loss import gradient_dtype
 from fastil.kernels.jit.launching import (
     LOG2E,
     contiguous,
@@ -130,7 +131,7 @@ def incremental_loss_rows(
     if MARGIN_WEIGHT is not None:
         g += extra
     tl.store(DX + offset, g.to(DX.dtype.element_ty), mask=inside)
-    correct = tl.where(valid & (beaten == 0.0), 1.0, 0.0)
+    correct = tl.where(valid & (y < num_seen) & (x_y == x_y) & (beaten == 0.0), 1.0, 0.0)  # x == x: not NaN
     store_row_values(
         ROW_LOSS, METER, row, ce, kd, correct, ranking, ce_weight / batch, kd_weight / batch,
         None if MARGIN_WEIGHT is None else margin_weight / batch,
@@ -213,7 +214,7 @@ def incremental_loss_stream(
             ev = tl.where(old, tl.exp2((d - top_v[:, None]) * inv_t), 0.0)
             g += soft_difference(eu, ev, su, sv) * (kd_weight * temperature / batch)
         tl.store(DX + offset, g.to(DX.dtype.element_ty), mask=inside)
-    correct = tl.where(valid & (beaten == 0.0), 1.0, 0.0)
+    correct = tl.where(valid & (y < num_seen) & (x_y == x_y) & (beaten == 0.0), 1.0, 0.0)  # x == x: not NaN
     store_row_values(
         ROW_LOSS, METER, row, ce, kd, correct, tl.zeros_like(ce), ce_weight / batch, kd_weight / batch, None
     )
@@ -224,6 +225,8 @@ def launch_table(width: int, smoothed: bool) -> tuple[Any, int, int]:
     columns one warp, which needs no barrier. (Several narrow rows per program were no better: more registers or
     barriers.)"""
     block = power_of_two(max(width, 32))
+    if width % 8 and block > IN_REGISTERS_SMOOTHED:  # rows that are not aligned take an address more per column
+        return incremental_loss_stream, STREAM_BLOCK, 8
     if block <= (IN_REGISTERS_SMOOTHED if smoothed else IN_REGISTERS):
         return incremental_loss_rows, block, max(1, min(16, block // 256))
     return incremental_loss_stream, STREAM_BLOCK, 8
@@ -253,7 +256,7 @@ def incremental_loss(
     logits = logits.contiguous()
     batch, width = logits.shape
     kernel, block, warps = launch_table(width, label_smoothing > 0)
-    gradient = torch.empty_like(logits)
+    gradient = torch.empty_like(logits, dtype=gradient_dtype(logits, value))
     scale_gradient = rows_like(logits, batch if logit_scale is not None else 0)
     row_loss = rows_like(logits, batch if value else 0)
     launch(

@@ -15,7 +15,6 @@ from torch import Tensor
 from fastil.kernels.jit.launching import join4, launch, power_of_two, rows_like, split4
 from fastil.losses import SHORTEST as SHORTEST_LENGTH
 
-IN_REGISTERS = 8_192  # columns
 SHORTEST = tl.constexpr(SHORTEST_LENGTH)
 
 
@@ -72,8 +71,6 @@ def less_forget(features: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Launch. Arguments and results as those of `fastil.kernels.less_forget.plain`."""
     features = features.contiguous()
     batch, width = features.shape
-    if width > IN_REGISTERS:
-        raise ValueError(f"less_forget is for features of up to {IN_REGISTERS} numbers, not {width}")
     gradient, row_value = torch.empty_like(features), rows_like(features, batch)
     block = power_of_two(max(width, 32))
     launch(

@@ -189,8 +189,9 @@ def test_the_data_set_is_not_changed():
 
 def test_an_id_the_data_set_lacks_is_an_error_on_the_cpu_and_not_a_number_on_a_gpu():
     images = random_images(3, 6, 6)
-    with pytest.raises(IndexError):
-        run(augment, images, [3], [[0, 0, 6, 6]], [False])
+    for sample in (3, -1):
+        with pytest.raises(IndexError, match=r"ids must lie in \[0, 3\)"):
+            run(augment, images, [sample], [[0, 0, 6, 6]], [False])
     out = run(jitted, images, [3, 1, -1], [[0, 0, 6, 6]] * 3, [False] * 3)
     assert out[[0, 2]].isnan().all()
     assert torch.equal(out[1:2], run(augment, images, [1], [[0, 0, 6, 6]], [False]))

@@ -203,6 +203,14 @@ def test_the_padding_of_the_gram_matrices_never_reaches_the_picks():
         assert form(gram, counts, 5, max_turns=SHORT, **keys)[1].tolist() == released_loop(rows, 5, SHORT)[0]
 
 
+def test_what_is_not_a_number_is_picked_within_the_class_and_read_within_the_matrix():
+    gram = torch.full((2, 32, 32), torch.nan, dtype=torch.float64)
+    for counts in ([32, 20], [40, 32]):  # the second names more images than there are
+        picks = jitted(gram, torch.tensor(counts), 4)
+        assert (picks < 32).all()
+        assert (picks[:, 1:] == -1).all()
+
+
 def test_the_operator_works_under_fake_tensors_and_follows_its_schema():
     gram = torch.eye(5, dtype=torch.float64).expand(2, 5, 5).contiguous()
     torch.library.opcheck(torch.ops.fastil.herd.default, (gram, torch.tensor([5, 3]), 4, MAX_TURNS, TIE))

@@ -245,7 +245,8 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(form, dtype, see
     keys = STEP | {"num_old": seen // 2, "num_seen": seen}
     half = check(form, (logits, target, prior, teacher), limit=HALF[dtype], **keys, device=device)
     full = run(form, logits.float(), target, prior, teacher.float(), **keys, device=device)
-    assert half.gradient.dtype == dtype
+    # Beside a value the launcher leaves float16's gradient in float32, to be rounded once it is scaled.
+    assert half.gradient.dtype == (torch.float32 if (form, dtype) == ("triton", torch.float16) else dtype)
     assert half.value.dtype == torch.float32
     assert torch.equal(half.value, full.value)
     assert torch.equal(half.meter, full.meter)
@@ -319,16 +320,11 @@ def test_a_batch_without_targets_distils_only(form, device):
 
 
 @both_forms
-def test_equal_counts_are_the_plain_softmax_bit_for_bit(form, device):
-    logits, target, _, teacher = example(8, 50, 30)
+def test_equal_counts_are_the_plain_softmax(form, device):
+    """Bit for bit, since of equal counts nothing is left: log lambda is exactly 0 on every class."""
+    logits, target, _, _ = example(8, 50, 30)
     equal = log_prior(torch.where(torch.arange(logits.shape[1]) < 50, 500, 0), 30)
-    unseen = torch.arange(logits.shape[1]) >= 50
-    a = run(form, logits, target, equal, teacher, **STEP, device=device)
-    b = run(
-        form, logits, target, torch.zeros_like(equal).masked_fill(unseen, -math.inf), teacher, **STEP, device=device
-    )
-    assert torch.equal(a.value, b.value)
-    assert torch.equal(a.gradient, b.gradient)
+    assert (equal[:50] == 0).all()
     keys = STEP | {"ce_weight": 1.0, "kd_weight": 0.0}
     plain = torch.nn.functional.cross_entropy(logits[:, :50].double(), target, ignore_index=-1, reduction="sum") / 8
     assert relative(run(form, logits, target, equal, None, **keys, device=device).value, plain.item()) <= LIMIT[form]
@@ -372,6 +368,35 @@ def test_hits_follow_argmax_where_logits_tie(form, device):
     prior = log_prior(torch.tensor([1, 1, 1, 1, 1, 1, 1, 0]))
     result = run(form, logits, target, prior, **(STEP | {"num_old": 0, "num_seen": 7}), device=device)
     assert result.meter[:, 2].tolist() == [1, 0, 1, 0]
+
+
+@both_forms
+def test_what_cannot_be_right_is_no_hit_and_no_finite_loss(form, device):
+    logits, _, prior, _ = example(3, 50, 0)
+    logits[0] = math.nan
+    logits[1, 52] = 99.0  # the target's logit is the highest, but its class was not seen
+    result = run(form, logits, torch.tensor([3, 52, 4]), prior, **(STEP | {"num_old": 0}), device=device)
+    assert result.meter[:2, 2].tolist() == [0, 0]
+    assert math.isnan(result.meter[0, 0])
+    assert result.meter[1, 0] == math.inf
+    assert torch.isfinite(result.meter[2]).all()
+
+
+def test_float16_gradients_survive_a_loss_scale(device):
+    """Divided by a batch of 1,024 most of them lie below float16's smallest number; scaled by 2^16 they do not."""
+    batch, width = 1024, 104
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(batch, width, generator=random).mul(4).half().to(device)
+    target, prior = torch.randint(0, width, (batch,), generator=random).to(device), torch.zeros(width, device=device)
+    keys = STEP | {"num_old": 0, "num_seen": width, "ce_weight": 1.0, "kd_weight": 0.0}
+    x = logits.clone().requires_grad_()
+    (incremental_loss(x, target, prior, **keys) * 2.0**16).backward()
+    wanted = torch.softmax(logits.double(), 1)
+    wanted[torch.arange(batch), target] -= 1
+    wanted *= 2.0**16 / batch
+    assert x.grad.dtype == torch.float16
+    assert ((x.grad.double() - wanted).norm() / wanted.norm()).item() <= 1e-3
+    assert (x.grad == 0).double().mean() < 1e-2
 
 
 @both_forms
@@ -433,8 +458,9 @@ def test_a_label_beyond_the_logits_is_an_infinite_loss_and_no_access_out_of_boun
         ({"teacher_logits": torch.zeros(5, 30)}, r"teacher_logits must be \[5, 56\]"),
         ({"sample_weight": torch.zeros(5, 1)}, r"sample_weight must be \[5\]"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1.0: must be in \[0, 1\)"),
-        ({"meter": torch.zeros(4, 4)}, r"meter must be float32 \[4\] or \[R, 4\] with R >= 5"),
-        ({"meter": torch.zeros(5, 3)}, r"meter must be float32 \[4\]"),
+        ({"meter": torch.zeros(4, 4)}, r"meter must be contiguous float32 \[4\] or \[R, 4\] with R >= 5"),
+        ({"meter": torch.zeros(5, 8)[:, :4]}, r"meter must be contiguous"),
+        ({"meter": torch.zeros(5, 3)}, r"meter must be contiguous float32 \[4\]"),
         ({"meter": torch.zeros(4, dtype=torch.float64)}, r"not torch.float64"),
     ],
 )

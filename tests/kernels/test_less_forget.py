@@ -204,13 +204,6 @@ def test_features_of_other_shapes_are_refused(student, teacher):
         less_forget(torch.zeros(student), torch.zeros(teacher))
 
 
-def test_rows_too_wide_for_the_registers_are_refused(device):
-    launcher = pytest.importorskip("fastil.kernels.jit.less_forget", reason="triton is not installed")
-    wide = torch.zeros(1, launcher.IN_REGISTERS + 1, device=device)
-    with pytest.raises(ValueError, match="up to 8192 numbers, not 8193"):
-        launcher.less_forget(wide, wide)
-
-
 def test_second_derivatives_and_forward_mode_raise():
     features, teacher = example(3, 8)
     features.requires_grad_()

@@ -143,6 +143,45 @@ def test_forward_mode_raises(form):
         loss(forward_ad.make_dual(primal, torch.ones_like(primal)))
 
 
+@pytest.mark.parametrize("derivative", ["jvp", "grad of grad"])
+def test_they_raise_in_compiled_code_too(derivative):
+    """There torch.func looks through autograd functions, and would find a derivative of 0."""
+    features, weight, *rest = arguments()
+
+    def loss(w):
+        return value(features, w, *rest)
+
+    def jvp(w):
+        return torch.func.jvp(loss, (w,), (torch.ones_like(w),))[1]
+
+    def grad_of_grad(w):
+        return torch.func.grad(lambda v: torch.func.grad(loss)(v).square().sum())(w)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(jvp if derivative == "jvp" else grad_of_grad, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="only its first derivative"):
+        compiled(weight.detach())
+
+
+def test_one_graph_serves_batches_of_several_sizes():
+    _, weight, target, prior, teacher = arguments()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def loss(features, target, teacher):
+        return incremental_loss(features @ weight.T, target, prior, teacher, **STEP)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend=count, dynamic=True, fullgraph=True)
+    for rows in (3, 5, 8):
+        batch = torch.randn(rows, 16), target[:1].expand(rows).contiguous(), teacher[:1].repeat(rows, 1)
+        torch.testing.assert_close(compiled(*batch), loss(*batch))
+    assert len(graphs) == 1
+
+
 def test_the_package_imports_and_runs_without_triton():
     code = """
 import sys

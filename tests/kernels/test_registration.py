@@ -43,6 +43,7 @@ def herd_arguments(device):
         ("incremental_loss", "WIDEST_COSINES", lambda device: loss_arguments(device, True)),
         ("alpha_hypergradient", "WIDEST", alpha_arguments),
         ("herd", "LARGEST", herd_arguments),
+        ("less_forget", "WIDEST", lambda device: [*torch.randn(2, 5, 24, device=device)]),
     ],
 )
 def test_what_triton_does_not_hold_in_registers_takes_the_plain_form(kernel, limit, arguments, device, monkeypatch):

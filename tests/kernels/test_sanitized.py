@@ -1,0 +1,72 @@
+"""One launch of every operator on tensors of exactly their size: what compute-sanitizer runs (`make gpu`). Elsewhere it
+compares the operators' two forms once more, on the shapes at the edges of their tiles."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+
+def loss(device):
+    logits, teacher = torch.randn(2, 3, 37, device=device)
+    scalars = [torch.tensor(v, device=device) for v in (20, 37, 0.4, 0.6, 2.0)]
+    target, prior = torch.tensor([36, -1, 0], device=device), torch.zeros(37, device=device)
+    scale, meter = torch.tensor(2.0, device=device), torch.zeros(3, 4, device=device)
+    return [logits, target, prior, teacher, *scalars, torch.rand(3, device=device), scale, scale, True, 0.1, 0.5, 2,
+            meter, True]  # fmt: skip
+
+
+def alpha(device):
+    logits, target, prior, tangent, *rest = loss(device)
+    return [logits, tangent, target, prior, *rest[:3]]
+
+
+def augment(device):
+    images = torch.randint(0, 256, (3, 9, 7, 3), dtype=torch.uint8, device=device)
+    boxes = torch.tensor([[-3, 5, 9, 7], [8, -6, 9, 7]], device=device)
+    flips, channels = torch.tensor([True, False], device=device), torch.full((3,), 0.5, device=device)
+    return [images, torch.tensor([2, 0], device=device), boxes, flips, channels, channels, torch.float32, 9, 7]
+
+
+def herd(device):
+    rows = torch.nn.functional.normalize(torch.randn(2, 37, 5, dtype=torch.float64, device=device), dim=2)
+    return [rows @ rows.mT, torch.tensor([37, 20], device=device), 9, 40, 1e-9]
+
+
+def pod(device):
+    maps = [torch.randn(2, 5, 7, 6, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    return [*maps, 1]
+
+
+def head(device):
+    return [
+        torch.randn(7, 70, device=device),
+        torch.randn(11, 3, 70, device=device),
+        torch.ones((), device=device),
+        2.0,
+    ]
+
+
+OPERATORS = {
+    "incremental_loss": loss,
+    "alpha_hypergradient": alpha,
+    "augment": augment,
+    "herd": herd,
+    "less_forget": lambda device: [*torch.randn(2, 3, 37, device=device)],
+    "pod_spatial": pod,
+    "cosine_head": head,
+}
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", OPERATORS)
+def test_both_forms_agree_on_memory_of_exactly_its_size(name, device):
+    torch.manual_seed(0)
+    arguments = OPERATORS[name](device)
+    plain = importlib.import_module(f"fastil.kernels.{name}").plain
+    jitted = getattr(importlib.import_module(f"fastil.kernels.jit.{name}"), name)
+    with np.errstate(all="ignore"):
+        ours, wanted = (torch.utils._pytree.tree_leaves(form(*arguments)) for form in (jitted, plain))
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
