@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastil.kernels.incremental_loss import checked
 from fastil.kernels.registration import jitted, register, scalar_tensor
 from fastil.losses import MASKED
 
@@ -36,6 +37,7 @@ def alpha_hypergradient(
     classes, and 0 for the others. With one alpha for all old classes dL_val/dalpha = -lr * result.sum() / alpha, with
     one per class -lr * result / alpha. Momentum does not enter (theta* is a plain step). Not differentiable.
     """
+    checked(logits, target, log_prior, tangent, second="tangent")
     scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight)]
     run = _run if torch.compiler.is_compiling() else _Constant.apply
     result: Tensor = run(logits, tangent, target, log_prior, *scalars)
@@ -73,7 +75,7 @@ def plain(
     q = torch.softmax(torch.where(seen, logits.float() + log_prior, MASKED), 1)
     u = torch.where(seen, tangent.float(), 0)
     rows = q * (u - (q * u).sum(1, keepdim=True)) * (target >= 0)[:, None]
-    return torch.where(column < num_old, rows.sum(0), 0) * (ce_weight / logits.shape[0])
+    return torch.where(column < num_old, rows.sum(0), 0) * (ce_weight / max(1, logits.shape[0]))
 
 
 def _cuda(*arguments: Any) -> Tensor:

@@ -32,6 +32,12 @@ def augment(
     Returns [B, 3, H, W] in channels-last layout; in float32 bit for bit (pixel / 255 - mean) / std. An id that the data
     set lacks raises IndexError on the CPU and gives NaN on CUDA, where raising would mean waiting for the device.
     """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images must be uint8 [N, h, w, channels], not {images.dtype} {[*images.shape]}")
+    batch_size = ids.shape[0]
+    if ids.ndim != 1 or boxes.shape != (batch_size, 4) or flips.shape != (batch_size,) or boxes.is_floating_point():
+        shapes = f"{[*ids.shape]}, {boxes.dtype} {[*boxes.shape]} and {[*flips.shape]}"
+        raise ValueError(f"ids, boxes and flips must be [B], integers [B, 4] and [B], not {shapes}")
     height, width = size or (images.shape[1], images.shape[2])
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device) for v in (mean, std))
     batch: Tensor = torch.ops.fastil.augment(images, ids, boxes, flips, mean, std, dtype, height, width)

@@ -54,9 +54,11 @@ def incremental_loss(
 
     Differentiable once, in logits and logit_scale: a second derivative or a forward-mode one raises RuntimeError.
     """
-    arguments = _checked(logits, target, log_prior, teacher_logits, sample_weight, label_smoothing)
+    arguments = checked(logits, target, log_prior, teacher_logits, sample_weight, label_smoothing)
     scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight, kd_weight, temperature)]
     weight = None if margin_weight is None else scalar_tensor(margin_weight)
+    if logit_scale is not None and logit_scale.ndim:
+        raise ValueError(f"logit_scale must be a 0-d tensor, not {[*logit_scale.shape]}")
     rows = None if meter is None else _rows(meter, logits.shape[0])
     loss: Tensor = _Value.apply(  # type: ignore[no-untyped-call]
         *arguments, *scalars, sample_weight, logit_scale, weight, separated, label_smoothing, margin, hardest, rows
@@ -91,7 +93,7 @@ def incremental_loss_grad(
     constant. float16 has no room for a gradient divided by B: multiply the weights by the loss scale, or use the
     autograd form, which keeps its gradient in float32 until it is scaled.
     """
-    arguments = _checked(logits, target, log_prior, teacher_logits, sample_weight, label_smoothing)
+    arguments = checked(logits, target, log_prior, teacher_logits, sample_weight, label_smoothing)
     scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight, kd_weight, temperature)]
     rows = _rows(meter, logits.shape[0])
     # Tracing a backward pass that raises would fail: in compiled code the gradient is a constant.
@@ -101,18 +103,29 @@ def incremental_loss_grad(
     return gradient
 
 
-def _checked(
-    logits: Tensor, target: Tensor, log_prior: Tensor, teacher: Tensor | None, weight: Tensor | None, smoothing: float
+def checked(
+    logits: Tensor,
+    target: Tensor,
+    log_prior: Tensor,
+    teacher: Tensor | None,
+    weight: Tensor | None = None,
+    smoothing: float = 0.0,
+    second: str = "teacher_logits",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The arguments, if they fit each other: a kernel would read beyond the end of one that does not."""
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating-point [B, W], not {logits.dtype} {[*logits.shape]}")
     batch, width = logits.shape
     for name, tensor, shape in (
         ("target", target, (batch,)),
         ("log_prior", log_prior, (width,)),
-        ("teacher_logits", teacher, (batch, width)),
+        (second, teacher, (batch, width)),
         ("sample_weight", weight, (batch,)),
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {[*shape]} beside logits {[batch, width]}, not {[*tensor.shape]}")
+    if target.is_floating_point():
+        raise ValueError(f"target must hold integers, not {target.dtype}")
     if not 0 <= smoothing < 1:
         raise ValueError(f"label_smoothing={smoothing}: must be in [0, 1)")
     return logits, target, log_prior, teacher

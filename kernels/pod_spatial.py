@@ -66,7 +66,7 @@ def plain(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     unit = energy / length
     # A vector shorter than the shortest length is divided by that constant, which has no derivative.
     along = torch.where(norm < SHORTEST, 0, (unit * difference).sum([1, 2], keepdim=True))
-    weight = 1 / (layers * len(x))
+    weight = 1 / (layers * max(1, len(x)))
     scale = torch.where(distance == 0, 0, 2 * weight / (length * distance))
     pooled_gradient = scale * (difference - along * unit)
     height = maps.shape[2]

@@ -57,7 +57,11 @@ def jitted(module: str, function: str) -> Callable[..., Any]:
             if error.name != "triton":
                 raise
             raise ImportError("fastil's CUDA kernels need Triton: pip install triton") from None
-        with torch.cuda.device(args[0].device):
+        device = args[0].device
+        for tensor in args:
+            if isinstance(tensor, Tensor) and tensor.ndim and tensor.device != device:
+                raise ValueError(f"{function}: all tensors must be on {device}, not one on {tensor.device}")
+        with torch.cuda.device(device):
             return launcher(*args)
 
     return run

@@ -54,7 +54,7 @@ def alpha_hypergradient(
     """Launch, and one reduction. Arguments and result as those of `fastil.kernels.alpha_hypergradient.plain`."""
     batch, width = logits.shape
     block = power_of_two(max(width, 32))
-    partial = torch.empty(max(1, min(batch, PROGRAMS)), width, dtype=torch.float32, device=logits.device)
+    partial = torch.empty(min(batch, PROGRAMS), width, dtype=torch.float32, device=logits.device)
     launch(
         alpha_hypergradient_rows,
         (len(partial),),

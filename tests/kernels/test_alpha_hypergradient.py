@@ -162,3 +162,17 @@ def test_nothing_beside_the_tensors_is_read_or_written(device):
 def test_the_operator_compiles_and_follows_its_schema():
     arguments = [*example(6, 16, 9), *(torch.tensor(v) for v in (9, 16, 0.4))]
     torch.library.opcheck(torch.ops.fastil.alpha_hypergradient.default, tuple(arguments))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("tangent", (1, 40)), ("target", (3,)), ("log_prior", (3,))])
+def test_arguments_that_do_not_fit_are_named(name, shape):
+    keys = dict(zip(("logits", "tangent", "target", "log_prior"), example(5, 37, 20), strict=True))
+    keys[name] = torch.zeros(shape, dtype=keys[name].dtype)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        alpha_hypergradient(**keys, num_old=20, num_seen=37, ce_weight=1.0)
+
+
+@both_forms
+def test_an_empty_batch_has_a_gradient_of_zero(form, device):
+    z, u, target, prior = example(5, 37, 20)
+    assert (run(form, z[:0], u[:0], target[:0], prior, 20, 37, 0.4, device=device) == 0).all()

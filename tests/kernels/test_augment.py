@@ -197,6 +197,25 @@ def test_an_id_the_data_set_lacks_is_an_error_on_the_cpu_and_not_a_number_on_a_g
     assert torch.equal(out[1:2], run(augment, images, [1], [[0, 0, 6, 6]], [False]))
 
 
+@pytest.mark.parametrize(
+    ("ids", "boxes", "flips"),
+    [
+        ([0], [[0, 0, 6, 6]] * 2, [False] * 2),
+        ([0, 1], [[0, 0]] * 2, [False] * 2),
+        ([0, 1], [[0, 0, 6, 6]] * 2, [False]),
+    ],
+)
+def test_arguments_that_do_not_fit_are_an_error(ids, boxes, flips):
+    with pytest.raises(ValueError, match="ids, boxes and flips must be"):
+        run(augment, random_images(3, 6, 6), ids, boxes, flips)
+
+
+def test_images_of_another_type_are_an_error():
+    none = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="images must be uint8"):
+        augment(torch.zeros(3, 6, 6, 3), none, none.view(0, 1).expand(0, 4), none.bool(), MEAN, STD)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_beside_the_tensors_is_read_or_written(dtype, device):
     """Poisoned bytes are 255 and would show."""

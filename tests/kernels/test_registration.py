@@ -91,3 +91,11 @@ def test_the_three_forms_of_an_operator_take_the_same_arguments(module, function
         code = form.__code__
         assert code.co_argcount == len(schema)
     assert jitted.__code__.co_varnames[: len(schema)] == tuple(schema)
+
+
+def test_a_tensor_on_another_device_is_named(device):
+    registration = importlib.import_module("fastil.kernels.registration")
+    arguments = loss_arguments(device, False)
+    arguments[3] = arguments[3].to("meta")
+    with pytest.raises(ValueError, match=f"all tensors must be on {device}.*, not one on meta"):
+        registration.jitted("incremental_loss", "incremental_loss")(*arguments)
