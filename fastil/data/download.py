@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import os
 import shutil
 import ssl
 import tarfile
@@ -99,13 +100,27 @@ def md5_of(path: Path) -> str | None:
         return None
 
 
+def extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Write a plain file of the archive below the folder; refuse links, devices and paths that lead outside. (Python
+    before 3.11.4 has no extraction filter.)"""
+    path = Path(os.path.normpath(folder / member.name))
+    content = tar.extractfile(member) if member.isreg() else None
+    if content is None or not path.is_relative_to(os.path.normpath(folder)):
+        raise tarfile.TarError(f"{member.name} is a link, a device or leads outside")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        shutil.copyfileobj(content, file)
+
+
 def unpack(archive: Path, target: Path) -> None:
     """Unpack beside the target and rename, so that a half-unpacked folder never carries its name."""
     staging = archive.with_name(archive.name + ".unpacking")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(staging, filter="data")  # refuses paths and links that lead outside
+            for member in tar:
+                if not member.isdir():
+                    extract(tar, member, staging)
         shutil.rmtree(target, ignore_errors=True)  # is damaged, or nothing would have been fetched
         (staging / target.name).rename(target)
     except (tarfile.TarError, EOFError, zlib.error) as error:
