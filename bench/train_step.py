@@ -123,7 +123,7 @@ class UsualLoop:
             loss = loss / 6 + distillation(logits, teacher_logits, NUM_OLD, 2.0) * 5 / 6
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        self.update.apply()
         return loss.item()
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         return images / (time.perf_counter() - began)
 
     def ceiling(phase: Phase) -> float:
-        optimizer = trainer.optimizer(phase)
+        update = trainer.update(phase)
         trainer.student.train()
         began = time.perf_counter()
         for _ in range(STEPS):
@@ -164,8 +164,8 @@ def main() -> None:
                 with torch.no_grad():
                     teacher_out = trainer.fast_teacher(one.images)
             phase.backward(one, trainer.fast_student(one.images), teacher_out, trainer.meter)
-            optimizer.step()
-            optimizer.zero_grad()
+            update.apply()
+            trainer.student.zero_grad()
         trainer.meter.sum(0).tolist()  # the end of the queue
         return images / (time.perf_counter() - began)
 

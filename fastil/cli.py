@@ -41,6 +41,10 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on exactly where the run in this directory stopped.")
     ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Take the base step from this run, where it would be the same.", show_default=False),
+    ] = None,
 ) -> None:
     """Train one recipe."""
     from fastil.experiment import Experiment
@@ -49,7 +53,7 @@ def run(
 
     loaded = load(recipe, overrides or [], data=data, val=val)
     folder = out or Path("runs") / f"{loaded.name}-s{loaded.train.seed}"
-    experiment = Experiment(loaded, folder, resume)
+    experiment = Experiment(loaded, folder, resume, base)
     try:
         results = experiment.run()
     except Stopped:

@@ -1,9 +1,11 @@
 """One pass over the test set, or over training images for herding: everything a step needs from a frozen network."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -13,6 +15,13 @@ from fastil.models import Network, Output
 from fastil.plan import sequential_plan
 
 BATCH = 256  # images of a forward without gradients
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a class is predicted."""
+
+    predictor: Literal["cnn", "nme"] = "cnn"  # the head's argmax, or iCaRL's nearest mean of exemplars
 
 
 @dataclass(frozen=True)
@@ -29,29 +38,44 @@ class StepResult:
     nme_top1: float | None = None  # of the nearest-mean-of-exemplars classifier, for methods that use one
 
 
-def forward(network: Network, loader: Loader, ids: NDArray[np.int64], autocast: torch.autocast) -> Output:
-    """Features and logits of the images `ids`, in that order, by the test-time transform; no maps.
+def forward(
+    network: Network, loader: Loader, ids: NDArray[np.int64], autocast: torch.autocast, *, mirrored: bool = False
+) -> Output:
+    """Features and logits of the images `ids`, in that order, by the test-time transform, maybe mirrored; no maps.
 
     Rows are float32 on the loader's device.
     """
     network.eval()
     features, logits = [], []
     with torch.inference_mode(), autocast:
-        for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH)):
+        for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH, mirrored)):
             out = network(batch.images)
             features.append(out.features.float())
             logits.append(out.logits.float())
     return Output(torch.cat(features), [], torch.cat(logits))
 
 
+def nearest_mean_scores(features: Tensor, exemplars: Tensor, mirrored: Tensor, positions: Tensor) -> Tensor:
+    """iCaRL's nearest-mean-of-exemplars classifier: the highest score is the nearest mean.
+
+    features: [n, d] to classify. exemplars, mirrored: [m, d], features of the exemplars and of their mirror images.
+    positions: int64 [m], incremental positions, every class from 0 on among them. Each is L2-normalised and averaged per
+    class, the two means are averaged and normalised again. Returns [n, classes]: beside means of length 1 the smallest
+    distance is the largest product, so the length of a test feature does not matter.
+    """
+    means = torch.zeros(int(positions.max()) + 1, features.shape[1], device=features.device)
+    means.index_add_(0, positions, F.normalize(exemplars) + F.normalize(mirrored))  # a sum has the mean's direction
+    return features @ F.normalize(means).T
+
+
 def evaluate(
     logits: Tensor, positions: Tensor, *, step: int, num_base: int, num_old: int, num_seen: int
-) -> tuple[StepResult, NDArray[np.int64]]:
-    """Result and confusion matrix of a step.
+) -> tuple[StepResult, NDArray[np.int64], NDArray[np.int64]]:
+    """Result, confusion matrix and predictions of a step.
 
     logits: [n, W] of the step's predictor; columns from num_seen on are ignored, a value that is not finite among the
     others is an error. positions: int64 [n], true incremental positions. The matrix is int64 [seen, seen], rows are
-    true classes, in incremental order.
+    true classes, in incremental order; the predictions are int64 [n].
     """
     seen = logits[:, :num_seen]
     if not bool(torch.isfinite(seen).all()):  # what argmax makes of NaN is an accident
@@ -74,4 +98,4 @@ def evaluate(
         top1_new=percent(num_old, num_seen),
         top5=100 * in_five / len(positions) if num_seen > 5 else None,
     )
-    return result, confusion
+    return result, confusion, ranked[:, 0].cpu().numpy()

@@ -12,26 +12,29 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastil import checkpoint, compiling, memory, report, rundir, summary
+from fastil import base, checkpoint, compiling, memory, report, rundir, summary
 from fastil.data import Dataset, load_dataset, make_loader
 from fastil.errors import UserError
-from fastil.evaluation import StepResult, evaluate, forward
+from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
 from fastil.interrupt import Interrupt
-from fastil.methods import ILBaseline, StepContext
+from fastil.methods import ILBaseline, MetaAlpha, StepContext
 from fastil.models import build_network
-from fastil.plan import Key, Transform, training_plan
+from fastil.phases import Phases
+from fastil.plan import Key, Transform
 from fastil.progress import Progress
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.rundir import Position, RunDirectory
-from fastil.trainer import EpochRecord, Phase, Trainer
+from fastil.trainer import EpochRecord, Trainer
+
+Ids = NDArray[np.int64]
 
 
 class Experiment:
     """The state of a run. Its directory is made only when everything that can be wrong has been checked."""
 
-    def __init__(self, recipe: Recipe, out: Path, resume: bool) -> None:
-        self.recipe, self.resume = recipe, resume
+    def __init__(self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None) -> None:
+        self.recipe, self.resume, self.base_run = recipe, resume, base_run
         self.directory = RunDirectory(out, resume)
         self.interrupt = Interrupt()
         self.progress = Progress()
@@ -44,13 +47,19 @@ class Experiment:
         self.class_steps = self.protocol.steps
         self.positions = self.protocol.positions(num_classes)
         train_counts = np.bincount(self.dataset.train.labels, minlength=num_classes)
-        self.steps = summary.effective_steps(recipe, self.protocol, train_counts)
+        self.steps = summary.effective_steps(recipe, self.protocol, train_counts, self.dataset.class_names)
+        if base_run is not None:
+            base.check(base_run, recipe, self.protocol, self.dataset, train_counts)
         self.transform = transform_of(recipe, self.dataset)
         self.train_loader = make_loader(self.dataset.train, "auto", self.transform, self.device)
         self.val_loader = make_loader(self.dataset.val, "auto", self.transform, self.device)
         total = len(self.protocol.order)
         student, teacher = (build_network(recipe.model, total, recipe.train.seed).to(self.device) for _ in range(2))
-        self.method = ILBaseline(recipe.method, student.width, self.device)
+        self.method = ILBaseline(recipe.method, recipe.loss, student.width, self.device)
+        self.meta = None
+        if recipe.loss.loss == "meta_balanced":
+            self.meta = MetaAlpha(recipe.meta, self.method, recipe.train.batch_size)
+        self.phases = Phases(recipe, student, self.method, self.meta, self.transform)
         self.trainer = Trainer(
             recipe.train,
             student,
@@ -63,6 +72,7 @@ class Experiment:
             stop=self.interrupt.requested,
         )
         self.memory = memory.RehearsalMemory()
+        self.finetuning_ids = np.empty(0, dtype=np.int64)  # of the correction that is under way
         self.results: list[StepResult] = []
         self.step = 0
         self.seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -92,23 +102,26 @@ class Experiment:
     def run_step(self, step: int, resumed: Position) -> None:
         """One step, from its beginning, or from the resumed position if that lies inside it."""
         self.step = step
-        classes = self.class_steps[step]
-        num_old = sum(len(c) for c in self.class_steps[:step])
-        num_seen = num_old + len(classes)
-        ids = np.concatenate([*(self.dataset.train.of_class(c) for c in classes), self.memory.ids()])
-        counts = np.bincount(self.positions[self.dataset.train.labels[ids]], minlength=self.trainer.student.width)
-        self.method.begin_step(StepContext(step, num_old, num_seen, counts))
         position = resumed if resumed.step == step else Position(step)
+        num_old = sum(len(c) for c in self.class_steps[:step])
+        num_seen = num_old + len(self.class_steps[step])
+        clock = self.seconds[str(step)]
         if position == Position(step):
             self.trainer.begin_step()
             generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, step))
             self.trainer.student.head.open_rows(num_old, num_seen, generator)
-        clock = self.seconds[str(step)]
+            if step == 0 and self.base_run is not None:
+                self.take_base(self.base_run)
+                position = Position(step, "memory")
         if position.phase == "train":
-            done = position.epoch * len(ids) + position.batch * self.recipe.train.batch_size
-            self.progress.begin(f"step {step}", self.steps[step].visits, done)
-            self.trainer.fit(self.training_phase(step, ids), position.epoch, position.batch)
-            self.progress.end()
+            self.train(step, num_old, num_seen, position)
+            position = Position(step, "memory")
+            if self.recipe.correction.correction != "none" and step > 0:
+                position = Position(step, "correct")
+                self.finetuning_ids = self.balanced_set(step, num_seen)
+            self.save(position)
+        if position.phase == "correct":
+            self.finetune(step, num_old, num_seen, position)
             self.save(Position(step, "memory"))
         began = time.perf_counter()
         self.select_exemplars(step, num_seen)
@@ -120,27 +133,56 @@ class Experiment:
         split = "" if result.top1_old is None else f", old {result.top1_old:.2f}, new {result.top1_new:.2f}"
         self.progress.say(f"step {step}: {num_seen} classes, top-1 {result.top1:.2f}{split}  ({clock['train']:.0f} s)")
 
-    def training_phase(self, step: int, ids: NDArray[np.int64]) -> Phase:
-        config = self.recipe.train
-        epochs = config.epochs_of(step)
+    def train(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
+        """The images of the new classes and the exemplars of the old ones, but for those that Meta holds out."""
+        new = [self.dataset.train.of_class(c) for c in self.class_steps[step]]
+        ids, held_out = np.concatenate([*new, self.memory.ids()]), np.empty(0, dtype=np.int64)
+        if self.meta is not None and step > 0:
+            per_class = self.recipe.meta.held_out(self.recipe.memory.quota(num_old))
+            key = Key(self.recipe.train.seed, step, "meta")
+            ids, held_out = memory.hold_out(ids, self.positions_of(ids), per_class, key)
+        self.begin(step, num_old, num_seen, ids, position)
+        probabilities = self.recipe.sampler.probabilities(self.positions_of(ids), num_old)
+        phase = self.phases.training(step, ids, probabilities, held_out)
+        done = position.epoch * len(ids) + position.batch * self.recipe.train.batch_size
+        self.progress.begin(f"step {step}", self.steps[step].visits, done)
+        self.trainer.fit(phase, position.epoch, position.batch)
+        self.progress.end()
 
-        def plan(epoch: int) -> Any:
-            return training_plan(ids, Key(config.seed, step, "train", epoch), self.transform, config.batch_size)
+    def balanced_set(self, step: int, num_seen: int) -> Ids:
+        """As many exemplars of every class seen: the quota, or what the smallest class has."""
+        exemplars = [*self.memory.exemplars.values(), *self.choose_exemplars(step, num_seen).values()]
+        size = min(self.recipe.memory.quota(num_seen), *map(len, exemplars))
+        return np.concatenate([ids[:size] for ids in exemplars])
 
-        return Phase(
-            name="train",
-            step=step,
-            parameters=list(self.trainer.student.parameters()),
-            plan=plan,
-            epochs=epochs,
-            schedule=lambda epoch: config.learning_rate(epoch, epochs),
-            backward=self.method.backward,
-            weights=self.method.weights,
-            teacher=step > 0,
-        )
+    def finetune(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
+        """Balanced finetuning on the exemplars of every class seen, herded for it."""
+        ids = self.finetuning_ids
+        self.begin(step, num_old, num_seen, ids, position)
+        self.trainer.fit(self.phases.finetuning(step, ids), position.epoch, position.batch)
 
-    def select_exemplars(self, step: int, num_seen: int) -> None:
-        """One pass over the images of the new classes; the older ones only keep a prefix of what they have."""
+    def begin(self, step: int, num_old: int, num_seen: int, ids: Ids, position: Position) -> None:
+        """Set the method to what is trained on now; alpha starts anew or goes on from the checkpoint."""
+        counts = np.bincount(self.positions_of(ids), minlength=self.trainer.student.width)
+        self.method.begin_step(StepContext(step, num_old, num_seen, counts))
+        if self.meta is not None:
+            if position.epoch == position.batch == 0:
+                self.meta.begin_step()
+            else:
+                self.meta.refresh()
+
+    def positions_of(self, ids: Ids) -> Ids:
+        return self.positions[self.dataset.train.labels[ids]]
+
+    def take_base(self, base_run: Path) -> None:
+        """The base step of another run, where this one would train the same."""
+        self.trainer.student.load_state_dict(checkpoint.load(base_run / "checkpoints/step_0.pt", self.device))
+        for line in base.metrics(base_run):
+            self.directory.append_metrics(line)
+        self.progress.say(f"base step taken from {base_run}")
+
+    def choose_exemplars(self, step: int, num_seen: int) -> dict[int, Ids]:
+        """The exemplars of each new class, best first, in one pass over its images."""
         config, classes = self.recipe.memory, self.class_steps[step]
         quota = config.quota(num_seen)
         ids = [self.dataset.train.of_class(c) for c in classes]
@@ -152,23 +194,42 @@ class Experiment:
         else:
             key = Key(self.recipe.train.seed, step, "memory")
             chosen = [memory.select_at_random(i, quota, key) for i in ids]
-        self.memory.reduce(quota)
-        for class_id, exemplars in zip(classes, chosen, strict=True):
-            self.memory.add(int(class_id), exemplars)
         short = [self.dataset.class_names[c] for c, i in zip(classes, ids, strict=True) if len(i) < quota]
         if short:
             self.progress.say(f"step {step}: fewer than {quota} images in {', '.join(short)}; all of them are kept")
+        return {int(c): exemplars for c, exemplars in zip(classes, chosen, strict=True)}
+
+    def select_exemplars(self, step: int, num_seen: int) -> None:
+        """Take the exemplars of the new classes into the memory; the older ones only keep a prefix of what they have."""
+        chosen = self.choose_exemplars(step, num_seen)
+        self.memory.reduce(self.recipe.memory.quota(num_seen))
+        for class_id, exemplars in chosen.items():
+            self.memory.add(class_id, exemplars)
         self.directory.write_exemplars(step, self.memory.exemplars)
 
     def evaluate_step(self, step: int, num_old: int, num_seen: int) -> StepResult:
         positions = self.positions[self.dataset.val.labels]
         ids = np.flatnonzero((positions >= 0) & (positions < num_seen))
-        logits = forward(self.trainer.student, self.val_loader, ids, self.trainer.autocast()).logits
+        out = forward(self.trainer.student, self.val_loader, ids, self.trainer.autocast())
+        nme = self.recipe.evaluation.predictor == "nme"
+        scores = self.nearest_mean_scores(out.features) if nme else out.logits
         true = torch.from_numpy(positions[ids]).to(self.device)
         num_base = len(self.class_steps[0])
-        result, confusion = evaluate(logits, true, step=step, num_base=num_base, num_old=num_old, num_seen=num_seen)
+        result, confusion, predicted = evaluate(
+            scores, true, step=step, num_base=num_base, num_old=num_old, num_seen=num_seen
+        )
         self.directory.write_confusion(step, confusion)
-        return result
+        self.directory.write_predictions(step, positions[ids], predicted)
+        return dataclasses.replace(result, nme_top1=result.top1) if nme else result
+
+    def nearest_mean_scores(self, features: torch.Tensor) -> torch.Tensor:
+        ids = self.memory.ids()
+        exemplars, mirrored = (
+            forward(self.trainer.student, self.train_loader, ids, self.trainer.autocast(), mirrored=flip).features
+            for flip in (False, True)
+        )
+        positions = torch.from_numpy(self.positions_of(ids)).to(self.device)
+        return nearest_mean_scores(features, exemplars, mirrored, positions)
 
     def restore(self, resuming: bool) -> Position:
         """Claim the directory and take up its last checkpoint, if there is one."""
@@ -179,8 +240,10 @@ class Experiment:
                 self.progress.say(f"{self.directory.path}: no checkpoint to resume from, starting anew")
             return Position()
         position = Position(*state["position"])
-        empty = np.empty(0, dtype=np.int64)
-        self.trainer.load_state_dict(state["trainer"], [self.training_phase(position.step, empty)])
+        self.trainer.load_state_dict(state["trainer"], self.phases.all(position.step))
+        if self.meta is not None:
+            self.meta.load_state_dict(state["meta"])
+        self.finetuning_ids = np.array(state["finetuning"], dtype=np.int64)
         self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in state["memory"].items()}
         self.results = [StepResult(**result) for result in state["results"]]
         for step, clock in state["seconds"].items():
@@ -199,21 +262,24 @@ class Experiment:
             {
                 "position": list(position),
                 "trainer": self.trainer.state_dict(),
+                "meta": {} if self.meta is None else self.meta.state_dict(),
+                "finetuning": self.finetuning_ids.tolist(),
                 "memory": {class_id: ids.tolist() for class_id, ids in self.memory.exemplars.items()},
                 "results": [dataclasses.asdict(result) for result in self.results],
                 "seconds": {step: dict(clock) for step, clock in self.seconds.items()},
             }
         )
 
-    def save_in_training(self, epoch: int, batch: int) -> None:
-        self.save(Position(self.step, "train", epoch, batch))
+    def save_in_training(self, phase: str, epoch: int, batch: int) -> None:
+        self.save(Position(self.step, phase, epoch, batch))
 
     def report_epoch(self, record: EpochRecord) -> None:
         line = dataclasses.asdict(record)
         clock = self.seconds[str(record.step)]
-        clock["images"] += record.images
-        clock["train"] += line.pop("seconds")
+        clock["images"] += record.images if record.phase == "train" else 0
+        clock[record.phase] += line.pop("seconds")
         clock["waiting_for_data"] += line.pop("data_seconds")
+        line |= line.pop("observed")
         self.directory.append_metrics(line)
         self.progress.epoch(
             f"epoch {record.epoch}/{record.epochs}  lr {record.lr:.3g}  loss {record.loss:.4f}  "
@@ -226,16 +292,17 @@ class Experiment:
         steps = {
             step: {
                 "train": clock["train"],
-                "correct": 0.0,
+                "correct": clock["correct"],
                 "memory": clock["memory"],
                 "evaluate": clock["evaluate"],
-                "images_per_second": clock["images"] / clock["train"],
+                "images_per_second": clock["images"] / clock["train"] if clock["train"] else None,
                 "waiting_for_data": clock["waiting_for_data"],
             }
             for step, clock in self.seconds.items()
         }
         content = {
             "steps": steps,
+            "base_step_of": None if self.base_run is None else str(self.base_run),
             "compiled": self.trainer.fast_student is not self.trainer.student,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "machine": {"device": device_name(self.device), "cores": os.cpu_count(), "platform": platform.platform()},
@@ -246,7 +313,7 @@ class Experiment:
         """The effective protocol, so that no one has to guess what was trained."""
         recipe, names = self.recipe, self.dataset.class_names
         lines = [
-            f"{recipe.name}: {recipe.method.method}, loss={recipe.method.loss}, {recipe.model.model}, "
+            f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
             f"seed {recipe.train.seed}, on {device_name(self.device)}",
             f"{self.dataset.name}, class list {self.protocol.class_hash(names)}, into {self.directory.path}",
             summary.as_table(self.steps),

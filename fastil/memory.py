@@ -94,6 +94,15 @@ def herd(features: Tensor | NDArray[np.floating], m: int) -> Ids:
     return herd_classes([features], m)[0]
 
 
+def hold_out(ids: Ids, classes: Ids, per_class: int, key: Key) -> tuple[Ids, Ids]:
+    """Take per_class images of every class out of training. ids, classes: int64 [n], an image and its class.
+
+    Returns the ids that stay, in their order, and the held-out ones, class after class, drawn by the counter.
+    """
+    held = np.concatenate([select_at_random(ids[classes == c], per_class, key) for c in np.unique(classes)])
+    return ids[~np.isin(ids, held)], held
+
+
 def select_at_random(ids: Ids, m: int, key: Key) -> Ids:
     """m of ids, drawn by the counter, in the order of the draw. A smaller m is a prefix."""
     draw = counter_hash(key, "select", ids, np.zeros_like(ids))

@@ -6,13 +6,33 @@ So a plan depends on nothing that happened before it: not on the backend, the wo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-PHASES = ("train", "correct", "memory", "evaluate")
-STREAMS = ("order", "top", "left", "flip", "select")
+PHASES = ("train", "correct", "memory", "evaluate", "meta")
+STREAMS = ("order", "top", "left", "flip", "select", "draw")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How often the images of an incremental step are visited (section 4.3.3, Table 4); the base step has no memory.
+
+    uniform: each once per epoch. Otherwise as many visits, drawn with replacement. memory_oversampling: "each training
+    mini-batch theoretically contains the same number of sample from new and old classes" (LUCIR's rs_ratio = 0.5).
+    class_oversampling: "each class has the same probability of appearing in each training mini-batch".
+    """
+
+    sampler: Literal["uniform", "memory_oversampling", "class_oversampling"] = "uniform"
+
+    def probabilities(self, positions: NDArray[np.int64], num_old: int) -> NDArray[np.float64] | None:
+        """Of each visit being this image, [n]; None where each is visited once. positions: int64 [n], of its class."""
+        if self.sampler == "uniform" or num_old == 0:
+            return None
+        group = positions if self.sampler == "class_oversampling" else (positions < num_old).astype(np.int64)
+        share = 1 / np.bincount(group)[group]
+        return share / share.sum()
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,13 @@ def occurrences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return counted
 
 
+def draw(ids: NDArray[np.int64], probabilities: NDArray[np.float64], key: Key) -> NDArray[np.int64]:
+    """As many ids as there are, drawn independently and with replacement. int64 [n]."""
+    slots = np.arange(len(ids), dtype=np.int64)
+    uniform = counter_hash(key, "draw", slots, np.zeros_like(slots)) / 2.0**64
+    return ids[np.searchsorted(np.cumsum(probabilities)[:-1], uniform, side="right")]
+
+
 def training_plan(ids: NDArray[np.int64], key: Key, transform: Transform, batch_size: int) -> EpochPlan:
     """Every entry of ids once, shuffled, each with its own crop and flip (an id listed twice is cropped twice)."""
     if len(ids) == 0:
@@ -105,9 +132,22 @@ def training_plan(ids: NDArray[np.int64], key: Key, transform: Transform, batch_
     return EpochPlan(ids, boxes, flips, batch_size)
 
 
-def sequential_plan(ids: NDArray[np.int64], transform: Transform, batch_size: int) -> EpochPlan:
-    """Every entry of ids once, in the order given, whole images: the test-time transform."""
-    return EpochPlan(ids, _whole(len(ids), transform), np.zeros(len(ids), dtype=np.bool_), batch_size)
+def cycled_plan(
+    ids: NDArray[np.int64], key: Key, transform: Transform, batch_size: int, first: int, count: int
+) -> EpochPlan:
+    """Batches `first` to `first + count` of an endless stream that visits the ids over and over, each pass shuffled and
+    cropped anew. All of them are full, however few ids there are. key.epoch is ignored: the pass stands in its place."""
+    start, stop = first * batch_size, (first + count) * batch_size
+    passes = range(start // len(ids), -(-stop // len(ids)))
+    plans = [training_plan(ids, key._replace(epoch=number), transform, batch_size) for number in passes]
+    part = slice(start - passes.start * len(ids), stop - passes.start * len(ids))
+    columns = (np.concatenate([getattr(plan, name) for plan in plans])[part] for name in ("ids", "boxes", "flips"))
+    return EpochPlan(*columns, batch_size)
+
+
+def sequential_plan(ids: NDArray[np.int64], transform: Transform, batch_size: int, mirrored: bool = False) -> EpochPlan:
+    """Every entry of ids once, in the order given, whole images, maybe all mirrored: the test-time transform."""
+    return EpochPlan(ids, _whole(len(ids), transform), np.full(len(ids), mirrored), batch_size)
 
 
 def _whole(count: int, transform: Transform) -> NDArray[np.int32]:

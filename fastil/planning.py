@@ -41,13 +41,15 @@ def describe(recipe: Recipe) -> str:
     seconds = sum(plan.visits / (distilled if plan.step else plain) for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
     flops = compiling.flops_per_image(student, *size)
-    method, train, memory = recipe.method, recipe.train, recipe.memory
+    method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
     lines = [
         f"{recipe.name}: {recipe.description}",
         f"data         {source}, {size[0]}x{size[1]}, {resident / 2**20:,.0f} MiB resident as uint8",
         f"classes      {len(protocol.order)}" + (f", list {protocol.class_hash(names)}" if names else ""),
         f"model        {recipe.model.model}, {parameters:,} parameters, {flops / 2e6:,.0f} MMAC per image",
-        f"loss         {method.method}, loss={method.loss}, T={method.temperature:g}, alpha={method.alpha:g}",
+        f"loss         {method.method}, loss={loss.loss}, T={method.temperature:g}, alpha={loss.alpha:g}",
+        f"parts        sampler={recipe.sampler.sampler}, correction={recipe.correction.correction}, "
+        f"predictor={recipe.evaluation.predictor}",
         f"optimiser    SGD, momentum {train.momentum:g}, weight decay {train.weight_decay:g}, batch {train.batch_size}",
         summary.as_table(steps),
         f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations",

@@ -25,6 +25,7 @@ class ProtocolConfig:
 
     order: str | list[int] | None = None  # lucir (default) | icarl | alphabetical | an explicit list
     subset: str | None = None  # lucir | first100: one of the two ImageNet-100 subsets, with its own order
+    classes: int | None = None  # only the first so many of the order take part; default: all
     base_classes: int | None = None  # classes of the base step; default: half of them
     increment: int | None = None  # classes of each further step; default: what makes five steps
 
@@ -124,6 +125,12 @@ def build_protocol(config: ProtocolConfig, num_classes: int) -> Protocol:
         order = imagenet_subset(config.subset)
     else:
         order = class_order("lucir" if config.order is None else config.order, num_classes)
+    if config.classes is not None:
+        if not 1 <= config.classes <= len(order):
+            raise UserError(
+                f"classes={config.classes}: must lie between 1 and the {len(order)} classes of the data set"
+            )
+        order = order[: config.classes]
     total = len(order)
     base = total // 2 if config.base_classes is None else config.base_classes
     if config.increment is not None:

@@ -17,9 +17,11 @@ import yaml
 
 from fastil.data import DataConfig
 from fastil.errors import UserError
+from fastil.evaluation import EvaluationConfig
 from fastil.memory import MemoryConfig
-from fastil.methods import ILBaselineConfig
+from fastil.methods import CorrectionConfig, LossConfig, MetaConfig, MethodConfig
 from fastil.models import ModelConfig
+from fastil.plan import SamplerConfig
 from fastil.protocol import ProtocolConfig
 from fastil.trainer import TrainConfig
 
@@ -28,7 +30,12 @@ PARTS: dict[str, type] = {
     "protocol": ProtocolConfig,
     "memory": MemoryConfig,
     "model": ModelConfig,
-    "method": ILBaselineConfig,
+    "method": MethodConfig,
+    "loss": LossConfig,
+    "meta": MetaConfig,
+    "sampler": SamplerConfig,
+    "correction": CorrectionConfig,
+    "evaluation": EvaluationConfig,
     "train": TrainConfig,
 }
 KEYS = {field.name: part for part, config in PARTS.items() for field in dataclasses.fields(config)}
@@ -50,7 +57,12 @@ class Recipe:
     protocol: ProtocolConfig
     memory: MemoryConfig
     model: ModelConfig
-    method: ILBaselineConfig
+    method: MethodConfig
+    loss: LossConfig
+    meta: MetaConfig
+    sampler: SamplerConfig
+    correction: CorrectionConfig
+    evaluation: EvaluationConfig
     train: TrainConfig
 
     def keys(self) -> dict[str, Any]:
@@ -83,7 +95,9 @@ class Recipe:
 def names() -> list[str]:
     """Recipes that come with fastil."""
     return sorted(
-        f.name.removesuffix(".yaml") for f in resources.files("fastil.recipes").iterdir() if f.name.endswith(".yaml")
+        f.name.removesuffix(".yaml")
+        for f in resources.files("fastil.recipes").iterdir()
+        if f.name.endswith(".yaml") and f.name != "tables.yaml"
     )
 
 

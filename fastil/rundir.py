@@ -1,6 +1,7 @@
 """A run directory: what is in it, and whose it is.
 
-recipe.yaml, protocol.json, results.json, timings.json, metrics.jsonl, memory/, confusion/, checkpoints/, figures/.
+recipe.yaml, protocol.json, results.json, timings.json, metrics.jsonl, memory/, confusion/, predictions/, checkpoints/,
+figures/.
 """
 
 import dataclasses
@@ -22,11 +23,11 @@ from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
 from fastil.summary import StepPlan
 
-FOLDERS = ("checkpoints", "memory", "confusion", "figures")
+FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
 
 
 class Position(NamedTuple):
-    """Where a checkpoint resumes: phase "train", before that batch; phase "memory", with all that follows training."""
+    """Where a checkpoint resumes: phase "train" or "correct", before that batch; "memory", with all that follows."""
 
     step: int = 0
     phase: str = "train"
@@ -100,13 +101,19 @@ class RunDirectory:
     def write_confusion(self, step: int, matrix: NDArray[np.int64]) -> None:
         checkpoint.write_atomically(self.path / f"confusion/step_{step}.npy", lambda file: np.save(file, matrix))
 
+    def write_predictions(self, step: int, true: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
+        """int16 [n, 2]: true and predicted incremental position of each test image of the classes seen, in data set
+        order; what a paired comparison of two runs needs."""
+        content = np.stack((true, predicted), axis=1).astype(np.int16)
+        checkpoint.write_atomically(self.path / f"predictions/step_{step}.npy", lambda file: np.save(file, content))
+
     def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> dict[str, Any]:
         """results.json: only what is reproducible."""
         accuracies = [result.top1 for result in steps]
         results = {
             "recipe": recipe.name,
             "method": recipe.method.method,
-            "loss": recipe.method.loss,
+            "loss": recipe.loss.loss,
             "seed": recipe.train.seed,
             "steps": [dataclasses.asdict(result) for result in steps],
             "average_incremental_accuracy": sum(accuracies) / len(accuracies),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fastil.errors import UserError
 from fastil.plan import num_batches
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe
@@ -21,6 +22,7 @@ class StepPlan:
     new_images: int
     exemplars: int  # rehearsed in this step
     exemplars_per_class: int  # at most; fewer where a class has fewer images
+    held_out: int  # images of both that are kept out of training, for Meta's B_t
     epochs: int
     iterations: int
     visits: int  # images seen in training
@@ -28,12 +30,30 @@ class StepPlan:
     last_lr: float
 
 
-def effective_steps(recipe: Recipe, protocol: Protocol, train_counts: NDArray[np.int64]) -> list[StepPlan]:
+def effective_steps(
+    recipe: Recipe, protocol: Protocol, train_counts: NDArray[np.int64], names: Sequence[str] | None = None
+) -> list[StepPlan]:
     """The steps of a recipe on a data set with train_counts[class id] training images.
 
-    A memory budget too small for the last step is an error now, not after days of training.
+    A memory too small for the last step or for the method, or a class without enough images, is an error now, not after
+    days of training.
     """
-    recipe.memory.quota(len(protocol.order))
+    smallest = recipe.memory.quota(len(protocol.order))
+    meta = recipe.loss.loss == "meta_balanced" and len(protocol.steps) > 1
+    if meta and smallest < 2:
+        raise UserError(
+            f"loss=meta_balanced holds out {recipe.meta.held_out(smallest)} exemplar of each class and trains on the "
+            f"others: it needs at least 2 per class, the memory leaves {smallest}; use exemplars_per_class=2 or more, or "
+            f"loss=balanced"
+        )
+    needed = 1 + (recipe.meta.held_out(recipe.memory.quota(protocol.base)) if meta else 0)
+    poor = [c for c in protocol.order if train_counts[c] < needed]
+    if poor:
+        listed = ", ".join(f"{names[c] if names else c} ({train_counts[c]})" for c in poor[:5])
+        raise UserError(
+            f"too few training images of {listed}: loss={recipe.loss.loss} needs at least {needed} of every class; add "
+            f"images or leave the class out"
+        )
     plans: list[StepPlan] = []
     config, seen = recipe.train, 0
     for step, classes in enumerate(protocol.steps):
@@ -41,7 +61,9 @@ def effective_steps(recipe: Recipe, protocol: Protocol, train_counts: NDArray[np
         exemplars = int(np.minimum(train_counts[protocol.order[:seen]], quota).sum())
         new_images = int(train_counts[classes].sum())
         epochs = config.epochs_of(step)
-        images = new_images + exemplars
+        per_class = recipe.meta.held_out(quota) if meta and seen else 0
+        held_out = per_class * (seen + len(classes))
+        images = new_images + exemplars - held_out
         batches = num_batches(images, config.batch_size)
         seen += len(classes)
         plans.append(
@@ -52,6 +74,7 @@ def effective_steps(recipe: Recipe, protocol: Protocol, train_counts: NDArray[np
                 new_images=new_images,
                 exemplars=exemplars,
                 exemplars_per_class=quota,
+                held_out=held_out,
                 epochs=epochs,
                 iterations=epochs * batches,
                 visits=epochs * images,

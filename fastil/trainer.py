@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from fastil.compiling import compile_network
 from fastil.data import Batch, Loader
 from fastil.errors import UserError
+from fastil.methods.meta import UpdateContext
 from fastil.models import Network, Output
-from fastil.plan import EpochPlan
+from fastil.plan import EpochPlan, num_batches
+from fastil.update import Update
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,19 @@ class TrainConfig:
         return self.lr * 0.1 ** sum(epoch >= max(1, round(m * epochs)) for m in self.milestones)
 
 
+class BeforeUpdate(NamedTuple):
+    """What happens before every `every`-th update of a step, counted over its epochs (Meta BalancedS-CE)."""
+
+    every: int
+    plan: Callable[[int, int], EpochPlan]  # of the held-out images: (first, count) of these occasions, a batch for each
+    run: Callable[[UpdateContext], None]
+
+
 @dataclass(frozen=True)
 class Phase:
     """One call of `fit`: what is trained, on what, how long, by which loss."""
 
-    name: str  # "train"; one optimiser state per name
+    name: str  # "train" or "correct"; one optimiser state per name
     step: int
     parameters: list[nn.Parameter]
     plan: Callable[[int], EpochPlan]  # of an epoch
@@ -80,11 +90,13 @@ class Phase:
     weights: tuple[float, float, float]  # in the loss shown: of cross-entropy, distillation, margin ranking
     bn_mode: Literal["train", "frozen"] = "train"
     teacher: bool = True  # whether the loss needs the previous step's network
+    before_update: BeforeUpdate | None = None
+    observed: Callable[[], dict[str, Any]] = dict  # what else an epoch's line of metrics.jsonl holds
 
 
 @dataclass
 class EpochRecord:
-    """What one epoch showed; a line of metrics.jsonl but for the last two, which no rerun reproduces."""
+    """What one epoch showed; a line of metrics.jsonl but for the seconds, which no rerun reproduces."""
 
     step: int
     phase: str
@@ -96,6 +108,7 @@ class EpochRecord:
     images: int
     seconds: float
     data_seconds: float
+    observed: dict[str, Any]  # by the method: alpha
 
 
 def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
@@ -112,8 +125,8 @@ class Stopped(Exception):
 class Trainer:
     """Student and teacher live here for the whole run: compiled once, overwritten in place at each step.
 
-    table: int64 [classes of the data set], label to incremental position. save(epoch, batch) writes a checkpoint that
-    resumes before that batch; report gets every finished epoch; stop says whether a signal came.
+    table: int64 [classes of the data set], label to incremental position. save(phase, epoch, batch) writes a checkpoint
+    that resumes before that batch; report gets every finished epoch; stop says whether a signal came.
     """
 
     def __init__(
@@ -124,7 +137,7 @@ class Trainer:
         loader: Loader,
         table: Tensor,
         *,
-        save: Callable[[int, int], None],
+        save: Callable[[str, int, int], None],
         report: Callable[[EpochRecord], None],
         tick: Callable[[int], None],
         stop: Callable[[], bool],
@@ -141,7 +154,7 @@ class Trainer:
         # distillation, hits, margin ranking. The loss kernel adds to them; nothing else touches them in an epoch.
         self.meter = torch.zeros(config.batch_size + 1, 4, device=self.device)
         self.images = 0  # counted in the meter
-        self.optimizers: dict[str, torch.optim.SGD] = {}
+        self.updates: dict[str, Update] = {}
         self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
 
     def compile(self) -> str | None:
@@ -162,22 +175,26 @@ class Trainer:
 
     def fit(self, phase: Phase, first_epoch: int = 0, first_batch: int = 0) -> None:
         """Run a phase, from its beginning or from where a checkpoint stopped."""
-        optimizer = self.optimizer(phase)
+        update = self.update(phase)
         if first_epoch == first_batch == 0:
-            self.reset(optimizer)
+            update.reset()
+            self.forget_epoch()
         self.student.train(phase.bn_mode == "train")
         for epoch in range(first_epoch, phase.epochs):
             self.lr.fill_(phase.schedule(epoch))
             plan = phase.plan(epoch)
+            done = epoch * num_batches(len(plan.ids), plan.batch_size)  # updates of earlier epochs
+            held_out = self.held_out(phase, done + first_batch, done + num_batches(len(plan.ids), plan.batch_size))
             started, before = time.perf_counter(), self.seconds
             batches = self.loader.batches(plan, first_batch)
             for number, (batch, waited) in enumerate(timed(batches), first_batch):
                 if self.stop():
                     self.seconds = before + time.perf_counter() - started
-                    self.save(epoch, number)
+                    self.save(phase.name, epoch, number)
                     raise Stopped
                 self.waited += waited
-                self.train_step(phase, optimizer, batch)
+                meta = phase.before_update is not None and (done + number) % phase.before_update.every == 0
+                self.train_step(phase, update, batch, next(held_out) if meta else None)
                 self.images += len(batch.ids)
                 self.tick(len(batch.ids))
             first_batch = 0
@@ -199,49 +216,47 @@ class Trainer:
                     images=self.images,
                     seconds=before + time.perf_counter() - started,
                     data_seconds=self.waited,
+                    observed=phase.observed(),
                 )
             )
             self.forget_epoch()
             if (epoch + 1) % self.config.checkpoint_every == 0 and epoch + 1 < phase.epochs:
-                self.save(epoch + 1, 0)
+                self.save(phase.name, epoch + 1, 0)
 
-    def train_step(self, phase: Phase, optimizer: torch.optim.SGD, batch: Batch) -> None:
+    def held_out(self, phase: Phase, first: int, last: int) -> Iterator[Batch]:
+        """A batch of held-out images for each occasion of `before_update` among the updates first to last."""
+        hook = phase.before_update
+        if hook is None:
+            return iter(())
+        start, stop = -(-first // hook.every), -(-last // hook.every)
+        return self.loader.batches(hook.plan(start, stop - start)) if stop > start else iter(())
+
+    def train_step(self, phase: Phase, update: Update, batch: Batch, held_out: Batch | None = None) -> None:
         """One update. Nothing here reads a value back from the device."""
         batch = batch._replace(labels=self.table[batch.labels])  # from here on incremental positions
         full = len(batch.images) == self.config.batch_size  # a ragged batch would recompile everything
+        student = self.fast_student if full and phase.bn_mode == "train" else self.student
         with self.autocast():
             teacher_out = None
             if phase.teacher:
                 with torch.no_grad():
                     teacher_out = (self.fast_teacher if full else self.teacher)(batch.images)
-            out = (self.fast_student if full else self.student)(batch.images)
+        if held_out is not None and phase.before_update is not None:
+            held_out = held_out._replace(labels=self.table[held_out.labels])
+            context = UpdateContext(batch, teacher_out, held_out, student, self.student, update, self.autocast)
+            phase.before_update.run(context)
+        with self.autocast():
+            out = student(batch.images)
         phase.backward(batch, out, teacher_out, self.meter)
-        optimizer.step()
-        optimizer.zero_grad()
+        update.apply()
+        self.student.zero_grad()
 
-    def optimizer(self, phase: Phase) -> torch.optim.SGD:
-        """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do.
-
-        It is built once, and its learning rate is a tensor, so a captured step stays valid."""
-        if phase.name not in self.optimizers:
-            optimizer = torch.optim.SGD(
-                phase.parameters,
-                lr=0.0,
-                momentum=self.config.momentum,
-                weight_decay=self.config.weight_decay,
-                fused=True,
-            )
-            optimizer.param_groups[0]["lr"] = self.lr  # set afterwards, for the constructor would read its value
-            for parameter in phase.parameters:  # allocated now, so that a step only ever overwrites
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            self.optimizers[phase.name] = optimizer
-        return self.optimizers[phase.name]
-
-    def reset(self, optimizer: torch.optim.SGD) -> None:
-        """Forget the momentum and the meter, in place."""
-        for state in optimizer.state.values():
-            state["momentum_buffer"].zero_()
-        self.forget_epoch()
+    def update(self, phase: Phase) -> Update:
+        """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do. It
+        is built once."""
+        if phase.name not in self.updates:
+            self.updates[phase.name] = Update(phase.parameters, self.lr, self.config.momentum, self.config.weight_decay)
+        return self.updates[phase.name]
 
     def forget_epoch(self) -> None:
         self.meter.zero_()
@@ -257,23 +272,20 @@ class Trainer:
             "teacher": self.teacher.state_dict(),
             "meter": self.meter,
             "clock": [self.images, self.seconds, self.waited],
-            "momentum": {
-                name: [state["momentum_buffer"] for state in optimizer.state.values()]
-                for name, optimizer in self.optimizers.items()
-            },
+            "momentum": {name: update.buffers for name, update in self.updates.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], phases: list[Phase]) -> None:
-        """phases: those whose optimisers the state may hold."""
+        """phases: those whose momentum the state may hold."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.meter.copy_(state["meter"])
         self.images, self.seconds, self.waited = state["clock"]
         for phase in phases:
-            buffers = state["momentum"].get(phase.name, [])
-            if buffers:
-                for entry, saved in zip(self.optimizer(phase).state.values(), buffers, strict=True):
-                    entry["momentum_buffer"].copy_(saved)
+            saved = state["momentum"].get(phase.name)
+            if saved:
+                for buffer, value in zip(self.update(phase).buffers, saved, strict=True):
+                    buffer.copy_(value)
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

@@ -7,69 +7,46 @@ released BiC code weighs the two by the step number and leaves T^2 out; here bot
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.kernels import incremental_loss, incremental_loss_grad
-from fastil.losses import log_prior
+from fastil.losses import balanced_cross_entropy, distillation
+from fastil.methods.classification import ClassificationLoss, LossConfig, StepContext
 from fastil.models import Output
 
 
 @dataclass(frozen=True)
-class ILBaselineConfig:
-    """Loss of an incremental step."""
+class MethodConfig:
+    """The training procedure of an incremental step."""
 
     method: Literal["il_baseline"] = "il_baseline"
-    loss: Literal["softmax", "balanced"] = "balanced"  # classification loss: plain or Balanced Softmax cross-entropy
-    alpha: float = 1.0  # balanced: weight of the old classes (eq. 5); section 4.1.3: 1, which is eq. 3
     temperature: float = 2.0  # of the distillation; section 4.1.3: "equal to 2"
 
     def __post_init__(self) -> None:
-        for key in ("alpha", "temperature"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What a method may know when a step begins."""
-
-    step: int
-    num_old: int  # classes of earlier steps
-    num_seen: int  # with those of this one
-    counts: NDArray[np.int64]  # [W] training images per incremental position, exemplars included
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature}: must be above 0 and finite")
 
 
 class ILBaseline:
     """Holds the step's constants on the device, so that a step changes values and never shapes or code."""
 
-    def __init__(self, config: ILBaselineConfig, width: int, device: torch.device) -> None:
-        self.config = config
-        self.log_prior = torch.zeros(width, device=device)
-        self.scalars = {
-            "num_old": torch.zeros((), dtype=torch.int64, device=device),
-            "num_seen": torch.zeros((), dtype=torch.int64, device=device),
-            "ce_weight": torch.ones((), device=device),
-            "kd_weight": torch.zeros((), device=device),
-            "temperature": torch.full((), config.temperature, device=device),
-        }
+    def __init__(self, config: MethodConfig, loss: LossConfig, width: int, device: torch.device) -> None:
+        self.classification = ClassificationLoss(loss, width, device)
+        self.ce_weight = torch.ones((), device=device)
+        self.kd_weight = torch.zeros((), device=device)
+        self.temperature = torch.full((), config.temperature, device=device)
         self.weights = (1.0, 0.0, 0.0)
 
     def begin_step(self, context: StepContext) -> None:
-        """Set eq. 1's weights and eq. 3's prior for the classes and counts of this step."""
-        counts = torch.from_numpy(context.counts)
-        if self.config.loss == "softmax":
-            self.log_prior.copy_(log_prior((counts > 0).long()))
-        else:
-            self.log_prior.copy_(log_prior(counts, context.num_old, self.config.alpha))
+        """Set eq. 1's weights and the classification loss for the classes and counts of this step."""
+        self.classification.begin_step(context)
         rho = context.num_old / context.num_seen
         self.weights = (1 - rho, rho, 0.0)
-        for name, value in zip(self.scalars, (context.num_old, context.num_seen, 1 - rho, rho), strict=False):
-            self.scalars[name].fill_(value)
+        self.ce_weight.fill_(1 - rho)
+        self.kd_weight.fill_(rho)
 
     def loss(self, batch: Batch, out: Output, teacher_out: Output | None) -> Tensor:
         """Eq. 1 on a batch whose labels are incremental positions. Returns a scalar."""
@@ -80,8 +57,23 @@ class ILBaseline:
         gradient = incremental_loss_grad(**self.arguments(batch, out, teacher_out), meter=meter)
         out.logits.backward(gradient)  # type: ignore[no-untyped-call]
 
+    def formula(self, batch: Batch, out: Output, teacher_out: Output | None, log_prior: Tensor) -> Tensor:
+        """`loss` of a balanced classification loss with this prior [W], as a plain formula: it can be differentiated
+        twice, and in the prior."""
+        loss = self.ce_weight * balanced_cross_entropy(out.logits, batch.labels, log_prior)
+        if teacher_out is None:
+            return loss
+        num_old = self.classification.num_old
+        return loss + self.kd_weight * distillation(out.logits, teacher_out.logits, num_old, self.temperature)
+
     def arguments(self, batch: Batch, out: Output, teacher_out: Output | None) -> dict[str, Any]:
         """Of the loss kernel."""
-        teacher = None if teacher_out is None else teacher_out.logits
-        tensors = {"logits": out.logits, "target": batch.labels, "log_prior": self.log_prior, "teacher_logits": teacher}
-        return tensors | self.scalars
+        own = {
+            "logits": out.logits,
+            "target": batch.labels,
+            "teacher_logits": None if teacher_out is None else teacher_out.logits,
+            "ce_weight": self.ce_weight,
+            "kd_weight": self.kd_weight,
+            "temperature": self.temperature,
+        }
+        return own | self.classification.arguments(batch.labels)

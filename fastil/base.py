@@ -1,0 +1,71 @@
+"""Taking the base step from another run, where both would train the very same network there.
+
+Methods that compare only in how they go on share hours of base training this way, and their differences are paired.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.data import Dataset
+from fastil.errors import UserError
+from fastil.protocol import Protocol
+from fastil.recipe import Recipe, read_effective
+
+# Keys that the base step never reads: it has no old class and no memory, and all classification losses are the plain
+# cross-entropy, bit for bit, where every class has the same number of images.
+LATER = {
+    "base_epochs", "epochs", "increment", "exemplars_per_class", "memory_budget", "exemplar_selection", "temperature",
+    "loss", "alpha", "sampler", "predictor",
+}  # fmt: skip
+
+
+SAME_WITHOUT_OLD = {
+    "softmax": "softmax", "separated": "softmax", "balanced": "balanced", "meta_balanced": "balanced",
+    "rescaled": "rescaled",
+}  # fmt: skip
+
+
+def base_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides the network after the base step, if the base classes have equal numbers of images."""
+    later = ("meta_", "finetune_", "correction")
+    keys = {k: v for k, v in recipe.identity().items() if k not in LATER and not k.startswith(later)}
+    return keys | {"epochs of the base step": recipe.train.epochs_of(0)}
+
+
+def check(
+    base_run: Path, recipe: Recipe, protocol: Protocol, dataset: Dataset, train_counts: NDArray[np.int64]
+) -> None:
+    """Raise UserError, naming the difference, unless the base step of base_run is this run's, bit for bit."""
+    other = read_effective(base_run / "recipe.yaml")
+    ours, theirs = base_identity(recipe), base_identity(other)
+    changed = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if ours[key] != theirs[key]]
+    if changed:
+        raise UserError(f"--base {base_run}: its base step is another one ({'; '.join(changed)})")
+    try:
+        described = json.loads((base_run / "protocol.json").read_text())
+        same_images = described["dataset"]["train"]["sha256"] == dataset.train.sha256
+        same_classes = described["steps"][0] == protocol.steps[0].tolist()
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"--base {base_run}: protocol.json is missing or damaged; give another run") from None
+    if not same_images or not same_classes:
+        raise UserError(
+            f"--base {base_run}: was trained on other images or base classes; give a run on the same --data"
+        )
+    unequal = len(set(train_counts[protocol.steps[0]].tolist())) > 1
+    if unequal and SAME_WITHOUT_OLD[recipe.loss.loss] != SAME_WITHOUT_OLD[other.loss.loss]:
+        raise UserError(
+            f"--base {base_run}: the base classes have unequal numbers of images, so its loss={other.loss.loss} "
+            f"trained another network than loss={recipe.loss.loss} would; leave --base out"
+        )
+    if not (base_run / "checkpoints/step_0.pt").exists():
+        raise UserError(f"--base {base_run}: has not finished its base step; let it run on, or leave --base out")
+
+
+def metrics(base_run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl about the base step."""
+    lines = map(json.loads, (base_run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["step"] == 0]

@@ -1,0 +1,34 @@
+"""Corrections of the bias after a step: balanced finetuning (Table 4).
+
+"IL-Baseline being finetuned after each incremental step on a small balanced training set for few epochs similar to the
+procedure used by PODNet and LUCIR" (section 4.3.3). Both finetune on the exemplars of all classes seen, those of the new
+classes herded first, under the method's own loss; herding is done anew afterwards, as in PODNet's code.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from fastil.errors import UserError
+from fastil.models import Network
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """What follows the training of an incremental step."""
+
+    correction: Literal["none", "balanced_finetuning"] = "none"
+    finetune_epochs: int = 20  # PODNet and LUCIR; the paper: "few"
+    finetune_lr: float = 0.05  # constant; PODNet on CIFAR-100 (its ImageNet runs: 0.01)
+    finetune_parameters: Literal["classifier", "all"] = "classifier"  # as both codes do; open in the paper
+
+    def __post_init__(self) -> None:
+        if self.finetune_epochs < 1:
+            raise UserError(f"finetune_epochs={self.finetune_epochs}: must be at least 1")
+        if not 0 < self.finetune_lr < float("inf"):
+            raise UserError(f"finetune_lr={self.finetune_lr}: must be above 0 and finite")
+
+    def parameters(self, network: Network) -> list[nn.Parameter]:
+        """What finetuning trains."""
+        return list((network.head if self.finetune_parameters == "classifier" else network).parameters())

@@ -1,0 +1,205 @@
+"""Meta BalancedS-CE (section 3.3, Algorithm 1): alpha, the weight of the old classes in eq. 5, is learned in every step.
+
+"The unbalanced training set [...] is split into a training set D_t and a validation set B_t [...] containing the same
+number of samples for every classes". Every tenth update: theta* is what the coming update would make of theta; alpha
+moves against the gradient of the plain cross-entropy of theta* on B_t; only then is the update made, with the new alpha.
+
+The paper differentiates through the update with a graph and pays for it in memory. But alpha enters theta* through the
+gradient g of the training batch alone, and there beside the logits z alone, so that with v = dL_val/dtheta*
+
+    dL_val/dalpha = <v, dtheta*/dg dg/dalpha> = d/dalpha <u, dL/dz>,   u = J_z (dtheta*/dg)^T v,
+
+where u is the derivative of the training batch's logits along one direction: one forward-mode pass, or the difference of
+two forwards, and no graph. `unrolled` is the paper's way, kept as the reference.
+
+What the paper leaves open is a key: the rate and the bounds of alpha. theta* takes the optimiser's own update, learning
+rate, momentum and decay included (Algorithm 1 prints a unit step).
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, jvp
+
+from fastil.data import Batch
+from fastil.errors import UserError
+from fastil.kernels import alpha_hypergradient, incremental_loss_grad
+from fastil.losses import balanced_cross_entropy
+from fastil.methods.il_baseline import ILBaseline
+from fastil.models import Network, Output
+from fastil.update import Update
+
+DIFFERENCE = 1e-2  # length of the step to each side in parameter space: 1.5e-4 relative error in float32
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """How alpha is learned (loss=meta_balanced)."""
+
+    meta_lr: float = 1.0  # of alpha; Algorithm 1 has a unit step
+    meta_every: int = 10  # updates of the network per update of alpha; section 4.1.3: "every 10 optimization steps"
+    meta_share: float = 0.1  # of the memory that is held out for B_t; section 4.1.3: "10% of the memory size"
+    meta_alpha: Literal["shared", "per_class"] = "shared"  # one alpha for all old classes, or one each
+    meta_bounds: tuple[float, float] = (0.01, 2.0)  # of alpha; "usually between 0 and 1"
+    meta_gradient: Literal["jvp", "difference", "unrolled"] = "jvp"  # how its gradient is computed
+
+    def __post_init__(self) -> None:
+        if not 0 < self.meta_lr < math.inf:
+            raise UserError(f"meta_lr={self.meta_lr}: must be above 0 and finite")
+        if self.meta_every < 1:
+            raise UserError(f"meta_every={self.meta_every}: must be at least 1")
+        if not 0 < self.meta_share < 1:
+            raise UserError(f"meta_share={self.meta_share}: must lie between 0 and 1, such as 0.1")
+        low, high = self.meta_bounds
+        if not 0 < low <= 1 <= high < math.inf:
+            raise UserError(f"meta_bounds={list(self.meta_bounds)}: give bounds above 0 around 1, such as [0.01, 2]")
+
+    def held_out(self, quota: int) -> int:
+        """Images of each class in B_t, of `quota` exemplars per class."""
+        return max(1, round(self.meta_share * quota))
+
+
+class UpdateContext(NamedTuple):
+    """A training step just before its update."""
+
+    batch: Batch  # (X, Y) of D_t; labels are incremental positions
+    teacher_out: Output | None  # of the batch
+    held_out: Batch  # of B_t
+    student: Callable[[Tensor], Output]  # in training mode, maybe compiled
+    network: Network  # the same, never compiled
+    update: Update
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
+class MetaAlpha:
+    """Alpha of a method whose classification loss is balanced, and its updates."""
+
+    def __init__(self, config: MetaConfig, method: ILBaseline, batch_size: int) -> None:
+        self.config, self.method = config, method
+        self.classification = method.classification
+        width, device = len(self.classification.log_prior), self.classification.log_prior.device
+        self.alpha = torch.ones(width, device=device)  # all equal where it is shared
+        self.scratch = torch.zeros(batch_size + 1, 4, device=device)  # a meter that no one reads
+        self.one, self.zero = torch.ones((), device=device), torch.zeros((), device=device)
+
+    def begin_step(self) -> None:
+        """Algorithm 1, "alpha = 1.0"."""
+        self.alpha.fill_(1.0)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Put alpha into the prior of the step."""
+        self.classification.set_log_alpha(self.alpha.log())
+
+    @torch.no_grad()
+    def before_update(self, context: UpdateContext) -> None:
+        """alpha <- alpha - meta_lr dL_val/dalpha, within its bounds. Nothing waits for the device."""
+        of_log = self.gradient(context)
+        if self.config.meta_alpha == "shared":
+            of_log = of_log.sum().expand_as(of_log)
+        moved = (self.alpha - self.config.meta_lr * of_log / self.alpha).clamp(*self.config.meta_bounds)
+        self.alpha.copy_(torch.where(self.classification.is_old, moved, 1.0))
+        self.refresh()
+
+    @torch.no_grad()
+    def gradient(self, context: UpdateContext) -> Tensor:
+        """dL_val/dlog alpha, class by class: float [W], 0 where a class is not old. Leaves everything as it was."""
+        if self.config.meta_gradient == "unrolled":
+            return self.unrolled(context)
+        network, update = context.network, context.update
+        with update.taken_back(*network.buffers()):  # batch normalisation must not count these forwards
+            with torch.enable_grad():
+                with context.autocast():
+                    out = context.student(context.batch.images)
+                self.method.backward(context.batch, out, context.teacher_out, self.scratch)
+                logits = out.logits.detach().clone()
+                del out  # the graph's memory, before the next one is built
+                moving = update.moving()
+                update.apply()
+                network.zero_grad()
+                with context.autocast():
+                    held_out = context.student(context.held_out.images)
+                held_out.logits.backward(self.of_validation(held_out.logits, context.held_out.labels))
+            direction = update.passed_through(moving, [p.grad for p in update.parameters])
+        network.zero_grad()
+        along = self.forward_mode if self.config.meta_gradient == "jvp" else self.difference
+        return alpha_hypergradient(
+            logits,
+            along(context, direction),
+            context.batch.labels,
+            self.classification.log_prior,
+            num_old=self.classification.num_old,
+            num_seen=self.classification.num_seen,
+            ce_weight=self.method.ce_weight,
+        )
+
+    def of_validation(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The gradient in the logits of "softmax_CE(F(X, theta*), Y)" over the classes seen."""
+        counts = {"num_old": self.classification.num_old, "num_seen": self.classification.num_seen}
+        weights = {"ce_weight": self.one, "kd_weight": self.zero, "temperature": self.one}
+        prior = torch.zeros_like(self.classification.log_prior)
+        return incremental_loss_grad(logits, target, prior, **counts, **weights, meter=self.scratch)
+
+    def forward_mode(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
+        """The derivative of the training batch's logits along the direction, [B, W]."""
+        network = context.network
+        parameters = {name: p.detach() for name, p in network.named_parameters()}
+        moves = dict(zip(context.update.parameters, direction, strict=True))
+        tangents = {name: moves.get(p, torch.zeros_like(p)) for name, p in network.named_parameters()}
+
+        def logits(values: dict[str, Tensor]) -> Tensor:
+            buffers = {name: b.clone() for name, b in network.named_buffers()}
+            with context.autocast():
+                out: Output = functional_call(network, (values, buffers), (context.batch.images,))
+            return out.logits
+
+        return jvp(logits, (parameters,), (tangents,))[1].float()  # type: ignore[no-untyped-call]
+
+    def difference(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
+        """The same to 1.5e-4, from a step to each side. In float32: bfloat16 would round the step away."""
+        images, parameters = context.batch.images, context.update.parameters
+        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(direction)))
+        step = DIFFERENCE / length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)
+        sides = []
+        with context.update.taken_back(*context.network.buffers()):
+            for shift in (step, -2 * step):
+                torch._foreach_add_(parameters, torch._foreach_mul(direction, shift))
+                sides.append(context.network(images).logits)
+        return (sides[0] - sides[1]) / (2 * step)
+
+    def unrolled(self, context: UpdateContext) -> Tensor:
+        """The same by a graph through the update, as the paper describes it: exact, slow and large."""
+        network, update = context.network, context.update
+        names = {p: name for name, p in network.named_parameters()}
+        buffers = {name: b.clone() for name, b in network.named_buffers()}
+        with torch.enable_grad():
+            log_alpha = self.classification.log_alpha.clone().requires_grad_()
+            out = functional_call(network, (dict(network.named_parameters()), buffers), (context.batch.images,))
+            prior = self.classification.of_counts + log_alpha
+            loss = self.method.formula(context.batch, out, context.teacher_out, prior)
+            gradients = torch.autograd.grad(loss, update.parameters, create_graph=True)
+            moved = {names[p]: new for p, new in zip(update.parameters, update.formula(gradients), strict=True)}
+            held_out = functional_call(
+                network, ({**dict(network.named_parameters()), **moved}, buffers), (context.held_out.images,)
+            )
+            seen = torch.where(prior > -math.inf, 0.0, -math.inf).detach()
+            (gradient,) = torch.autograd.grad(
+                balanced_cross_entropy(held_out.logits, context.held_out.labels, seen), log_alpha
+            )
+        return torch.where(self.classification.is_old, gradient, 0.0)
+
+    def observed(self) -> dict[str, Any]:
+        """For metrics.jsonl: alpha, one number or one per old class. Waits for the device."""
+        old = self.alpha[self.classification.is_old].tolist()
+        return {"alpha": old[0] if self.config.meta_alpha == "shared" else old}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"alpha": self.alpha}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.alpha.copy_(state["alpha"])

@@ -1,0 +1,81 @@
+"""What the trainer is asked to do in a step: training, then maybe balanced finetuning."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.methods import ILBaseline, MetaAlpha
+from fastil.models import Network
+from fastil.plan import EpochPlan, Key, Transform, cycled_plan, draw, training_plan
+from fastil.recipe import Recipe
+from fastil.trainer import BeforeUpdate, Phase
+
+Ids = NDArray[np.int64]
+
+
+class Phases:
+    """Builds the phases of a run from its recipe. meta: where the classification loss is meta_balanced."""
+
+    def __init__(
+        self, recipe: Recipe, network: Network, method: ILBaseline, meta: MetaAlpha | None, transform: Transform
+    ) -> None:
+        self.recipe, self.network, self.method, self.meta, self.transform = recipe, network, method, meta, transform
+
+    def training(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, held_out: Ids) -> Phase:
+        """ids: images to train on, exemplars included. probabilities: of the sampler. held_out: B_t, maybe empty."""
+        config = self.recipe.train
+        epochs = config.epochs_of(step)
+
+        def plan(epoch: int) -> EpochPlan:
+            key = Key(config.seed, step, "train", epoch)
+            visited = ids if probabilities is None else draw(ids, probabilities, key)
+            return training_plan(visited, key, self.transform, config.batch_size)
+
+        extra: dict[str, Any] = {}
+        if self.meta is not None and step > 0:
+            key = Key(config.seed, step, "meta")
+            stream = partial(cycled_plan, held_out, key, self.transform, config.batch_size)
+            extra["before_update"] = BeforeUpdate(self.recipe.meta.meta_every, stream, self.meta.before_update)
+            extra["observed"] = self.meta.observed
+        return Phase(
+            name="train",
+            step=step,
+            parameters=list(self.network.parameters()),
+            plan=plan,
+            epochs=epochs,
+            schedule=lambda epoch: config.learning_rate(epoch, epochs),
+            backward=self.method.backward,
+            weights=self.method.weights,
+            teacher=step > 0,
+            **extra,
+        )
+
+    def finetuning(self, step: int, ids: Ids) -> Phase:
+        """ids: the same number of images of every class seen. Statistics of batch normalisation stay as they are."""
+        config, correction = self.recipe.train, self.recipe.correction
+
+        def plan(epoch: int) -> EpochPlan:
+            key = Key(config.seed, step, "correct", epoch)
+            return training_plan(ids, key, self.transform, config.batch_size)
+
+        return Phase(
+            name="correct",
+            step=step,
+            parameters=correction.parameters(self.network),
+            plan=plan,
+            epochs=correction.finetune_epochs,
+            schedule=lambda epoch: correction.finetune_lr,
+            backward=self.method.backward,
+            weights=self.method.weights,
+            bn_mode="frozen",
+        )
+
+    def all(self, step: int) -> list[Phase]:
+        """Of a step, without images: what a checkpoint needs to find its momentum."""
+        nothing = np.empty(0, dtype=np.int64)
+        phases = [self.training(step, nothing, None, nothing)]
+        if self.recipe.correction.correction != "none":
+            phases.append(self.finetuning(step, nothing))
+        return phases

@@ -1,0 +1,119 @@
+"""The gradient in alpha against the unrolled graph and against finite differences of the whole procedure, in float64."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastil.data import Batch
+from fastil.methods import ILBaseline, LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
+from fastil.methods.meta import UpdateContext
+from fastil.models import ModelConfig, build_network
+from fastil.update import Update
+
+CLASSES, NUM_OLD, NUM_SEEN, BATCH = 13, 7, 10, 12
+COUNTS = np.array([20] * NUM_OLD + [100] * (NUM_SEEN - NUM_OLD) + [0] * 6)
+
+
+def situation(gradient: str, *, frozen: bool = False, clamp: float | None = None, teacher: bool = True):
+    """A step in the middle of training: momentum, decay, a teacher, batch normalisation, alpha off 1."""
+    generator = torch.Generator().manual_seed(3)
+    student, old = (build_network(ModelConfig("resnet8"), CLASSES, seed).double() for seed in (0, 1))
+    for network in (student, old):
+        network.head.open_rows(0, NUM_SEEN, generator)
+    method = ILBaseline(MethodConfig(), LossConfig("meta_balanced"), student.width, torch.device("cpu"))
+    method.begin_step(StepContext(1, NUM_OLD, NUM_SEEN, COUNTS))
+    meta = MetaAlpha(MetaConfig(meta_gradient=gradient), method, BATCH)
+    meta.begin_step()
+    meta.alpha[:NUM_OLD] = torch.linspace(0.3, 1.2, NUM_OLD)
+    meta.refresh()
+    trainable = {}
+    if frozen:
+        rows = torch.arange(student.width)[:, None] >= NUM_OLD
+        trainable = {student.head.weight: rows.expand_as(student.head.weight)}
+    update = Update(list(student.parameters()), torch.tensor(0.05), 0.9, 5e-3, trainable, clamp)
+    for buffer in update.buffers:
+        buffer.normal_(std=0.01, generator=generator)
+
+    def batch(labels: int) -> Batch:
+        images = torch.randn(BATCH, 3, 16, 16, generator=generator).double().to(memory_format=torch.channels_last)
+        return Batch(images, torch.randint(0, labels, (BATCH,), generator=generator), torch.arange(BATCH))
+
+    training, held_out = batch(NUM_SEEN), batch(NUM_SEEN)
+    student.train()
+    old.eval()
+    with torch.no_grad():
+        teacher_out = old(training.images) if teacher else None
+    context = UpdateContext(training, teacher_out, held_out, student, student, update, contextlib.nullcontext)
+    return meta, context
+
+
+def everything(context: UpdateContext) -> list[Tensor]:
+    return [t.detach().clone() for t in [*context.network.state_dict().values(), *context.update.buffers]]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+CASES = {
+    "momentum, decay, distillation": {},
+    "frozen rows": {"frozen": True},
+    "clamped": {"clamp": 0.02},
+    "frozen and clamped": {"frozen": True, "clamp": 0.02},
+    "no teacher": {"teacher": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("gradient", ["jvp", "difference"])
+def test_the_gradient_is_that_of_the_unrolled_graph(case, gradient, monkeypatch):
+    monkeypatch.setattr("fastil.methods.meta.DIFFERENCE", 1e-5)  # float64 allows a short one; kinks of ReLU remain
+    reference, context = situation("unrolled", **CASES[case])
+    expected = reference.gradient(context)
+    meta, context = situation(gradient, **CASES[case])
+    before = everything(context)
+    computed = meta.gradient(context)
+    assert relative(computed.double(), expected) < (1e-6 if gradient == "jvp" else 1e-3)
+    assert expected[:NUM_OLD].abs().min() > 0
+    assert (computed[NUM_OLD:] == 0).all()
+    for now, then in zip(everything(context), before, strict=True):
+        assert torch.equal(now, then)
+    assert all(p.grad is None for p in context.network.parameters())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_unrolled_graph_is_the_difference_of_the_whole_procedure(case):
+    """Nothing in common with the code under test but the update itself: train with alpha a little off, and validate."""
+    meta, context = situation("unrolled", **CASES[case])
+    expected = meta.gradient(context)[:NUM_OLD]
+    counts = torch.from_numpy(COUNTS[:NUM_SEEN]).double()
+    log_alpha = meta.classification.log_alpha[:NUM_SEEN].double()
+    rho = NUM_OLD / NUM_SEEN if context.teacher_out is not None else 0.0
+
+    def loss_of(logits: Tensor, lambdas: Tensor) -> Tensor:
+        """Eq. 1, 2 and 5, in float64."""
+        shares = lambdas * logits[:, :NUM_SEEN].exp()
+        loss = (NUM_SEEN - NUM_OLD) / NUM_SEEN * negative_log(shares, context.batch.labels)
+        if context.teacher_out is not None:
+            p_hat = torch.softmax(context.teacher_out.logits[:, :NUM_OLD] / 2, 1)
+            loss -= rho * 4 * (p_hat * torch.log_softmax(logits[:, :NUM_OLD] / 2, 1)).sum(1).mean()
+        return loss
+
+    def negative_log(shares: Tensor, target: Tensor) -> Tensor:
+        return -(shares[torch.arange(BATCH), target] / shares.sum(1)).log().mean()
+
+    def validated(k: int, shift: float) -> float:
+        moved = log_alpha.clone()
+        moved[k] += shift
+        with context.update.taken_back(*context.network.buffers()):
+            loss_of(context.network(context.batch.images).logits, counts * moved.exp()).backward()
+            context.update.apply()
+            logits = context.network(context.held_out.images).logits.detach()
+        return float(negative_log(logits[:, :NUM_SEEN].exp(), context.held_out.labels))
+
+    step = 1e-4
+    brute = torch.tensor([(validated(k, step) - validated(k, -step)) / (2 * step) for k in range(NUM_OLD)])
+    assert relative(expected, brute) < 1e-5
