@@ -24,7 +24,7 @@ from bench.harness import digits_at, ratio, save, show, spread, take_turns
 from fastil.data import Batch, Split, make_loader
 from fastil.experiment import pick_device
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
-from fastil.methods import ILBaseline, ILBaselineConfig, StepContext
+from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
 from fastil.models import ModelConfig, build_network
 from fastil.plan import EpochPlan, Key, Transform, training_plan
 from fastil.trainer import Phase, TrainConfig, Trainer
@@ -64,12 +64,12 @@ def build(split: Split, device: torch.device, images: int) -> tuple[Trainer, Pha
         teacher,
         make_loader(split, "auto", TRANSFORM, device),
         torch.arange(CLASSES, device=device),
-        save=lambda epoch, batch: None,
+        save=lambda phase, epoch, batch: None,
         report=lambda record: None,
         tick=lambda count: None,
         stop=lambda: False,
     )
-    method = ILBaseline(ILBaselineConfig(), student.width, device)
+    method = ILBaseline(MethodConfig(), LossConfig(), student.width, device)
     method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
     note = trainer.compile()
     if note:
@@ -123,7 +123,7 @@ class UsualLoop:
             loss = loss / 6 + distillation(logits, teacher_logits, NUM_OLD, 2.0) * 5 / 6
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        self.update.apply()
+        self.optimizer.step()
         return loss.item()
 
 

@@ -59,9 +59,9 @@ def nearest_mean_scores(features: Tensor, exemplars: Tensor, mirrored: Tensor, p
     """iCaRL's nearest-mean-of-exemplars classifier: the highest score is the nearest mean.
 
     features: [n, d] to classify. exemplars, mirrored: [m, d], features of the exemplars and of their mirror images.
-    positions: int64 [m], incremental positions, every class from 0 on among them. Each is L2-normalised and averaged per
-    class, the two means are averaged and normalised again. Returns [n, classes]: beside means of length 1 the smallest
-    distance is the largest product, so the length of a test feature does not matter.
+    positions: int64 [m], incremental positions, every class from 0 on among them. Each feature is L2-normalised and
+    averaged per class, the two means are averaged and normalised again. Returns [n, classes]: beside means of length 1
+    the smallest distance is the largest product, so the length of a test feature does not matter.
     """
     means = torch.zeros(int(positions.max()) + 1, features.shape[1], device=features.device)
     means.index_add_(0, positions, F.normalize(exemplars) + F.normalize(mirrored))  # a sum has the mean's direction

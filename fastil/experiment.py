@@ -200,7 +200,7 @@ class Experiment:
         return {int(c): exemplars for c, exemplars in zip(classes, chosen, strict=True)}
 
     def select_exemplars(self, step: int, num_seen: int) -> None:
-        """Take the exemplars of the new classes into the memory; the older ones only keep a prefix of what they have."""
+        """Take the exemplars of the new classes into the memory; the older ones keep a prefix of what they have."""
         chosen = self.choose_exemplars(step, num_seen)
         self.memory.reduce(self.recipe.memory.quota(num_seen))
         for class_id, exemplars in chosen.items():

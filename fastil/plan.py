@@ -32,7 +32,8 @@ class SamplerConfig:
             return None
         group = positions if self.sampler == "class_oversampling" else (positions < num_old).astype(np.int64)
         share = 1 / np.bincount(group)[group]
-        return share / share.sum()
+        probabilities: NDArray[np.float64] = share / share.sum()
+        return probabilities
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,17 @@ def cycled_plan(
     ids: NDArray[np.int64], key: Key, transform: Transform, batch_size: int, first: int, count: int
 ) -> EpochPlan:
     """Batches `first` to `first + count` of an endless stream that visits the ids over and over, each pass shuffled and
-    cropped anew. All of them are full, however few ids there are. key.epoch is ignored: the pass stands in its place."""
+    cropped anew. All of them are full, however few ids there are. The pass stands in the place of key.epoch."""
     start, stop = first * batch_size, (first + count) * batch_size
     passes = range(start // len(ids), -(-stop // len(ids)))
     plans = [training_plan(ids, key._replace(epoch=number), transform, batch_size) for number in passes]
     part = slice(start - passes.start * len(ids), stop - passes.start * len(ids))
-    columns = (np.concatenate([getattr(plan, name) for plan in plans])[part] for name in ("ids", "boxes", "flips"))
-    return EpochPlan(*columns, batch_size)
+    return EpochPlan(
+        np.concatenate([plan.ids for plan in plans])[part],
+        np.concatenate([plan.boxes for plan in plans])[part],
+        np.concatenate([plan.flips for plan in plans])[part],
+        batch_size,
+    )
 
 
 def sequential_plan(ids: NDArray[np.int64], transform: Transform, batch_size: int, mirrored: bool = False) -> EpochPlan:

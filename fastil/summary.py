@@ -43,8 +43,8 @@ def effective_steps(
     if meta and smallest < 2:
         raise UserError(
             f"loss=meta_balanced holds out {recipe.meta.held_out(smallest)} exemplar of each class and trains on the "
-            f"others: it needs at least 2 per class, the memory leaves {smallest}; use exemplars_per_class=2 or more, or "
-            f"loss=balanced"
+            f"others: it needs at least 2 per class, the memory leaves {smallest}; use exemplars_per_class=2 or more, "
+            f"or loss=balanced"
         )
     needed = 1 + (recipe.meta.held_out(recipe.memory.quota(protocol.base)) if meta else 0)
     poor = [c for c in protocol.order if train_counts[c] < needed]

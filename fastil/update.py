@@ -14,9 +14,9 @@ from torch import Tensor, nn
 class Update:
     """SGD (no dampening, no Nesterov) on some parameters.
 
-    lr: 0-d tensor, read anew at each step, so that a captured step stays valid. trainable: for a parameter that moves in
-    part, a bool tensor of its shape; where False neither gradient, momentum nor decay moves it. clamp: largest magnitude
-    of an element of a gradient.
+    lr: 0-d tensor, read anew at each step, so that a captured step stays valid. trainable: for a parameter that moves
+    in part, a bool tensor of its shape; where False neither gradient, momentum nor decay moves it. clamp: largest
+    magnitude of an element of a gradient.
     """
 
     def __init__(

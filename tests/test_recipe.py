@@ -72,7 +72,7 @@ def test_what_a_shipped_recipe_says_is_what_it_sets(name):
 )
 def test_the_cifar_recipes_carry_table_1_and_the_settings_of_the_paper(name, published, loss, steps):
     loaded = load(name)
-    assert (loaded.published, loaded.method.loss) == (published, loss)
+    assert (loaded.published, loaded.loss.loss) == (published, loss)
     assert f"{published:.2f}" in text_of(name)
     assert [len(step) for step in build_protocol(loaded.protocol, 100).steps] == steps
     # Section 4.1.3: 250 epochs, divided by 10 after 100, 150 and 200, batches of 128, weight decay 0.0002, T = 2,
@@ -82,7 +82,7 @@ def test_the_cifar_recipes_carry_table_1_and_the_settings_of_the_paper(name, pub
     drops = {epoch: train.learning_rate(epoch, 250) for epoch in (0, 99, 100, 149, 150, 199, 200, 249)}
     expected = {0: 0.1, 99: 0.1, 100: 0.01, 149: 0.01, 150: 1e-3, 199: 1e-3, 200: 1e-4, 249: 1e-4}
     assert drops == pytest.approx(expected)
-    assert (loaded.method.temperature, loaded.method.alpha, loaded.memory.exemplars_per_class) == (2.0, 1.0, 20)
+    assert (loaded.method.temperature, loaded.loss.alpha, loaded.memory.exemplars_per_class) == (2.0, 1.0, 20)
     assert (loaded.model.model, loaded.data.flip, loaded.data.pad) == ("resnet32", True, 4)
 
 

@@ -22,7 +22,7 @@ from fastil.data import Batch, Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
-from fastil.methods import ILBaseline, ILBaselineConfig, StepContext
+from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
 from fastil.models import ModelConfig, Output, build_network
 from fastil.plan import Key, Transform, training_plan
 from fastil.trainer import Phase, Stopped, TrainConfig, Trainer
@@ -121,7 +121,7 @@ def test_training_never_waits_for_the_device(device, cuda_guard, monkeypatch):
         trainer = make_trainer(images_of(), TrainConfig(batch_size=16, precision="fp32"), device=device)
         trainer.loader.images = mode.from_tensor(trainer.loader.images) if device == "cpu" else trainer.loader.images
         assert trainer.loader.images.device.type == device
-        method = ILBaseline(ILBaselineConfig(loss="balanced"), trainer.student.width, trainer.device)
+        method = ILBaseline(MethodConfig(), LossConfig("balanced"), trainer.student.width, trainer.device)
         phase = make_phase(trainer, method, np.arange(72), step=1)
         batches = list(trainer.loader.batches(phase.plan(0)))
         assert [len(b.images) for b in batches] == [16, 16, 16, 16, 8]
@@ -138,7 +138,7 @@ def test_training_never_waits_for_the_device(device, cuda_guard, monkeypatch):
 
 @pytest.mark.parametrize("with_teacher", [False, True])
 def test_a_methods_backward_is_that_of_its_loss(with_teacher):
-    method = ILBaseline(ILBaselineConfig(), 8, torch.device("cpu"))
+    method = ILBaseline(MethodConfig(), LossConfig(), 8, torch.device("cpu"))
     method.begin_step(StepContext(1, 4, CLASSES, np.array([2] * 4 + [9] * (CLASSES - 4) + [0] * (8 - CLASSES))))
     labels = torch.tensor([0, 5, 3])
     batch = Batch(torch.zeros(3, 3, SIZE, SIZE), labels, labels)
@@ -157,7 +157,7 @@ def test_nothing_is_recompiled_after_the_second_incremental_step():
     counters = torch._dynamo.utils.counters
     split = images_of()
     trainer = make_trainer(split)
-    method = ILBaseline(ILBaselineConfig(), trainer.student.width, trainer.device)
+    method = ILBaseline(MethodConfig(), LossConfig(), trainer.student.width, trainer.device)
     assert trainer.compile() is None
     assert trainer.fast_student is not trainer.student
     graphs = []
@@ -181,7 +181,7 @@ def test_compiling_leaves_no_trace_and_changes_no_result():
     assert all(torch.equal(before[name], value) for name, value in compiled.student.state_dict().items())
     assert all(parameter.grad is None for parameter in compiled.student.parameters())
     for trainer in (plain, compiled):
-        method = ILBaseline(ILBaselineConfig(), trainer.student.width, trainer.device)
+        method = ILBaseline(MethodConfig(), LossConfig(), trainer.student.width, trainer.device)
         begin(trainer, method, 0, 0, 6, [12] * 6 + [0, 0])
         trainer.fit(make_phase(trainer, method, np.arange(72), epochs=1))
     for name, value in plain.student.state_dict().items():
@@ -237,7 +237,7 @@ def reference_step(network, teacher, images, positions, counts, num_old, num_see
 def test_one_update_is_equation_1_with_plain_sgd():
     table = torch.tensor([2, 0, 3, 1, 5, 4])  # label to incremental position
     trainer = make_trainer(images_of(), table=table)
-    method = ILBaseline(ILBaselineConfig(), trainer.student.width, trainer.device)
+    method = ILBaseline(MethodConfig(), LossConfig(), trainer.student.width, trainer.device)
     begin(trainer, method, 0, 0, 4, [12] * 4 + [0] * 4)
     trainer.fit(make_phase(trainer, method, np.arange(48), epochs=1))
     counts = [2, 2, 2, 2, 12, 12, 0, 0]
@@ -256,7 +256,7 @@ def test_one_update_is_equation_1_with_plain_sgd():
 
 def test_rows_of_classes_not_seen_stay_zero_and_old_knowledge_is_the_teacher():
     trainer = make_trainer(images_of())
-    method = ILBaseline(ILBaselineConfig(), trainer.student.width, trainer.device)
+    method = ILBaseline(MethodConfig(), LossConfig(), trainer.student.width, trainer.device)
     begin(trainer, method, 0, 0, 3, [12] * 3 + [0] * 5)
     trainer.fit(make_phase(trainer, method, np.arange(36)))
     head = trainer.student.head
@@ -273,7 +273,7 @@ def test_rows_of_classes_not_seen_stay_zero_and_old_knowledge_is_the_teacher():
 
 def test_momentum_is_forgotten_between_phases_and_buffers_stay_in_place():
     trainer = make_trainer(images_of())
-    method = ILBaseline(ILBaselineConfig(), trainer.student.width, trainer.device)
+    method = ILBaseline(MethodConfig(), LossConfig(), trainer.student.width, trainer.device)
     begin(trainer, method, 0, 0, 6, [12] * 6 + [0] * 2)
     phase = make_phase(trainer, method, np.arange(72), epochs=1)
     optimizer = trainer.optimizer(phase)
@@ -294,7 +294,7 @@ def test_stopping_between_any_two_batches_and_going_on_gives_the_same_weights(st
     ids = np.arange(72)
     whole, records = make_trainer(images_of()), []
     whole.report = records.append
-    method = ILBaseline(ILBaselineConfig(), whole.student.width, whole.device)
+    method = ILBaseline(MethodConfig(), LossConfig(), whole.student.width, whole.device)
     begin(whole, method, 0, 0, 6, [12] * 6 + [0] * 2)
     whole.fit(make_phase(whole, method, ids))
 
@@ -324,7 +324,7 @@ def test_stopping_between_any_two_batches_and_going_on_gives_the_same_weights(st
 
 def test_divergence_is_one_clear_line():
     trainer = make_trainer(images_of())
-    method = ILBaseline(ILBaselineConfig(), trainer.student.width, trainer.device)
+    method = ILBaseline(MethodConfig(), LossConfig(), trainer.student.width, trainer.device)
     begin(trainer, method, 0, 0, 6, [12] * 6 + [0] * 2)
     with pytest.raises(UserError, match="diverged; lower lr"):
         trainer.fit(make_phase(trainer, method, np.arange(72), epochs=5, lr=1e30))

@@ -1,7 +1,7 @@
 """The classification loss of a step: one part that any method takes.
 
-Each of them is the cross-entropy of eq. 3 to 5 with another prior, weight per image or block of classes, so the kernel of
-`fastil.kernels.incremental_loss` computes them all: what differs is data on the device.
+Each of them is the cross-entropy of eq. 3 to 5 with another prior, weight per image or block of classes, so the kernel
+of `fastil.kernels.incremental_loss` computes them all: what differs is data on the device.
 """
 
 import math
@@ -32,8 +32,8 @@ class LossConfig:
     """Which cross-entropy.
 
     softmax: the plain one. balanced: Balanced Softmax (eq. 3 to 5). meta_balanced: the same, its alpha learned in every
-    step (Algorithm 1). separated: old and new classes each in a softmax of their own (SS-IL; Table 4). rescaled: softmax,
-    each image weighed "in inverse proportion to the number of samples" of its class (section 4.3.3).
+    step (Algorithm 1). separated: old and new classes each in a softmax of their own (SS-IL; Table 4). rescaled:
+    softmax, each image weighed "in inverse proportion to the number of samples" of its class (section 4.3.3).
     """
 
     loss: Literal["softmax", "balanced", "meta_balanced", "separated", "rescaled"] = "balanced"

@@ -1,8 +1,8 @@
 """Corrections of the bias after a step: balanced finetuning (Table 4).
 
 "IL-Baseline being finetuned after each incremental step on a small balanced training set for few epochs similar to the
-procedure used by PODNet and LUCIR" (section 4.3.3). Both finetune on the exemplars of all classes seen, those of the new
-classes herded first, under the method's own loss; herding is done anew afterwards, as in PODNet's code.
+procedure used by PODNet and LUCIR" (section 4.3.3). Both finetune on the exemplars of all classes seen, those of the
+new classes herded first, under the method's own loss; herding is done anew afterwards, as in PODNet's code.
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,16 @@
-"""Meta BalancedS-CE (section 3.3, Algorithm 1): alpha, the weight of the old classes in eq. 5, is learned in every step.
+"""Meta BalancedS-CE (section 3.3, Algorithm 1): alpha, the weight of the old classes in eq. 5, is learned in each step.
 
 "The unbalanced training set [...] is split into a training set D_t and a validation set B_t [...] containing the same
 number of samples for every classes". Every tenth update: theta* is what the coming update would make of theta; alpha
-moves against the gradient of the plain cross-entropy of theta* on B_t; only then is the update made, with the new alpha.
+moves against the gradient of the plain cross-entropy of theta* on B_t; then the update is made, with the new alpha.
 
 The paper differentiates through the update with a graph and pays for it in memory. But alpha enters theta* through the
 gradient g of the training batch alone, and there beside the logits z alone, so that with v = dL_val/dtheta*
 
     dL_val/dalpha = <v, dtheta*/dg dg/dalpha> = d/dalpha <u, dL/dz>,   u = J_z (dtheta*/dg)^T v,
 
-where u is the derivative of the training batch's logits along one direction: one forward-mode pass, or the difference of
-two forwards, and no graph. `unrolled` is the paper's way, kept as the reference.
+where u is the derivative of the training batch's logits along one direction: one forward-mode pass, or the difference
+of two forwards, and no graph. `unrolled` is the paper's way, kept as the reference.
 
 What the paper leaves open is a key: the rate and the bounds of alpha. theta* takes the optimiser's own update, learning
 rate, momentum and decay included (Algorithm 1 prints a unit step).
@@ -34,7 +34,7 @@ from fastil.methods.il_baseline import ILBaseline
 from fastil.models import Network, Output
 from fastil.update import Update
 
-DIFFERENCE = 1e-2  # length of the step to each side in parameter space: 1.5e-4 relative error in float32
+DIFFERENCE = 1e-2  # length of the step to each side in parameter space, for float32
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class MetaAlpha:
                 network.zero_grad()
                 with context.autocast():
                     held_out = context.student(context.held_out.images)
-                held_out.logits.backward(self.of_validation(held_out.logits, context.held_out.labels))
+                seed = self.of_validation(held_out.logits, context.held_out.labels)
+                held_out.logits.backward(seed)  # type: ignore[no-untyped-call]
             direction = update.passed_through(moving, [p.grad for p in update.parameters])
         network.zero_grad()
         along = self.forward_mode if self.config.meta_gradient == "jvp" else self.difference
@@ -140,10 +141,17 @@ class MetaAlpha:
 
     def of_validation(self, logits: Tensor, target: Tensor) -> Tensor:
         """The gradient in the logits of "softmax_CE(F(X, theta*), Y)" over the classes seen."""
-        counts = {"num_old": self.classification.num_old, "num_seen": self.classification.num_seen}
-        weights = {"ce_weight": self.one, "kd_weight": self.zero, "temperature": self.one}
-        prior = torch.zeros_like(self.classification.log_prior)
-        return incremental_loss_grad(logits, target, prior, **counts, **weights, meter=self.scratch)
+        return incremental_loss_grad(
+            logits,
+            target,
+            torch.zeros_like(self.classification.log_prior),
+            num_old=self.classification.num_old,
+            num_seen=self.classification.num_seen,
+            ce_weight=self.one,
+            kd_weight=self.zero,
+            temperature=self.one,
+            meter=self.scratch,
+        )
 
     def forward_mode(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
         """The derivative of the training batch's logits along the direction, [B, W]."""
@@ -158,35 +166,37 @@ class MetaAlpha:
                 out: Output = functional_call(network, (values, buffers), (context.batch.images,))
             return out.logits
 
-        return jvp(logits, (parameters,), (tangents,))[1].float()  # type: ignore[no-untyped-call]
+        tangent: Tensor = jvp(logits, (parameters,), (tangents,))[1]
+        return tangent.float()
 
     def difference(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
-        """The same to 1.5e-4, from a step to each side. In float32: bfloat16 would round the step away."""
+        """The same but for kinks of the ReLUs, from a step to each side. In float32: bfloat16 rounds the step away."""
         images, parameters = context.batch.images, context.update.parameters
         length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(direction)))
         step = DIFFERENCE / length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)
-        sides = []
+        sides: list[Tensor] = []
         with context.update.taken_back(*context.network.buffers()):
             for shift in (step, -2 * step):
-                torch._foreach_add_(parameters, torch._foreach_mul(direction, shift))
+                for parameter, along in zip(parameters, direction, strict=True):
+                    parameter.add_(along * shift)
                 sides.append(context.network(images).logits)
-        return (sides[0] - sides[1]) / (2 * step)
+        derivative: Tensor = (sides[0] - sides[1]) / (2 * step)
+        return derivative
 
     def unrolled(self, context: UpdateContext) -> Tensor:
         """The same by a graph through the update, as the paper describes it: exact, slow and large."""
         network, update = context.network, context.update
-        names = {p: name for name, p in network.named_parameters()}
+        parameters: dict[str, Tensor] = dict(network.named_parameters())
+        names = {p: name for name, p in parameters.items()}
         buffers = {name: b.clone() for name, b in network.named_buffers()}
         with torch.enable_grad():
             log_alpha = self.classification.log_alpha.clone().requires_grad_()
-            out = functional_call(network, (dict(network.named_parameters()), buffers), (context.batch.images,))
+            out = functional_call(network, (parameters, buffers), (context.batch.images,))
             prior = self.classification.of_counts + log_alpha
             loss = self.method.formula(context.batch, out, context.teacher_out, prior)
             gradients = torch.autograd.grad(loss, update.parameters, create_graph=True)
             moved = {names[p]: new for p, new in zip(update.parameters, update.formula(gradients), strict=True)}
-            held_out = functional_call(
-                network, ({**dict(network.named_parameters()), **moved}, buffers), (context.held_out.images,)
-            )
+            held_out = functional_call(network, (parameters | moved, buffers), (context.held_out.images,))
             seen = torch.where(prior > -math.inf, 0.0, -math.inf).detach()
             (gradient,) = torch.autograd.grad(
                 balanced_cross_entropy(held_out.logits, context.held_out.labels, seen), log_alpha
