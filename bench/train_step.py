@@ -55,8 +55,11 @@ class PilDataset(Dataset[tuple[Tensor, int]]):
         return (tensor - self.mean) / self.std, int(self.split.labels[self.plan.ids[row]])
 
 
-def build(split: Split, device: torch.device, images: int) -> tuple[Trainer, Phase, Phase]:
-    """A compiled trainer in the middle of an incremental step, its phase with a teacher and the one without."""
+def build(
+    split: Split, device: torch.device, images: int, loss: LossConfig | None = None
+) -> tuple[Trainer, ILBaseline, Phase, Phase]:
+    """A compiled trainer in the middle of an incremental step, its method, its phase with a teacher and the one
+    without."""
     student, teacher = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
     trainer = Trainer(
         TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"),
@@ -69,7 +72,7 @@ def build(split: Split, device: torch.device, images: int) -> tuple[Trainer, Pha
         tick=lambda count: None,
         stop=lambda: False,
     )
-    method = ILBaseline(MethodConfig(), LossConfig(), student.width, device)
+    method = ILBaseline(MethodConfig(), loss or LossConfig(), student.width, device)
     method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
     note = trainer.compile()
     if note:
@@ -88,7 +91,7 @@ def build(split: Split, device: torch.device, images: int) -> tuple[Trainer, Pha
             teacher=with_teacher,
         )
 
-    return trainer, phase(True), phase(False)
+    return trainer, method, phase(True), phase(False)
 
 
 class UsualLoop:
@@ -143,7 +146,7 @@ def main() -> None:
     device = pick_device("auto")
     images = BATCH * STEPS
     split = digits_at(32, images)
-    trainer, with_teacher, without = build(split, device, images)
+    trainer, _, with_teacher, without = build(split, device, images)
     plan = without.plan(0)
     check_pixels(split, plan, trainer)
     long_plan = training_plan(np.tile(np.arange(images), rounds + 1), Key(0, 2), TRANSFORM, BATCH)

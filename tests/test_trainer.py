@@ -2,6 +2,8 @@
 
 import copy
 import ctypes
+import dataclasses
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -22,10 +24,10 @@ from fastil.data import Batch, Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
-from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
+from fastil.methods import ILBaseline, LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
 from fastil.models import ModelConfig, Output, build_network
-from fastil.plan import Key, Transform, training_plan
-from fastil.trainer import Phase, Stopped, TrainConfig, Trainer
+from fastil.plan import Key, Transform, cycled_plan, training_plan
+from fastil.trainer import BeforeUpdate, Phase, Stopped, TrainConfig, Trainer
 
 CLASSES, SIZE = 6, 8
 TRANSFORM = Transform(SIZE, SIZE, pad=1, flip=True, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -100,9 +102,18 @@ def begin(trainer, method, step, num_old, num_seen, counts):
     trainer.student.head.open_rows(num_old, num_seen, torch.Generator().manual_seed(step))
 
 
+def with_meta(phase, method, held_out, gradient, every=2):
+    """The phase with alpha learned on those images."""
+    meta = MetaAlpha(MetaConfig(meta_every=every, meta_gradient=gradient), method, 16)
+    meta.begin_step()
+    stream = functools.partial(cycled_plan, held_out, Key(0, 1, "meta"), TRANSFORM, 16)
+    return dataclasses.replace(phase, before_update=BeforeUpdate(every, stream, meta.before_update))
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_training_never_waits_for_the_device(device, cuda_guard, monkeypatch):
-    """A fake tensor has no values, so any .item(), .tolist() or branch on one raises.
+@pytest.mark.parametrize("gradient", [None, "jvp", "difference"])
+def test_training_never_waits_for_the_device(device, gradient, cuda_guard, monkeypatch):
+    """A fake tensor has no values, so any .item(), .tolist() or branch on one raises. gradient: of Meta's alpha.
 
     CUDA: everything but the autograd engine, which refuses to start without an accelerator; CPU: with it.
     """
@@ -121,8 +132,10 @@ def test_training_never_waits_for_the_device(device, cuda_guard, monkeypatch):
         trainer = make_trainer(images_of(), TrainConfig(batch_size=16, precision="fp32"), device=device)
         trainer.loader.images = mode.from_tensor(trainer.loader.images) if device == "cpu" else trainer.loader.images
         assert trainer.loader.images.device.type == device
-        method = ILBaseline(MethodConfig(), LossConfig("balanced"), trainer.student.width, trainer.device)
+        method = ILBaseline(MethodConfig(), LossConfig("meta_balanced"), trainer.student.width, trainer.device)
         phase = make_phase(trainer, method, np.arange(72), step=1)
+        if gradient is not None:
+            phase = with_meta(phase, method, np.arange(12), gradient)
         batches = list(trainer.loader.batches(phase.plan(0)))
         assert [len(b.images) for b in batches] == [16, 16, 16, 16, 8]
         for batch in batches:
@@ -276,16 +289,16 @@ def test_momentum_is_forgotten_between_phases_and_buffers_stay_in_place():
     method = ILBaseline(MethodConfig(), LossConfig(), trainer.student.width, trainer.device)
     begin(trainer, method, 0, 0, 6, [12] * 6 + [0] * 2)
     phase = make_phase(trainer, method, np.arange(72), epochs=1)
-    optimizer = trainer.optimizer(phase)
+    update = trainer.update(phase)
     trainer.fit(phase)
-    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+    buffers = [state["momentum_buffer"] for state in update.optimizer.state.values()]
     assert sum(float(b.abs().sum()) for b in buffers) > 0
     pointers = [b.data_ptr() for b in buffers]
-    trainer.reset(optimizer)
+    update.reset()
     assert sum(float(b.abs().sum()) for b in buffers) == 0
     trainer.fit(phase)
-    assert trainer.optimizer(phase) is optimizer
-    assert [state["momentum_buffer"].data_ptr() for state in optimizer.state.values()] == pointers
+    assert trainer.update(phase) is update
+    assert [state["momentum_buffer"].data_ptr() for state in update.optimizer.state.values()] == pointers
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 7])
@@ -301,7 +314,8 @@ def test_stopping_between_any_two_batches_and_going_on_gives_the_same_weights(st
     saved, seen, resumed_records = {}, [0], []
     part = make_trainer(images_of(), report=resumed_records.append)
 
-    def save(epoch, batch):
+    def save(phase, epoch, batch):
+        assert phase == "train"
         saved.update(epoch=epoch, batch=batch, state=copy.deepcopy(part.state_dict()))
 
     part.save = save
