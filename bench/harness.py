@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastil.experiment import device_name
+from fastil.device import device_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -44,7 +44,7 @@ from bench.loss_contestants import (
     make_call,
     scalars_of,
 )
-from fastil.experiment import device_name, pick_device
+from fastil.device import device_name, pick_device
 from fastil.kernels import incremental_loss_grad
 from fastil.losses import balanced_cross_entropy, distillation
 from fastil.models import ModelConfig, build_network

@@ -13,8 +13,8 @@ import torch
 from bench.harness import digits_at, ratio, save, seconds, show, spread, take_turns
 from fastil import memory
 from fastil.data import make_loader
+from fastil.device import pick_device
 from fastil.evaluation import BATCH, forward
-from fastil.experiment import pick_device
 from fastil.models import ModelConfig, build_network
 from fastil.plan import Transform, sequential_plan
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.harness import digits_at, ratio, save, show, spread, take_turns
 from bench.train_step import BATCH, NUM_OLD, build
-from fastil.experiment import pick_device
+from fastil.device import pick_device
 from fastil.losses import balanced_cross_entropy
 from fastil.methods import LossConfig, MetaAlpha, MetaConfig
 from fastil.methods.meta import UpdateContext

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.harness import digits_at, ratio, save, show, spread, take_turns
 from fastil.data import Batch, Split, make_loader
-from fastil.experiment import pick_device
+from fastil.device import pick_device
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
 from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
 from fastil.models import ModelConfig, build_network

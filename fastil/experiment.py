@@ -1,10 +1,7 @@
 """One run: for each step train, select exemplars, evaluate, save."""
 
 import dataclasses
-import os
-import platform
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from fastil import base, checkpoint, compiling, memory, report, rundir, summary
+from fastil.clock import Clock, versions
 from fastil.data import Dataset, load_dataset, make_loader
-from fastil.errors import UserError
+from fastil.device import device_name, pick_device
 from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
 from fastil.interrupt import Interrupt
 from fastil.methods import ILBaseline, MetaAlpha, StepContext
@@ -75,7 +73,7 @@ class Experiment:
         self.finetuning_ids = np.empty(0, dtype=np.int64)  # of the correction that is under way
         self.results: list[StepResult] = []
         self.step = 0
-        self.seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.clock = Clock()
 
     def run(self) -> dict[str, Any]:
         """Train what is left of the run; returns the content of results.json.
@@ -105,7 +103,6 @@ class Experiment:
         position = resumed if resumed.step == step else Position(step)
         num_old = sum(len(c) for c in self.class_steps[:step])
         num_seen = num_old + len(self.class_steps[step])
-        clock = self.seconds[str(step)]
         if position == Position(step):
             self.trainer.begin_step()
             generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, step))
@@ -116,7 +113,7 @@ class Experiment:
         if position.phase == "train":
             self.train(step, num_old, num_seen, position)
             position = Position(step, "memory")
-            if self.recipe.correction.correction != "none" and step > 0:
+            if self.recipe.correction.epochs_of(step):
                 position = Position(step, "correct")
                 self.finetuning_ids = self.balanced_set(step, num_seen)
             self.save(position)
@@ -127,11 +124,12 @@ class Experiment:
         self.select_exemplars(step, num_seen)
         selected = time.perf_counter()
         result = self.evaluate_step(step, num_old, num_seen)
-        clock["memory"] = selected - began
-        clock["evaluate"] = time.perf_counter() - selected
+        self.clock.set(step, memory=selected - began, evaluate=time.perf_counter() - selected)
         self.results.append(result)
         split = "" if result.top1_old is None else f", old {result.top1_old:.2f}, new {result.top1_new:.2f}"
-        self.progress.say(f"step {step}: {num_seen} classes, top-1 {result.top1:.2f}{split}  ({clock['train']:.0f} s)")
+        self.progress.say(
+            f"step {step}: {num_seen} classes, top-1 {result.top1:.2f}{split}  ({self.clock.trained(step):.0f} s)"
+        )
 
     def train(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
         """The images of the new classes and the exemplars of the old ones, but for those that Meta holds out."""
@@ -246,8 +244,7 @@ class Experiment:
         self.finetuning_ids = np.array(state["finetuning"], dtype=np.int64)
         self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in state["memory"].items()}
         self.results = [StepResult(**result) for result in state["results"]]
-        for step, clock in state["seconds"].items():
-            self.seconds[step].update(clock)
+        self.clock.load_state_dict(state["seconds"])
         if position.step == len(self.class_steps):
             self.progress.say(f"{self.directory.path}: finished already")
             return position
@@ -266,7 +263,7 @@ class Experiment:
                 "finetuning": self.finetuning_ids.tolist(),
                 "memory": {class_id: ids.tolist() for class_id, ids in self.memory.exemplars.items()},
                 "results": [dataclasses.asdict(result) for result in self.results],
-                "seconds": {step: dict(clock) for step, clock in self.seconds.items()},
+                "seconds": self.clock.state_dict(),
             }
         )
 
@@ -275,39 +272,23 @@ class Experiment:
 
     def report_epoch(self, record: EpochRecord) -> None:
         line = dataclasses.asdict(record)
-        clock = self.seconds[str(record.step)]
-        clock["images"] += record.images if record.phase == "train" else 0
-        clock[record.phase] += line.pop("seconds")
-        clock["waiting_for_data"] += line.pop("data_seconds")
+        self.clock.epoch(record.step, record.phase, record.images, line.pop("seconds"), line.pop("data_seconds"))
         line |= line.pop("observed")
         self.directory.append_metrics(line)
+        shown = "".join(f"  {name} {value:.3g}" for name, value in record.observed.items() if isinstance(value, float))
         self.progress.epoch(
-            f"epoch {record.epoch}/{record.epochs}  lr {record.lr:.3g}  loss {record.loss:.4f}  "
-            f"train top-1 {record.train_top1:.2f}  {record.images / record.seconds:,.0f} img/s",
+            f"{'' if record.phase == 'train' else 'finetuning, '}epoch {record.epoch}/{record.epochs}  "
+            f"lr {record.lr:.3g}  loss {record.loss:.4f}  train top-1 {record.train_top1:.2f}{shown}  "
+            f"{record.images / record.seconds:,.0f} img/s",
             last=record.epoch == record.epochs,
         )
 
     def write_timings(self) -> None:
-        """timings.json: what no rerun reproduces. Seconds; training counts finished epochs."""
-        steps = {
-            step: {
-                "train": clock["train"],
-                "correct": clock["correct"],
-                "memory": clock["memory"],
-                "evaluate": clock["evaluate"],
-                "images_per_second": clock["images"] / clock["train"] if clock["train"] else None,
-                "waiting_for_data": clock["waiting_for_data"],
-            }
-            for step, clock in self.seconds.items()
-        }
-        content = {
-            "steps": steps,
+        run = {
             "base_step_of": None if self.base_run is None else str(self.base_run),
             "compiled": self.trainer.fast_student is not self.trainer.student,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "machine": {"device": device_name(self.device), "cores": os.cpu_count(), "platform": platform.platform()},
         }
-        checkpoint.write_json(self.directory.path / "timings.json", content)
+        checkpoint.write_json(self.directory.path / "timings.json", self.clock.summary() | run | versions(self.device))
 
     def announce(self) -> None:
         """The effective protocol, so that no one has to guess what was trained."""
@@ -341,24 +322,3 @@ def transform_of(recipe: Recipe, dataset: Dataset) -> Transform:
 def init_seed(seed: int, step: int) -> int:
     """Of the generator that initialises the head's rows of a step."""
     return seed * 10_000 + step + 1
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device={name}: unknown; use auto, cpu, cuda or cuda:N")
-    visible = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= visible:
-        raise UserError(f"device={name}: {visible} such devices are visible; use device={'cuda' if visible else 'cpu'}")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"

@@ -7,14 +7,15 @@ import torch
 
 from fastil import compiling, summary
 from fastil.data.sources import PUBLISHED, load_dataset
+from fastil.device import device_name, pick_device
 from fastil.errors import UserError
-from fastil.experiment import device_name, pick_device
 from fastil.models import Network, build_network
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.trainer import mixed_precision
 
 TIMED_STEPS = 3
+META_COST = 3.1  # training steps that an update of alpha takes beside its own (python -m bench.meta)
 
 
 def describe(recipe: Recipe) -> str:
@@ -38,7 +39,11 @@ def describe(recipe: Recipe) -> str:
     student, teacher = (build_network(recipe.model, len(protocol.order), 0).to(device) for _ in range(2))
     teacher.eval()
     plain, distilled = (_images_per_second(recipe, student, t, size, device) for t in (None, teacher))
-    seconds = sum(plan.visits / (distilled if plan.step else plain) for plan in steps)
+    meta = META_COST / recipe.meta.meta_every if recipe.loss.loss == "meta_balanced" else 0.0
+    seconds = sum(
+        (plan.visits * (1 + meta) + plan.finetune_visits) / distilled if plan.step else plan.visits / plain
+        for plan in steps
+    )
     parameters = sum(p.numel() for p in student.parameters())
     flops = compiling.flops_per_image(student, *size)
     method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory

@@ -26,6 +26,7 @@ class StepPlan:
     epochs: int
     iterations: int
     visits: int  # images seen in training
+    finetune_visits: int  # and in balanced finetuning after it
     first_lr: float
     last_lr: float
 
@@ -66,6 +67,7 @@ def effective_steps(
         images = new_images + exemplars - held_out
         batches = num_batches(images, config.batch_size)
         seen += len(classes)
+        balanced = seen * min(recipe.memory.quota(seen), int(train_counts[protocol.order[:seen]].min()))
         plans.append(
             StepPlan(
                 step=step,
@@ -78,6 +80,7 @@ def effective_steps(
                 epochs=epochs,
                 iterations=epochs * batches,
                 visits=epochs * images,
+                finetune_visits=recipe.correction.epochs_of(step) * balanced,
                 first_lr=config.learning_rate(0, epochs),
                 last_lr=config.learning_rate(epochs - 1, epochs),
             )
@@ -87,7 +90,7 @@ def effective_steps(
 
 def run_flops(steps: list[StepPlan], forward: int) -> float:
     """Floating-point operations of training: three forwards' worth per visit, four with a teacher."""
-    return float(sum(plan.visits * forward * (4 if plan.step else 3) for plan in steps))
+    return float(sum((plan.visits + plan.finetune_visits) * forward * (4 if plan.step else 3) for plan in steps))
 
 
 def as_table(steps: list[StepPlan]) -> str:

@@ -29,6 +29,10 @@ class CorrectionConfig:
         if not 0 < self.finetune_lr < float("inf"):
             raise UserError(f"finetune_lr={self.finetune_lr}: must be above 0 and finite")
 
+    def epochs_of(self, step: int) -> int:
+        """Of finetuning after a step: none after the base step."""
+        return self.finetune_epochs if step > 0 and self.correction == "balanced_finetuning" else 0
+
     def parameters(self, network: Network) -> list[nn.Parameter]:
         """What finetuning trains."""
         return list((network.head if self.finetune_parameters == "classifier" else network).parameters())
