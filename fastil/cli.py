@@ -111,6 +111,34 @@ def report(
 
 
 @app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="table2, table3 or table4.")],
+    scale: Annotated[str, typer.Option(help="cpu: a small protocol for two cores; paper: CIFAR-100.")] = "cpu",
+    seeds: Annotated[int | None, typer.Option(help="Runs per row.", show_default="2 for cpu, 3 for paper")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Rows to train (repeatable); the beginning will do.")] = None,
+    data: Data = None,
+    out: Annotated[Path, typer.Option(help="Where runs and tables go.")] = Path("runs/tables"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; train nothing.")] = False,
+) -> None:
+    """Train the runs that a table of the paper needs, and write it."""
+    from fastil import reproduce as reproduction
+    from fastil import tables
+    from fastil.errors import UserError
+
+    chosen = tables.table_of(tables.read_tables(), table, scale)
+    entries = tables.only(chosen, only or [])
+    count = chosen.seeds if seeds is None else seeds
+    if count < 1:
+        raise UserError(f"--seeds {count}: must be at least 1")
+    if dry_run:
+        print(reproduction.preview(reproduction.WorkList(entries, range(count), out, data)))
+        return
+    text, status = reproduction.reproduce(chosen, entries, count, out, data)
+    print(text)
+    raise typer.Exit(status)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, what is missing, and the command that installs it."""
     from fastil.doctor import diagnose

@@ -36,9 +36,8 @@ def describe(recipe: Recipe) -> str:
     protocol = build_protocol(recipe.protocol, len(counts))
     steps = summary.effective_steps(recipe, protocol, counts)
     device = pick_device(recipe.train.device)
-    student, teacher = (build_network(recipe.model, len(protocol.order), 0).to(device) for _ in range(2))
-    teacher.eval()
-    plain, distilled = (_images_per_second(recipe, student, t, size, device) for t in (None, teacher))
+    student = build_network(recipe.model, len(protocol.order), 0).to(device)
+    plain, distilled = speeds(recipe, size)
     meta = META_COST / recipe.meta.meta_every if recipe.loss.loss == "meta_balanced" else 0.0
     seconds = sum(
         (plan.visits * (1 + meta) + plan.finetune_visits) / distilled if plan.step else plan.visits / plain
@@ -63,6 +62,17 @@ def describe(recipe: Recipe) -> str:
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps",
     ]
     return "\n".join(lines)
+
+
+def speeds(recipe: Recipe, size: tuple[int, int]) -> tuple[float, float]:
+    """Images per second of training on the recipe's device, uncompiled, without and with a teacher."""
+    device = pick_device(recipe.train.device)
+    student, teacher = (build_network(recipe.model, 100, 0).to(device) for _ in range(2))
+    teacher.eval()
+    return (
+        _images_per_second(recipe, student, None, size, device),
+        _images_per_second(recipe, student, teacher, size, device),
+    )
 
 
 def _images_per_second(

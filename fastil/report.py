@@ -193,7 +193,7 @@ def draw_run(path: Path) -> None:
 
 def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
     """Top-1 over the classes seen, mean over seeds, with a band of one standard deviation."""
-    figure, axes = _figure(1)
+    figure, axes = new_figure(1)
     for label, runs in groups.items():
         length = min(len(run.curve) for run in runs)
         curves = np.array([run.curve[:length] for run in runs])
@@ -209,7 +209,7 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
     axes[0].set(xlabel="classes seen", ylabel="top-1 accuracy (%)", ylim=(0, 100))
     axes[0].grid(alpha=0.3)
     axes[0].legend(title="average incremental accuracy in brackets", fontsize="small", title_fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_last_confusions(groups: dict[str, list[Run]], path: Path) -> None:
@@ -223,20 +223,20 @@ def draw_last_confusions(groups: dict[str, list[Run]], path: Path) -> None:
 
 def draw_confusions(panels: Sequence[tuple[str, NDArray[np.int64]]], path: Path) -> None:
     """Confusion matrices as log(1 + x), "for better visibility" (Figure 2), classes in incremental order."""
-    figure, axes = _figure(len(panels))
+    figure, axes = new_figure(len(panels))
     for axis, (title, matrix) in zip(axes, panels, strict=True):
         image = axis.imshow(np.log1p(matrix), cmap="viridis")
         axis.set(title=title, xlabel="predicted class", ylabel="true class")
         axis.title.set_fontsize("small")
         figure.colorbar(image, ax=axis, shrink=0.8, label="log(1 + images)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     checkpoint.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def new_figure(panels: int) -> tuple[Any, Any]:
     """A figure outside pyplot's registry, so that nothing has to be closed and no display is asked for."""
     from matplotlib.figure import Figure
 
