@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastil import planning, recipe, summary, tables
-from fastil.base import base_identity
+from fastil.base import SAME_WITHOUT_OLD, base_identity
 from fastil.data import Dataset, load_dataset
 from fastil.data.sources import PUBLISHED
 from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.protocol import build_protocol
+from fastil.report import read_run
 from fastil.tables import Entry, Table
 
 POLL = 1.0  # seconds
@@ -83,7 +84,7 @@ class WorkList:
                 protocol = build_protocol(loaded.protocol, len(counts))
                 steps = summary.effective_steps(loaded, protocol, counts)
                 base = counts[protocol.steps[0]]
-                own_loss = "" if len(set(base.tolist())) == 1 else f" {loaded.loss}"
+                own_loss = "" if len(set(base.tolist())) == 1 else SAME_WITHOUT_OLD[loaded.loss.loss]
                 group = f"{base_identity(loaded)}{protocol.steps[0].tolist()}{own_loss}"
                 visits = [step.visits + step.finetune_visits for step in steps]
                 self.jobs.append(Job(entry, seed, folder, group, visits, tables.is_finished(folder)))
@@ -100,8 +101,8 @@ class WorkList:
 
     def trains_base(self, job: Job) -> bool:
         """Whether it has a base step to train: the first of its group, unless one has it already."""
-        first = next(j for j in self.jobs if j.base_group == job.base_group and not j.finished)
-        return not job.has_base and self.donor(job) is None and job is first
+        first = next((j for j in self._group(job) if not j.finished), None)
+        return job is first and not job.has_base and self.donor(job) is None
 
     def left(self, job: Job) -> int:
         """Image visits that this run still trains."""
@@ -198,7 +199,7 @@ class Scheduler:
             job.failed = not job.finished and not self.signal
             name = f"{job.folder.parent.name}/{job.folder.name}"
             if job.finished:
-                average = tables.read_run(job.folder).results["average_incremental_accuracy"]
+                average = read_run(job.folder).results["average_incremental_accuracy"]
                 self.say(f"{name}: average incremental accuracy {average:.2f}")
             elif job.failed:
                 self.say(f"{name}: failed: {last_line(job.log)}")
@@ -263,8 +264,8 @@ def preview(work: WorkList) -> str:
         rows.append((name, state, base, f"{0 if job.finished else left:,}", f"{cost:.2f}"))
     text = summary.format_table(("run", "state", "base step", "image visits left", "hours"), rows)
     return (
-        f"{text}\n\n{len(work.missing)} of {len(work.jobs)} runs to train: about {hours:.1f} hours of one run at a time, "
-        f"timed now over a few steps; {at_once} at once here"
+        f"{text}\n\n{len(work.missing)} of {len(work.jobs)} runs to train: about {hours:.1f} hours, one after the other, "
+        f"timed now over a few steps; here {at_once} run at once"
     )
 
 
