@@ -1,8 +1,7 @@
 """Tables and figures from run directories, beside the published numbers."""
 
-import base64
-import html
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,14 +82,14 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def table(groups: dict[str, list[Run]]) -> str:
-    """One row per group; mean and, over several seeds, the sample standard deviation. Percent."""
-    rows = []
+def rows(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and a row per group; mean and, over several seeds, the sample standard deviation. Percent."""
+    lines: list[tuple[str, ...]] = []
     for label, runs in groups.items():
         last = [run.results["steps"][-1] for run in runs]
         unfinished = [run for run in runs if len(run.curve) < run.total_steps]
         published = runs[0].recipe.published if runs[0].recipe.as_shipped() else None
-        rows.append(
+        lines.append(
             (
                 label + (f" (unfinished: {len(unfinished)})" if unfinished else ""),
                 str(len(runs)),
@@ -102,7 +101,7 @@ def table(groups: dict[str, list[Run]]) -> str:
                 spread([step["top1_new"] for step in last]),
             )
         )
-    return format_table(HEADER, rows)
+    return HEADER, lines
 
 
 def paired_gain(groups: dict[str, list[Run]]) -> list[str]:
@@ -133,6 +132,24 @@ def _differ_in_loss_only(balanced: Run, softmax: Run) -> bool:
     )
 
 
+def alpha_paths(run: Run) -> list[tuple[int, float]]:
+    """Step and alpha of each epoch of a run that learned alpha; of an alpha per class the geometric mean."""
+    try:
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        found = [(line["step"], line["alpha"]) for line in lines if "alpha" in line]
+        each = [(step, alpha if isinstance(alpha, list) else [alpha]) for step, alpha in found]
+        return [(step, math.exp(statistics.mean(map(math.log, alphas)))) for step, alphas in each]
+    except FileNotFoundError:
+        return []
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{run.path}/metrics.jsonl: damaged; run again with --resume") from None
+
+
+def seed_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, 0 of a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def spread(values: Sequence[float | None], sign: bool = False) -> str:
     """Mean, with the sample standard deviation where there is more than one value."""
     known = [value for value in values if value is not None]
@@ -149,12 +166,12 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
     started = [path for path in paths if not (path / "recipe.yaml").exists() or (path / "results.json").exists()]
     skipped = [f"{path}: no results yet, left out" for path in paths if path not in started] if started else []
     groups = group_runs([read_run(path) for path in started or paths])
+    notes = [*paired_gain(groups), *skipped]
     text = "\n\n".join(
         [
             "Top-1 in percent over all classes seen; mean ± standard deviation over seeds.",
-            table(groups),
-            *paired_gain(groups),
-            *skipped,
+            format_table(*rows(groups)),
+            *notes,
         ]
     )
     if out is None:
@@ -165,19 +182,13 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
         draw_accuracy(groups, out / "accuracy.png")
         draw_last_confusions(groups, out / "confusion.png")
         if as_html:
-            (out / "report.html").write_text(page(text, [out / "accuracy.png", out / "confusion.png"]))
+            from fastil.page import page
+
+            (out / "report.html").write_text(page(groups, notes))
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
-    return text + f"\n\nfigures: {out}/accuracy.png, {out}/confusion.png"
-
-
-def page(text: str, figures: Sequence[Path]) -> str:
-    """One HTML page that needs no other file."""
-    images = "".join(
-        f'<p><img alt="{figure.stem}" src="data:image/png;base64,{base64.b64encode(figure.read_bytes()).decode()}"></p>'
-        for figure in figures
-    )
-    return f"<!doctype html><meta charset=utf-8><title>fastil report</title><pre>{html.escape(text)}</pre>{images}\n"
+    html = f"\npage: {out}/report.html" if as_html else ""
+    return text + f"\n\nfigures: {out}/accuracy.png, {out}/confusion.png{html}"
 
 
 def draw_run(path: Path) -> None:
@@ -189,6 +200,9 @@ def draw_run(path: Path) -> None:
         matrix = read_confusion(run, step["step"])
         title = f"{run.recipe.name}, {run.results['loss']}, step {step['step']}: top-1 {step['top1']:.2f} %"
         draw_confusions([(title, matrix)], path / f"figures/confusion_step_{step['step']}.png")
+    alphas = alpha_paths(run)
+    if alphas:
+        draw_alpha(alphas, path / "figures/alpha.png")
 
 
 def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
@@ -209,6 +223,18 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
     axes[0].set(xlabel="classes seen", ylabel="top-1 accuracy (%)", ylim=(0, 100))
     axes[0].grid(alpha=0.3)
     axes[0].legend(title="average incremental accuracy in brackets", fontsize="small", title_fontsize="small")
+    save_figure(figure, path)
+
+
+def draw_alpha(alphas: Sequence[tuple[int, float]], path: Path) -> None:
+    """Alpha (eq. 5) after each epoch of the incremental steps; dotted lines where a step begins."""
+    figure, axes = new_figure(1)
+    axes[0].plot(range(1, len(alphas) + 1), [alpha for _, alpha in alphas])
+    for epoch, (step, _) in enumerate(alphas):
+        if epoch and step != alphas[epoch - 1][0]:
+            axes[0].axvline(epoch + 0.5, color="grey", linestyle=":")
+    axes[0].set(xlabel="epoch of the incremental steps", ylabel="alpha", yscale="log")
+    axes[0].grid(alpha=0.3, which="both")
     save_figure(figure, path)
 
 

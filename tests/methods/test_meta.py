@@ -1,4 +1,4 @@
-"""The gradient in alpha against the unrolled graph and against finite differences of the whole procedure, in float64."""
+"""The gradient in alpha against the unrolled graph and against differences of the whole procedure, in float64."""
 
 import contextlib
 
