@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fastil.report import Run, alpha_paths, read_confusion, rows, seed_spread
 
 COLOURS = ("#3b78c3", "#e07b28", "#2f9e5b", "#c8434a", "#8a63c0", "#8c6d5a", "#d56bb0", "#7a7f87", "#a3a528", "#22a5b5")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 340, 56, 44, 16
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 540, 320, 56, 44, 16
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2126; --paper: #fff; --line: #d5d9de; --soft: #6a727c; }
@@ -24,7 +24,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
 svg { max-width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 13px; }
 .axis { stroke: var(--soft); } .grid { stroke: var(--line); } .soft { color: var(--soft); font-size: .9rem; }
@@ -61,20 +61,23 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
         *(f"<p>{escape(note)}</p>" for note in notes),
         "<h2>Accuracy after each step</h2>",
         legend(colours),
+        "<div class=maps>",
         *(accuracy_chart(groups, colours, key, title) for key, title in CURVES.items()),
+        "</div>",
     ]
     if any(paths.values()):
         parts += [
             "<h2>Alpha</h2>",
-            "<p class=soft>Weight of the old classes in the Balanced Softmax (eq. 5) over the epochs of the incremental "
-            "steps, one line per seed (with an alpha per class: their geometric mean). It starts each step at 1.</p>",
+            "<p class=soft>Weight of the old classes in the Balanced Softmax (eq. 5) over the epochs of the "
+            "incremental steps, one line per seed (with an alpha per class: their geometric mean). It starts each step "
+            "at 1.</p>",
             legend({label: colours[label] for label in paths if paths[label]}),
             alpha_chart(paths, colours),
         ]
     parts.append("<h2>Confusion matrices</h2>")
     parts.append(
-        "<p class=soft>log(1 + images), summed over seeds; rows are true classes, columns predictions, both in the order "
-        "in which they are learned.</p>"
+        "<p class=soft>log(1 + images), summed over seeds; rows are true classes, columns predictions, both in the "
+        "order in which they are learned.</p>"
     )
     parts += [confusions(label, runs) for label, runs in groups.items()]
     parts.append("<h2>Effective protocols</h2>")
@@ -111,9 +114,8 @@ def accuracy_chart(groups: dict[str, list[Run]], colours: dict[str, str], key: s
             means, bands = zip(*(seed_spread([result[key] for result in step]) for step in steps), strict=True)
             lines.append(Series(label, colours[label], [step[0]["classes_seen"] for step in steps], means, bands))
     ticks = sorted({x for line in lines for x in line.x})
-    return f"<h3>{escape(title)}</h3>" + chart(
-        lines, (0, 100), ticks, [0, 20, 40, 60, 80, 100], "classes seen", "top-1 (%)"
-    )
+    drawn = chart(lines, (0, 100), ticks, [0, 20, 40, 60, 80, 100], "classes seen", "top-1 (%)")
+    return f"<div><h3>{escape(title)}</h3>{drawn}</div>"
 
 
 def alpha_chart(paths: dict[str, list[list[tuple[int, float]]]], colours: dict[str, str]) -> str:
@@ -126,7 +128,9 @@ def alpha_chart(paths: dict[str, list[list[tuple[int, float]]]], colours: dict[s
             begins = [i + 1 for i in range(len(path)) if i == 0 or path[i][0] != path[i - 1][0]]
     low = min(-0.31, *(min(line.y) for line in lines))
     high = max(0.05, *(max(line.y) for line in lines))
-    marks = [v for v in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2) if low - 0.05 <= math.log10(v) <= high + 0.05]
+    marks = [
+        v for v in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2) if low - 0.05 <= math.log10(v) <= high + 0.05
+    ]
     ticks = [math.log10(v) for v in marks]
     names = [f"{v:g}" for v in marks]
     return chart(lines, (low - 0.05, high + 0.05), begins, ticks, "epoch (ticks: a step begins)", "alpha", names)

@@ -264,7 +264,7 @@ def preview(work: WorkList) -> str:
         rows.append((name, state, base, f"{0 if job.finished else left:,}", f"{cost:.2f}"))
     text = summary.format_table(("run", "state", "base step", "image visits left", "hours"), rows)
     return (
-        f"{text}\n\n{len(work.missing)} of {len(work.jobs)} runs to train: about {hours:.1f} hours one after the other, "
+        f"{text}\n\n{len(work.missing)} of {len(work.jobs)} runs to train: about {hours:.1f} hours one by one, "
         f"timed now over a few steps; here {at_once} run at once"
     )
 
