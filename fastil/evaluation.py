@@ -63,7 +63,7 @@ def nearest_mean_scores(features: Tensor, exemplars: Tensor, mirrored: Tensor, p
     averaged per class, the two means are averaged and normalised again. Returns [n, classes]: beside means of length 1
     the smallest distance is the largest product, so the length of a test feature does not matter.
     """
-    means = torch.zeros(int(positions.max()) + 1, features.shape[1], device=features.device)
+    means = exemplars.new_zeros(int(positions.max()) + 1, exemplars.shape[1])
     means.index_add_(0, positions, F.normalize(exemplars) + F.normalize(mirrored))  # a sum has the mean's direction
     return features @ F.normalize(means).T
 

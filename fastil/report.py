@@ -1,7 +1,6 @@
 """Tables and figures from run directories, beside the published numbers."""
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastil import checkpoint
 from fastil.errors import UserError
-from fastil.recipe import Recipe, read_effective
+from fastil.recipe import Recipe, load, read_effective
 from fastil.summary import format_table
 
 HEADER = ("run", "seeds", "average incremental", "paper", "base", "final", "final old", "final new")
@@ -21,18 +20,30 @@ HEADER = ("run", "seeds", "average incremental", "paper", "base", "final", "fina
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run directory."""
+    """A run directory with at least one finished step."""
 
     path: Path
     recipe: Recipe
-    results: dict[str, Any]
-    total_steps: int
-    dataset: str
-    images: tuple[str, ...]  # hashes of what it was run on
+    results: dict[str, Any]  # results.json
+    protocol: dict[str, Any]  # protocol.json
 
     @property
     def curve(self) -> list[float]:
+        """Top-1 over all classes seen after each finished step, percent."""
         return [step["top1"] for step in self.results["steps"]]
+
+    @property
+    def total_steps(self) -> int:
+        return len(self.protocol["steps"])
+
+    @property
+    def dataset(self) -> str:
+        return str(self.protocol["dataset"]["name"])
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Hashes of the training and the test images."""
+        return tuple(self.protocol["dataset"][split]["sha256"] for split in ("train", "val"))
 
 
 def read_run(path: Path) -> Run:
@@ -42,35 +53,50 @@ def read_run(path: Path) -> Run:
     recipe = read_effective(path / "recipe.yaml")
     try:
         results = json.loads((path / "results.json").read_text())
-        protocol = json.loads((path / "protocol.json").read_text())
-        dataset = protocol["dataset"]
-        images = tuple(dataset[split]["sha256"] for split in ("train", "val"))
-        run = Run(path, recipe, results, len(protocol["steps"]), dataset["name"], images)
-        _ = run.curve[0], results["seed"], results["loss"], results["average_incremental_accuracy"]
+        run = Run(path, recipe, results, json.loads((path / "protocol.json").read_text()))
+        # Everything that a report reads without looking.
+        _ = run.curve[0], run.images[0][:6], run.dataset, results["seed"], results["loss"]
+        _ = f"{results['average_incremental_accuracy']:.2f}"
+        for step in results["steps"]:
+            _ = [f"{step[key] or 0:.2f}" for key in ("step", "classes_seen", "top1", "top1_old", "top1_new")]
+        _ = [run.protocol["class_names"][c] for classes in run.protocol["steps"] for c in classes]
     except FileNotFoundError:
         raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)") from None
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: cannot be read ({error.strerror}); mend that or leave the run out"
+        ) from None
     except (ValueError, LookupError, TypeError):
         raise UserError(f"{path}: results.json or protocol.json is damaged; run again with --resume") from None
     return run
 
 
 def read_confusion(run: Run, step: int) -> NDArray[np.int64]:
-    """The matrix of one step of a run."""
+    """The matrix of one step of a run: int64 [seen, seen], rows are true classes in incremental order."""
     path = run.path / f"confusion/step_{step}.npy"
     try:
         matrix: NDArray[np.int64] = np.load(path)
-    except (OSError, ValueError):
-        raise UserError(f"{path}: missing or damaged; run again in a new --out") from None
+        whole = matrix.shape == (run.results["steps"][step]["classes_seen"],) * 2 and matrix.dtype == np.int64
+    except (OSError, EOFError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: missing or damaged; run again in a new --out")
     return matrix
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but the seed, under a label that says what sets the group apart."""
+    """Runs that differ in nothing but the seed, under a label that says what sets the group apart: of the keys in which
+    runs of a recipe differ, those that are not as the recipe has them."""
     groups: dict[str, list[Run]] = {}
     identities = [run.recipe.identity(seed=False) | {"images": f"{run.dataset} {run.images[0][:6]}"} for run in runs]
     for run, identity in zip(runs, identities, strict=True):
         same_recipe = [i for i, other in zip(identities, runs, strict=True) if other.recipe.name == run.recipe.name]
-        differing = [key for key in identity if key != "loss" and any(i[key] != identity[key] for i in same_recipe)]
+        usual = _shipped(run.recipe.name)
+        differing = [
+            key
+            for key, value in identity.items()
+            if key != "loss" and any(i[key] != value for i in same_recipe) and (key not in usual or usual[key] != value)
+        ]
         label = ", ".join([run.recipe.name, run.results["loss"], *(f"{key}={identity[key]}" for key in differing)])
         group = groups.setdefault(label, [])
         twin = next((other for other in group if other.results["seed"] == run.results["seed"]), None)
@@ -80,6 +106,14 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
             )
         group.append(run)
     return groups
+
+
+def _shipped(name: str) -> dict[str, Any]:
+    """The keys of a recipe that comes with fastil; none of another."""
+    try:
+        return load(name).identity(seed=False)
+    except UserError:
+        return {}
 
 
 def rows(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -132,17 +166,33 @@ def _differ_in_loss_only(balanced: Run, softmax: Run) -> bool:
     )
 
 
-def alpha_paths(run: Run) -> list[tuple[int, float]]:
-    """Step and alpha of each epoch of a run that learned alpha; of an alpha per class the geometric mean."""
+def alpha_paths(run: Run) -> dict[int, NDArray[np.float64]]:
+    """Alpha (eq. 5) of the incremental steps of a run that learned it, by step: [epochs, 1], or [epochs, old classes]
+    with an alpha per class. Empty for other runs. A last line that is being written is left out."""
+    path = run.path / "metrics.jsonl"
+    found: dict[int, list[NDArray[np.float64]]] = {}
     try:
-        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-        found = [(line["step"], line["alpha"]) for line in lines if "alpha" in line]
-        each = [(step, alpha if isinstance(alpha, list) else [alpha]) for step, alpha in found]
-        return [(step, math.exp(statistics.mean(map(math.log, alphas)))) for step, alphas in each]
+        for line in path.read_text().splitlines(keepends=True):
+            record = json.loads(line) if line.endswith("\n") else {}
+            if "alpha" in record and record["phase"] == "train":
+                found.setdefault(int(record["step"]), []).append(np.atleast_1d(np.array(record["alpha"], dtype=float)))
+        steps = {step: np.stack(alphas) for step, alphas in sorted(found.items())}
+        if not all(
+            alphas.ndim == 2 and alphas.size and (0 < alphas).all() and np.isfinite(alphas).all()
+            for alphas in steps.values()
+        ):
+            raise ValueError
     except FileNotFoundError:
-        return []
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{run.path}/metrics.jsonl: damaged; run again with --resume") from None
+        return {}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{path}: damaged; repeat the run in a new --out, or leave it out of the report") from None
+    return steps
+
+
+def geometric_mean(alphas: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Over the classes: [epochs, classes] to [epochs]."""
+    mean: NDArray[np.float64] = np.exp(np.log(alphas).mean(axis=1))
+    return mean
 
 
 def seed_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -176,15 +226,19 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
     )
     if out is None:
         return text
+    document = ""
+    if as_html:
+        from fastil.page import page  # which imports this file
+
+        document = page(groups, notes)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.md").write_text(text + "\n")
+        # A name that is no valid text, as a folder's can be, must not keep the report from being written.
+        (out / "report.md").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         draw_accuracy(groups, out / "accuracy.png")
         draw_last_confusions(groups, out / "confusion.png")
-        if as_html:
-            from fastil.page import page
-
-            (out / "report.html").write_text(page(groups, notes))
+        if document:
+            (out / "report.html").write_text(document, encoding="utf-8", errors="xmlcharrefreplace")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     html = f"\npage: {out}/report.html" if as_html else ""
@@ -192,7 +246,7 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
 
 
 def draw_run(path: Path) -> None:
-    """The figures of one run directory: accuracy.png and confusion_step_K.png."""
+    """The figures of one run directory: accuracy.png, confusion_step_K.png and, where alpha was learned, alpha.png."""
     run = read_run(path)
     groups = {f"{run.recipe.name}, {run.results['loss']}": [run]}
     draw_accuracy(groups, path / "figures/accuracy.png")
@@ -226,14 +280,21 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_alpha(alphas: Sequence[tuple[int, float]], path: Path) -> None:
-    """Alpha (eq. 5) after each epoch of the incremental steps; dotted lines where a step begins."""
+def draw_alpha(steps: dict[int, NDArray[np.float64]], path: Path) -> None:
+    """Alpha after each epoch of the incremental steps, as alpha_paths has it; a dotted line where a step begins. With an
+    alpha per class, thin lines and their geometric mean."""
     figure, axes = new_figure(1)
-    axes[0].plot(range(1, len(alphas) + 1), [alpha for _, alpha in alphas])
-    for epoch, (step, _) in enumerate(alphas):
-        if epoch and step != alphas[epoch - 1][0]:
-            axes[0].axvline(epoch + 0.5, color="grey", linestyle=":")
-    axes[0].set(xlabel="epoch of the incremental steps", ylabel="alpha", yscale="log")
+    begin = 0
+    for step, alphas in steps.items():
+        epochs = range(begin + 1, begin + len(alphas) + 1)
+        if alphas.shape[1] > 1:
+            axes[0].plot(epochs, alphas, color="tab:blue", linewidth=0.5, alpha=0.4)
+        axes[0].plot(epochs, geometric_mean(alphas), color="tab:blue", linewidth=2)
+        axes[0].axvline(begin + 0.5, color="grey", linestyle=":")
+        axes[0].text(begin + 1, 1.01, f"step {step}", transform=axes[0].get_xaxis_transform(), fontsize="small")
+        begin += len(alphas)
+    several = ": per class, and their geometric mean" if any(a.shape[1] > 1 for a in steps.values()) else ""
+    axes[0].set(xlabel="epoch of the incremental steps", ylabel=f"alpha{several}", yscale="log")
     axes[0].grid(alpha=0.3, which="both")
     save_figure(figure, path)
 

@@ -202,7 +202,8 @@ class Trainer:
             loss = sum(w * term for w, term in zip(phase.weights, (ce, kd, ranking), strict=True))
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; lower lr"
+                    f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; "
+                    f"lower {'lr' if phase.name == 'train' else 'finetune_lr'}"
                 )
             self.report(
                 EpochRecord(

@@ -48,13 +48,16 @@ def example(rows, width, num_seen, seed, signal=1.5):
 
 
 def check(logits, positions, num_base, num_old, num_seen, step=3):
-    result, confusion = evaluate(logits, positions, step=step, num_base=num_base, num_old=num_old, num_seen=num_seen)
+    result, confusion, predicted = evaluate(
+        logits, positions, step=step, num_base=num_base, num_old=num_old, num_seen=num_seen
+    )
     scores, wanted = brute_force(logits, positions, num_base, num_old, num_seen)
     for name, score in scores.items():
         assert getattr(result, name) == (None if score is None else pytest.approx(score)), name
     assert confusion.dtype == np.int64
     assert confusion.tolist() == wanted
     assert confusion.sum() == len(positions)
+    assert predicted.tolist() == [max(range(num_seen), key=row.__getitem__) for row in logits.float().tolist()]
     assert (result.step, result.classes_seen, result.nme_top1) == (step, num_seen, None)
     return result
 

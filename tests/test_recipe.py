@@ -88,7 +88,7 @@ def test_the_cifar_recipes_carry_table_1_and_the_settings_of_the_paper(name, pub
 
 def test_only_the_recipes_of_the_paper_carry_a_published_number():
     assert {name for name in SHIPPED if load(name).published is not None} == {
-        f"cifar100_{method}_{steps}" for method in ("il_baseline", "balanced") for steps in (5, 10)
+        f"cifar100_{method}_{steps}" for method in ("il_baseline", "balanced", "meta") for steps in (5, 10)
     }
 
 
@@ -239,7 +239,7 @@ def test_a_seed_that_the_generators_cannot_take_is_refused():
 
 
 def test_the_choices_of_a_key_are_named():
-    with pytest.raises(UserError, match=r"loss=balansed: .*'softmax' or 'balanced'"):
+    with pytest.raises(UserError, match=r"loss=balansed: .*'softmax', 'balanced', .* or 'rescaled'"):
         load("digits", ["loss=balansed"])
 
 
