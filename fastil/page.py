@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs no other file and no network."""
+"""The report as one HTML page that needs no other file, no network and no script."""
 
 import base64
 import io
@@ -12,76 +12,121 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.report import Run, alpha_paths, read_confusion, rows, seed_spread
+from fastil.report import Run, alpha_paths, geometric_mean, read_confusion, rows, seed_spread, spread
 
-COLOURS = ("#3b78c3", "#e07b28", "#2f9e5b", "#c8434a", "#8a63c0", "#8c6d5a", "#d56bb0", "#7a7f87", "#a3a528", "#22a5b5")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 540, 320, 56, 44, 16
+COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
+DASHES = ("", "7 4", "2 3")  # of the lines beyond the tenth, and beyond the twentieth
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 400, 270, 52, 12, 42, 22
+CURVES = {"top1": "All classes seen", "top1_old": "Classes of earlier steps", "top1_new": "Classes of this step"}
+VIRIDIS = "#440154, #3b528b, #21918c, #5ec962, #fde725"  # for the bar beside the matrices; they have all its shades
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2126; --paper: #fff; --line: #d5d9de; --soft: #6a727c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ea; --paper: #16191d; --line: #3a4048; --soft: #9aa3ad; } }
+:root { color-scheme: light dark; --ink: #1d2126; --paper: #fff; --line: #d5d9de; --soft: #626a74; --tint: #f1f3f5; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e7ea; --paper: #16191d; --line: #3a4048; --soft: #9aa3ad; --tint: #22272d; } }
+@media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; --soft: #444; --tint: #eee; } }
+* { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-  max-width: 72rem; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
-svg { max-width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 13px; }
-.axis { stroke: var(--soft); } .grid { stroke: var(--line); } .soft { color: var(--soft); font-size: .9rem; }
-.legend span { display: inline-block; margin-right: 1.2rem; } .legend i { display: inline-block; width: .8em;
-  height: .8em; border-radius: 2px; margin-right: .4em; }
-.maps { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; } figcaption { font-size: .85rem; }
-.maps img { width: 15rem; max-width: 80vw; image-rendering: pixelated; border: 1px solid var(--line); }
-pre { overflow-x: auto; font-size: .8rem; } details { margin: .4rem 0; } summary { cursor: pointer; }
-@media print { body { max-width: none; } details { break-inside: avoid; } }
-"""
+  max-width: 76rem; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
+h3, legend { font-size: 1rem; font-weight: 600; margin: 0; padding: 0; } h3.run { margin-top: 1.8rem; }
+.soft { color: var(--soft); font-size: .9rem; margin: .3rem 0 .8rem; max-width: 50rem; }
+.scroll { overflow-x: auto; margin: .5rem 0; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; } th { font-weight: 600; vertical-align: bottom; }
+th:first-child { text-align: left; white-space: normal; min-width: 9rem; max-width: 22rem; overflow-wrap: break-word; }
+tbody th { font-weight: 400; }
+.cells { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem;
+  align-items: end; }
+.cells > * { min-width: 0; }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 13px; }
+svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }
+svg .step { stroke: var(--soft); stroke-dasharray: 2 3; }
+svg .line { fill: none; stroke-width: 2; } svg .thin { fill: none; opacity: .35; stroke-width: .7; }
+svg .target { fill: none; stroke: transparent; stroke-width: 11; }
+svg circle.target { fill: transparent; stroke: none; }
+svg:has(.series:hover) .series:not(:hover) { opacity: .15; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: 0; margin: .3rem 0 1rem; list-style: none;
+  font-size: .9rem; }
+.legend svg { display: inline-block; width: 1.9rem; height: .7rem; margin-right: .4rem; }
+fieldset { border: 0; margin: 0; padding: 0; max-width: 24rem; }
+.steps { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .4rem; }
+.steps input { position: absolute; opacity: 0; }
+.steps label { min-width: 2rem; padding: .1rem .5rem; text-align: center; border: 1px solid var(--line);
+  border-radius: 4px; background: var(--tint); cursor: pointer; font-size: .85rem; }
+.steps input:checked + label { background: var(--ink); color: var(--paper); border-color: var(--ink); }
+.steps input:focus-visible + label { outline: 2px solid #3b7fd0; outline-offset: 2px; }
+figure { display: none; order: 1; width: 100%; margin: .3rem 0 0; }
+.steps input:checked + label + figure { display: block; }
+figcaption { font-size: .9rem; margin-bottom: .3rem; }
+figure img { width: 100%; image-rendering: pixelated; border: 1px solid var(--line); display: block; }
+.bar { display: inline-block; width: 5rem; height: .7rem; margin: 0 .4rem; background: linear-gradient(90deg, VIRIDIS);
+  print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+details { margin: .4rem 0; } summary { cursor: pointer; }
+pre { overflow-x: auto; font-size: .8rem; background: var(--tint); padding: .6rem; border-radius: 4px; }
+@media print { body { max-width: none; margin: 0; font-size: 12px; } .cells > *, tr, figure { break-inside: avoid; }
+  h2, h3 { break-after: avoid; } .steps label { display: none; } .scroll { overflow: visible; }
+  th, td { padding: .15rem .3rem; } pre { white-space: pre-wrap; } }
+""".replace("VIRIDIS", VIRIDIS)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the lines of a group look."""
+
+    colour: str
+    dashes: str
+
+    @property
+    def stroke(self) -> str:
+        return f'stroke="{self.colour}" stroke-dasharray="{self.dashes}"' if self.dashes else f'stroke="{self.colour}"'
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart: [n] x and y, and half the width of its band, percent or plain numbers."""
+    """What belongs together in a chart; None as y breaks a line."""
 
-    label: str
-    colour: str
+    style: Style
     x: Sequence[float]
-    y: Sequence[float]
-    band: Sequence[float] | None = None
-    dots: bool = True
+    y: Sequence[float | None]
+    titles: Sequence[str]  # of the points, shown on hovering; "" for a point without a dot
+    band: Sequence[float] | None = None  # half its width
+    thin: Sequence[Sequence[float | None]] = ()  # further lines, behind
+
+
+@dataclass(frozen=True)
+class Axis:
+    label: str
+    limits: tuple[float, float]
+    ticks: Sequence[tuple[float, str]]
 
 
 def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
     """The whole document. groups: runs that differ in the seed only, by label; notes: lines of plain text below the
-    table."""
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(groups)}
-    paths = {label: [path for run in runs if (path := alpha_paths(run))] for label, runs in groups.items()}
+    table. Raises UserError for a damaged file."""
+    parts_of_data = by_images(groups)
+    styles = {
+        label: Style(COLOURS[i % 10], DASHES[i // 10 % 3])
+        for of_dataset in parts_of_data.values()
+        for i, label in enumerate(of_dataset)
+    }
+    alphas = {label: {run.results["seed"]: alpha_paths(run) for run in runs} for label, runs in groups.items()}
     parts = [
         "<h1>fastil report</h1>",
         "<p class=soft>Top-1 in percent over all classes seen; mean ± standard deviation over seeds.</p>",
         table(*rows(groups)),
         *(f"<p>{escape(note)}</p>" for note in notes),
         "<h2>Accuracy after each step</h2>",
-        legend(colours),
-        "<div class=maps>",
-        *(accuracy_chart(groups, colours, key, title) for key, title in CURVES.items()),
-        "</div>",
+        "<p class=soft>Mean over seeds, with a band of one standard deviation; point at a dot for its value.</p>",
+        *(accuracy(dataset, of_dataset, styles) for dataset, of_dataset in parts_of_data.items()),
+        alpha_section(alphas, styles),
+        "<h2>Confusion matrices</h2>",
+        "<p class=soft>Images as log(1 + x), summed over seeds; rows are true classes, columns predictions, both in "
+        "the order in which they were learned. The buttons choose the step.</p>",
+        f"<div class=cells>{''.join(confusions(i, *group) for i, group in enumerate(groups.items()))}</div>",
+        "<h2>Effective protocols</h2>",
+        *(protocol(label, runs) for label, runs in groups.items()),
     ]
-    if any(paths.values()):
-        parts += [
-            "<h2>Alpha</h2>",
-            "<p class=soft>Weight of the old classes in the Balanced Softmax (eq. 5) over the epochs of the "
-            "incremental steps, one line per seed (with an alpha per class: their geometric mean). It starts each step "
-            "at 1.</p>",
-            legend({label: colours[label] for label in paths if paths[label]}),
-            alpha_chart(paths, colours),
-        ]
-    parts.append("<h2>Confusion matrices</h2>")
-    parts.append(
-        "<p class=soft>log(1 + images), summed over seeds; rows are true classes, columns predictions, both in the "
-        "order in which they are learned.</p>"
-    )
-    parts += [confusions(label, runs) for label, runs in groups.items()]
-    parts.append("<h2>Effective protocols</h2>")
-    parts += [protocol(label, runs[0]) for label, runs in groups.items()]
     body = "\n".join(parts)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -90,159 +135,268 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
     )
 
 
-CURVES = {"top1": "all classes seen", "top1_old": "classes of earlier steps", "top1_new": "classes of this step"}
-
-
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    """Cells are plain text; the first of a row is its heading."""
+    head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th scope=row>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
+        for first, *rest in lines
+    )
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def legend(colours: dict[str, str]) -> str:
-    items = (f'<span><i style="background:{colour}"></i>{escape(label)}</span>' for label, colour in colours.items())
-    return f"<p class=legend>{''.join(items)}</p>"
+def legend(styles: dict[str, Style]) -> str:
+    items = (
+        f'<li><svg viewBox="0 0 30 10" aria-hidden="true"><path d="M1 5H29" stroke-width="3" {style.stroke}/></svg>'
+        f"{escape(label)}</li>"
+        for label, style in styles.items()
+    )
+    return f"<ul class=legend>{''.join(items)}</ul>"
 
 
-def accuracy_chart(groups: dict[str, list[Run]], colours: dict[str, str], key: str, title: str) -> str:
-    lines = []
+def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
+    """The groups apart by what they were run on: accuracies on other images have no place in one chart."""
+    found: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for label, runs in groups.items():
-        length = min(len(run.curve) for run in runs)
-        steps = [[run.results["steps"][k] for run in runs] for k in range(length)]
-        steps = [step for step in steps if all(result[key] is not None for result in step)]
-        if steps:
-            means, bands = zip(*(seed_spread([result[key] for result in step]) for step in steps), strict=True)
-            lines.append(Series(label, colours[label], [step[0]["classes_seen"] for step in steps], means, bands))
-    ticks = sorted({x for line in lines for x in line.x})
-    drawn = chart(lines, (0, 100), ticks, [0, 20, 40, 60, 80, 100], "classes seen", "top-1 (%)")
-    return f"<div><h3>{escape(title)}</h3>{drawn}</div>"
+        found.setdefault(runs[0].images, {})[label] = runs
+    names = [next(iter(part.values()))[0].dataset for part in found.values()]
+    return {
+        name if names.count(name) == 1 else f"{name} {images[0][:6]}, {images[1][:6]}": part
+        for name, (images, part) in zip(names, found.items(), strict=True)
+    }
 
 
-def alpha_chart(paths: dict[str, list[list[tuple[int, float]]]], colours: dict[str, str]) -> str:
-    """Alpha on a logarithmic axis; a vertical line where a step begins."""
-    lines, begins = [], []
-    for label, of_seeds in paths.items():
-        for path in of_seeds:
-            logs = [math.log10(alpha) for _, alpha in path]
-            lines.append(Series(label, colours[label], range(1, len(path) + 1), logs, dots=False))
-            begins = [i + 1 for i in range(len(path)) if i == 0 or path[i][0] != path[i - 1][0]]
-    low = min(-0.31, *(min(line.y) for line in lines))
-    high = max(0.05, *(max(line.y) for line in lines))
-    marks = [
-        v for v in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2) if low - 0.05 <= math.log10(v) <= high + 0.05
-    ]
-    ticks = [math.log10(v) for v in marks]
-    names = [f"{v:g}" for v in marks]
-    return chart(lines, (low - 0.05, high + 0.05), begins, ticks, "epoch (ticks: a step begins)", "alpha", names)
+def accuracy(dataset: str, groups: dict[str, list[Run]], styles: dict[str, Style]) -> str:
+    """Charts and values of the runs on one data set."""
+    seen = sorted({step["classes_seen"] for runs in groups.values() for run in runs for step in run.results["steps"]})
+    charts, lines = [], []
+    for key, title in CURVES.items():
+        series, highest = [], 1.0
+        for label, runs in groups.items():
+            # zip: as far as the shortest run is.
+            steps = [
+                step for step in zip(*(run.results["steps"] for run in runs), strict=False) if step[0][key] is not None
+            ]
+            values = {step[0]["classes_seen"]: [result[key] for result in step] for step in steps}
+            lines.append([f"{label}: {title.lower()}", *(spread(values.get(classes, [])) for classes in seen)])
+            if values:
+                means, bands = zip(*map(seed_spread, values.values()), strict=True)
+                highest = max(highest, *map(sum, zip(means, bands, strict=True)))
+                titles = [f"{label}: {spread(v)} % at {classes} classes" for classes, v in values.items()]
+                series.append(Series(styles[label], list(values), means, titles, bands))
+        x = Axis("classes seen", (seen[0], seen[-1]), [(c, str(c)) for c in seen])
+        top = min(100, 20 * math.ceil(highest / 20))
+        y = Axis("top-1 (%)", (0, top), [(v, str(v)) for v in range(0, top + 1, 10 if top <= 60 else 20)])
+        charts.append(f"<div><h3>{title}</h3>{chart(f'{title}: top-1 after each step', series, x, y)}</div>")
+    values_table = table([f"Top-1 (%) at … classes of {dataset}", *map(str, seen)], lines)
+    return (
+        f"<h3 class=run>Data set {escape(dataset)}</h3>{legend({label: styles[label] for label in groups})}"
+        f"<div class=cells>{''.join(charts)}</div><details><summary>Values as a table</summary>{values_table}</details>"
+    )
 
 
-def chart(
-    lines: Sequence[Series],
-    limits: tuple[float, float],
-    x_ticks: Sequence[float],
-    y_ticks: Sequence[float],
-    x_label: str,
-    y_label: str,
-    y_names: Sequence[str] | None = None,
-) -> str:
-    """Lines with bands as inline SVG; pointing at a dot shows its value."""
-    first = min((min(line.x) for line in lines), default=0)
-    last = max((max(line.x) for line in lines), default=1)
-    low, high = limits
+def alpha_section(alphas: dict[str, dict[int, dict[int, NDArray[np.float64]]]], styles: dict[str, Style]) -> str:
+    """A chart for each group that learned alpha, all on one scale. alphas: by label, seed and step."""
+    learned = {label: {seed: path for seed, path in seeds.items() if path} for label, seeds in alphas.items()}
+    learned = {label: seeds for label, seeds in learned.items() if seeds}
+    if not learned:
+        return ""
+    everything = [values for seeds in learned.values() for path in seeds.values() for values in path.values()]
+    y = log_axis("alpha", min(v.min() for v in everything), max(v.max() for v in everything))
+    charts = (
+        f"<div><h3>{escape(label)}</h3>{alpha_chart(label, seeds, styles[label], y)}</div>"
+        for label, seeds in learned.items()
+    )
+    return (
+        "<h2>Alpha</h2><p class=soft>Weight of the old classes in the Balanced Softmax (eq. 5) after each epoch of "
+        "the incremental steps, on a logarithmic axis; a line per seed. Each step begins at 1. An alpha per class: "
+        f"thin lines, and their geometric mean.</p><div class=cells>{''.join(charts)}</div>"
+    )
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / ((last - first) or 1)
-        up = (min(max(y, low), high) - low) / (high - low)
-        return LEFT + across * (WIDTH - LEFT - 20), HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - TOP)
 
-    marks = []
-    for value, name in zip(y_ticks, y_names or [f"{v:g}" for v in y_ticks], strict=True):
-        y = place(first, value)[1]
-        marks.append(f'<line class=grid x1="{LEFT}" x2="{WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
-    for value in x_ticks:
-        x = place(value, low)[0]
-        marks.append(f'<line class=axis x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 5}"/>')
-        marks.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{value:g}</text>')
-    middle = (HEIGHT - BOTTOM) / 2
-    marks.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    marks.append(f'<text transform="rotate(-90 14 {middle})" x="14" y="{middle}" text-anchor="middle">{y_label}</text>')
-    for line in lines:
-        points = [place(x, y) for x, y in zip(line.x, line.y, strict=True)]
+def alpha_chart(label: str, seeds: dict[int, dict[int, NDArray[np.float64]]], style: Style, y: Axis) -> str:
+    """Steps begin at the same epoch for every seed: where the longest path has them."""
+    lengths: dict[int, int] = {}
+    for path in seeds.values():
+        lengths |= {step: max(len(values), lengths.get(step, 0)) for step, values in path.items()}
+    begins = dict(
+        zip(sorted(lengths), np.cumsum([0, *(lengths[step] for step in sorted(lengths))]).tolist(), strict=False)
+    )
+    total = sum(lengths.values())
+    series = []
+    for seed, path in seeds.items():
+        classes = max(values.shape[1] for values in path.values())
+        xs: list[float] = []
+        means: list[float | None] = []
+        titles: list[str] = []
+        thin: list[list[float | None]] = [[] for _ in range(classes if classes > 1 else 0)]
+        for step, values in path.items():
+            mean = geometric_mean(values)
+            # Not more points than pixels; always the last one, and a break after it.
+            kept = sorted({*range(0, len(values), max(1, total // WIDTH)), len(values) - 1})
+            xs += [begins[step] + epoch + 1 for epoch in [*kept, len(values) - 1]]
+            means += [*(math.log10(mean[epoch]) for epoch in kept), None]
+            title = f"seed {seed}, step {step}, epoch {len(values)}: {mean[-1]:.3g}"
+            titles += [*([""] * (len(kept) - 1)), title, ""]
+            for c, line in enumerate(thin):
+                known = c < values.shape[1]
+                line += [*(math.log10(values[epoch, c]) if known else None for epoch in kept), None]
+        series.append(Series(style, xs, means, titles, thin=thin))
+    every = max(1, total // 6)
+    nice = next(n * 10**e for e in range(9) for n in (1, 2, 5) if n * 10**e >= every)
+    x = Axis("epoch of the incremental steps", (0, total), [(e, f"{e:g}") for e in range(0, total + 1, nice)])
+    return chart(f"alpha of {label}", series, x, y, [(begin, f"step {step}") for step, begin in begins.items()])
+
+
+def log_axis(label: str, low: float, high: float) -> Axis:
+    """An axis of log10(value) around low, high and 1; ticks at 1, 2, 5 or, where these are too few, at tenths."""
+    low, high = min(low, 0.8), max(high, 1.05)
+    if high / low > 5:
+        values = [n * 10.0**e for e in range(-9, 9) for n in (1, 2, 5)]
+    else:
+        values = [n / 10 for n in range(1, 60)]
+    ticks = [(math.log10(v), f"{v:g}") for v in values if low <= v <= high]
+    return Axis(label, (math.log10(low) - 0.02, math.log10(high) + 0.02), ticks)
+
+
+def chart(name: str, series: Sequence[Series], x: Axis, y: Axis, marks: Sequence[tuple[float, str]] = ()) -> str:
+    """Inline SVG; marks: vertical lines with a label on top. Labels that would touch the one before are left out."""
+
+    def across(value: float) -> float:
+        low, high = x.limits
+        return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def down(value: float) -> float:
+        low, high = y.limits
+        return HEIGHT - BOTTOM - (min(max(value, low), high) - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
+
+    drawn, floor, right = [], HEIGHT - BOTTOM, WIDTH - RIGHT
+    free = math.inf
+    for value, text in sorted(y.ticks):
+        at = down(value)
+        drawn.append(f'<path class=grid d="M{LEFT} {at:.1f}H{right}"/>')
+        if at <= free:
+            drawn.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+            free = at - 14
+    free = -math.inf
+    for value, text in x.ticks:
+        at, half = across(value), 4 * len(text)
+        drawn.append(f'<path class=axis d="M{at:.1f} {floor}v4"/>')
+        if at - half >= free:
+            drawn.append(f'<text x="{at:.1f}" y="{floor + 18}" text-anchor="middle">{text}</text>')
+            free = at + half + 5
+    free = -math.inf
+    for value, text in marks:
+        at = across(value)
+        drawn.append(f'<path class=step d="M{at:.1f} {TOP}V{floor}"/>')
+        if at >= free:
+            drawn.append(f'<text x="{at:.1f}" y="{TOP - 7}">{text}</text>')
+            free = at + 7 * len(text) + 5
+    middle = (floor + TOP) / 2
+    drawn.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{x.label}</text>')
+    drawn.append(f'<text transform="rotate(-90 13 {middle})" x="13" y="{middle}" text-anchor="middle">{y.label}</text>')
+    for line in series:
+        xs = [across(value) for value in line.x]
+        ys = [None if value is None else down(value) for value in line.y]
+        drawn.append("<g class=series>")
         if line.band is not None and any(line.band):
-            upper = [place(x, y + b) for x, y, b in zip(line.x, line.y, line.band, strict=True)]
-            lower = [place(x, y - b) for x, y, b in zip(line.x, line.y, line.band, strict=True)]
-            marks.append(f'<polygon points="{joined(upper + lower[::-1])}" fill="{line.colour}" opacity=".18"/>')
-        marks.append(f'<polyline points="{joined(points)}" fill="none" stroke="{line.colour}" stroke-width="2"/>')
-        for (x, y), at, value in zip(points, line.x, line.y, strict=True) if line.dots else ():
-            title = f"<title>{escape(line.label)}: {value:.2f} at {at:g} classes</title>"
-            marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{line.colour}">{title}</circle>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">{"".join(marks)}</svg>'
+            pairs = list(zip(line.y, line.band, strict=True))
+            upper, lower = ([down(v + s * b) for v, b in pairs if v is not None] for s in (1, -1))
+            area = path([*xs, *xs[::-1]], [*upper, *lower[::-1]])
+            drawn.append(f'<path d="{area}Z" fill="{line.style.colour}" opacity=".15"/>')
+        behind = "".join(path(xs, [None if v is None else down(v) for v in other]) for other in line.thin)
+        if behind:
+            drawn.append(f'<path class=thin stroke="{line.style.colour}" d="{behind}"/>')
+        d = path(xs, ys)
+        drawn.append(f'<path class=line d="{d}" {line.style.stroke}/><path class=target d="{d}"/>')
+        for at, height, title in zip(xs, ys, line.titles, strict=True):
+            if title and height is not None:
+                place = f'cx="{at:.1f}" cy="{height:.1f}"'
+                drawn.append(f'<circle {place} r="3.5" fill="{line.style.colour}"/>')
+                drawn.append(f'<circle class=target {place} r="11"><title>{escape(title)}</title></circle>')
+        drawn.append("</g>")
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(drawn)}</svg>'
 
 
-def joined(points: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+def path(xs: Sequence[float], ys: Sequence[float | None]) -> str:
+    """The d of an SVG path; None begins a new piece."""
+    pieces, command = [], "M"
+    for x, y in zip(xs, ys, strict=True):
+        if y is not None:
+            pieces.append(f"{command}{x:.1f} {y:.1f}")
+        command = "M" if y is None else "L"
+    return "".join(pieces)
 
 
-def confusions(label: str, runs: Sequence[Run]) -> str:
-    """Every step's matrix of a group; the last one is open."""
+def confusions(index: int, label: str, runs: Sequence[Run]) -> str:
+    """The matrices of a group; a button per step shows one at a time, at first the last."""
     length = min(len(run.curve) for run in runs)
     figures = []
     for step in range(length):
         matrix = np.sum([read_confusion(run, step) for run in runs], axis=0)
-        top1 = seed_spread([run.curve[step] for run in runs])[0]
+        caption = f"step {step}: {len(matrix)} classes, top-1 {spread([run.curve[step] for run in runs])} %"
         figures.append(
-            f'<figure><img alt="confusion matrix of step {step}" src="data:image/png;base64,{as_png(matrix)}">'
-            f"<figcaption>step {step}: {len(matrix)} classes, top-1 {top1:.2f}</figcaption></figure>"
+            f'<input type=radio name="m{index}" id="m{index}-{step}"{" checked" if step == length - 1 else ""}>'
+            f'<label for="m{index}-{step}">{step}</label><figure><figcaption>{caption}</figcaption>'
+            f'<img alt="confusion matrix of step {step}" src="data:image/png;base64,{as_png(matrix)}">'
+            f"<figcaption>0<span class=bar></span>{matrix.max():,} images</figcaption></figure>"
         )
-    earlier = f"<details><summary>earlier steps</summary><div class=maps>{''.join(figures[:-1])}</div></details>"
-    return f"<h3>{escape(label)}</h3><div class=maps>{figures[-1]}</div>{earlier if length > 1 else ''}"
+    return f"<fieldset><legend>{escape(label)}</legend><div class=steps>{''.join(figures)}</div></fieldset>"
 
 
 def as_png(matrix: NDArray[np.int64]) -> str:
-    """One pixel per cell, log(1 + images), viridis; base64."""
+    """One pixel per cell, log(1 + images), 256 shades of viridis from 0 to the largest cell; base64."""
     from matplotlib import colormaps
     from PIL import Image
 
-    shade = np.log1p(matrix) / max(1e-9, float(np.log1p(matrix.max())))
-    pixels = (colormaps["viridis"](shade)[:, :, :3] * 255).round().astype(np.uint8)
+    shades = np.log1p(matrix) / max(float(np.log1p(matrix.max())), 1e-9)
+    image = Image.fromarray((shades * 255).round().astype(np.uint8), mode="P")
+    image.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
+    image.save(file, format="PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def protocol(label: str, run: Run) -> str:
+def protocol(label: str, runs: Sequence[Run]) -> str:
     """What was trained, step by step, on which classes, and how long it took."""
-    described = json.loads((run.path / "protocol.json").read_text())
-    effective: list[dict[str, Any]] = described.get("effective", [])
+    described, seeds = runs[0].protocol, ", ".join(str(run.results["seed"]) for run in runs)
+    effective = described.get("effective") or []
+    lines = [[shown(value) for value in step.values()] for step in effective]
+    plan = table([key.replace("_", " ") for key in effective[0]], lines) if effective else ""
     names = described["class_names"]
-    header = [key.replace("_", " ") for key in effective[0]] if effective else []
-    lines = [[f"{v:.4g}" if isinstance(v, float) else f"{v:,}" for v in step.values()] for step in effective]
-    classes = "".join(
-        f"<li>step {k}: {escape(', '.join(names[c] for c in members))}</li>"
-        for k, members in enumerate(described["steps"])
-    )
+    classes = [[str(k), ", ".join(str(names[c]) for c in members)] for k, members in enumerate(described["steps"])]
+    listed = "".join(f"<li>step {k}: {escape(text)}</li>" for k, text in classes)
     return (
-        f"<h3>{escape(label)}</h3><p class=soft>{escape(run.dataset)}, class list "
-        f"{escape(str(described.get('class_list_hash', '')))}</p>{table(header, lines)}"
-        f"<details><summary>classes of each step</summary><ul>{classes}</ul></details>"
-        f"<details><summary>effective recipe</summary><pre>{escape((run.path / 'recipe.yaml').read_text())}</pre>"
-        f"</details>{timings(run)}"
+        f"<h3 class=run>{escape(label)}</h3><p class=soft>{escape(runs[0].dataset)}, class list "
+        f"{escape(str(described.get('class_list_hash', 'of an earlier version')))}, seeds {seeds}</p>{plan}"
+        f"<details><summary>Classes of each step</summary><ul>{listed}</ul></details>"
+        f"<details><summary>Effective recipe</summary><pre>{escape(runs[0].recipe.dump())}</pre></details>"
+        f"{timings(runs)}"
     )
 
 
-def timings(run: Run) -> str:
-    """Seconds per step, versions and machine of a run, if they were written."""
-    try:
-        content = json.loads((run.path / "timings.json").read_text())
-        steps = [
-            [step, *(f"{v:,.1f}" if v is not None else "" for v in s.values())] for step, s in content["steps"].items()
-        ]
-        header = ["step", *(key.replace("_", " ") for key in next(iter(content["steps"].values())))]
-        machine = ", ".join(f"{k} {v}" for part in ("versions", "machine") for k, v in content[part].items())
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration):
-        return "<p class=soft>No timings.</p>"
-    return (
-        f"<details><summary>seconds, machine (seed {run.results['seed']})</summary>{table(header, steps)}"
-        f"<p class=soft>{escape(machine)}</p></details>"
-    )
+def timings(runs: Sequence[Run]) -> str:
+    """Seconds per step, versions and machines, of the runs whose timings.json can be read."""
+    header, lines, machines, missing = ["seed and step"], [], [], []
+    for run in runs:
+        seed = str(run.results["seed"])
+        try:
+            content = json.loads((run.path / "timings.json").read_text())
+            lines += [[f"{seed}, step {k}", *map(shown, step.values())] for k, step in content["steps"].items()]
+            header[1:] = [key.replace("_", " ") for key in next(iter(content["steps"].values()))]
+            machine = ", ".join(f"{k} {v}" for part in ("versions", "machine") for k, v in content[part].items())
+            machines.append(f"seed {seed}: {machine}")
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration):
+            missing.append(f"seed {seed}: timings.json is missing or damaged")
+    seconds = table(header, lines) if lines else ""
+    notes = "".join(f"<p class=soft>{escape(note)}</p>" for note in [*machines, *missing])
+    return f"<details><summary>Seconds per step, versions, machine</summary>{seconds}{notes}</details>"
+
+
+def shown(value: Any) -> str:
+    """A value of protocol.json or timings.json as text."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

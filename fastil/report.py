@@ -60,13 +60,14 @@ def read_run(path: Path) -> Run:
         for step in results["steps"]:
             _ = [f"{step[key] or 0:.2f}" for key in ("step", "classes_seen", "top1", "top1_old", "top1_new")]
         _ = [run.protocol["class_names"][c] for classes in run.protocol["steps"] for c in classes]
+        _ = [step.values() for step in run.protocol.get("effective", [])]
     except FileNotFoundError:
         raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)") from None
     except OSError as error:
         raise UserError(
             f"{error.filename}: cannot be read ({error.strerror}); mend that or leave the run out"
         ) from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{path}: results.json or protocol.json is damaged; run again with --resume") from None
     return run
 
@@ -178,7 +179,7 @@ def alpha_paths(run: Run) -> dict[int, NDArray[np.float64]]:
                 found.setdefault(int(record["step"]), []).append(np.atleast_1d(np.array(record["alpha"], dtype=float)))
         steps = {step: np.stack(alphas) for step, alphas in sorted(found.items())}
         if not all(
-            alphas.ndim == 2 and alphas.size and (0 < alphas).all() and np.isfinite(alphas).all()
+            alphas.ndim == 2 and alphas.size and (alphas > 0).all() and np.isfinite(alphas).all()
             for alphas in steps.values()
         ):
             raise ValueError
@@ -276,13 +277,17 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
     )
     axes[0].set(xlabel="classes seen", ylabel="top-1 accuracy (%)", ylim=(0, 100))
     axes[0].grid(alpha=0.3)
-    axes[0].legend(title="average incremental accuracy in brackets", fontsize="small", title_fontsize="small")
+    place, where = axes[0], "best"
+    if len(groups) > 5:  # would hide the curves
+        figure.set_size_inches(11, 4.8)
+        place, where = figure, "outside right upper"
+    place.legend(loc=where, title="average incremental accuracy in brackets", fontsize="small", title_fontsize="small")
     save_figure(figure, path)
 
 
 def draw_alpha(steps: dict[int, NDArray[np.float64]], path: Path) -> None:
-    """Alpha after each epoch of the incremental steps, as alpha_paths has it; a dotted line where a step begins. With an
-    alpha per class, thin lines and their geometric mean."""
+    """Alpha after each epoch of the incremental steps, as alpha_paths has it; a dotted line where a step begins. With
+    an alpha per class, thin lines and their geometric mean."""
     figure, axes = new_figure(1)
     begin = 0
     for step, alphas in steps.items():
@@ -324,8 +329,13 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def new_figure(panels: int) -> tuple[Any, Any]:
-    """A figure outside pyplot's registry, so that nothing has to be closed and no display is asked for."""
+    """A figure of panels, four to a row, and its axes, outside pyplot's registry, so that nothing has to be closed and
+    no display is asked for."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * panels, 4.8), layout="constrained")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    across, rows = min(panels, 4), -(-panels // 4)
+    figure = Figure(figsize=(6.4 * across, 4.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, across, squeeze=False).ravel()
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    return figure, axes[:panels]
