@@ -131,7 +131,7 @@ def reproduce(
     if count < 1:
         raise UserError(f"--seeds {count}: must be at least 1")
     if dry_run:
-        print(reproduction.preview(reproduction.WorkList(entries, range(count), out, data)))
+        print(reproduction.preview(reproduction.WorkList(entries, range(count), out, data, preview=True)))
         return
     text, status = reproduction.reproduce(chosen, entries, count, out, data)
     print(text)

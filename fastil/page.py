@@ -31,11 +31,14 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
 h3, legend { font-size: 1rem; font-weight: 600; margin: 0; padding: 0; } h3.run { margin-top: 1.8rem; }
 .soft { color: var(--soft); font-size: .9rem; margin: .3rem 0 .8rem; max-width: 50rem; }
-.scroll { overflow-x: auto; margin: .5rem 0; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; } th { font-weight: 600; vertical-align: bottom; }
-th:first-child { text-align: left; white-space: normal; min-width: 9rem; max-width: 22rem; overflow-wrap: break-word; }
-tbody th { font-weight: 400; }
+.scroll { overflow-x: auto; margin: .5rem 0; } table { border-spacing: 0; font-size: .9rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+  font-variant-numeric: tabular-nums; overflow-wrap: normal; } td { white-space: nowrap; }
+th { font-weight: 600; vertical-align: bottom; } tbody th { font-weight: 400; }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+.runs th:first-child { min-width: 9rem; max-width: 24rem; overflow-wrap: break-word; }
+@media (max-width: 40rem) {
+  .runs th:first-child { min-width: 8rem; max-width: 9rem; } th, td { padding: .25rem .4rem; } }
 .cells { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem;
   align-items: end; }
 .cells > * { min-width: 0; }
@@ -48,7 +51,7 @@ svg circle.target { fill: transparent; stroke: none; }
 svg:has(.series:hover) .series:not(:hover) { opacity: .15; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: 0; margin: .3rem 0 1rem; list-style: none;
   font-size: .9rem; }
-.legend svg { display: inline-block; width: 1.9rem; height: .7rem; margin-right: .4rem; }
+.legend li { display: flex; gap: .4rem; } .legend svg { flex: none; width: 1.9rem; height: .7rem; margin-top: .4rem; }
 fieldset { border: 0; margin: 0; padding: 0; max-width: 24rem; }
 .steps { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .4rem; }
 .steps input { position: absolute; opacity: 0; }
@@ -66,7 +69,7 @@ details { margin: .4rem 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; font-size: .8rem; background: var(--tint); padding: .6rem; border-radius: 4px; }
 @media print { body { max-width: none; margin: 0; font-size: 12px; } .cells > *, tr, figure { break-inside: avoid; }
   h2, h3 { break-after: avoid; } .steps label { display: none; } .scroll { overflow: visible; }
-  th, td { padding: .15rem .3rem; } pre { white-space: pre-wrap; } }
+  th, td { padding: .15rem .3rem; } th:first-child { position: static; } pre { white-space: pre-wrap; } }
 """.replace("VIRIDIS", VIRIDIS)
 
 
@@ -117,7 +120,8 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
         table(*rows(groups)),
         *(f"<p>{escape(note)}</p>" for note in notes),
         "<h2>Accuracy after each step</h2>",
-        "<p class=soft>Mean over seeds, with a band of one standard deviation; point at a dot for its value.</p>",
+        "<p class=soft>Mean over seeds, with a band of one standard deviation; point at a dot for its value, or open "
+        "the table.</p>",
         *(accuracy(dataset, of_dataset, styles) for dataset, of_dataset in parts_of_data.items()),
         alpha_section(alphas, styles),
         "<h2>Confusion matrices</h2>",
@@ -137,12 +141,13 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Cells are plain text; the first of a row is its heading."""
+    labels = " class=runs" if any(len(line[0]) > 20 for line in lines) else ""
     head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr><th scope=row>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in lines
     )
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class=scroll><table{labels}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def legend(styles: dict[str, Style]) -> str:
@@ -174,10 +179,9 @@ def accuracy(dataset: str, groups: dict[str, list[Run]], styles: dict[str, Style
         series, highest = [], 1.0
         for label, runs in groups.items():
             # zip: as far as the shortest run is.
-            steps = [
-                step for step in zip(*(run.results["steps"] for run in runs), strict=False) if step[0][key] is not None
-            ]
+            steps = list(zip(*(run.results["steps"] for run in runs), strict=False))
             values = {step[0]["classes_seen"]: [result[key] for result in step] for step in steps}
+            values = {classes: of_seeds for classes, of_seeds in values.items() if None not in of_seeds}
             lines.append([f"{label}: {title.lower()}", *(spread(values.get(classes, [])) for classes in seen)])
             if values:
                 means, bands = zip(*map(seed_spread, values.values()), strict=True)
@@ -219,10 +223,10 @@ def alpha_chart(label: str, seeds: dict[int, dict[int, NDArray[np.float64]]], st
     lengths: dict[int, int] = {}
     for path in seeds.values():
         lengths |= {step: max(len(values), lengths.get(step, 0)) for step, values in path.items()}
-    begins = dict(
-        zip(sorted(lengths), np.cumsum([0, *(lengths[step] for step in sorted(lengths))]).tolist(), strict=False)
-    )
-    total = sum(lengths.values())
+    begins, total = {}, 0
+    for step, length in sorted(lengths.items()):
+        begins[step] = total
+        total += length
     series = []
     for seed, path in seeds.items():
         classes = max(values.shape[1] for values in path.values())
@@ -313,7 +317,7 @@ def chart(name: str, series: Sequence[Series], x: Axis, y: Axis, marks: Sequence
             if title and height is not None:
                 place = f'cx="{at:.1f}" cy="{height:.1f}"'
                 drawn.append(f'<circle {place} r="3.5" fill="{line.style.colour}"/>')
-                drawn.append(f'<circle class=target {place} r="11"><title>{escape(title)}</title></circle>')
+                drawn.append(f'<circle class=target {place} r="6"><title>{escape(title)}</title></circle>')
         drawn.append("</g>")
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(drawn)}</svg>'
 
@@ -350,7 +354,7 @@ def as_png(matrix: NDArray[np.int64]) -> str:
     from PIL import Image
 
     shades = np.log1p(matrix) / max(float(np.log1p(matrix.max())), 1e-9)
-    image = Image.fromarray((shades * 255).round().astype(np.uint8), mode="P")
+    image = Image.fromarray((shades * 255).round().astype(np.uint8))
     image.putpalette(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].tobytes())
     file = io.BytesIO()
     image.save(file, format="PNG", optimize=True)
@@ -377,20 +381,23 @@ def protocol(label: str, runs: Sequence[Run]) -> str:
 
 def timings(runs: Sequence[Run]) -> str:
     """Seconds per step, versions and machines, of the runs whose timings.json can be read."""
-    header, lines, machines, missing = ["seed and step"], [], [], []
+    header: list[str] = []
+    lines: list[list[str]] = []
+    notes: list[str] = []
     for run in runs:
         seed = str(run.results["seed"])
         try:
             content = json.loads((run.path / "timings.json").read_text())
-            lines += [[f"{seed}, step {k}", *map(shown, step.values())] for k, step in content["steps"].items()]
-            header[1:] = [key.replace("_", " ") for key in next(iter(content["steps"].values()))]
+            seconds = [[f"{seed}, step {k}", *map(shown, step.values())] for k, step in content["steps"].items()]
+            keys = [key.replace("_", " ") for key in next(iter(content["steps"].values()))]
             machine = ", ".join(f"{k} {v}" for part in ("versions", "machine") for k, v in content[part].items())
-            machines.append(f"seed {seed}: {machine}")
         except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration):
-            missing.append(f"seed {seed}: timings.json is missing or damaged")
-    seconds = table(header, lines) if lines else ""
-    notes = "".join(f"<p class=soft>{escape(note)}</p>" for note in [*machines, *missing])
-    return f"<details><summary>Seconds per step, versions, machine</summary>{seconds}{notes}</details>"
+            notes.append(f"seed {seed}: timings.json is missing or damaged")
+            continue
+        header, lines = ["seed and step", *keys], [*lines, *seconds]
+        notes.append(f"seed {seed}: {machine}")
+    body = (table(header, lines) if lines else "") + "".join(f"<p class=soft>{escape(note)}</p>" for note in notes)
+    return f"<details><summary>Seconds per step, versions, machine</summary>{body}</details>"
 
 
 def shown(value: Any) -> str:
@@ -399,4 +406,4 @@ def shown(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if type(value) is int else str(value)

@@ -60,7 +60,7 @@ def read_run(path: Path) -> Run:
         for step in results["steps"]:
             _ = [f"{step[key] or 0:.2f}" for key in ("step", "classes_seen", "top1", "top1_old", "top1_new")]
         _ = [run.protocol["class_names"][c] for classes in run.protocol["steps"] for c in classes]
-        _ = [step.values() for step in run.protocol.get("effective", [])]
+        _ = [first for first, *_ in map(dict.values, run.protocol.get("effective", []))]
     except FileNotFoundError:
         raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)") from None
     except OSError as error:
@@ -263,12 +263,14 @@ def draw_run(path: Path) -> None:
 def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
     """Top-1 over the classes seen, mean over seeds, with a band of one standard deviation."""
     figure, axes = new_figure(1)
-    for label, runs in groups.items():
+    for i, (label, runs) in enumerate(groups.items()):
         length = min(len(run.curve) for run in runs)
         curves = np.array([run.curve[:length] for run in runs])
         classes = [step["classes_seen"] for step in runs[0].results["steps"][:length]]
         mean = curves.mean(axis=0)
-        (line,) = axes[0].plot(classes, mean, marker="o", label=f"{label} ({curves.mean():.1f})")
+        (line,) = axes[0].plot(
+            classes, mean, marker="o", linestyle=("-", "--", ":")[i // 10 % 3], label=f"{label} ({curves.mean():.1f})"
+        )
         if len(runs) > 1:
             deviation = curves.std(axis=0, ddof=1)
             axes[0].fill_between(classes, mean - deviation, mean + deviation, alpha=0.2, color=line.get_color())
@@ -288,6 +290,8 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
 def draw_alpha(steps: dict[int, NDArray[np.float64]], path: Path) -> None:
     """Alpha after each epoch of the incremental steps, as alpha_paths has it; a dotted line where a step begins. With
     an alpha per class, thin lines and their geometric mean."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, axes = new_figure(1)
     begin = 0
     for step, alphas in steps.items():
@@ -300,7 +304,10 @@ def draw_alpha(steps: dict[int, NDArray[np.float64]], path: Path) -> None:
         begin += len(alphas)
     several = ": per class, and their geometric mean" if any(a.shape[1] > 1 for a in steps.values()) else ""
     axes[0].set(xlabel="epoch of the incremental steps", ylabel=f"alpha{several}", yscale="log")
-    axes[0].grid(alpha=0.3, which="both")
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
+    axes[0].grid(alpha=0.3)
     save_figure(figure, path)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ CONTENT = {
         "balanced": {"loss": "balanced", **SHORT},
         "alpha_0.5": {"loss": "balanced", "alpha": 0.5, **SHORT},
         "diverging": {"loss": "softmax", "lr": "1e30", **SHORT},
+        "finetuned": {"loss": "softmax", "correction": "balanced_finetuning", **SHORT},
     },
     "tables": {
         "small": {
@@ -38,6 +40,7 @@ CONTENT = {
             ],
         },
         "broken": {"title": "one fails", "entries": [{"row": "diverging", "steps": 5, "label": "bad"}]},
+        "more": {"title": "another table", "entries": [{"row": "finetuned", "steps": 5, "label": "finetuning"}]},
     },
 }
 
@@ -92,7 +95,39 @@ def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
     assert (again, status) == (text, 0)
     work = reproduce.WorkList(table.entries, range(1), out, None)
     assert work.missing == []
-    assert "0 of 3 runs to train" in reproduce.preview(work)
+    assert "0 of 3 runs to train, 0 image visits" in reproduce.preview(work)
+
+
+def test_a_finished_table_is_written_again_without_its_images(trained, monkeypatch):
+    out, table, text, _ = trained
+    monkeypatch.setattr(reproduce, "load_dataset", None)  # any read would raise
+    assert reproduce.reproduce(table, table.entries, 1, out, None) == (text, 0)
+
+
+def test_a_base_step_is_taken_from_a_run_of_another_table(trained, tmp_path):
+    """And the image visits of the work list are those that the epochs of a finished run add up to."""
+    shutil.copytree(trained[0] / "digits/softmax-s0", tmp_path / "digits/softmax-s0")
+    table = tables.table_of(CONTENT, "more", "cpu")
+    before = reproduce.WorkList(table.entries, range(1), tmp_path, None).jobs[0]
+    assert reproduce.reproduce(table, table.entries, 1, tmp_path, None)[1] == 0
+    origin = json.loads((tmp_path / "digits/finetuned-s0/timings.json").read_text())["base_step_of"]
+    assert origin == str(tmp_path / "digits/softmax-s0")
+    lines = [json.loads(line) for line in (tmp_path / "digits/finetuned-s0/metrics.jsonl").read_text().splitlines()]
+    assert {line["phase"] for line in lines} == {"train", "correct"}
+    assert before.visits == [sum(line["images"] for line in lines if line["step"] == step) for step in range(6)]
+
+
+def test_a_preview_counts_what_a_stopped_run_has_done(trained, tmp_path):
+    out, table, _, _ = trained
+    shutil.copytree(out / "digits/softmax-s0", tmp_path / "digits/softmax-s0")
+    (tmp_path / "digits/softmax-s0/results.json").unlink()
+    metrics = tmp_path / "digits/softmax-s0/metrics.jsonl"
+    lines = [line for line in metrics.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= 2][:-1]
+    metrics.write_text("".join(lines) + '{"step": 2, "images": 9')  # one epoch of step 2, and half a line
+    work = reproduce.WorkList(table.entries, range(1), tmp_path, None)
+    row = next(line for line in reproduce.preview(work).splitlines() if "softmax-s0" in line)
+    assert "at step 2" in row
+    assert f"{sum(work.jobs[0].visits) - sum(json.loads(line)['images'] for line in lines):,} " in row
 
 
 def test_a_preview_says_what_is_missing_and_trains_nothing(trained, tmp_path):
@@ -158,7 +193,61 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
     assert status == 1
     assert "diverging-s0" in text
     assert "lower lr" in text
-    assert tables.is_finished(tmp_path / "digits/softmax-s0")
+    assert len(json.loads((tmp_path / "digits/softmax-s0/results.json").read_text())["steps"]) == 6
+
+
+def test_a_killed_run_is_named_and_no_progress_is_counted_for_it(tmp_path, monkeypatch, capsys):
+    table = tables.table_of(CONTENT, "small", "cpu")
+    work = reproduce.WorkList(table.entries[:2], range(1), tmp_path, None)
+    scheduler = reproduce.Scheduler(work, 1)
+    first, second = work.jobs
+    scheduler.bar = None
+    monkeypatch.setattr(reproduce, "LINE_EVERY", 0)
+    monkeypatch.setattr(reproduce, "POLL", 0.05)
+    show = scheduler.show
+
+    def kill_the_first():
+        show()
+        if first.running and first.has_base:
+            first.process.kill()
+            first.process.wait()
+
+    monkeypatch.setattr(scheduler, "show", kill_the_first)
+    scheduler.run()
+    assert first.failure == "killed by SIGKILL"
+    assert second.finished
+    capsys.readouterr()
+    show()
+    assert "1 of 2 runs, 0 running, 100 % of what was missing" in capsys.readouterr().out
+
+
+def test_no_run_outlives_the_command(tmp_path, monkeypatch):
+    table = tables.table_of(CONTENT, "small", "cpu")
+    work = reproduce.WorkList(table.entries[:1], range(1), tmp_path, None)
+    scheduler = reproduce.Scheduler(work, 1)
+
+    def broken():
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(scheduler, "show", broken)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        scheduler.run()
+    assert work.jobs[0].process.poll() is not None
+
+
+def test_a_finished_run_of_other_settings_is_neither_counted_nor_built_on(trained, tmp_path):
+    """Its base step is another one too, so no row may wait for it or start from it."""
+    out, table, _, _ = trained
+    shutil.copytree(out / "digits/balanced-s0", tmp_path / "digits/balanced-s0")
+    settings = tmp_path / "digits/balanced-s0/recipe.yaml"
+    settings.write_text(settings.read_text().replace("weight_decay: 0.0005", "weight_decay: 0.0004"))
+    text, status = reproduce.reproduce(table, table.entries[1:], 1, tmp_path, None)
+    assert status == 1
+    assert "a run of another recipe (weight_decay was 0.0004, now 0.0005)" in text
+    rows = {line["row"]: line for line in csv.DictReader((tmp_path / "small-cpu.csv").read_text().splitlines())}
+    assert rows["ours"]["seeds"] == "0"
+    assert rows["half"]["seeds"] == "1"
+    assert json.loads((tmp_path / "digits/alpha_0.5-s0/timings.json").read_text())["base_step_of"] is None
 
 
 def test_a_directory_of_other_settings_is_left_alone(trained, tmp_path):
@@ -179,6 +268,7 @@ def test_a_directory_of_other_settings_is_left_alone(trained, tmp_path):
         (["table2", "--only", "bic"], "--only bic: no such row in table2; its rows are alpha_0.1"),
         (["table2", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (["table2", "--dry-run", "--data", "/nowhere"], "/nowhere"),
+        (["table2", "--scale", "paper"], "fastil download cifar100"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, line, capsys, monkeypatch, tmp_path):
@@ -191,6 +281,13 @@ def test_a_mistake_is_one_line(arguments, line, capsys, monkeypatch, tmp_path):
     assert line in said
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_cannot_be_written_is_one_line(tmp_path):
+    table = tables.table_of(CONTENT, "small", "cpu")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another --out"):
+        reproduce.reproduce(table, table.entries, 1, tmp_path / "file", None)
 
 
 def test_only_takes_rows_by_name_or_beginning():
