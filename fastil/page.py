@@ -16,7 +16,7 @@ from fastil.report import Run, alpha_paths, geometric_mean, read_confusion, rows
 
 COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
 DASHES = ("", "7 4", "2 3")  # of the lines beyond the tenth, and beyond the twentieth
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 400, 270, 52, 12, 42, 22
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 400, 270, 52, 18, 42, 22
 CURVES = {"top1": "All classes seen", "top1_old": "Classes of earlier steps", "top1_new": "Classes of this step"}
 VIRIDIS = "#440154, #3b528b, #21918c, #5ec962, #fde725"  # for the bar beside the matrices; they have all its shades
 
@@ -45,7 +45,7 @@ th:first-child { text-align: left; position: sticky; left: 0; background: var(--
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 13px; }
 svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }
 svg .step { stroke: var(--soft); stroke-dasharray: 2 3; }
-svg .line { fill: none; stroke-width: 2; } svg .thin { fill: none; opacity: .35; stroke-width: .7; }
+svg .line { fill: none; stroke-width: 2; } svg .thin { fill: none; stroke-width: .7; }
 svg .target { fill: none; stroke: transparent; stroke-width: 11; }
 svg circle.target { fill: transparent; stroke: none; }
 svg:has(.series:hover) .series:not(:hover) { opacity: .15; }
@@ -53,9 +53,9 @@ svg:has(.series:hover) .series:not(:hover) { opacity: .15; }
   font-size: .9rem; }
 .legend li { display: flex; gap: .4rem; } .legend svg { flex: none; width: 1.9rem; height: .7rem; margin-top: .4rem; }
 fieldset { border: 0; margin: 0; padding: 0; max-width: 24rem; }
-.steps { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .4rem; }
+.steps { display: flex; flex-wrap: wrap; gap: .2rem; margin-top: .4rem; }
 .steps input { position: absolute; opacity: 0; }
-.steps label { min-width: 2rem; padding: .1rem .5rem; text-align: center; border: 1px solid var(--line);
+.steps label { min-width: 1.65rem; padding: .1rem .3rem; text-align: center; border: 1px solid var(--line);
   border-radius: 4px; background: var(--tint); cursor: pointer; font-size: .85rem; }
 .steps input:checked + label { background: var(--ink); color: var(--paper); border-color: var(--ink); }
 .steps input:focus-visible + label { outline: 2px solid #3b7fd0; outline-offset: 2px; }
@@ -310,7 +310,8 @@ def chart(name: str, series: Sequence[Series], x: Axis, y: Axis, marks: Sequence
             drawn.append(f'<path d="{area}Z" fill="{line.style.colour}" opacity=".15"/>')
         behind = "".join(path(xs, [None if v is None else down(v) for v in other]) for other in line.thin)
         if behind:
-            drawn.append(f'<path class=thin stroke="{line.style.colour}" d="{behind}"/>')
+            faint = f'stroke="{line.style.colour}" opacity="{min(0.35, 10 / len(line.thin)):.2f}"'
+            drawn.append(f'<path class=thin {faint} d="{behind}"/>')
         d = path(xs, ys)
         drawn.append(f'<path class=line d="{d}" {line.style.stroke}/><path class=target d="{d}"/>')
         for at, height, title in zip(xs, ys, line.titles, strict=True):

@@ -280,9 +280,10 @@ def test_a_protocol_that_makes_no_sense_is_named(runs, tmp_path, values):
         write_report([run], tmp_path / "report", True)
 
 
-def test_a_matrix_of_another_size_is_damage(runs, tmp_path):
+@pytest.mark.parametrize("matrix", [np.eye(8, dtype=np.int64), np.eye(10), np.ones(10, dtype=np.int64)])
+def test_a_matrix_of_another_size_or_type_is_damage(runs, tmp_path, matrix):
     run = copy_of(runs / "balanced-s0", tmp_path / "run")
-    shutil.copy(run / "confusion/step_1.npy", run / "confusion/step_2.npy")
+    np.save(run / "confusion/step_2.npy", matrix)
     with pytest.raises(UserError, match=r"step_2\.npy"):
         write_report([run], tmp_path / "report", True)
 
