@@ -1,5 +1,6 @@
 """The commands: parse, call, print."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -124,6 +125,7 @@ def reproduce(
     from fastil import reproduce as reproduction
     from fastil import tables
     from fastil.errors import UserError
+    from fastil.worklist import WorkList
 
     chosen = tables.table_of(tables.read_tables(), table, scale)
     entries = tables.only(chosen, only or [])
@@ -131,7 +133,7 @@ def reproduce(
     if count < 1:
         raise UserError(f"--seeds {count}: must be at least 1")
     if dry_run:
-        print(reproduction.preview(reproduction.WorkList(entries, range(count), out, data, preview=True)))
+        print(reproduction.preview(WorkList(entries, range(count), out, data, preview=True)))
         return
     text, status = reproduction.reproduce(chosen, entries, count, out, data)
     print(text)
@@ -148,6 +150,9 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # the ± of a table must not end a run in an ASCII locale
     # Typer carries its own copy of click or uses the installed one; this is the base of its usage errors either way.
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]
     try:

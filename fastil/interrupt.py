@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a flag that the training loop reads between batches."""
+"""SIGTERM, SIGINT and SIGHUP as a flag that the training loop reads between batches."""
 
 import signal
 from types import FrameType
@@ -13,8 +13,9 @@ class Interrupt:
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: outlive the terminal
+                self.previous[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -5,18 +5,17 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastil.chart import WIDTH, Axis, Series, Style, chart, legend, log_axis
 from fastil.report import Run, alpha_paths, geometric_mean, read_confusion, rows, seed_spread, spread
 
 COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
 DASHES = ("", "7 4", "2 3")  # of the lines beyond the tenth, and beyond the twentieth
-WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 400, 270, 52, 18, 42, 22
 CURVES = {"top1": "All classes seen", "top1_old": "Classes of earlier steps", "top1_new": "Classes of this step"}
 VIRIDIS = "#440154, #3b528b, #21918c, #5ec962, #fde725"  # for the bar beside the matrices; they have all its shades
 
@@ -73,37 +72,6 @@ pre { overflow-x: auto; font-size: .8rem; background: var(--tint); padding: .6re
 """.replace("VIRIDIS", VIRIDIS)
 
 
-@dataclass(frozen=True)
-class Style:
-    """How the lines of a group look."""
-
-    colour: str
-    dashes: str
-
-    @property
-    def stroke(self) -> str:
-        return f'stroke="{self.colour}" stroke-dasharray="{self.dashes}"' if self.dashes else f'stroke="{self.colour}"'
-
-
-@dataclass(frozen=True)
-class Series:
-    """What belongs together in a chart; None as y breaks a line."""
-
-    style: Style
-    x: Sequence[float]
-    y: Sequence[float | None]
-    titles: Sequence[str]  # of the points, shown on hovering; "" for a point without a dot
-    band: Sequence[float] | None = None  # half its width
-    thin: Sequence[Sequence[float | None]] = ()  # further lines, behind
-
-
-@dataclass(frozen=True)
-class Axis:
-    label: str
-    limits: tuple[float, float]
-    ticks: Sequence[tuple[float, str]]
-
-
 def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
     """The whole document. groups: runs that differ in the seed only, by label; notes: lines of plain text below the
     table. Raises UserError for a damaged file."""
@@ -148,15 +116,6 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         for first, *rest in lines
     )
     return f"<div class=scroll><table{labels}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def legend(styles: dict[str, Style]) -> str:
-    items = (
-        f'<li><svg viewBox="0 0 30 10" aria-hidden="true"><path d="M1 5H29" stroke-width="3" {style.stroke}/></svg>'
-        f"{escape(label)}</li>"
-        for label, style in styles.items()
-    )
-    return f"<ul class=legend>{''.join(items)}</ul>"
 
 
 def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
@@ -250,87 +209,6 @@ def alpha_chart(label: str, seeds: dict[int, dict[int, NDArray[np.float64]]], st
     nice = next(n * 10**e for e in range(9) for n in (1, 2, 5) if n * 10**e >= every)
     x = Axis("epoch of the incremental steps", (0, total), [(e, f"{e:g}") for e in range(0, total + 1, nice)])
     return chart(f"alpha of {label}", series, x, y, [(begin, f"step {step}") for step, begin in begins.items()])
-
-
-def log_axis(label: str, low: float, high: float) -> Axis:
-    """An axis of log10(value) around low, high and 1; ticks at 1, 2, 5 or, where these are too few, at tenths."""
-    low, high = min(low, 0.8), max(high, 1.05)
-    if high / low > 5:
-        values = [n * 10.0**e for e in range(-9, 9) for n in (1, 2, 5)]
-    else:
-        values = [n / 10 for n in range(1, 60)]
-    ticks = [(math.log10(v), f"{v:g}") for v in values if low <= v <= high]
-    return Axis(label, (math.log10(low) - 0.02, math.log10(high) + 0.02), ticks)
-
-
-def chart(name: str, series: Sequence[Series], x: Axis, y: Axis, marks: Sequence[tuple[float, str]] = ()) -> str:
-    """Inline SVG; marks: vertical lines with a label on top. Labels that would touch the one before are left out."""
-
-    def across(value: float) -> float:
-        low, high = x.limits
-        return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
-
-    def down(value: float) -> float:
-        low, high = y.limits
-        return HEIGHT - BOTTOM - (min(max(value, low), high) - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
-
-    drawn, floor, right = [], HEIGHT - BOTTOM, WIDTH - RIGHT
-    free = math.inf
-    for value, text in sorted(y.ticks):
-        at = down(value)
-        drawn.append(f'<path class=grid d="M{LEFT} {at:.1f}H{right}"/>')
-        if at <= free:
-            drawn.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
-            free = at - 14
-    free = -math.inf
-    for value, text in x.ticks:
-        at, half = across(value), 4 * len(text)
-        drawn.append(f'<path class=axis d="M{at:.1f} {floor}v4"/>')
-        if at - half >= free:
-            drawn.append(f'<text x="{at:.1f}" y="{floor + 18}" text-anchor="middle">{text}</text>')
-            free = at + half + 5
-    free = -math.inf
-    for value, text in marks:
-        at = across(value)
-        drawn.append(f'<path class=step d="M{at:.1f} {TOP}V{floor}"/>')
-        if at >= free:
-            drawn.append(f'<text x="{at:.1f}" y="{TOP - 7}">{text}</text>')
-            free = at + 7 * len(text) + 5
-    middle = (floor + TOP) / 2
-    drawn.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{x.label}</text>')
-    drawn.append(f'<text transform="rotate(-90 13 {middle})" x="13" y="{middle}" text-anchor="middle">{y.label}</text>')
-    for line in series:
-        xs = [across(value) for value in line.x]
-        ys = [None if value is None else down(value) for value in line.y]
-        drawn.append("<g class=series>")
-        if line.band is not None and any(line.band):
-            pairs = list(zip(line.y, line.band, strict=True))
-            upper, lower = ([down(v + s * b) for v, b in pairs if v is not None] for s in (1, -1))
-            area = path([*xs, *xs[::-1]], [*upper, *lower[::-1]])
-            drawn.append(f'<path d="{area}Z" fill="{line.style.colour}" opacity=".15"/>')
-        behind = "".join(path(xs, [None if v is None else down(v) for v in other]) for other in line.thin)
-        if behind:
-            faint = f'stroke="{line.style.colour}" opacity="{min(0.35, 10 / len(line.thin)):.2f}"'
-            drawn.append(f'<path class=thin {faint} d="{behind}"/>')
-        d = path(xs, ys)
-        drawn.append(f'<path class=line d="{d}" {line.style.stroke}/><path class=target d="{d}"/>')
-        for at, height, title in zip(xs, ys, line.titles, strict=True):
-            if title and height is not None:
-                place = f'cx="{at:.1f}" cy="{height:.1f}"'
-                drawn.append(f'<circle {place} r="3.5" fill="{line.style.colour}"/>')
-                drawn.append(f'<circle class=target {place} r="6"><title>{escape(title)}</title></circle>')
-        drawn.append("</g>")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(drawn)}</svg>'
-
-
-def path(xs: Sequence[float], ys: Sequence[float | None]) -> str:
-    """The d of an SVG path; None begins a new piece."""
-    pieces, command = [], "M"
-    for x, y in zip(xs, ys, strict=True):
-        if y is not None:
-            pieces.append(f"{command}{x:.1f} {y:.1f}")
-        command = "M" if y is None else "L"
-    return "".join(pieces)
 
 
 def confusions(index: int, label: str, runs: Sequence[Run]) -> str:

@@ -4,202 +4,27 @@ Every run is `fastil run` with the row's overrides: killed and started again it 
 that train the same base step take it from the first run of their group (fastil.base).
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fastil import base, planning, recipe, summary, tables
-from fastil.data import Dataset, load_dataset
-from fastil.data.sources import PUBLISHED
+from fastil import planning, summary, tables
 from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.interrupt import Interrupt
-from fastil.protocol import Protocol, build_protocol
 from fastil.report import read_run
 from fastil.tables import Entry, Table
+from fastil.worklist import Job, WorkList
 
 POLL = 1.0  # seconds
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
-
-
-@dataclass
-class Job:
-    """One run of the work list."""
-
-    entry: Entry
-    seed: int
-    folder: Path
-    recipe: recipe.Recipe
-    finished: bool
-    had_base: bool  # before anything was started
-    size: tuple[int, int] = (0, 0)  # of the images
-    base_group: str = ""  # equal where the base steps are the same
-    visits: list[int] = field(default_factory=list)  # images seen in training and finetuning, of each step
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    failure: str = ""  # why, where it failed
-
-    @property
-    def name(self) -> str:
-        return f"{self.folder.parent.name}/{self.folder.name}"
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".log")
-
-    @property
-    def has_base(self) -> bool:
-        return (self.folder / "checkpoints/step_0.pt").exists()
-
-    @property
-    def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Of metrics.jsonl; the last one may be half written."""
-        try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except (OSError, ValueError):
-            return []
-
-    def done_visits(self) -> int:
-        return sum(line["images"] for line in self.lines())
-
-    def state(self) -> str:
-        if self.finished:
-            return "finished"
-        lines = self.lines()
-        return f"at step {lines[-1]['step']}" if lines else "missing"
-
-
-class WorkList:
-    """The runs behind some entries of a table, each once, and the command that trains each.
-
-    preview: take the published shape of a data set whose files are not here, instead of raising UserError.
-    """
-
-    def __init__(
-        self, entries: Sequence[Entry], seeds: Sequence[int], out: Path, data: str | None, preview: bool = False
-    ) -> None:
-        self.data = data
-        self.jobs: list[Job] = []
-        self.bases: dict[str, Path] = {}  # by base group, a run in `out` that had the base step before
-        for seed in seeds:
-            for entry in entries:
-                folder = entry.folder(out, seed)
-                if all(job.folder != folder for job in self.jobs):
-                    loaded = entry.load(seed, data)
-                    finished = tables.finished_run(folder, loaded) is not None
-                    self.jobs.append(Job(entry, seed, folder, loaded, finished, had_base=False))
-        if not self.missing:  # then the table can be written again without its images
-            return
-        datasets: dict[str, Dataset | None] = {}
-        for job in self.jobs:
-            key = str(job.recipe.data)
-            if key not in datasets:
-                datasets[key] = _dataset(job.recipe, preview)
-            self._measure(job, datasets[key], out)
-
-    def _measure(self, job: Job, dataset: Dataset | None, out: Path) -> None:
-        """Fill in what depends on the images."""
-        counts, job.size = _shape(job.recipe, dataset)
-        protocol = build_protocol(job.recipe.protocol, len(counts))
-        steps = summary.effective_steps(job.recipe, protocol, counts)
-        job.visits = [step.visits + step.finetune_visits for step in steps]
-        of_base = counts[protocol.steps[0]]
-        own_loss = "" if len(set(of_base.tolist())) == 1 else base.SAME_WITHOUT_OLD[job.recipe.loss.loss]
-        job.base_group = f"{base.base_identity(job.recipe)}{protocol.steps[0].tolist()}{own_loss}"
-        job.had_base = job.has_base
-        if job.base_group not in self.bases:
-            for found in sorted(out.glob(f"*/*-s{job.seed}/checkpoints/step_0.pt")):
-                if _same_base(found.parent.parent, job.recipe, protocol, dataset, counts):
-                    self.bases[job.base_group] = found.parent.parent
-                    break
-
-    @property
-    def missing(self) -> list[Job]:
-        return [job for job in self.jobs if not job.finished]
-
-    def donor(self, job: Job) -> Path | None:
-        """A run whose base step this one can take."""
-        # What stood there before may be a run of other settings, so only _same_base says whether it will do.
-        fresh = (j.folder for j in self._group(job) if j is not job and j.has_base and not j.had_base)
-        return self.bases.get(job.base_group) or next(fresh, None)
-
-    def trains_base(self, job: Job) -> bool:
-        """Whether it has a base step to train: the first of its group, unless one has it already."""
-        first = next((j for j in self._group(job) if not j.finished and not j.failure), None)
-        return job is first and not job.has_base and self.donor(job) is None
-
-    def left(self, job: Job) -> int:
-        """Image visits that this run still trains."""
-        if job.finished:
-            return 0
-        shared = 0 if job.has_base or self.trains_base(job) else job.visits[0]
-        return max(0, sum(job.visits) - shared - job.done_visits())
-
-    def command(self, job: Job) -> list[str]:
-        command = [sys.executable, "-m", "fastil.cli", "run", job.entry.recipe, *job.entry.overrides]
-        command += [f"seed={job.seed}", "--out", str(job.folder)]
-        command += ["--data", self.data] if self.data is not None else []
-        donor = self.donor(job)
-        command += ["--resume"] if job.folder.exists() else []
-        command += ["--base", str(donor)] if donor is not None and not job.has_base else []
-        return command
-
-    def ready(self, job: Job) -> bool:
-        """Not started, and not waiting for the base step of another run."""
-        if job.process is not None or job.finished:
-            return False
-        waiting = not job.has_base and self.donor(job) is None
-        return not (waiting and any(j.running for j in self._group(job)))
-
-    def _group(self, job: Job) -> list[Job]:
-        return [j for j in self.jobs if j.base_group == job.base_group]
-
-
-def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
-    """None where only its published shape is known, and needed."""
-    try:
-        return load_dataset(loaded.data)
-    except UserError:
-        if not preview or loaded.data.dataset not in PUBLISHED or loaded.data.data is not None:
-            raise
-        return None
-
-
-def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.int64], tuple[int, int]]:
-    """Training images per class, and their height and width."""
-    if dataset is not None:
-        height, width = dataset.train.images.shape[1:3]
-        return np.bincount(dataset.train.labels, minlength=len(dataset.class_names)), (height, width)
-    shape = PUBLISHED[loaded.data.dataset]
-    return np.full(shape.classes, shape.train_per_class), (shape.size, shape.size)
-
-
-def _same_base(
-    folder: Path, loaded: recipe.Recipe, protocol: Protocol, dataset: Dataset | None, counts: NDArray[np.int64]
-) -> bool:
-    """Whether `fastil run --base FOLDER` would take the base step of that directory."""
-    try:
-        if dataset is not None:
-            base.check(folder, loaded, protocol, dataset, counts)
-            return True
-        return base.base_identity(recipe.read_effective(folder / "recipe.yaml")) == base.base_identity(loaded)
-    except UserError:
-        return False
 
 
 class Scheduler:

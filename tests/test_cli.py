@@ -1,8 +1,11 @@
 """The commands as a user meets them: what they print, what they write, and one clear line for every mistake."""
 
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -204,3 +207,10 @@ def test_without_a_cxx_compiler_training_runs_and_says_so(tmp_path, monkeypatch,
     Experiment(recipe, tmp_path / "run", resume=False).run()
     assert "no C++ compiler" in capsys.readouterr().out
     assert not json.loads((tmp_path / "run/timings.json").read_text())["compiled"]
+
+
+def test_an_ascii_terminal_ends_nothing():
+    code = "from fastil import cli; cli.app = lambda *_, **__: print('52.1 ± 0.3'); cli.main()"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"52.1 ? 0.3\n"), done.stderr

@@ -56,11 +56,12 @@ def wait_for(process, run, lines):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_at_the_next_batch_and_resume_ends_in_the_same_files(
     start, fastil, tmp_path, undisturbed, number
 ):
     run = tmp_path / "run"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup would hand down that it is ignored
     process = start("run", *SETTINGS, "--out", "run")
     wait_for(process, run, 8)
     process.send_signal(number)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from fastil import recipe, reproduce, tables
+from fastil import recipe, reproduce, tables, worklist
 from fastil.cli import main
 from fastil.errors import UserError
 from fastil.protocol import class_order
+from fastil.worklist import WorkList
 
 SHORT = {"epochs": 2, "base_epochs": 2, "compile": False}
 CONTENT = {
@@ -93,14 +94,14 @@ def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)  # any start would raise
     again, status = reproduce.reproduce(table, table.entries, 1, out, None)
     assert (again, status) == (text, 0)
-    work = reproduce.WorkList(table.entries, range(1), out, None)
+    work = WorkList(table.entries, range(1), out, None)
     assert work.missing == []
     assert "0 of 3 runs to train, 0 image visits" in reproduce.preview(work)
 
 
 def test_a_finished_table_is_written_again_without_its_images(trained, monkeypatch):
     out, table, text, _ = trained
-    monkeypatch.setattr(reproduce, "load_dataset", None)  # any read would raise
+    monkeypatch.setattr(worklist, "load_dataset", None)  # any read would raise
     assert reproduce.reproduce(table, table.entries, 1, out, None) == (text, 0)
 
 
@@ -108,7 +109,7 @@ def test_a_base_step_is_taken_from_a_run_of_another_table(trained, tmp_path):
     """And the image visits of the work list are those that the epochs of a finished run add up to."""
     shutil.copytree(trained[0] / "digits/softmax-s0", tmp_path / "digits/softmax-s0")
     table = tables.table_of(CONTENT, "more", "cpu")
-    before = reproduce.WorkList(table.entries, range(1), tmp_path, None).jobs[0]
+    before = WorkList(table.entries, range(1), tmp_path, None).jobs[0]
     assert reproduce.reproduce(table, table.entries, 1, tmp_path, None)[1] == 0
     origin = json.loads((tmp_path / "digits/finetuned-s0/timings.json").read_text())["base_step_of"]
     assert origin == str(tmp_path / "digits/softmax-s0")
@@ -124,7 +125,7 @@ def test_a_preview_counts_what_a_stopped_run_has_done(trained, tmp_path):
     metrics = tmp_path / "digits/softmax-s0/metrics.jsonl"
     lines = [line for line in metrics.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= 2][:-1]
     metrics.write_text("".join(lines) + '{"step": 2, "images": 9')  # one epoch of step 2, and half a line
-    work = reproduce.WorkList(table.entries, range(1), tmp_path, None)
+    work = WorkList(table.entries, range(1), tmp_path, None)
     row = next(line for line in reproduce.preview(work).splitlines() if "softmax-s0" in line)
     assert "at step 2" in row
     assert f"{sum(work.jobs[0].visits) - sum(json.loads(line)['images'] for line in lines):,} " in row
@@ -132,7 +133,7 @@ def test_a_preview_counts_what_a_stopped_run_has_done(trained, tmp_path):
 
 def test_a_preview_says_what_is_missing_and_trains_nothing(trained, tmp_path):
     _, table, _, _ = trained
-    work = reproduce.WorkList(table.entries, range(2), tmp_path, None)
+    work = WorkList(table.entries, range(2), tmp_path, None)
     text = reproduce.preview(work)
     assert "6 of 6 runs to train" in text
     assert text.count("trains its own") == 4  # softmax and balanced, two seeds
@@ -198,7 +199,7 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
 
 def test_a_killed_run_is_named_and_no_progress_is_counted_for_it(tmp_path, monkeypatch, capsys):
     table = tables.table_of(CONTENT, "small", "cpu")
-    work = reproduce.WorkList(table.entries[:2], range(1), tmp_path, None)
+    work = WorkList(table.entries[:2], range(1), tmp_path, None)
     scheduler = reproduce.Scheduler(work, 1)
     first, second = work.jobs
     scheduler.bar = None
@@ -223,7 +224,7 @@ def test_a_killed_run_is_named_and_no_progress_is_counted_for_it(tmp_path, monke
 
 def test_no_run_outlives_the_command(tmp_path, monkeypatch):
     table = tables.table_of(CONTENT, "small", "cpu")
-    work = reproduce.WorkList(table.entries[:1], range(1), tmp_path, None)
+    work = WorkList(table.entries[:1], range(1), tmp_path, None)
     scheduler = reproduce.Scheduler(work, 1)
 
     def broken():
