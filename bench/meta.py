@@ -60,7 +60,7 @@ class Bench:
             for number in range(steps):
                 due = gradient is not None and number % every == 0
                 self.trainer.train_step(phase, self.update, self.batch, self.held_out if due else None)
-            self.trainer.meter.sum(0).tolist()  # the end of the queue
+            self.trainer.meter.rows.sum(0).tolist()  # the end of the queue
             return (time.perf_counter() - began) / steps
 
         return run

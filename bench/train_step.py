@@ -169,7 +169,7 @@ def main() -> None:
             phase.backward(one, trainer.fast_student(one.images), teacher_out, trainer.meter)
             update.apply()
             trainer.student.zero_grad()
-        trainer.meter.sum(0).tolist()  # the end of the queue
+        trainer.meter.rows.sum(0).tolist()  # the end of the queue
         return images / (time.perf_counter() - began)
 
     results = {}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastil.data import Dataset
 from fastil.errors import UserError
+from fastil.methods import METHODS
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
 
@@ -19,21 +20,31 @@ from fastil.recipe import Recipe, read_effective
 # cross-entropy, bit for bit, where every class has the same number of images.
 LATER = {
     "base_epochs", "epochs", "increment", "exemplars_per_class", "memory_budget", "exemplar_selection", "temperature",
-    "loss", "alpha", "sampler", "predictor",
+    "loss", "alpha", "sampler", "predictor", "method",
 }  # fmt: skip
+LATER_PARTS = ("meta_", "finetune_", "correction", "icarl_", "bic_", "lucir_", "pod_", "mnemonics", "tpcil_")
 
 
 SAME_WITHOUT_OLD = {
     "softmax": "softmax", "separated": "softmax", "balanced": "balanced", "meta_balanced": "balanced",
-    "rescaled": "rescaled",
+    "rescaled": "rescaled", "nca": "nca",
 }  # fmt: skip
 
 
 def base_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the network after the base step, if the base classes have equal numbers of images."""
-    later = ("meta_", "finetune_", "correction")
-    keys = {k: v for k, v in recipe.identity().items() if k not in LATER and not k.startswith(later)}
-    return keys | {"epochs of the base step": recipe.train.epochs_of(0)}
+    keys = {k: v for k, v in recipe.identity().items() if k not in LATER and not k.startswith(LATER_PARTS)}
+    if recipe.loss.loss != "nca":
+        keys = {k: v for k, v in keys.items() if not k.startswith("nca_")}
+    steps = 1  # what else the falling decay of BiC would depend on
+    if recipe.bic.bic_decay == "falling" and recipe.method.method == "bic":
+        steps = recipe.protocol.increment or 0
+    return keys | {
+        "epochs of the base step": recipe.train.epochs_of(0),
+        "training of the base step": METHODS[recipe.method.method].base,
+        "loss of the base step": "nca" if recipe.loss.loss == "nca" else "cross-entropy",
+        "decay of the base step": steps,
+    }
 
 
 def check(

@@ -79,12 +79,9 @@ def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val
 @app.command()
 def recipes() -> None:
     """List the recipes with the published accuracy and how faithful they are."""
-    from fastil.recipe import load, names
-    from fastil.summary import format_table
+    from fastil.catalogue import catalogue
 
-    loaded = [load(name) for name in names()]
-    rows = [(r.name, r.description, "" if r.published is None else f"{r.published:.2f}", r.fidelity) for r in loaded]
-    print(format_table(("recipe", "what", "paper", "fidelity"), rows))
+    print(catalogue())
 
 
 @app.command()
@@ -113,7 +110,7 @@ def report(
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(metavar="TABLE", help="table2, table3 or table4.")],
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="table1, table2, table3 or table4.")],
     scale: Annotated[str, typer.Option(help="cpu: a small protocol for two cores; paper: CIFAR-100.")] = "cpu",
     seeds: Annotated[int | None, typer.Option(help="Runs per row.", show_default="2 for cpu, 3 for paper")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows to train (repeatable); the beginning will do.")] = None,

@@ -51,7 +51,7 @@ def forward(
         for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH, mirrored)):
             out = network(batch.images)
             features.append(out.features.float())
-            logits.append(out.logits.float())
+            logits.append(out.scaled.float())
     return Output(torch.cat(features), [], torch.cat(logits))
 
 

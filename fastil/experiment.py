@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from numpy.typing import NDArray
 
 from fastil import base, checkpoint, compiling, memory, report, rundir, summary
 from fastil.clock import Clock, versions
-from fastil.data import Dataset, load_dataset, make_loader
+from fastil.data import Batch, Dataset, load_dataset, make_loader
 from fastil.device import device_name, pick_device
 from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
 from fastil.interrupt import Interrupt
-from fastil.methods import ILBaseline, MetaAlpha, StepContext
-from fastil.models import build_network
+from fastil.methods import METHOD_PARTS, Images, Memory, MetaAlpha, StepContext, build_method
+from fastil.models import Output, build_network
 from fastil.phases import Phases
 from fastil.plan import Key, Transform
 from fastil.progress import Progress
@@ -53,11 +54,14 @@ class Experiment:
         self.val_loader = make_loader(self.dataset.val, "auto", self.transform, self.device)
         total = len(self.protocol.order)
         student, teacher = (build_network(recipe.model, total, recipe.train.seed).to(self.device) for _ in range(2))
-        self.method = ILBaseline(recipe.method, recipe.loss, student.width, self.device)
+        parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
+        self.method = build_method(
+            recipe.method, recipe.loss, parts, width=student.width, num_classes=total, device=self.device
+        )
         self.meta = None
         if recipe.loss.loss == "meta_balanced":
             self.meta = MetaAlpha(recipe.meta, self.method, recipe.train.batch_size)
-        self.phases = Phases(recipe, student, self.method, self.meta, self.transform)
+        self.phases = Phases(recipe, student, self.method, self.meta, self.transform, len(self.class_steps))
         self.trainer = Trainer(
             recipe.train,
             student,
@@ -70,6 +74,8 @@ class Experiment:
             stop=self.interrupt.requested,
         )
         self.memory = memory.RehearsalMemory()
+        self.images = Images(self.frozen_output, lambda p: self.dataset.train.of_class(self.protocol.order[p]))
+        self.overlay: dict[str, torch.Tensor] = {}  # "ids" and "images" of exemplars whose pixels were learned
         self.finetuning_ids = np.empty(0, dtype=np.int64)  # of the correction that is under way
         self.results: list[StepResult] = []
         self.step = 0
@@ -106,7 +112,7 @@ class Experiment:
         if position == Position(step):
             self.trainer.begin_step()
             generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, step))
-            self.trainer.student.head.open_rows(num_old, num_seen, generator)
+            self.method.open_classes(self.trainer.student, num_old, num_seen, generator, self.images)
             if step == 0 and self.base_run is not None:
                 self.take_base(self.base_run)
                 position = Position(step, "memory")
@@ -121,7 +127,11 @@ class Experiment:
             self.finetune(step, num_old, num_seen, position)
             self.save(Position(step, "memory"))
         began = time.perf_counter()
+        ids, held_out = self.training_set(step, num_old)
+        self.begin(step, num_old, num_seen, ids, Position(step, "memory"))
+        self.correct_bias(held_out)
         self.select_exemplars(step, num_seen)
+        self.after_memory(step, ids)
         selected = time.perf_counter()
         result = self.evaluate_step(step, num_old, num_seen)
         self.clock.set(step, memory=selected - began, evaluate=time.perf_counter() - selected)
@@ -131,14 +141,18 @@ class Experiment:
             f"step {step}: {num_seen} classes, top-1 {result.top1:.2f}{split}  ({self.clock.trained(step):.0f} s)"
         )
 
-    def train(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
-        """The images of the new classes and the exemplars of the old ones, but for those that Meta holds out."""
+    def training_set(self, step: int, num_old: int) -> tuple[Ids, Ids]:
+        """The images of the new classes and the exemplars of the old ones, and those of both that are held out."""
         new = [self.dataset.train.of_class(c) for c in self.class_steps[step]]
         ids, held_out = np.concatenate([*new, self.memory.ids()]), np.empty(0, dtype=np.int64)
-        if self.meta is not None and step > 0:
-            per_class = self.recipe.meta.held_out(self.recipe.memory.quota(num_old))
+        if step > 0 and self.recipe.holds_out:
+            per_class = self.recipe.held_out(self.recipe.memory.quota(num_old))
             key = Key(self.recipe.train.seed, step, "meta")
             ids, held_out = memory.hold_out(ids, self.positions_of(ids), per_class, key)
+        return ids, held_out
+
+    def train(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
+        ids, held_out = self.training_set(step, num_old)
         self.begin(step, num_old, num_seen, ids, position)
         probabilities = self.recipe.sampler.probabilities(self.positions_of(ids), num_old)
         phase = self.phases.training(step, ids, probabilities, held_out)
@@ -146,6 +160,30 @@ class Experiment:
         self.progress.begin(f"step {step}", self.steps[step].visits, done)
         self.trainer.fit(phase, position.epoch, position.batch)
         self.progress.end()
+
+    def correct_bias(self, held_out: Ids) -> None:
+        """A method's own stage on the held-out images."""
+        if self.method.holds_out and len(held_out):
+            targets = torch.from_numpy(self.positions_of(held_out)).to(self.device)
+            self.method.after_training(self.frozen_output(held_out), targets)
+
+    def after_memory(self, step: int, trained: Ids) -> None:
+        """What a method does with the exemplars, now that those of the new classes are among them."""
+        ids = self.memory.ids()
+
+        def training(epoch: int) -> Iterator[Batch]:
+            plan = self.phases.training_epoch(step, trained, None, epoch)
+            for batch in self.train_loader.batches(plan):
+                yield batch._replace(labels=self.trainer.table[batch.labels])
+
+        context = Memory(ids, self.positions_of(ids), self.images, self.train_loader, training)
+        changed = self.method.after_memory(self.trainer.student, context)
+        if changed:
+            self.overlay = changed
+            self.train_loader.overlay(**changed)
+
+    def frozen_output(self, ids: Ids) -> Output:
+        return forward(self.trainer.student, self.train_loader, ids, self.trainer.autocast())
 
     def balanced_set(self, step: int, num_seen: int) -> Ids:
         """As many exemplars of every class seen: the quota, or what the smallest class has."""
@@ -164,7 +202,7 @@ class Experiment:
         counts = np.bincount(self.positions_of(ids), minlength=self.trainer.student.width)
         self.method.begin_step(StepContext(step, num_old, num_seen, counts))
         if self.meta is not None:
-            if position.epoch == position.batch == 0:
+            if position.phase != "memory" and position.epoch == position.batch == 0:
                 self.meta.begin_step()
             else:
                 self.meta.refresh()
@@ -185,8 +223,7 @@ class Experiment:
         quota = config.quota(num_seen)
         ids = [self.dataset.train.of_class(c) for c in classes]
         if config.exemplar_selection == "herding":
-            student, autocast = self.trainer.student, self.trainer.autocast()
-            features = forward(student, self.train_loader, np.concatenate(ids), autocast).features
+            features = self.frozen_output(np.concatenate(ids)).features
             ranks = memory.herd_classes(torch.split(features, [len(i) for i in ids]), quota)
             chosen = [i[rank] for i, rank in zip(ids, ranks, strict=True)]
         else:
@@ -210,7 +247,7 @@ class Experiment:
         ids = np.flatnonzero((positions >= 0) & (positions < num_seen))
         out = forward(self.trainer.student, self.val_loader, ids, self.trainer.autocast())
         nme = self.recipe.evaluation.predictor == "nme"
-        scores = self.nearest_mean_scores(out.features) if nme else out.logits
+        scores = self.nearest_mean_scores(out.features) if nme else self.method.predict(out.logits)
         true = torch.from_numpy(positions[ids]).to(self.device)
         num_base = len(self.class_steps[0])
         result, confusion, predicted = evaluate(
@@ -241,6 +278,10 @@ class Experiment:
         self.trainer.load_state_dict(state["trainer"], self.phases.all(position.step))
         if self.meta is not None:
             self.meta.load_state_dict(state["meta"])
+        self.method.load_state_dict(state["method"])
+        self.overlay = state["overlay"]
+        if self.overlay:
+            self.train_loader.overlay(**self.overlay)
         self.finetuning_ids = np.array(state["finetuning"], dtype=np.int64)
         self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in state["memory"].items()}
         self.results = [StepResult(**result) for result in state["results"]]
@@ -260,6 +301,8 @@ class Experiment:
                 "position": list(position),
                 "trainer": self.trainer.state_dict(),
                 "meta": {} if self.meta is None else self.meta.state_dict(),
+                "method": self.method.state_dict(),
+                "overlay": self.overlay,
                 "finetuning": self.finetuning_ids.tolist(),
                 "memory": {class_id: ids.tolist() for class_id, ids in self.memory.exemplars.items()},
                 "results": [dataclasses.asdict(result) for result in self.results],

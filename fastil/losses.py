@@ -7,6 +7,7 @@ Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning"
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -137,3 +138,81 @@ def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tenso
         for student, teacher in zip(maps, teacher_maps, strict=True)
     ]
     return torch.stack(distances).mean()
+
+
+def nca(
+    similarities: Tensor,
+    target: Tensor,
+    num_seen: int | Tensor,
+    scale: float | Tensor,
+    margin: float = 0.6,
+    variant: Literal["released", "paper"] = "released",
+) -> Tensor:
+    """PODNet's classification loss (arXiv 2004.13513, eq. 8) over similarities y; the mean over the batch.
+
+    paper: max(0, -log(exp(scale (y_t - margin)) / sum_{j != t} exp(scale y_j))). released: what the released code comes
+    to, which takes the margin from every class and then the largest similarity m from all, so that the margin cancels,
+    sets the target's term in the sum to exp(0) instead of leaving it out, and has the hinge off: (m - s_t) +
+    log(1 + sum_{j != t} exp(s_j - m)) with s = scale y. That is the softmax cross-entropy where the target is the
+    largest, and slightly more elsewhere; published numbers of PODNet are made with it.
+
+    similarities [B, W], target int64 [B] (-1: the row contributes nothing). Returns a scalar.
+    """
+    column = torch.arange(similarities.shape[1], device=similarities.device)
+    valid, own = target >= 0, target.clamp(min=0).long()[:, None]
+    s = torch.where(column < num_seen, scale * similarities.float(), MASKED)
+    s_own = s.gather(1, own)[:, 0]
+    others = s.scatter(1, own, MASKED)
+    if variant == "paper":
+        losses = (others.logsumexp(1) - (s_own - scale * margin)).clamp(min=0)
+    else:
+        largest = s.amax(1)
+        # The released code differentiates through the maximum as well.
+        losses = largest - s_own + torch.log1p((others - largest[:, None]).exp().sum(1))
+    return torch.where(valid, losses, 0.0).mean()
+
+
+def icarl_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    teacher_logits: Tensor | None,
+    num_old: int | Tensor,
+    num_seen: int | Tensor,
+    num_outputs: int,
+) -> Tensor:
+    """iCaRL's loss as published in 2017 (Algorithm 3): binary cross-entropy of each class's sigmoid, whose aim is the
+    label on new classes and the teacher's sigmoid on old ones, for exemplars as well.
+
+    The mean over the batch and over num_outputs: the released code divides by all classes of the run. (It also trains
+    the outputs of classes not seen yet towards 0; here they do not exist yet.) logits, teacher_logits [B, W], target
+    int64 [B]. Returns a scalar.
+    """
+    column = torch.arange(logits.shape[1], device=logits.device)
+    old, seen = column < num_old, column < num_seen
+    aim = (column == target[:, None]).float()
+    if teacher_logits is not None:
+        aim = torch.where(old, torch.sigmoid(teacher_logits.detach().float()), aim)
+    z = torch.where(seen, logits.float(), 0.0)
+    terms = F.binary_cross_entropy_with_logits(z, torch.where(seen, aim, 0.0), reduction="none")
+    return torch.where(seen, terms, 0.0).sum() / (logits.shape[0] * num_outputs)
+
+
+def topology(features: Tensor, teacher_features: Tensor, edges: Tensor) -> Tensor:
+    """1 minus Pearson's correlation, over the edges of a graph, of the cosines between features with those between the
+    teacher's features: the topology-preserving loss of TPCIL (Tao et al., ECCV 2020), as far as it is known.
+
+    features, teacher_features [B, d]; edges bool [B, B], of which the part above the diagonal is read. The teacher gets
+    no gradient. Without at least two edges that differ, 0. Returns a scalar.
+    """
+    student, teacher = (_unit(f.float()) for f in (features, teacher_features.detach()))
+    weight = edges.triu(1).float()
+    count = weight.sum().clamp(min=1)
+
+    def centred(cosines: Tensor) -> Tensor:
+        return weight * (cosines - (weight * cosines).sum() / count)
+
+    x, y = centred(student @ student.T), centred(teacher @ teacher.T)
+    both = x.square().sum() * y.square().sum()
+    some = both > SHORTEST
+    correlation = (x * y).sum() / torch.where(some, both, 1.0).sqrt()
+    return torch.where(some, 1 - correlation, 0.0)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.methods import ILBaseline, MetaAlpha
+from fastil.methods import MetaAlpha, Method
 from fastil.models import Network
 from fastil.plan import EpochPlan, Key, Transform, cycled_plan, draw, training_plan
 from fastil.recipe import Recipe
@@ -19,20 +19,15 @@ class Phases:
     """Builds the phases of a run from its recipe. meta: where the classification loss is meta_balanced."""
 
     def __init__(
-        self, recipe: Recipe, network: Network, method: ILBaseline, meta: MetaAlpha | None, transform: Transform
+        self, recipe: Recipe, network: Network, method: Method, meta: MetaAlpha | None, transform: Transform, steps: int
     ) -> None:
+        self.steps = steps
         self.recipe, self.network, self.method, self.meta, self.transform = recipe, network, method, meta, transform
 
     def training(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, held_out: Ids) -> Phase:
         """ids: images to train on, exemplars included. probabilities: of the sampler. held_out: B_t, maybe empty."""
         config = self.recipe.train
         epochs = config.epochs_of(step)
-
-        def plan(epoch: int) -> EpochPlan:
-            key = Key(config.seed, step, "train", epoch)
-            visited = ids if probabilities is None else draw(ids, probabilities, key)
-            return training_plan(visited, key, self.transform, config.batch_size)
-
         extra: dict[str, Any] = {}
         if self.meta is not None and step > 0:
             key = Key(config.seed, step, "meta")
@@ -42,8 +37,11 @@ class Phases:
         return Phase(
             name="train",
             step=step,
-            parameters=list(self.network.parameters()),
-            plan=plan,
+            parameters=self.method.parameters(self.network, step),
+            trainable=self.method.trainable(self.network),
+            clamp=self.method.clamp,
+            weight_decay=self.method.weight_decay(config.weight_decay, step, self.steps),
+            plan=partial(self.training_epoch, step, ids, probabilities),
             epochs=epochs,
             schedule=lambda epoch: config.learning_rate(epoch, epochs),
             backward=self.method.backward,
@@ -52,8 +50,13 @@ class Phases:
             **extra,
         )
 
+    def training_epoch(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, epoch: int) -> EpochPlan:
+        key = Key(self.recipe.train.seed, step, "train", epoch)
+        visited = ids if probabilities is None else draw(ids, probabilities, key)
+        return training_plan(visited, key, self.transform, self.recipe.train.batch_size)
+
     def finetuning(self, step: int, ids: Ids) -> Phase:
-        """ids: the same number of images of every class seen. Statistics of batch normalisation stay as they are."""
+        """ids: the same number of images of every class seen. No row of the head is frozen."""
         config, correction = self.recipe.train, self.recipe.correction
 
         def plan(epoch: int) -> EpochPlan:
@@ -64,12 +67,14 @@ class Phases:
             name="correct",
             step=step,
             parameters=correction.parameters(self.network),
+            clamp=self.method.clamp,
+            weight_decay=config.weight_decay,
             plan=plan,
             epochs=correction.finetune_epochs,
-            schedule=lambda epoch: correction.finetune_lr,
+            schedule=correction.learning_rate,
             backward=self.method.backward,
             weights=self.method.weights,
-            bn_mode="frozen",
+            bn_mode=correction.finetune_bn,
         )
 
     def all(self, step: int) -> list[Phase]:

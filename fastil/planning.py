@@ -15,6 +15,7 @@ from fastil.recipe import Recipe
 from fastil.trainer import mixed_precision
 
 TIMED_STEPS = 3
+TIMED_PIXELS = 2**18  # of a batch that is timed on a CPU
 META_COST = 3.1  # training steps that an update of alpha takes beside its own (python -m bench.meta)
 
 
@@ -79,7 +80,10 @@ def _images_per_second(
     recipe: Recipe, student: Network, teacher: Network | None, size: tuple[int, int], device: torch.device
 ) -> float:
     """Of an uncompiled training step on one resident batch, which is what bounds a run."""
-    images = torch.zeros(recipe.train.batch_size, 3, *size, device=device).to(memory_format=torch.channels_last)
+    batch = recipe.train.batch_size
+    if device.type == "cpu":  # a large one takes minutes and says the same
+        batch = min(batch, max(2, TIMED_PIXELS // (size[0] * size[1])))
+    images = torch.zeros(batch, 3, *size, device=device).to(memory_format=torch.channels_last)
     took = []
     for _ in range(TIMED_STEPS + 1):  # the first one warms up
         began = time.perf_counter()
@@ -87,7 +91,7 @@ def _images_per_second(
             if teacher is not None:
                 with torch.no_grad():
                     teacher(images)
-            loss = student(images).logits.float().sum()
+            loss = student(images).scaled.float().sum()
         loss.backward()
         student.zero_grad()
         if device.type == "cuda":

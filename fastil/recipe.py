@@ -19,7 +19,21 @@ from fastil.data import DataConfig
 from fastil.errors import UserError
 from fastil.evaluation import EvaluationConfig
 from fastil.memory import MemoryConfig
-from fastil.methods import CorrectionConfig, LossConfig, MetaConfig, MethodConfig
+from fastil.methods import (
+    METHOD_PARTS,
+    METHODS,
+    BiCConfig,
+    CorrectionConfig,
+    ICarlConfig,
+    LossConfig,
+    LucirConfig,
+    MetaConfig,
+    MethodConfig,
+    MnemonicsConfig,
+    PodnetConfig,
+    TpcilConfig,
+    check_parts,
+)
 from fastil.models import ModelConfig
 from fastil.plan import SamplerConfig
 from fastil.protocol import ProtocolConfig
@@ -37,6 +51,7 @@ PARTS: dict[str, type] = {
     "correction": CorrectionConfig,
     "evaluation": EvaluationConfig,
     "train": TrainConfig,
+    **METHOD_PARTS,
 }
 KEYS = {field.name: part for part, config in PARTS.items() for field in dataclasses.fields(config)}
 assert len(KEYS) == sum(len(dataclasses.fields(config)) for config in PARTS.values()), "two parts share a key"
@@ -64,6 +79,22 @@ class Recipe:
     correction: CorrectionConfig
     evaluation: EvaluationConfig
     train: TrainConfig
+    icarl: ICarlConfig
+    bic: BiCConfig
+    lucir: LucirConfig
+    mnemonics: MnemonicsConfig
+    podnet: PodnetConfig
+    tpcil: TpcilConfig
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether images of every class stay out of training in an incremental step: Meta's B_t, BiC's second stage."""
+        return self.loss.loss == "meta_balanced" or METHODS[self.method.method].holds_out
+
+    def held_out(self, quota: int) -> int:
+        """How many of each class, of `quota` exemplars per class."""
+        share = self.meta.meta_share if self.loss.loss == "meta_balanced" else self.bic.bic_share
+        return max(1, round(share * quota))
 
     def keys(self) -> dict[str, Any]:
         """Every key with its value, flat."""
@@ -180,6 +211,7 @@ def _build(name: str, values: dict[str, Any]) -> Recipe:
     for key, value in values.items():
         parts[KEYS[_known(key)]][key] = value
     built = {part: _validate(config, parts[part]) for part, config in PARTS.items()}
+    check_parts(built["method"], built["loss"], built["model"].head)
     return Recipe(name=name, description=description, published=published, fidelity=fidelity, **built)
 
 

@@ -22,7 +22,7 @@ class StepPlan:
     new_images: int
     exemplars: int  # rehearsed in this step
     exemplars_per_class: int  # at most; fewer where a class has fewer images
-    held_out: int  # images of both that are kept out of training, for Meta's B_t
+    held_out: int  # images of both that are kept out of training, for Meta's B_t or BiC
     epochs: int
     iterations: int
     visits: int  # images seen in training
@@ -40,19 +40,21 @@ def effective_steps(
     days of training.
     """
     smallest = recipe.memory.quota(len(protocol.order))
-    meta = recipe.loss.loss == "meta_balanced" and len(protocol.steps) > 1
-    if meta and smallest < 2:
+    holds_out = recipe.holds_out and len(protocol.steps) > 1
+    meta = recipe.loss.loss == "meta_balanced"
+    who = f"loss={recipe.loss.loss}" if meta or not holds_out else f"method={recipe.method.method}"
+    if holds_out and smallest < 2:
         raise UserError(
-            f"loss=meta_balanced holds out {recipe.meta.held_out(smallest)} exemplar of each class and trains on the "
-            f"others: it needs at least 2 per class, the memory leaves {smallest}; use exemplars_per_class=2 or more, "
-            f"or loss=balanced"
+            f"{who} holds out {recipe.held_out(smallest)} exemplar of each class and trains on the others: it needs at "
+            f"least 2 per class, the memory leaves {smallest}; use exemplars_per_class=2 or more, or "
+            f"{'loss=balanced' if meta else 'another method'}"
         )
-    needed = 1 + (recipe.meta.held_out(recipe.memory.quota(protocol.base)) if meta else 0)
+    needed = 1 + (recipe.held_out(recipe.memory.quota(protocol.base)) if holds_out else 0)
     poor = [c for c in protocol.order if train_counts[c] < needed]
     if poor:
         listed = ", ".join(f"{names[c] if names else c} ({train_counts[c]})" for c in poor[:5])
         raise UserError(
-            f"too few training images of {listed}: loss={recipe.loss.loss} needs at least {needed} of every class; add "
+            f"too few training images of {listed}: {who} needs at least {needed} of every class; add "
             f"images or leave the class out"
         )
     plans: list[StepPlan] = []
@@ -62,7 +64,7 @@ def effective_steps(
         exemplars = int(np.minimum(train_counts[protocol.order[:seen]], quota).sum())
         new_images = int(train_counts[classes].sum())
         epochs = config.epochs_of(step)
-        per_class = recipe.meta.held_out(quota) if meta and seen else 0
+        per_class = recipe.held_out(quota) if holds_out and seen else 0
         held_out = per_class * (seen + len(classes))
         images = new_images + exemplars - held_out
         batches = num_batches(images, config.batch_size)

@@ -78,18 +78,27 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
         raise UserError(f"unknown table {name}: use one of {', '.join(content['tables'])}")
     if scale not in content["scales"]:
         raise UserError(f"--scale {scale}: unknown; use one of {', '.join(content['scales'])}")
-    recipes, rows = content["scales"][scale], content["rows"]
+    recipes, rows, methods = content["scales"][scale], content["rows"], content.get("methods", {})
+    own = content.get("own_recipes", {}).get(scale)
+
+    def trained(row: str, steps: int) -> tuple[str, tuple[str, ...]]:
+        """Recipe and overrides."""
+        if row in methods and own is not None:
+            return own.format(row=row, steps=steps), ()
+        return recipes[steps], tuple(f"{key}={value}" for key, value in (rows | methods)[row].items())
+
     entries = [
         Entry(
             row=line["row"],
-            recipe=recipes[line["steps"]],
-            overrides=tuple(f"{key}={value}" for key, value in rows[line["row"]].items()),
+            recipe=trained(line["row"], line["steps"])[0],
+            overrides=trained(line["row"], line["steps"])[1],
             steps=line["steps"],
             label=line["label"],
             against=line.get("against"),
             published={key: line[key] for key in ("average", "base", "final") if key in line},
         )
         for line in content["tables"][name]["entries"]
+        if scale in line.get("scales", [scale])
     ]
     head = content["tables"][name]
     return Table(name, head["title"], scale, content["seeds"][scale], head.get("over"), entries)

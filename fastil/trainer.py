@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastil.compiling import compile_network
 from fastil.data import Batch, Loader
 from fastil.errors import UserError
+from fastil.methods import Meter
 from fastil.methods.meta import UpdateContext
 from fastil.models import Network, Output
 from fastil.plan import EpochPlan, num_batches
@@ -85,9 +86,12 @@ class Phase:
     plan: Callable[[int], EpochPlan]  # of an epoch
     epochs: int
     schedule: Callable[[int], float]  # learning rate of an epoch
-    # (batch, student, teacher, meter [R, 4]): gradients into the parameters, the terms of the loss into the meter
-    backward: Callable[[Batch, Output, Output | None, Tensor], None]
+    # (batch, student, teacher, meter): gradients into the parameters, the terms of the loss into the meter
+    backward: Callable[[Batch, Output, Output | None, Meter], None]
     weights: tuple[float, float, float]  # in the loss shown: of cross-entropy, distillation, margin ranking
+    trainable: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # masks of parameters that move in part
+    clamp: float | None = None  # of each element of a gradient
+    weight_decay: float | None = None  # default: the run's
     bn_mode: Literal["train", "frozen"] = "train"
     teacher: bool = True  # whether the loss needs the previous step's network
     before_update: BeforeUpdate | None = None
@@ -152,7 +156,8 @@ class Trainer:
         self.lr = torch.zeros((), device=self.device)
         # Running sums per row of the batch (a rest of one image joins the batch before it): cross-entropy,
         # distillation, hits, margin ranking. The loss kernel adds to them; nothing else touches them in an epoch.
-        self.meter = torch.zeros(config.batch_size + 1, 4, device=self.device)
+        rows = torch.zeros(config.batch_size + 1, 4, device=self.device)
+        self.meter = Meter(rows, torch.zeros((), device=self.device))
         self.images = 0  # counted in the meter
         self.updates: dict[str, Update] = {}
         self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
@@ -198,8 +203,9 @@ class Trainer:
                 self.images += len(batch.ids)
                 self.tick(len(batch.ids))
             first_batch = 0
-            ce, kd, hits, ranking = self.meter.sum(0).tolist()  # the epoch's one wait for the device
-            loss = sum(w * term for w, term in zip(phase.weights, (ce, kd, ranking), strict=True))
+            sums = torch.cat((self.meter.rows.sum(0), self.meter.further[None]))
+            ce, kd, hits, ranking, further = sums.tolist()  # the epoch's one wait for the device
+            loss = further + sum(w * term for w, term in zip(phase.weights, (ce, kd, ranking), strict=True))
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; "
@@ -254,13 +260,19 @@ class Trainer:
 
     def update(self, phase: Phase) -> Update:
         """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do. It
-        is built once."""
-        if phase.name not in self.updates:
-            self.updates[phase.name] = Update(phase.parameters, self.lr, self.config.momentum, self.config.weight_decay)
-        return self.updates[phase.name]
+        is built anew only for other parameters."""
+        known = self.updates.get(phase.name)
+        if known is None or list(map(id, known.parameters)) != list(map(id, phase.parameters)):
+            decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
+            known = Update(phase.parameters, self.lr, self.config.momentum, decay, phase.trainable, phase.clamp)
+            self.updates[phase.name] = known
+        if phase.weight_decay is not None:
+            known.set_weight_decay(phase.weight_decay)
+        return known
 
     def forget_epoch(self) -> None:
-        self.meter.zero_()
+        for part in self.meter:
+            part.zero_()
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
 
     def begin_step(self) -> None:
@@ -271,7 +283,7 @@ class Trainer:
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
-            "meter": self.meter,
+            "meter": list(self.meter),
             "clock": [self.images, self.seconds, self.waited],
             "momentum": {name: update.buffers for name, update in self.updates.items()},
         }
@@ -280,12 +292,14 @@ class Trainer:
         """phases: those whose momentum the state may hold."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
-        self.meter.copy_(state["meter"])
+        for part, saved_part in zip(self.meter, state["meter"], strict=True):
+            part.copy_(saved_part)
         self.images, self.seconds, self.waited = state["clock"]
         for phase in phases:
-            saved = state["momentum"].get(phase.name)
-            if saved:
-                for buffer, value in zip(self.update(phase).buffers, saved, strict=True):
+            saved, buffers = state["momentum"].get(phase.name, []), self.update(phase).buffers
+            # Otherwise it belongs to an earlier step that trained other parameters, and this one begins without.
+            if [v.shape for v in saved] == [b.shape for b in buffers]:
+                for buffer, value in zip(buffers, saved, strict=True):
                     buffer.copy_(value)
 
 

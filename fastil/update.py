@@ -40,6 +40,10 @@ class Update:
             # Allocated now, so that a step only ever overwrites.
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
+    def set_weight_decay(self, weight_decay: float) -> None:
+        self.weight_decay = weight_decay
+        self.optimizer.param_groups[0]["weight_decay"] = weight_decay
+
     def reset(self) -> None:
         """Forget the momentum, in place."""
         torch._foreach_zero_(self.buffers)

@@ -88,8 +88,14 @@ def test_the_cifar_recipes_carry_table_1_and_the_settings_of_the_paper(name, pub
 
 def test_only_the_recipes_of_the_paper_carry_a_published_number():
     assert {name for name in SHIPPED if load(name).published is not None} == {
-        f"cifar100_{method}_{steps}" for method in ("il_baseline", "balanced", "meta") for steps in (5, 10)
-    }
+        f"{dataset}_{method}_{steps}"
+        for dataset in ("cifar100", "subimagenet", "imagenet")
+        for method in (
+            "il_baseline", "balanced", "meta", "icarl", "bic", "lucir", "lucir_balanced", "mnemonics", "podnet",
+            "podnet_balanced", "tpcil",
+        )
+        for steps in (5, 10)
+    }  # fmt: skip
 
 
 # Overrides
@@ -239,7 +245,7 @@ def test_a_seed_that_the_generators_cannot_take_is_refused():
 
 
 def test_the_choices_of_a_key_are_named():
-    with pytest.raises(UserError, match=r"loss=balansed: .*'softmax', 'balanced', .* or 'rescaled'"):
+    with pytest.raises(UserError, match=r"loss=balansed: .*'softmax', 'balanced', .* or 'nca'"):
         load("digits", ["loss=balansed"])
 
 

@@ -24,7 +24,7 @@ from fastil.data import Batch, Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
-from fastil.methods import ILBaseline, LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
+from fastil.methods import ILBaseline, LossConfig, MetaAlpha, MetaConfig, Meter, MethodConfig, StepContext
 from fastil.models import ModelConfig, Output, build_network
 from fastil.plan import Key, Transform, cycled_plan, training_plan
 from fastil.trainer import BeforeUpdate, Phase, Stopped, TrainConfig, Trainer
@@ -155,8 +155,11 @@ def test_a_methods_backward_is_that_of_its_loss(with_teacher):
     method.begin_step(StepContext(1, 4, CLASSES, np.array([2] * 4 + [9] * (CLASSES - 4) + [0] * (8 - CLASSES))))
     labels = torch.tensor([0, 5, 3])
     batch = Batch(torch.zeros(3, 3, SIZE, SIZE), labels, labels)
-    outputs = []
-    for backward in (lambda *a: method.loss(*a).backward(), lambda *a: method.backward(*a, torch.zeros(4, 4))):
+    outputs, meter = [], Meter(torch.zeros(4, 4), torch.zeros(()))
+    for backward in (
+        lambda *a: method.loss(*a).backward(),
+        lambda *a: method.backward(*a, meter),
+    ):
         torch.manual_seed(0)
         logits, teacher = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
         out, teacher_out = (Output(torch.zeros(3, 2), [], z) for z in (logits, teacher))

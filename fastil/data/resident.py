@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil import kernels
 from fastil.data.sources import Split
 from fastil.errors import UserError
-from fastil.plan import EpochPlan, Transform
+from fastil.plan import EpochPlan, Transform, sequential_plan
 
 BACKENDS = ("auto", "resident")
 
@@ -34,7 +35,7 @@ class Loader:
         self.transform = transform
         self.device = device
         self.dtype = torch.float32  # autocast casts inside the network, where it knows which layers want it
-        self.images: Tensor | None = torch.as_tensor(split.images, device=device)
+        self.images: Tensor | None = torch.tensor(split.images, device=device)  # a copy: `overlay` writes into it
         self.labels = torch.as_tensor(split.labels, device=device)
         self.mean = torch.tensor(transform.mean, device=device)
         self.std = torch.tensor(transform.std, device=device)
@@ -54,6 +55,20 @@ class Loader:
                     self.images, ids[part], boxes[part], flips[part], self.mean, self.std, self.dtype, size
                 )
                 yield Batch(images, self.labels[ids[part]], ids[part])
+
+    def whole(self, ids: NDArray[np.int64]) -> Tensor:
+        """The images by the test-time transform, normalised, [n, 3, H, W]."""
+        plan = sequential_plan(ids, self.transform, max(2, len(ids)))
+        return next(self.batches(plan)).images
+
+    def overlay(self, ids: Tensor, images: Tensor) -> None:
+        """Replace the pixels of some samples. ids: int64 [n]; images: uint8 [n, h, w, 3]."""
+        if self.images is None:
+            raise ValueError("this loader was closed")
+        if images.dtype != torch.uint8 or images.shape != (len(ids), *self.images.shape[1:]):
+            shape = [len(ids), *self.images.shape[1:]]
+            raise ValueError(f"images must be uint8 {shape}, not {images.dtype} {[*images.shape]}")
+        self.images[ids] = images
 
     def close(self) -> None:
         self.images = None

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil.errors import UserError
-from fastil.losses import log_prior
+from fastil.losses import log_prior, nca
+from fastil.models import Output
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class LossConfig:
 
     softmax: the plain one. balanced: Balanced Softmax (eq. 3 to 5). meta_balanced: the same, its alpha learned in every
     step (Algorithm 1). separated: old and new classes each in a softmax of their own (SS-IL; Table 4). rescaled:
-    softmax, each image weighed "in inverse proportion to the number of samples" of its class (section 4.3.3).
+    softmax, each image weighed "in inverse proportion to the number of samples" of its class (section 4.3.3). nca:
+    PODNet's, over similarities.
     """
 
-    loss: Literal["softmax", "balanced", "meta_balanced", "separated", "rescaled"] = "balanced"
+    loss: Literal["softmax", "balanced", "meta_balanced", "separated", "rescaled", "nca"] = "balanced"
     alpha: float = 1.0  # balanced: weight of the old classes (eq. 5); section 4.1.3: 1, which is eq. 3
+    nca_variant: Literal["released", "paper"] = "released"  # nca: PODNet's code, in which its margin cancels, or eq. 8
+    nca_margin: float = 0.6  # nca: of the paper's variant
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < math.inf:
@@ -85,6 +89,13 @@ class ClassificationLoss:
         """Take log alpha, [W] or a scalar, on the old classes; nothing waits for the device."""
         self.log_alpha.copy_(torch.where(self.is_old, log_alpha, 0.0))
         self.log_prior.copy_(self.of_counts + self.log_alpha)
+
+    def outside(self, out: Output, target: Tensor) -> Tensor | None:
+        """The loss itself where the kernel does not have it, a scalar."""
+        if self.config.loss != "nca":
+            return None
+        scale = 1.0 if out.scale is None else out.scale
+        return nca(out.logits, target, self.num_seen, scale, self.config.nca_margin, self.config.nca_variant)
 
     def arguments(self, target: Tensor) -> dict[str, Any]:
         """Of `fastil.kernels.incremental_loss`, for a batch of incremental positions int64 [B]."""

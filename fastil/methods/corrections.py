@@ -5,7 +5,7 @@ procedure used by PODNet and LUCIR" (section 4.3.3). Both finetune on the exempl
 new classes herded first, under the method's own loss; herding is done anew afterwards, as in PODNet's code.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -20,14 +20,21 @@ class CorrectionConfig:
 
     correction: Literal["none", "balanced_finetuning"] = "none"
     finetune_epochs: int = 20  # PODNet and LUCIR; the paper: "few"
-    finetune_lr: float = 0.05  # constant; PODNet on CIFAR-100 (its ImageNet runs: 0.01)
-    finetune_parameters: Literal["classifier", "all"] = "classifier"  # as both codes do; open in the paper
+    finetune_lr: float = 0.05  # PODNet on CIFAR-100 (its ImageNet runs: 0.01)
+    finetune_milestones: list[float] = field(default_factory=list)  # lr / 10, as parts of finetuning; LUCIR: [0.5]
+    # As both codes do; open in the paper. weights: of the classifier, without its learned scale (PODNet).
+    finetune_parameters: Literal["classifier", "weights", "all"] = "classifier"
+    finetune_bn: Literal["frozen", "train"] = "frozen"  # batch normalisation; PODNet: train
 
     def __post_init__(self) -> None:
         if self.finetune_epochs < 1:
             raise UserError(f"finetune_epochs={self.finetune_epochs}: must be at least 1")
         if not 0 < self.finetune_lr < float("inf"):
             raise UserError(f"finetune_lr={self.finetune_lr}: must be above 0 and finite")
+        if any(not 0 < m < 1 for m in self.finetune_milestones):
+            raise UserError(
+                f"finetune_milestones={self.finetune_milestones}: give parts between 0 and 1, such as [0.5]"
+            )
 
     def epochs_of(self, step: int) -> int:
         """Of finetuning after a step: none after the base step."""
@@ -35,4 +42,10 @@ class CorrectionConfig:
 
     def parameters(self, network: Network) -> list[nn.Parameter]:
         """What finetuning trains."""
+        if self.finetune_parameters == "weights":
+            return [network.head.weight]
         return list((network.head if self.finetune_parameters == "classifier" else network).parameters())
+
+    def learning_rate(self, epoch: int) -> float:
+        """Of an epoch of finetuning, from 0."""
+        return self.finetune_lr * 0.1 ** sum(epoch >= round(m * self.finetune_epochs) for m in self.finetune_milestones)

@@ -30,7 +30,7 @@ from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.kernels import alpha_hypergradient, incremental_loss_grad
 from fastil.losses import balanced_cross_entropy
-from fastil.methods.il_baseline import ILBaseline
+from fastil.methods.method import Meter, Method
 from fastil.models import Network, Output
 from fastil.update import Update
 
@@ -59,10 +59,6 @@ class MetaConfig:
         if not 0 < low <= 1 <= high < math.inf:
             raise UserError(f"meta_bounds={list(self.meta_bounds)}: give bounds above 0 around 1, such as [0.01, 2]")
 
-    def held_out(self, quota: int) -> int:
-        """Images of each class in B_t, of `quota` exemplars per class."""
-        return max(1, round(self.meta_share * quota))
-
 
 class UpdateContext(NamedTuple):
     """A training step just before its update."""
@@ -79,12 +75,13 @@ class UpdateContext(NamedTuple):
 class MetaAlpha:
     """Alpha of a method whose classification loss is balanced, and its updates."""
 
-    def __init__(self, config: MetaConfig, method: ILBaseline, batch_size: int) -> None:
+    def __init__(self, config: MetaConfig, method: Method, batch_size: int) -> None:
         self.config, self.method = config, method
         self.classification = method.classification
         width, device = len(self.classification.log_prior), self.classification.log_prior.device
         self.alpha = torch.ones(width, device=device)  # all equal where it is shared
-        self.scratch = torch.zeros(batch_size + 1, 4, device=device)  # a meter that no one reads
+        # A meter that no one reads.
+        self.scratch = Meter(torch.zeros(batch_size + 1, 4, device=device), torch.zeros((), device=device))
         self.one, self.zero = torch.ones((), device=device), torch.zeros((), device=device)
 
     def begin_step(self) -> None:
@@ -117,15 +114,15 @@ class MetaAlpha:
                 with context.autocast():
                     out = context.student(context.batch.images)
                 self.method.backward(context.batch, out, context.teacher_out, self.scratch)
-                logits = out.logits.detach().clone()
+                logits = self.method.seen_by_loss(out).scaled.detach().clone()
                 del out  # the graph's memory, before the next one is built
                 moving = update.moving()
                 update.apply()
                 network.zero_grad()
                 with context.autocast():
                     held_out = context.student(context.held_out.images)
-                seed = self.of_validation(held_out.logits, context.held_out.labels)
-                held_out.logits.backward(seed)  # type: ignore[no-untyped-call]
+                scores = held_out.scaled
+                scores.backward(self.of_validation(scores, context.held_out.labels))  # type: ignore[no-untyped-call]
             direction = update.passed_through(moving, [p.grad for p in update.parameters])
         network.zero_grad()
         along = self.forward_mode if self.config.meta_gradient == "jvp" else self.difference
@@ -150,7 +147,7 @@ class MetaAlpha:
             ce_weight=self.one,
             kd_weight=self.zero,
             temperature=self.one,
-            meter=self.scratch,
+            meter=self.scratch.rows,
         )
 
     def forward_mode(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
@@ -162,9 +159,9 @@ class MetaAlpha:
 
         def logits(values: dict[str, Tensor]) -> Tensor:
             buffers = {name: b.clone() for name, b in network.named_buffers()}
-            with context.autocast():
+            with context.autocast(), network.as_formula():
                 out: Output = functional_call(network, (values, buffers), (context.batch.images,))
-            return out.logits
+            return self.method.seen_by_loss(out).scaled
 
         tangent: Tensor = jvp(logits, (parameters,), (tangents,))[1]
         return tangent.float()
@@ -179,7 +176,7 @@ class MetaAlpha:
             for shift in (step, -2 * step):
                 for parameter, along in zip(parameters, direction, strict=True):
                     parameter.add_(along * shift)
-                sides.append(context.network(images).logits)
+                sides.append(self.method.seen_by_loss(context.network(images)).scaled)
         derivative: Tensor = (sides[0] - sides[1]) / (2 * step)
         return derivative
 
@@ -189,7 +186,7 @@ class MetaAlpha:
         parameters: dict[str, Tensor] = dict(network.named_parameters())
         names = {p: name for name, p in parameters.items()}
         buffers = {name: b.clone() for name, b in network.named_buffers()}
-        with torch.enable_grad():
+        with torch.enable_grad(), network.as_formula():
             log_alpha = self.classification.log_alpha.clone().requires_grad_()
             out = functional_call(network, (parameters, buffers), (context.batch.images,))
             prior = self.classification.of_counts + log_alpha
@@ -199,7 +196,7 @@ class MetaAlpha:
             held_out = functional_call(network, (parameters | moved, buffers), (context.held_out.images,))
             seen = torch.where(prior > -math.inf, 0.0, -math.inf).detach()
             (gradient,) = torch.autograd.grad(
-                balanced_cross_entropy(held_out.logits, context.held_out.labels, seen), log_alpha
+                balanced_cross_entropy(held_out.scaled, context.held_out.labels, seen), log_alpha
             )
         return torch.where(self.classification.is_old, gradient, 0.0)
 

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
@@ -69,3 +70,21 @@ def initialise(module: nn.Module, generator: torch.Generator, *, zero_last_bn: b
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         elif isinstance(part, BasicBlock) and zero_last_bn:
             nn.init.zeros_(part.bn2.weight)
+
+
+class FilterScale(nn.Module):
+    """A learned factor for each pair of an output and an input channel of a convolution, 1 at first."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(*weight.shape[:2], 1, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def scale_filters(module: nn.Module) -> None:
+    """Put a FilterScale on every convolution, as the released code of Mnemonics does (there "mtl_weight")."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            parametrize.register_parametrization(part, "weight", FilterScale(part.weight))

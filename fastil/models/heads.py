@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastil.kernels import cosine_head
+
 
 def padded_width(num_classes: int) -> int:
     """W: the classes of the whole run, rounded up to a multiple of 8 so that rows of logits load wide."""
@@ -21,8 +23,9 @@ class LinearHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width, feature_dim))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.weight, self.bias)
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, W], and no scale."""
+        return F.linear(features, self.weight, self.bias), None
 
     @torch.no_grad()
     def open_rows(self, start: int, stop: int, generator: torch.Generator) -> None:
@@ -31,3 +34,53 @@ class LinearHead(nn.Module):
         rows = stop - start
         self.weight[start:stop] = torch.empty(rows, self.weight.shape[1]).uniform_(-bound, bound, generator=generator)
         self.bias[start:stop] = torch.empty(rows).uniform_(-bound, bound, generator=generator)
+
+
+class CosineHead(nn.Module):
+    """Cosine similarity of features and proxies under a learned scale; no bias.
+
+    proxies=None: LUCIR's, one proxy per class, weight [W, d], logits are cosines. Otherwise PODNet's Local Similarity
+    Classifier (arXiv 2004.13513, eq. 6 and 7), weight [W, P, d]: its code takes s' = 2 cos - 2 for a similarity, inside
+    the softmax over the proxies and outside; the -2 is the same for every class, so here it is left out.
+
+    formula: compute with torch's own differentiable functions, for a second derivative or a forward-mode one.
+    """
+
+    formula = False
+
+    def __init__(self, feature_dim: int, width: int, proxies: int | None = None) -> None:
+        super().__init__()
+        shape = (width, feature_dim) if proxies is None else (width, proxies, feature_dim)
+        self.weight = nn.Parameter(torch.zeros(shape))
+        self.scale = nn.Parameter(torch.ones(()))  # sigma of LUCIR, eta of PODNet
+        self.of_code = 1.0 if proxies is None else 2.0
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Similarities [B, W], before the scale, and the scale, 0-d."""
+        if not self.formula:
+            return cosine_head(features, self.weight, self.scale.new_tensor(self.of_code), self.of_code), self.scale
+        cosines = F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).flatten(0, -2).T
+        s = cosines.reshape(len(features), len(self.weight), -1)
+        return self.of_code * (torch.softmax(self.of_code * s, 2) * s).sum(2), self.scale
+
+    @torch.no_grad()
+    def open_rows(self, start: int, stop: int, generator: torch.Generator) -> None:
+        """Initialise the rows of the classes at positions start to stop: uniform in +-1/sqrt(d) (LUCIR), or, with
+        several proxies, normal with the same spread of 1/sqrt(d) (PODNet)."""
+        rows = torch.empty(stop - start, *self.weight.shape[1:])
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        if self.weight.ndim == 2:
+            rows.uniform_(-bound, bound, generator=generator)
+        else:
+            rows.normal_(0, bound, generator=generator)
+        self.weight[start:stop] = rows
+
+    @torch.no_grad()
+    def imprint(self, start: int, proxies: Tensor) -> None:
+        """Set the rows from position `start` on to proxies [n, d] or [n, P, d] times the mean length of the rows
+        before them, as both codes do."""
+        length = self.weight[:start].flatten(0, -2).norm(dim=1).mean()
+        self.weight[start : start + len(proxies)] = proxies.to(self.weight) * length
+
+
+Head = LinearHead | CosineHead

@@ -1,12 +1,16 @@
 """A backbone under a head."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastil.models.heads import LinearHead, padded_width
+from fastil.errors import UserError
+from fastil.models.blocks import scale_filters
+from fastil.models.heads import CosineHead, Head, LinearHead, padded_width
 from fastil.models.resnet_cifar import ResNetCifar, ResNetRebuffi
 from fastil.models.resnet_imagenet import ResNet18
 
@@ -19,7 +23,14 @@ class ModelConfig:
     """The network. The paper says "32-layer ResNet" (CIFAR) and "18-layer" (ImageNet) and leaves the variant open."""
 
     model: ModelName = "resnet32"
-    last_relu: bool = True  # ReLU after the very last block; no effect on resnet32_rebuffi and resnet18_pod
+    last_relu: bool = True  # ReLU on the features; off in LUCIR's cosine networks and under PODNet's classifier
+    head: Literal["linear", "cosine", "proxies"] = "linear"  # cosine: LUCIR's; proxies: PODNet's, several per class
+    proxies: int = 10  # of each class, with head=proxies
+    weight_transfer: bool = False  # a factor for each filter of each convolution (meta-transfer learning; Mnemonics)
+
+    def __post_init__(self) -> None:
+        if self.proxies < 1:
+            raise UserError(f"proxies={self.proxies}: must be at least 1")
 
 
 class Output(NamedTuple):
@@ -27,21 +38,45 @@ class Output(NamedTuple):
 
     features: Tensor  # [B, d], pooled, as the head sees them
     maps: list[Tensor]  # stage outputs, [B, C, H, W] each
-    logits: Tensor  # [B, W]
+    logits: Tensor  # [B, W]; of a cosine head the similarities, before its scale
+    scale: Tensor | None = None  # 0-d, of a cosine head, learned
+
+    @property
+    def scaled(self) -> Tensor:
+        """What a softmax is taken of, [B, W]."""
+        return self.logits if self.scale is None else self.scale * self.logits
 
 
 class Network(nn.Module):
     """Backbone and head; W is the padded number of classes of the whole run."""
 
-    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int, config: ModelConfig) -> None:
         super().__init__()
         self.backbone = backbone
         self.width = padded_width(num_classes)
-        self.head = LinearHead(int(backbone.feature_dim), self.width)  # type: ignore[arg-type]
+        dim = int(backbone.feature_dim)  # type: ignore[arg-type]
+        self.head: Head
+        if config.head == "linear":
+            self.head = LinearHead(dim, self.width)
+        else:
+            self.head = CosineHead(dim, self.width, config.proxies if config.head == "proxies" else None)
 
     def forward(self, images: Tensor) -> Output:
         features, maps = self.backbone(images)
-        return Output(features, maps, self.head(features))
+        logits, scale = self.head(features)
+        return Output(features, maps, logits, scale)
+
+    @contextlib.contextmanager
+    def as_formula(self) -> Iterator[None]:
+        """Inside, forwards can be differentiated twice, and in forward mode."""
+        before = getattr(self.head, "formula", None)
+        try:
+            if before is not None:
+                self.head.formula = True
+            yield
+        finally:
+            if before is not None:
+                self.head.formula = before
 
 
 def build_network(config: ModelConfig, num_classes: int, seed: int) -> Network:
@@ -51,9 +86,11 @@ def build_network(config: ModelConfig, num_classes: int, seed: int) -> Network:
     backbone: nn.Module
     with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator before `initialise`
         if name == "resnet32_rebuffi":
-            backbone = ResNetRebuffi(generator)
+            backbone = ResNetRebuffi(config.last_relu, generator)
         elif name.startswith("resnet18"):
             backbone = ResNet18(config.last_relu, name == "resnet18_pod", generator)
         else:
             backbone = ResNetCifar(int(name.removeprefix("resnet")), config.last_relu, generator)
-    return Network(backbone, num_classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    if config.weight_transfer:
+        scale_filters(backbone)
+    return Network(backbone, num_classes, config).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

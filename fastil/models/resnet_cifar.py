@@ -40,14 +40,15 @@ class ResNetRebuffi(nn.Module):
     """PODNet's ResNet-32: stages of 5, 5, 4 and 1 blocks, slicing shortcuts, no ReLU after any addition, and the last
     batch normalisation of each block starting at 0.
 
-    Maps are the four stage outputs before their ReLU; features are pooled after it. The pooled last map is what
-    PODNet's code calls raw features.
+    Maps are the four stage outputs before their ReLU. Features are pooled after it with last_relu, as in its iCaRL, and
+    without are what the code calls raw features: those under PODNet's classifier.
     """
 
     feature_dim = 64
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, last_relu: bool, generator: torch.Generator) -> None:
         super().__init__()
+        self.last_relu = last_relu
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
         self.stage1 = stage(16, 16, 1, [False] * 5)
@@ -62,4 +63,4 @@ class ResNetRebuffi(nn.Module):
         x2 = self.stage2(x1)
         x3 = self.stage3(x2)
         x4 = self.stage4(x3)
-        return F.relu(x4).mean(dim=(2, 3)), [x1, x2, x3, x4]
+        return (F.relu(x4) if self.last_relu else x4).mean(dim=(2, 3)), [x1, x2, x3, x4]

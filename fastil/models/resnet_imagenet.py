@@ -12,14 +12,15 @@ class ResNet18(nn.Module):
 
     pod=False: 7x7 stem with stride 2, ReLU after every addition; last_relu switches the very last one (LUCIR's cosine
     network has it off). pod=True: what PODNet's code trains, a 3x3 stem with stride 1 (3.8 times the work), no ReLU
-    after the second block of a stage, and zero-initialised last batch normalisations; features are pooled after a ReLU.
+    after the second block of a stage, and zero-initialised last batch normalisations; with last_relu features are
+    pooled after a ReLU, and without, as under PODNet's classifier, they are not.
     """
 
     feature_dim = 512
 
     def __init__(self, last_relu: bool, pod: bool, generator: torch.Generator) -> None:
         super().__init__()
-        self.pod = pod
+        self.relu_features = pod and last_relu
         self.conv1 = (
             nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
             if pod
@@ -40,4 +41,4 @@ class ResNet18(nn.Module):
         x2 = self.stage2(x1)
         x3 = self.stage3(x2)
         x4 = self.stage4(x3)
-        return (F.relu(x4) if self.pod else x4).mean(dim=(2, 3)), [x1, x2, x3, x4]
+        return (F.relu(x4) if self.relu_features else x4).mean(dim=(2, 3)), [x1, x2, x3, x4]

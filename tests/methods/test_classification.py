@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
+from fastil.methods import ILBaseline, LossConfig, Meter, MethodConfig, StepContext
 from fastil.models import Output
 
 W, NUM_OLD, NUM_SEEN = 16, 5, 11
@@ -57,8 +57,12 @@ def test_value_and_gradient_are_those_of_the_definition(loss, alpha):
     wanted.backward()
     value = method.loss(batch, out, teacher_out)
     assert float(value.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
-    method.backward(batch, out, teacher_out, torch.zeros(len(batch.labels), 4))
+    method.backward(batch, out, teacher_out, a_meter(len(batch.labels)))
     torch.testing.assert_close(out.logits.grad, wanted_logits.grad, rtol=1e-5, atol=1e-7)
+
+
+def a_meter(rows):
+    return Meter(torch.zeros(rows, 4), torch.zeros(()))
 
 
 @pytest.mark.parametrize(("loss", "alpha"), [("balanced", 1.0), ("balanced", 0.3)])
@@ -84,7 +88,7 @@ def test_equal_counts_without_old_classes_make_all_losses_one_bit_for_bit():
         for images in (7, 500, 1300):
             counts = [images] * NUM_SEEN + [0] * (W - NUM_SEEN)
             method, (batch, out, _) = method_of(loss, counts=counts, num_old=0), a_batch()
-            method.backward(batch, out, None, torch.zeros(len(batch.labels), 4))
+            method.backward(batch, out, None, a_meter(len(batch.labels)))
             gradients.append(out.logits.grad)
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 

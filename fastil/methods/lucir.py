@@ -1,0 +1,84 @@
+"""LUCIR (Hou et al., CVPR 2019): cosine head, less-forget constraint, margin ranking; its loss takes any prior.
+
+"L = L_ce + lambda L_dis^G + L_mr" (eq. 9), lambda = lambda_base sqrt(N_old / N_new) (eq. 7). Logits are not distilled.
+Old rows of the head are frozen, new ones imprinted. Rebuilt elsewhere with other numbers: PODNet's code ranks
+against max(2, task size) classes instead of 2, weighs by N_all / N_new, and trains the old rows.
+
+The class-balanced finetuning of LUCIR's code belongs to its ImageNet-1000 script alone: `correction` in that recipe.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastil.data import Batch
+from fastil.errors import UserError
+from fastil.methods.classification import StepContext
+from fastil.methods.method import Images, Method
+from fastil.models import Network, Output
+from fastil.models.heads import CosineHead
+
+
+@dataclass(frozen=True)
+class LucirConfig:
+    """method=lucir, and the parts of it that mnemonics and tpcil take."""
+
+    lucir_lambda: float = 5.0  # lambda_base; CIFAR-100, its ImageNet scripts: 10
+    lucir_margin: float = 0.5  # m of eq. 8
+    lucir_rivals: int = 2  # K of eq. 8
+    lucir_ranking: float = 1.0  # weight of the margin ranking
+    lucir_ranking_mean: Literal["old_images", "batch"] = "old_images"  # over what it is averaged; code: old_images
+
+    def __post_init__(self) -> None:
+        for key in ("lucir_lambda", "lucir_margin", "lucir_ranking"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"{key}={getattr(self, key)}: must not be negative")
+        if self.lucir_rivals < 1:
+            raise UserError(f"lucir_rivals={self.lucir_rivals}: must be at least 1")
+
+
+class Lucir(Method):
+    heads = ("cosine",)
+    freezes_old_rows = True  # "fix the old class embeddings": neither gradient nor decay moves them
+    distils_logits = False
+
+    def weigh(self, context: StepContext) -> tuple[float, float]:
+        config: LucirConfig = self.parts["lucir"]
+        old, new = context.num_old, context.num_seen - context.num_old
+        self.adaptive_lambda = config.lucir_lambda * math.sqrt(old / new)
+        self.ranking_weight = config.lucir_ranking
+        return 1.0, 0.0
+
+    def ranking(self, batch: Batch) -> dict[str, Any]:
+        """Eq. 8. The kernel's mean is over the batch, the released code's over the images of old classes in it."""
+        config: LucirConfig = self.parts["lucir"]
+        weight = torch.full((), config.lucir_ranking, device=self.device)
+        if config.lucir_ranking_mean == "old_images":
+            weight = weight * len(batch.labels) / (batch.labels < self.classification.num_old).sum().clamp(min=1)
+        return {"margin_weight": weight, "margin": config.lucir_margin, "hardest": config.lucir_rivals}
+
+    def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:
+        """Eq. 6."""
+        if teacher_out is None:
+            return None
+        distance: Tensor = forms.less_forget(out.features, teacher_out.features)
+        return self.adaptive_lambda * distance
+
+    def open_classes(self, network: Network, start: int, stop: int, generator: torch.Generator, images: Images) -> None:
+        """New rows are the mean direction of their class under the network of the step before, as long as the old rows
+        are on average; in the base step they are random."""
+        if start == 0:
+            network.head.open_rows(start, stop, generator)
+            return
+        means = [mean_direction(images.output(images.of_position(p)).features) for p in range(start, stop)]
+        assert isinstance(network.head, CosineHead)
+        network.head.imprint(start, torch.stack(means))
+
+
+def mean_direction(features: Tensor) -> Tensor:
+    """[d], of length 1: the mean of the normalised rows of features [n, d], normalised."""
+    return F.normalize(F.normalize(features).mean(0), dim=0)

@@ -1,0 +1,240 @@
+"""What every training procedure shares: the terms of its loss, how they are differentiated, and the hooks of a step.
+
+A procedure says how it weighs cross-entropy against distillation (`weigh`), adds the terms it is known for (`further`),
+and fills in the hooks it needs. The classification loss, the sampler, Meta, the correction after a step and the
+predictor are parts of their own, which go with any of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastil import kernels, losses
+from fastil.data import Batch, Loader
+from fastil.errors import UserError
+from fastil.kernels import incremental_loss, incremental_loss_grad
+from fastil.methods.classification import ClassificationLoss, LossConfig, StepContext
+from fastil.models import Network, Output
+
+MethodName = Literal["il_baseline", "icarl", "icarl_bce", "bic", "lucir", "mnemonics", "podnet", "tpcil"]
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The training procedure of an incremental step."""
+
+    method: MethodName = "il_baseline"
+    temperature: float = 2.0  # of the distillation of logits; section 4.1.3: "equal to 2"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature}: must be above 0 and finite")
+
+
+class Meter(NamedTuple):
+    """What an epoch adds up on the device. rows: [R, 4], by the kernel: cross-entropy, distillation, hits and margin
+    ranking of each row of a batch. further: 0-d, the terms beside them, weighed, times the images."""
+
+    rows: Tensor
+    further: Tensor
+
+
+class Images(NamedTuple):
+    """Training images as the frozen network sees them, by the test-time transform. ids: int64 [n]."""
+
+    output: Callable[[NDArray[np.int64]], Output]  # features [n, d] and logits [n, W], on the device
+    of_position: Callable[[int], NDArray[np.int64]]  # ids of the class at an incremental position
+
+
+class Memory(NamedTuple):
+    """The rehearsal memory after a step, for methods that work on it."""
+
+    ids: NDArray[np.int64]  # every exemplar, class after class
+    positions: NDArray[np.int64]  # their classes
+    images: Images
+    loader: Loader
+    training: Callable[[int], Iterator[Batch]]  # augmented batches of the step's training set, of an epoch
+
+
+class Method:
+    """Holds the step's constants on the device, so that a step changes values and never shapes or code.
+
+    width: W. parts: configurations by name, of which a method takes its own. num_classes: of the whole run.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ("linear", "cosine", "proxies")  # that it can train
+    base: ClassVar[str] = "cross-entropy"  # methods with the same word train the same base step
+    freezes_old_rows: ClassVar[bool] = False  # of the head
+    holds_out: ClassVar[bool] = False  # images of every class, for a stage of its own after training
+    clamp: ClassVar[float | None] = None  # of each element of a gradient
+    distils_logits = True
+
+    def __init__(
+        self,
+        config: MethodConfig,
+        loss: LossConfig,
+        width: int,
+        device: torch.device,
+        parts: Mapping[str, Any] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        self.config, self.parts, self.num_classes = config, parts or {}, num_classes or width
+        self.classification = ClassificationLoss(loss, width, device)
+        self.ce_weight = torch.ones((), device=device)
+        self.kd_weight = torch.zeros((), device=device)
+        self.temperature = torch.full((), config.temperature, device=device)
+        self.device = device
+        self.context = StepContext(0, 0, 0, np.zeros(width, dtype=np.int64))
+        self.weights = (1.0, 0.0, 0.0)
+        self.moving_rows: Tensor | None = None
+
+    # What a method fills in.
+
+    def weigh(self, context: StepContext) -> tuple[float, float]:
+        """Of cross-entropy and of distillation (T^2 is in it)."""
+        raise NotImplementedError
+
+    def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:
+        """Terms of the loss beside the cross-entropy and the distillation of logits, weighed: a scalar. forms:
+        fastil.kernels, or fastil.losses for a second derivative."""
+        return None
+
+    def ranking(self, batch: Batch) -> dict[str, Any]:
+        """Arguments `margin_weight`, `margin` and `hardest` of LUCIR's margin ranking."""
+        return {}
+
+    def seen_by_loss(self, out: Output) -> Output:
+        """The student's output with the logits that the loss is taken of."""
+        return out
+
+    def teacher_logits(self, teacher_out: Output) -> Tensor:
+        return teacher_out.scaled
+
+    def open_classes(self, network: Network, start: int, stop: int, generator: torch.Generator, images: Images) -> None:
+        """Initialise the head's rows of the new classes."""
+        network.head.open_rows(start, stop, generator)
+
+    def parameters(self, network: Network, step: int) -> list[nn.Parameter]:
+        """What training moves."""
+        return list(network.parameters())
+
+    def weight_decay(self, decay: float, step: int, steps: int) -> float:
+        """Of a step, from 0, among `steps`."""
+        return decay
+
+    def after_training(self, out: Output, targets: Tensor) -> None:
+        """A stage of its own on held-out images: what the network makes of them, and their incremental positions."""
+
+    def after_memory(self, network: Network, memory: Memory) -> dict[str, Tensor]:
+        """Once exemplars are selected. May return new pixels for them: "ids" int64 [n], "images" uint8 [n, h, w, 3]."""
+        return {}
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """Scores of the classes [n, W], from what a softmax is taken of."""
+        return logits
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    # What all share.
+
+    def begin_step(self, context: StepContext) -> None:
+        """Set weights, frozen rows and classification loss for the classes and counts of this step."""
+        self.context = context
+        self.classification.begin_step(context)
+        self.freeze()
+        ce, kd = self.weigh(context)
+        self.ce_weight.fill_(ce)
+        self.kd_weight.fill_(kd)
+        in_kernel = 0.0 if self.classification.config.loss == "nca" else ce
+        self.weights = (in_kernel, kd, self.ranking_weight if context.num_old else 0.0)
+
+    ranking_weight = 0.0  # as the shown loss has it
+
+    def trainable(self, network: Network) -> dict[nn.Parameter, Tensor]:
+        """Masks of the parameters that move in part in training."""
+        if not self.freezes_old_rows:
+            return {}
+        if self.moving_rows is None:
+            self.moving_rows = torch.ones_like(network.head.weight, dtype=torch.bool)
+            self.freeze()
+        return {network.head.weight: self.moving_rows}
+
+    def freeze(self) -> None:
+        if self.moving_rows is not None:
+            self.moving_rows.fill_(True)
+            self.moving_rows[: self.context.num_old] = False
+
+    def loss(self, batch: Batch, out: Output, teacher_out: Output | None) -> Tensor:
+        """The loss of a batch whose labels are incremental positions. Returns a scalar."""
+        loss = incremental_loss(**self.arguments(batch, out, teacher_out))
+        further = self.beside(batch, out, teacher_out)
+        return loss if further is None else loss + further
+
+    def backward(self, batch: Batch, out: Output, teacher_out: Output | None, meter: Meter) -> None:
+        """The backward pass of `loss`; its terms are added to the meter, and nothing waits for them."""
+        arguments = self.arguments(batch, out, teacher_out)
+        further = self.beside(batch, out, teacher_out)
+        if further is not None:
+            meter.further.add_(further.detach(), alpha=len(batch.labels))
+        if "logit_scale" in arguments:
+            loss = incremental_loss(**arguments, meter=meter.rows)
+            (loss if further is None else loss + further).backward()  # type: ignore[no-untyped-call]
+            return
+        # The kernel yields the gradient in the logits, and with it the whole pass begins: no value is needed.
+        gradient = incremental_loss_grad(**arguments, meter=meter.rows)
+        if further is None:
+            arguments["logits"].backward(gradient)
+        else:
+            torch.autograd.backward([arguments["logits"], further], [gradient, None])
+
+    def formula(self, batch: Batch, out: Output, teacher_out: Output | None, log_prior: Tensor) -> Tensor:
+        """`loss` of a balanced classification loss with this prior [W], as a plain formula: it can be differentiated
+        twice, and in the prior."""
+        part, out = self.classification, self.seen_by_loss(out)
+        loss = self.ce_weight * losses.balanced_cross_entropy(out.scaled, batch.labels, log_prior)
+        if teacher_out is not None and self.distils_logits:
+            teacher = self.teacher_logits(teacher_out)
+            loss = loss + self.kd_weight * losses.distillation(out.scaled, teacher, part.num_old, self.temperature)
+        ranking = {} if teacher_out is None else self.ranking(batch)
+        if ranking:
+            k, margin = ranking["hardest"], ranking["margin"]
+            term = losses.margin_ranking(out.logits, batch.labels, part.num_old, part.num_seen, k, margin)
+            loss = loss + ranking["margin_weight"] * term
+        further = self.further(batch, out, teacher_out, losses)
+        return loss if further is None else loss + further
+
+    def arguments(self, batch: Batch, out: Output, teacher_out: Output | None) -> dict[str, Any]:
+        """Of the loss kernel."""
+        out = self.seen_by_loss(out)
+        distils = teacher_out is not None and self.distils_logits
+        outside = self.classification.config.loss == "nca"  # then it only counts hits
+        own = {
+            "logits": out.logits,
+            "target": batch.labels,
+            "teacher_logits": self.teacher_logits(teacher_out) if teacher_out is not None and distils else None,
+            "ce_weight": torch.zeros_like(self.ce_weight) if outside else self.ce_weight,
+            "kd_weight": self.kd_weight,
+            "temperature": self.temperature,
+        }
+        if out.scale is not None:
+            own["logit_scale"] = out.scale
+        if teacher_out is not None:
+            own |= self.ranking(batch)
+        return own | self.classification.arguments(batch.labels)
+
+    def beside(self, batch: Batch, out: Output, teacher_out: Output | None) -> Tensor | None:
+        """Every term that the loss kernel does not have, weighed."""
+        own = self.classification.outside(out, batch.labels)
+        further = self.further(batch, out, teacher_out, kernels)
+        if own is None:
+            return further
+        return self.ce_weight * own if further is None else self.ce_weight * own + further

@@ -1,0 +1,164 @@
+"""Mnemonics (Liu et al., CVPR 2020): exemplars whose pixels are learned. Both variants are approximations.
+
+`released` follows the public training code, which is not the paper's method: from the first incremental step on the
+convolutions are frozen but for a factor per filter (`weight_transfer`), the loss is softmax cross-entropy + KL
+distillation on LUCIR's head without its other terms, and after herding the new exemplars' pixels take one epoch of SGD
+steps on the cross-entropy of the step's images under the exemplars' class means. (The code casts the result to bytes
+without clipping, so that bright pixels wrap around; here it is rounded and clipped.)
+
+`bilevel` follows what the paper describes, on LUCIR's losses: a temporary classifier takes an SGD step on exemplars,
+and the pixels move against the loss of that classifier on the step's images; the exemplars of old classes are halved,
+each half validating the step taken on the other. The inner step is on the head alone, over frozen features.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastil.data import Batch
+from fastil.errors import UserError
+from fastil.methods.classification import StepContext
+from fastil.methods.lucir import Lucir
+from fastil.methods.method import Memory
+from fastil.models import Network, Output
+from fastil.models.heads import CosineHead
+
+
+@dataclass(frozen=True)
+class MnemonicsConfig:
+    """method=mnemonics."""
+
+    mnemonics: Literal["released", "bilevel"] = "bilevel"
+    mnemonics_epochs: int = 1  # over the step's training set
+    mnemonics_lr: float = 0.01  # of the normalised pixels; released: 1e-5
+    mnemonics_inner_lr: float = 0.1  # bilevel: of the temporary classifier
+    mnemonics_halving: int = 10  # epochs after which mnemonics_lr is halved
+
+    def __post_init__(self) -> None:
+        for key in ("mnemonics_lr", "mnemonics_inner_lr"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
+        if self.mnemonics_epochs < 1 or self.mnemonics_halving < 1:
+            raise UserError("mnemonics_epochs and mnemonics_halving must be at least 1")
+
+
+class Mnemonics(Lucir):
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.own: MnemonicsConfig = self.parts["mnemonics"]
+        self.released = self.own.mnemonics == "released"
+        self.distils_logits = self.released
+
+    def weigh(self, context: StepContext) -> tuple[float, float]:
+        if not self.released:
+            return super().weigh(context)
+        return 1.0, self.parts["icarl"].icarl_beta if context.num_old else 0.0
+
+    def ranking(self, batch: Batch) -> dict[str, Any]:
+        return {} if self.released else super().ranking(batch)
+
+    def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:
+        return None if self.released else super().further(batch, out, teacher_out, forms)
+
+    def parameters(self, network: Network, step: int) -> list[nn.Parameter]:
+        """With a factor per filter, the base step trains the filters and the later ones the factors."""
+        frozen = "parametrizations.weight.original" if step else "parametrizations.weight.0.factor"
+        return [p for name, p in network.named_parameters() if not name.endswith(frozen)]
+
+    def after_memory(self, network: Network, memory: Memory) -> dict[str, Tensor]:
+        exemplars = Exemplars(network, memory, self.context.num_old)
+        learn = exemplars.class_mean_loss if self.released else exemplars.bilevel_loss
+        for epoch in range(self.own.mnemonics_epochs):
+            lr = self.own.mnemonics_lr * 0.5 ** (epoch // self.own.mnemonics_halving)
+            for batch in memory.training(epoch):
+                with torch.enable_grad():
+                    (gradient,) = torch.autograd.grad(learn(batch, self.own.mnemonics_inner_lr), exemplars.pixels)
+                exemplars.move(gradient, lr)
+        return {"ids": exemplars.ids, "images": exemplars.as_bytes()}
+
+
+class Exemplars:
+    """Pixels of exemplars while they are learned, [m, 3, h, w], normalised: those of the new classes in the released
+    variant, which has only those in its loss, and all of them in the other."""
+
+    def __init__(self, network: Network, memory: Memory, num_old: int) -> None:
+        self.network, self.loader, self.num_old = network.eval(), memory.loader, num_old
+        self.ids = torch.from_numpy(memory.ids).to(memory.loader.device)
+        self.positions = torch.from_numpy(memory.positions).to(memory.loader.device)
+        self.pixels = memory.loader.whole(memory.ids).requires_grad_()
+        self.momentum = torch.zeros_like(self.pixels)
+        self.first_new = int((self.positions < num_old).sum())  # the memory holds old classes first
+        self.turn = 0
+        with torch.no_grad():
+            features = memory.images.output(memory.ids[: self.first_new]).features if num_old else self.features([])
+            self.old_means = class_means(features, self.positions[: self.first_new])
+
+    def features(self, chosen: Any) -> Tensor:
+        chosen = torch.as_tensor(chosen, dtype=torch.int64, device=self.pixels.device)
+        out: Output = self.network(self.pixels[chosen])
+        return out.features
+
+    def class_mean_loss(self, batch: Batch, _: float) -> Tensor:
+        """Released: cross-entropy of the images' cosines with the class means of the exemplars, without a scale."""
+        with torch.no_grad():
+            images = F.normalize(self.network(batch.images).features)
+        new = torch.arange(self.first_new, len(self.ids), device=images.device)
+        means = class_means(self.features(new), self.positions[new] - self.num_old)
+        return F.cross_entropy(images @ torch.cat((self.old_means, means)).T, batch.labels)
+
+    def bilevel_loss(self, batch: Batch, inner_lr: float) -> Tensor:
+        """Loss of classifiers that have taken a step on some of the exemplars: new ones are validated on the images of
+        new classes, the halves of the old ones on each other. A batch of exemplars takes its turn each time."""
+        count = min(len(batch.labels), len(self.ids))
+        chosen = (self.turn + torch.arange(count, device=self.ids.device)) % len(self.ids)
+        self.turn += count
+        features, positions = self.features(chosen), self.positions[chosen]
+        with torch.no_grad():
+            images = self.network(batch.images).features
+        of_new, new = batch.labels >= self.num_old, positions >= self.num_old
+        even = chosen % 2 == 0
+        a, b = ~new & even, ~new & ~even
+        pairs = [
+            (features[new], positions[new], images[of_new], batch.labels[of_new]),
+            (features[a], positions[a], features[b].detach(), positions[b]),
+            (features[b], positions[b], features[a].detach(), positions[a]),
+        ]
+        losses = [self.after_a_step(*pair, inner_lr) for pair in pairs if len(pair[1]) and len(pair[3])]
+        return torch.stack(losses).sum() if losses else 0 * self.pixels.sum()
+
+    def after_a_step(self, train: Tensor, aims: Tensor, images: Tensor, labels: Tensor, inner_lr: float) -> Tensor:
+        """Cross-entropy on images of the head's classifier after a step of SGD on the features `train`."""
+        head = self.network.head
+        assert isinstance(head, CosineHead)
+        seen = int(self.positions.max()) + 1
+        scale, before = head.scale.detach(), head.weight.detach()[:seen].requires_grad_()
+
+        def loss(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(scale * F.normalize(features) @ F.normalize(weight).T, target)
+
+        (gradient,) = torch.autograd.grad(loss(train, before, aims), before, create_graph=True)
+        return loss(images, before - inner_lr * gradient, labels)
+
+    @torch.no_grad()
+    def move(self, gradient: Tensor, lr: float) -> None:
+        """SGD as in the released code: momentum 0.9, decay 5e-4 of the normalised pixels."""
+        moving = (gradient != 0).flatten(1).any(1)[:, None, None, None]  # not those that had no turn
+        velocity = 0.9 * self.momentum + gradient + 5e-4 * self.pixels
+        self.momentum.copy_(torch.where(moving, velocity, self.momentum))
+        self.pixels.sub_(torch.where(moving, lr * velocity, 0.0))
+
+    def as_bytes(self) -> Tensor:
+        """uint8 [m, h, w, 3], rounded and clipped."""
+        mean, std = (v[:, None, None] for v in (self.loader.mean, self.loader.std))
+        return (255 * (self.pixels.detach() * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
+def class_means(features: Tensor, positions: Tensor) -> Tensor:
+    """Mean directions of the rows of features [n, d], class after class, normalised: [classes, d]."""
+    classes = int(positions.max()) + 1 if len(positions) else 0
+    sums = features.new_zeros(classes, features.shape[1])
+    return F.normalize(sums.index_add(0, positions, F.normalize(features)))

@@ -1,0 +1,345 @@
+"""The losses and rules of the published methods against what their papers and codes say, written out in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+from torch import nn
+
+from fastil.data import Batch
+from fastil.errors import UserError
+from fastil.losses import icarl_cross_entropy, nca, topology
+from fastil.methods import METHODS, BiCConfig, LossConfig, Meter, MethodConfig, StepContext, check_parts
+from fastil.methods.bic import fit_bias
+from fastil.methods.lucir import mean_direction
+from fastil.methods.podnet import class_proxies
+from fastil.methods.tpcil import compete
+from fastil.models import Output
+from fastil.recipe import load
+
+W, NUM_OLD, NUM_SEEN, B, D = 16, 5, 9, 12, 7
+COUNTS = np.array([20] * NUM_OLD + [500] * (NUM_SEEN - NUM_OLD) + [0] * (W - NUM_SEEN))
+CPU = torch.device("cpu")
+
+
+def parts_of(*overrides):
+    recipe = load("digits", overrides)
+    return {name: getattr(recipe, name) for name in ("icarl", "bic", "lucir", "mnemonics", "podnet", "tpcil")}
+
+
+def method_of(name, *overrides, loss="softmax", num_old=NUM_OLD):
+    method = METHODS[name](MethodConfig(name), LossConfig(loss), W, CPU, parts_of(*overrides), NUM_SEEN)
+    method.begin_step(StepContext(1, num_old, NUM_SEEN, COUNTS))
+    return method
+
+
+def outputs(seed=0, cosine=True, requires_grad=True):
+    """A student's output and a teacher's, of random tensors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(grad):
+        logits = torch.randn(B, W, generator=generator)
+        maps = [torch.randn(B, 3, s, s, generator=generator) for s in (6, 4)]
+        features = torch.randn(B, D, generator=generator)
+        logits = torch.tanh(logits) if cosine else logits
+        scale = torch.tensor(3.7, requires_grad=grad) if cosine else None
+        for tensor in (features, logits, *maps):
+            tensor.requires_grad_(grad)
+        return Output(features, maps, logits, scale)
+
+    return one(requires_grad), one(False)
+
+
+LABELS = torch.tensor([0, 8, 3, 5, 4, 4, 7, 8, 1, 6, 2, 5])
+BATCH = Batch(torch.zeros(B, 3, 1, 1), LABELS, LABELS)
+
+
+def assert_loss(method, wanted_of, *, cosine, teacher=True):
+    """Value, gradients by autograd and gradients by `backward` are those of wanted_of(student, teacher)."""
+    out, teacher_out = outputs(cosine=cosine)
+    reference, _ = outputs(cosine=cosine)
+    double = Output(
+        reference.features.double(), [m.double() for m in reference.maps], reference.logits.double(),
+        None if reference.scale is None else reference.scale.double(),
+    )  # fmt: skip
+    wanted = wanted_of(double, teacher_out)
+    wanted.backward()
+    given = teacher_out if teacher else None
+    assert float(method.loss(BATCH, out, given).detach()) == pytest.approx(float(wanted.detach()), rel=2e-6)
+    meter = Meter(torch.zeros(B, 4), torch.zeros(()))
+    method.backward(BATCH, out, given, meter)
+    leaves = [(out.features, reference.features), (out.logits, reference.logits), (out.scale, reference.scale)]
+    for ours, theirs in [*leaves, *zip(out.maps, reference.maps, strict=True)]:
+        if theirs is None or theirs.grad is None:
+            assert ours is None or ours.grad is None
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=2e-5, atol=1e-7)
+    ce, kd, hits, ranking = meter.rows.sum(0).tolist()
+    shown = sum(w * t for w, t in zip(method.weights, (ce, kd, ranking), strict=True)) + float(meter.further)
+    hits_wanted = (reference.logits[:, :NUM_SEEN].argmax(1) == LABELS).sum()
+    assert hits == hits_wanted
+    return shown / B, float(wanted.detach())
+
+
+def cross_entropy(out, prior=False):
+    z = out.scaled[:, :NUM_SEEN]
+    return F.cross_entropy(z + torch.from_numpy(np.log(COUNTS[:NUM_SEEN])) if prior else z, LABELS)
+
+
+def test_icarl_is_lucirs_linear_script():
+    """Its loss: nn.KLDivLoss()(...) * T * T * beta * num_old_classes, where KLDivLoss is the mean over all elements."""
+
+    def wanted(out, teacher):
+        log_p = torch.log_softmax(out.logits[:, :NUM_OLD] / 2, 1)
+        p_hat = torch.softmax(teacher.logits[:, :NUM_OLD].double() / 2, 1)
+        entropy = -(p_hat * p_hat.log()).sum(1).mean()  # the kernel's distillation leaves this constant out
+        return (
+            cross_entropy(out) + nn.KLDivLoss(reduction="mean")(log_p, p_hat) * 4 * 0.25 * NUM_OLD + 4 * 0.25 * entropy
+        )
+
+    shown, whole = assert_loss(method_of("icarl"), wanted, cosine=False)
+    assert shown == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_icarl_of_2017_takes_the_teachers_sigmoids_as_aims(with_teacher):
+    def wanted(out, teacher):
+        aims = F.one_hot(LABELS, W).double()
+        if with_teacher:
+            aims[:, :NUM_OLD] = torch.sigmoid(teacher.logits[:, :NUM_OLD].double())
+        g = torch.sigmoid(out.logits)
+        terms = -(aims * g.log() + (1 - aims) * (1 - g).log())[:, :NUM_SEEN]
+        return terms.sum() / (B * NUM_SEEN)
+
+    shown, whole = assert_loss(method_of("icarl_bce"), wanted, cosine=False, teacher=with_teacher)
+    assert shown == pytest.approx(whole, rel=1e-5)
+
+
+def test_icarls_loss_ignores_classes_not_seen_whatever_they_hold():
+    out, teacher = outputs(cosine=False)
+    logits = out.logits.detach().clone()
+    logits[:, NUM_SEEN:] = math.nan
+    logits.requires_grad_()
+    loss = icarl_cross_entropy(logits, LABELS, teacher.logits, NUM_OLD, NUM_SEEN, NUM_SEEN)
+    loss.backward()
+    assert loss.isfinite()
+    assert not logits.grad[:, NUM_SEEN:].any()
+
+
+@pytest.mark.parametrize("mean", ["old_images", "batch"])
+@pytest.mark.parametrize("loss", ["softmax", "balanced"])
+def test_lucir_is_its_released_loss(mean, loss):
+    def wanted(out, teacher):
+        lamda = 5.0 * math.sqrt(NUM_OLD / (NUM_SEEN - NUM_OLD))
+        ones = torch.ones(B)
+        forget = lamda * nn.CosineEmbeddingLoss()(out.features, teacher.features.double(), ones)
+        hard = LABELS < NUM_OLD
+        own = out.logits.gather(1, LABELS[:, None])[hard].repeat(1, 2)
+        rivals = out.logits[:, NUM_OLD:NUM_SEEN].topk(2, dim=1)[0][hard]
+        ranking = nn.MarginRankingLoss(margin=0.5)(
+            own.reshape(-1, 1), rivals.reshape(-1, 1), torch.ones(own.numel(), 1)
+        )
+        share = 1.0 if mean == "old_images" else float(hard.sum()) / B
+        return cross_entropy(out, prior=loss == "balanced") + forget + share * ranking
+
+    shown, whole = assert_loss(method_of("lucir", f"lucir_ranking_mean={mean}", loss=loss), wanted, cosine=True)
+    if mean == "batch":
+        assert shown == pytest.approx(whole, rel=1e-5)
+
+
+def pod(out, teacher, flat, spatial):
+    def pooled(x):
+        x = x.double() ** 2
+        vector = torch.cat([x.sum(3).flatten(1), x.sum(2).flatten(1)], 1)
+        return vector / vector.norm(dim=1, keepdim=True)
+
+    distances = [(pooled(a) - pooled(b)).norm(dim=1).mean() for a, b in zip(out.maps, teacher.maps, strict=True)]
+    cosine = F.cosine_similarity(out.features, teacher.features.double())
+    factor = math.sqrt(NUM_SEEN / (NUM_SEEN - NUM_OLD))
+    return factor * (flat * (1 - cosine).mean() + spatial * sum(distances) / len(distances))
+
+
+def test_podnet_is_nca_and_pooled_outputs_distillation():
+    def wanted(out, teacher):
+        s = out.scaled[:, :NUM_SEEN]
+        s = s - s.amax(1, keepdim=True)
+        own = s.gather(1, LABELS[:, None])[:, 0]
+        others = torch.where(F.one_hot(LABELS, NUM_SEEN) > 0, 0.0, s)  # exp(0) in the place of the target
+        return -(own - others.exp().sum(1).log()).mean() + pod(out, teacher, 1.0, 3.0)
+
+    shown, whole = assert_loss(method_of("podnet", loss="nca"), wanted, cosine=True)
+    assert shown == pytest.approx(whole, rel=1e-5)
+
+
+def test_podnet_with_balanced_softmax_replaces_its_classification_loss_only():
+    assert_loss(
+        method_of("podnet", "pod_flat=10", "pod_spatial=8", loss="balanced"),
+        lambda out, teacher: cross_entropy(out, prior=True) + pod(out, teacher, 10.0, 8.0),
+        cosine=True,
+    )
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.6])
+def test_the_papers_nca_is_its_equation_8(margin):
+    y = torch.tanh(torch.randn(40, W, generator=torch.Generator().manual_seed(3))).double()
+    labels = torch.arange(40) % NUM_SEEN
+    y[torch.arange(20), labels[:20]] = 0.99  # where the hinge counts
+    y[:20] -= torch.where(torch.arange(W) == labels[:20, None], 0.0, 1.0)
+    eta, losses = 5.3, []
+    for row, t in zip(y, labels, strict=True):
+        rest = sum(math.exp(eta * row[j]) for j in range(NUM_SEEN) if j != t)
+        losses.append(max(0.0, -math.log(math.exp(eta * (row[t] - margin)) / rest)))
+    assert 0.0 in losses
+    value = nca(y.float(), labels, NUM_SEEN, eta, margin, "paper")
+    assert float(value) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_the_released_nca_forgets_its_margin_and_is_the_softmax_where_the_target_is_largest():
+    y = torch.tanh(torch.randn(200, W, generator=torch.Generator().manual_seed(3)))
+    labels = y[:, :NUM_SEEN].argmax(1)
+    assert float(nca(y, labels, NUM_SEEN, 4.0, 0.6)) == float(nca(y, labels, NUM_SEEN, 4.0, 0.0))
+    softmax = F.cross_entropy(4 * y[:, :NUM_SEEN], labels)
+    assert float(nca(y, labels, NUM_SEEN, 4.0)) == pytest.approx(float(softmax), rel=1e-5)
+    elsewhere = (labels + 1) % NUM_SEEN
+    assert float(nca(y, elsewhere, NUM_SEEN, 4.0)) > float(F.cross_entropy(4 * y[:, :NUM_SEEN], elsewhere))
+
+
+def test_bic_weighs_by_the_share_of_old_classes_and_corrects_its_teacher():
+    method = method_of("bic")
+    method.beta[3:NUM_OLD], method.gamma[3:NUM_OLD] = 0.6, -0.4
+
+    def wanted(out, teacher):
+        lamda = NUM_OLD / NUM_SEEN
+        hat = teacher.logits[:, :NUM_OLD].double().clone()
+        hat[:, 3:] = 0.6 * hat[:, 3:] - 0.4
+        log_p = torch.log_softmax(out.logits[:, :NUM_OLD] / 2, 1)
+        return (1 - lamda) * cross_entropy(out) - lamda * (torch.softmax(hat / 2, 1) * log_p).sum(1).mean()
+
+    assert_loss(method, wanted, cosine=False)
+
+
+def test_bic_of_all_groups_trains_through_the_corrections():
+    method = method_of("bic", "bic_groups=all")
+    beta, gamma = torch.ones(W), torch.zeros(W)
+    beta[2:4], gamma[2:4], beta[4], gamma[4] = 0.5, 0.3, 1.7, -0.2
+    method.beta.copy_(beta)
+    method.gamma.copy_(gamma)
+
+    def wanted(out, teacher):
+        lamda = NUM_OLD / NUM_SEEN
+        z, hat = (o.logits.double() * beta + gamma for o in (out, teacher))
+        log_p = torch.log_softmax(z[:, :NUM_OLD] / 2, 1)
+        distillation = -(torch.softmax(hat[:, :NUM_OLD] / 2, 1) * log_p).sum(1).mean()
+        return (1 - lamda) * F.cross_entropy(z[:, :NUM_SEEN], LABELS) + lamda * distillation
+
+    out, teacher_out = outputs(cosine=False)
+    reference, _ = outputs(cosine=False)
+    wanted(reference, teacher_out).backward()
+    method.backward(BATCH, out, teacher_out, Meter(torch.zeros(B, 4), torch.zeros(())))
+    torch.testing.assert_close(out.logits.grad, reference.logits.grad, rtol=2e-5, atol=1e-7)
+
+
+def test_bics_second_stage_finds_the_minimum():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(90, NUM_SEEN, generator=generator)
+    labels = torch.arange(90) % NUM_SEEN
+    logits[torch.arange(90), labels] += 2.0
+    logits[:, NUM_OLD:] += 1.5  # the bias that is to be found
+
+    def objective(parameters):
+        beta, gamma = parameters
+        z = logits.double().numpy().copy()
+        z[:, NUM_OLD:] = beta * z[:, NUM_OLD:] + gamma
+        log_q = z - np.log(np.exp(z).sum(1, keepdims=True))
+        return -log_q[np.arange(90), labels].mean() + 0.1 * gamma**2 / 2
+
+    beta, gamma = fit_bias(logits, labels, NUM_OLD, BiCConfig())
+    best = minimize(objective, [1.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-12})
+    assert beta < 0.95
+    np.testing.assert_allclose([float(beta), float(gamma)], best.x, atol=5e-3)
+
+
+def test_bic_corrects_the_newest_group_only_unless_all_are_asked_for():
+    held_out = Output(torch.zeros(18, 2), [], torch.randn(18, W, generator=torch.Generator().manual_seed(1)))
+    labels = torch.arange(18) % NUM_SEEN
+    for groups, kept in (("newest", False), ("all", True)):
+        method = method_of("bic", f"bic_groups={groups}")
+        method.beta[3:NUM_OLD] = 0.5
+        method.after_training(held_out, labels)
+        assert bool((method.beta[3:NUM_OLD] == 0.5).all()) == kept
+        assert (method.beta[NUM_OLD:NUM_SEEN] != 1).all()
+        assert (method.beta[:3] == 1).all()
+        logits = torch.randn(4, W)
+        torch.testing.assert_close(method.predict(logits), logits * method.beta + method.gamma)
+
+
+def test_a_falling_decay_is_the_codes():
+    method = method_of("bic", "bic_decay=falling")
+    assert [method.weight_decay(1e-4, step, 10) for step in (0, 4, 9)] == pytest.approx([1e-3, 2e-4, 1e-4])
+    assert method_of("bic").weight_decay(1e-4, 0, 10) == 1e-4
+
+
+def test_the_topology_loss_is_one_minus_the_correlation_over_the_edges():
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = torch.randn(B, D, generator=generator), torch.randn(B, D, generator=generator)
+    edges = torch.rand(B, B, generator=generator) < 0.4
+    x, y = [], []
+    for i in range(B):
+        for j in range(i + 1, B):
+            if edges[i, j]:
+                for values, f in ((x, student.double()), (y, teacher.double())):
+                    values.append(float(f[i] @ f[j] / f[i].norm() / f[j].norm()))
+    assert float(topology(student, teacher, edges)) == pytest.approx(1 - np.corrcoef(x, y)[0, 1], rel=1e-5)
+    assert float(topology(student, student, edges)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_a_graph_too_small_for_a_correlation_costs_nothing(pairs):
+    features = torch.randn(B, D, requires_grad=True)
+    edges = torch.zeros(B, B, dtype=torch.bool)
+    edges[0, 1 : 1 + pairs] = True
+    loss = topology(features, torch.randn(B, D), edges)
+    loss.backward()
+    assert loss == 0
+    assert not features.grad.any()
+
+
+def test_vertices_compete_for_signals_and_old_edges_go():
+    ages = np.full((4, 4), -1, dtype=np.int64)
+    compete(ages, np.array([[0, 1], [0, 2], [0, 1]]), 1)
+    assert ages[0].tolist() == [-1, 0, 1, -1]
+    assert (ages == ages.T).all()
+    compete(ages, np.array([[0, 1]]), 1)
+    assert ages[0].tolist() == [-1, 0, -1, -1]  # the edge to 2 was not one of the winner's for two wins
+    compete(ages, np.array([[3, 2]]), 1)
+    assert (ages >= 0).sum() == 4
+
+
+def test_imprinted_rows_and_proxies():
+    features = 5 * torch.randn(60, D, generator=torch.Generator().manual_seed(7)) + 3
+    unit = features.double() / features.double().norm(dim=1, keepdim=True)
+    wanted = unit.mean(0) / unit.mean(0).norm()
+    torch.testing.assert_close(mean_direction(features).double(), wanted, rtol=1e-5, atol=1e-6)
+    centres = class_proxies(features, 4, seed=0).double()
+    assert centres.shape == (4, D)
+    nearest = torch.cdist(unit, centres).argmin(1)
+    for k in range(4):  # a minimum of k-means: every centre is the mean of what is nearest to it
+        torch.testing.assert_close(centres[k], unit[nearest == k].mean(0), rtol=1e-5, atol=1e-6)
+    assert class_proxies(features[:3], 4, seed=0).shape == (4, D)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "head", "line"),
+    [
+        ("lucir", "softmax", "linear", "head=cosine"),
+        ("podnet", "nca", "cosine", "head=proxies"),
+        ("il_baseline", "nca", "linear", "similarities"),
+        ("icarl_bce", "balanced", "linear", "loss=softmax"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_named(method, loss, head, line):
+    with pytest.raises(UserError, match=line):
+        check_parts(MethodConfig(method), LossConfig(loss), head)

@@ -1,0 +1,161 @@
+"""Every method from its first step to its last on digits: it learns, it resumes exactly, memory and head have the right
+shapes, and any of them takes alpha, Meta or a correction."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastil import checkpoint
+from fastil.experiment import Experiment
+from fastil.recipe import load
+
+COSINE = ["head=cosine", "last_relu=false"]
+PROXIES = ["head=proxies", "proxies=3", "last_relu=false"]
+METHODS = {
+    "icarl": ["method=icarl", "loss=softmax", "predictor=nme"],
+    "icarl_bce": ["method=icarl_bce", "loss=softmax", "predictor=nme", "lr=0.3"],
+    "bic": ["method=bic", "loss=softmax"],
+    "bic_all": ["method=bic", "loss=softmax", "bic_groups=all", "bic_decay=falling"],
+    "lucir": ["method=lucir", "loss=softmax", *COSINE],
+    "lucir_balanced": ["method=lucir", "loss=balanced", *COSINE],
+    "mnemonics": ["method=mnemonics", "loss=softmax", "mnemonics_lr=1.0", *COSINE],
+    "mnemonics_released": [
+        "method=mnemonics", "mnemonics=released", "mnemonics_lr=0.5", "weight_transfer=true", "loss=softmax", *COSINE,
+    ],
+    "podnet": [
+        "method=podnet", "loss=nca", *PROXIES, "correction=balanced_finetuning", "finetune_parameters=weights",
+        "finetune_bn=train", "finetune_epochs=2",
+    ],
+    "podnet_balanced": ["method=podnet", "loss=balanced", *PROXIES],
+    "tpcil": ["method=tpcil", "loss=softmax", *COSINE],
+}  # fmt: skip
+SHORT = [
+    "base_classes=6", "increment=2", "base_epochs=8", "epochs=4", "batch_size=32", "exemplars_per_class=10",
+    "compile=false", "checkpoint_every=1",
+]  # fmt: skip
+
+
+def run(overrides, out, resume=False, base=None):
+    return Experiment(load("digits", [*SHORT, *overrides]), out, resume, base).run()
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    return request.param, folder, run(METHODS[request.param], folder)
+
+
+def test_it_learns(finished):
+    _, _, results = finished
+    assert [step["classes_seen"] for step in results["steps"]] == [6, 8, 10]
+    assert results["steps"][0]["top1"] > 60
+    assert results["average_incremental_accuracy"] > 45
+    assert results["final_top1"] > 25  # chance is 10
+
+
+def test_memory_and_head_have_the_right_shapes(finished):
+    name, folder, _ = finished
+    memory = json.loads((folder / "memory/step_2.json").read_text())
+    assert len(memory) == 10
+    assert {len(ids) for ids in memory.values()} == {10}
+    weights = torch.load(folder / "checkpoints/step_2.pt", weights_only=True)
+    head = weights["head.weight"]
+    assert head.shape == ((16, 3, 64) if name.startswith("podnet") else (16, 64))
+    assert head[:10].flatten(1).any(1).all()
+    assert not head[10:].any()
+    assert ("head.scale" in weights) == (name not in ("icarl", "icarl_bce", "bic", "bic_all"))
+
+
+def test_stopped_in_any_step_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
+    """Killed with the checkpoint of the middle of the second incremental step, and before its memory is chosen."""
+    name, folder, results = finished
+    kept = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: (save(path, state), kept.append((path, state))))
+
+    class Killed(Exception):
+        pass
+
+    for position in ([2, "train", 2, 0], [2, "memory", 0, 0]):
+        out = tmp_path / f"{position[1]}"
+
+        def until(path, state, position=position):
+            save(path, state)
+            if state.get("position") == position:
+                raise Killed
+
+        monkeypatch.setattr(checkpoint, "save", until)
+        with pytest.raises(Killed):
+            run(METHODS[name], out)
+        monkeypatch.setattr(checkpoint, "save", save)
+        assert run(METHODS[name], out, resume=True) == results
+        for file in ("results.json", "metrics.jsonl", "memory/step_2.json"):
+            assert (out / file).read_bytes() == (folder / file).read_bytes()
+        ours, theirs = (torch.load(d / "checkpoints/step_2.pt", weights_only=True) for d in (out, folder))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", ["lucir", "podnet_balanced", "mnemonics_released"])
+def test_old_rows_of_the_head_stay_as_they_were(name, tmp_path):
+    run(METHODS[name], tmp_path / "run")
+    before, after = (
+        torch.load(tmp_path / f"run/checkpoints/step_{k}.pt", weights_only=True)["head.weight"] for k in (1, 2)
+    )
+    assert torch.equal(before[:8], after[:8])
+    assert not torch.equal(before[8:10], after[8:10])
+
+
+def test_finetuning_moves_the_old_proxies_too_but_not_the_scale(tmp_path):
+    run(METHODS["podnet"], tmp_path / "run")
+    before, after = (torch.load(tmp_path / f"run/checkpoints/step_{k}.pt", weights_only=True) for k in (1, 2))
+    assert (before["head.weight"][:8] != after["head.weight"][:8]).all()
+
+
+def test_weight_transfer_trains_factors_of_frozen_filters(tmp_path):
+    run(METHODS["mnemonics_released"], tmp_path / "run")
+    base, last = (torch.load(tmp_path / f"run/checkpoints/step_{k}.pt", weights_only=True) for k in (0, 2))
+    filters = [key for key in base if key.endswith("original")]
+    factors = [key for key in base if key.endswith("factor")]
+    assert len(filters) == len(factors) > 5
+    assert all(torch.equal(base[key], last[key]) for key in filters)
+    assert all((base[key] == 1).all() and (last[key] != 1).any() for key in factors)
+
+
+@pytest.mark.parametrize("name", ["mnemonics", "mnemonics_released"])
+def test_mnemonics_change_the_pixels_of_the_memory_and_of_nothing_else(name, tmp_path):
+    experiment = Experiment(load("digits", [*SHORT, *METHODS[name]]), tmp_path / "run", False)
+    experiment.run()
+    original = torch.from_numpy(experiment.dataset.train.images)
+    changed = (experiment.train_loader.images.cpu() != original).flatten(1).any(1).numpy()
+    memory = experiment.memory.ids()
+    assert changed[memory].mean() > 0.5
+    assert not changed[np.setdiff1d(np.arange(len(changed)), memory)].any()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method=lucir", "loss=meta_balanced", *COSINE],
+        ["method=podnet", "loss=meta_balanced", "meta_gradient=difference", *PROXIES],
+        ["method=lucir", "loss=balanced", "alpha=0.5", "sampler=memory_oversampling", *COSINE],
+        ["method=bic", "loss=meta_balanced"],
+        ["method=icarl", "loss=rescaled", "correction=balanced_finetuning", "finetune_epochs=2"],
+        ["method=il_baseline", "loss=balanced", *COSINE],
+    ],
+)
+def test_any_method_takes_alpha_meta_or_a_correction(overrides, tmp_path):
+    results = run(overrides, tmp_path / "run")
+    assert results["final_top1"] > 25
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    if "loss=meta_balanced" in overrides:
+        alphas = [line["alpha"] for line in lines if line["step"]]
+        assert all(np.isfinite(alphas))
+        assert any(alpha != 1 for alpha in alphas)
+
+
+def test_methods_with_the_same_base_step_share_it_bit_for_bit(tmp_path):
+    run(METHODS["lucir"], tmp_path / "lucir")
+    own = run(METHODS["tpcil"], tmp_path / "own")
+    assert run(METHODS["tpcil"], tmp_path / "shared", base=tmp_path / "lucir") == own
