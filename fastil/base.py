@@ -1,20 +1,26 @@
-"""Taking the base step from another run, where both would train the very same network there.
+"""Taking the base step from another run, where both would train the very same network there: bit for bit on the same
+kind of device, in the same precision, with as many threads, compiled or not alike.
 
 Methods that compare only in how they go on share hours of base training this way, and their differences are paired.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from fastil import checkpoint
 from fastil.data import Dataset
 from fastil.errors import UserError
 from fastil.methods import METHODS
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
+from fastil.rundir import read_metrics
 
 # Keys that the base step never reads: it has no old class and no memory, and all classification losses are the plain
 # cross-entropy, bit for bit, where every class has the same number of images.
@@ -76,7 +82,19 @@ def check(
         raise UserError(f"--base {base_run}: has not finished its base step; let it run on, or leave --base out")
 
 
-def metrics(base_run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl about the base step."""
-    lines = map(json.loads, (base_run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["step"] == 0]
+@dataclass(frozen=True)
+class BaseStep:
+    """What a run takes from another one. Read before anything is written: a damaged file must leave nothing behind."""
+
+    source: str
+    weights: dict[str, Tensor]
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl about it
+
+
+def read(base_run: Path, device: torch.device) -> BaseStep:
+    try:
+        weights = checkpoint.load(base_run / "checkpoints/step_0.pt", device)
+        lines = [line for line in read_metrics(base_run) if line["step"] == 0]
+    except UserError as error:
+        raise UserError(f"--base {base_run}: give another run, or leave --base out ({error})") from None
+    return BaseStep(str(base_run), weights, lines)

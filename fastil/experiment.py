@@ -33,7 +33,7 @@ class Experiment:
     """The state of a run. Its directory is made only when everything that can be wrong has been checked."""
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None) -> None:
-        self.recipe, self.resume, self.base_run = recipe, resume, base_run
+        self.recipe, self.resume = recipe, resume
         self.directory = RunDirectory(out, resume)
         self.interrupt = Interrupt()
         self.progress = Progress()
@@ -47,8 +47,11 @@ class Experiment:
         self.positions = self.protocol.positions(num_classes)
         train_counts = np.bincount(self.dataset.train.labels, minlength=num_classes)
         self.steps = summary.effective_steps(recipe, self.protocol, train_counts, self.dataset.class_names)
-        if base_run is not None:
+        self.base: base.BaseStep | None = None
+        if base_run is not None and not (resume and self.directory.last.exists()):  # else it is behind us
             base.check(base_run, recipe, self.protocol, self.dataset, train_counts)
+            self.base = base.read(base_run, self.device)
+        self.base_step_of: str | None = None
         self.transform = transform_of(recipe, self.dataset)
         self.train_loader = make_loader(self.dataset.train, "auto", self.transform, self.device)
         self.val_loader = make_loader(self.dataset.val, "auto", self.transform, self.device)
@@ -113,8 +116,8 @@ class Experiment:
             self.trainer.begin_step()
             generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, step))
             self.method.open_classes(self.trainer.student, num_old, num_seen, generator, self.images)
-            if step == 0 and self.base_run is not None:
-                self.take_base(self.base_run)
+            if step == 0 and self.base is not None:
+                self.take_base(self.base)
                 position = Position(step, "memory")
         if position.phase == "train":
             self.train(step, num_old, num_seen, position)
@@ -210,12 +213,13 @@ class Experiment:
     def positions_of(self, ids: Ids) -> Ids:
         return self.positions[self.dataset.train.labels[ids]]
 
-    def take_base(self, base_run: Path) -> None:
+    def take_base(self, taken: base.BaseStep) -> None:
         """The base step of another run, where this one would train the same."""
-        self.trainer.student.load_state_dict(checkpoint.load(base_run / "checkpoints/step_0.pt", self.device))
-        for line in base.metrics(base_run):
+        self.trainer.student.load_state_dict(taken.weights)
+        for line in taken.metrics:
             self.directory.append_metrics(line)
-        self.progress.say(f"base step taken from {base_run}")
+        self.base_step_of = taken.source
+        self.progress.say(f"base step taken from {taken.source}")
 
     def choose_exemplars(self, step: int, num_seen: int) -> dict[int, Ids]:
         """The exemplars of each new class, best first, in one pass over its images."""
@@ -279,6 +283,7 @@ class Experiment:
         if self.meta is not None:
             self.meta.load_state_dict(state["meta"])
         self.method.load_state_dict(state["method"])
+        self.base_step_of = state["base_step_of"]
         self.overlay = state["overlay"]
         if self.overlay:
             self.train_loader.overlay(**self.overlay)
@@ -303,6 +308,7 @@ class Experiment:
                 "meta": {} if self.meta is None else self.meta.state_dict(),
                 "method": self.method.state_dict(),
                 "overlay": self.overlay,
+                "base_step_of": self.base_step_of,
                 "finetuning": self.finetuning_ids.tolist(),
                 "memory": {class_id: ids.tolist() for class_id, ids in self.memory.exemplars.items()},
                 "results": [dataclasses.asdict(result) for result in self.results],
@@ -328,7 +334,7 @@ class Experiment:
 
     def write_timings(self) -> None:
         run = {
-            "base_step_of": None if self.base_run is None else str(self.base_run),
+            "base_step_of": self.base_step_of,
             "compiled": self.trainer.fast_student is not self.trainer.student,
         }
         checkpoint.write_json(self.directory.path / "timings.json", self.clock.summary() | run | versions(self.device))

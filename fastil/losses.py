@@ -1,4 +1,4 @@
-"""Every loss as a plain formula in float32: the meaning of the kernels, and the path taken on the CPU.
+"""Every loss as a plain formula in float32 (float64 stays): the meaning of the kernels, and the path taken on the CPU.
 
 Shapes: B images, W columns. W is the padded width of the whole run; columns of classes not seen yet are masked with
 `where`, so whatever they hold (NaN included) never reaches a result or a gradient. Every mean divides by B.
@@ -18,6 +18,11 @@ from torch import Tensor
 MASKED = -1e30
 
 SHORTEST = 1e-12  # length below which a vector is not normalised: what F.normalize takes
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or float64 if that is what it is in."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def log_prior(counts: Tensor, num_old: int | Tensor = 0, alpha: float | Tensor = 1.0) -> Tensor:
@@ -41,7 +46,7 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, log_prior: Tensor) ->
     scalar.
     """
     seen = log_prior > -math.inf
-    shifted = torch.where(seen, logits.float() + log_prior, MASKED)
+    shifted = torch.where(seen, _wide(logits) + log_prior, MASKED)
     return F.cross_entropy(shifted, target, ignore_index=-1, reduction="sum") / logits.shape[0]
 
 
@@ -52,8 +57,8 @@ def distillation(logits: Tensor, teacher_logits: Tensor, num_old: int | Tensor, 
     gradient. Returns a scalar.
     """
     old = torch.arange(logits.shape[1], device=logits.device) < num_old
-    student = torch.log_softmax(torch.where(old, logits.float() / temperature, MASKED), dim=1)
-    teacher = torch.softmax(torch.where(old, teacher_logits.detach().float() / temperature, MASKED), dim=1)
+    student = torch.log_softmax(torch.where(old, _wide(logits) / temperature, MASKED), dim=1)
+    teacher = torch.softmax(torch.where(old, _wide(teacher_logits.detach()) / temperature, MASKED), dim=1)
     terms = torch.where(old, teacher * student, 0.0)
     return -(temperature**2) * terms.sum() / logits.shape[0]
 
@@ -66,7 +71,7 @@ def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tenso
     """
     column = torch.arange(logits.shape[1], device=logits.device)
     own_block = (column < num_old) == (target < num_old)[:, None]
-    separated = torch.where(own_block & (column < num_seen), logits.float(), MASKED)
+    separated = torch.where(own_block & (column < num_seen), _wide(logits), MASKED)
     return F.cross_entropy(separated, target, ignore_index=-1, reduction="sum") / logits.shape[0]
 
 
@@ -77,8 +82,8 @@ def hardest_new(
     and 0 where the target is not old or there is no such class; and its column. Both [B, k]."""
     column = torch.arange(cosines.shape[1], device=cosines.device)
     new = (column >= num_old) & (column < num_seen)
-    highest, rival = torch.where(new, cosines.float(), -torch.inf).topk(min(k, cosines.shape[1]), dim=1)
-    own = cosines.float().gather(1, target.clamp(min=0).long()[:, None])
+    highest, rival = torch.where(new, _wide(cosines), -torch.inf).topk(min(k, cosines.shape[1]), dim=1)
+    own = _wide(cosines).gather(1, target.clamp(min=0).long()[:, None])
     counts = ((target >= 0) & (target < num_old))[:, None] & (highest > -torch.inf)
     return torch.where(counts, margin - own + highest, 0.0).clamp(min=0), rival
 
@@ -105,7 +110,7 @@ def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
     features, teacher_features: [B, d], not normalised. The teacher gets no gradient. A vector shorter than 1e-12 has no
     direction: its row counts 1 and has no gradient. Returns a scalar.
     """
-    student, teacher = _unit(features.float()), _unit(teacher_features.detach().float())
+    student, teacher = _unit(_wide(features)), _unit(_wide(teacher_features.detach()))
     # 1 - cos of unit vectors is half their squared distance, which does not cancel where they are nearly equal.
     half_squared = (student - teacher).square().sum(1) / 2
     return torch.where(student.any(1) & teacher.any(1), half_squared, 1.0).mean()
@@ -130,7 +135,7 @@ def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tenso
     """
 
     def pooled(x: Tensor) -> Tensor:
-        energy = x.float().square()
+        energy = _wide(x).square()
         return F.normalize(torch.cat((energy.sum(3), energy.sum(2)), 2).flatten(1), eps=SHORTEST)
 
     distances = [
@@ -160,7 +165,7 @@ def nca(
     """
     column = torch.arange(similarities.shape[1], device=similarities.device)
     valid, own = target >= 0, target.clamp(min=0).long()[:, None]
-    s = torch.where(column < num_seen, scale * similarities.float(), MASKED)
+    s = torch.where(column < num_seen, scale * _wide(similarities), MASKED)
     s_own = s.gather(1, own)[:, 0]
     others = s.scatter(1, own, MASKED)
     if variant == "paper":
@@ -189,10 +194,10 @@ def icarl_cross_entropy(
     """
     column = torch.arange(logits.shape[1], device=logits.device)
     old, seen = column < num_old, column < num_seen
-    aim = (column == target[:, None]).float()
+    aim = (column == target[:, None]).to(_wide(logits).dtype)
     if teacher_logits is not None:
-        aim = torch.where(old, torch.sigmoid(teacher_logits.detach().float()), aim)
-    z = torch.where(seen, logits.float(), 0.0)
+        aim = torch.where(old, torch.sigmoid(_wide(teacher_logits.detach())), aim)
+    z = torch.where(seen, _wide(logits), 0.0)
     terms = F.binary_cross_entropy_with_logits(z, torch.where(seen, aim, 0.0), reduction="none")
     return torch.where(seen, terms, 0.0).sum() / (logits.shape[0] * num_outputs)
 
@@ -204,8 +209,8 @@ def topology(features: Tensor, teacher_features: Tensor, edges: Tensor) -> Tenso
     features, teacher_features [B, d]; edges bool [B, B], of which the part above the diagonal is read. The teacher gets
     no gradient. Without at least two edges that differ, 0. Returns a scalar.
     """
-    student, teacher = (_unit(f.float()) for f in (features, teacher_features.detach()))
-    weight = edges.triu(1).float()
+    student, teacher = (_unit(_wide(f)) for f in (features, teacher_features.detach()))
+    weight = edges.triu(1).to(student.dtype)
     count = weight.sum().clamp(min=1)
 
     def centred(cosines: Tensor) -> Tensor:

@@ -39,11 +39,12 @@ def describe(recipe: Recipe) -> str:
     device = pick_device(recipe.train.device)
     student = build_network(recipe.model, len(protocol.order), 0).to(device)
     plain, distilled = speeds(recipe, size)
-    meta = META_COST / recipe.meta.meta_every if recipe.loss.loss == "meta_balanced" else 0.0
+    meta = meta_cost(recipe)
     seconds = sum(
         (plan.visits * (1 + meta) + plan.finetune_visits) / distilled if plan.step else plan.visits / plain
         for plan in steps
     )
+    finetuned = sum(plan.finetune_visits for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
     flops = compiling.flops_per_image(student, *size)
     method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
@@ -57,12 +58,18 @@ def describe(recipe: Recipe) -> str:
         f"predictor={recipe.evaluation.predictor}",
         f"optimiser    SGD, momentum {train.momentum:g}, weight decay {train.weight_decay:g}, batch {train.batch_size}",
         summary.as_table(steps),
-        f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations",
+        f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations"
+        + (f", and {finetuned:,} in balanced finetuning" if finetuned else ""),
         f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}",
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps",
     ]
     return "\n".join(lines)
+
+
+def meta_cost(recipe: Recipe) -> float:
+    """Training steps that Meta's updates of alpha take for each of the network's."""
+    return META_COST / recipe.meta.meta_every if recipe.loss.loss == "meta_balanced" else 0.0
 
 
 def speeds(recipe: Recipe, size: tuple[int, int]) -> tuple[float, float]:

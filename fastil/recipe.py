@@ -92,18 +92,36 @@ class Recipe:
         return self.loss.loss == "meta_balanced" or METHODS[self.method.method].holds_out
 
     def held_out(self, quota: int) -> int:
-        """How many of each class, of `quota` exemplars per class."""
+        """How many of each class, of `quota` exemplars per class (2 or more): at least one, and never all of them."""
         share = self.meta.meta_share if self.loss.loss == "meta_balanced" else self.bic.bic_share
-        return max(1, round(share * quota))
+        return min(quota - 1, max(1, round(share * quota)))
 
     def keys(self) -> dict[str, Any]:
         """Every key with its value, flat."""
         return {key: getattr(getattr(self, part), key) for key, part in KEYS.items()}
 
     def identity(self, *, seed: bool = True) -> dict[str, Any]:
-        """The keys that decide what is trained."""
+        """The keys that decide what is trained; None for those that nothing reads beside the others."""
         ignored = RUNTIME_KEYS if seed else RUNTIME_KEYS | {"seed"}
-        return {key: value for key, value in self.keys().items() if key not in ignored}
+        unread = tuple(prefix for prefix, read in self._readers().items() if not read)
+        keys = {key: value for key, value in self.keys().items() if key not in ignored}
+        return {key: None if key.startswith(unread) else value for key, value in keys.items()}
+
+    def _readers(self) -> dict[str, bool]:
+        """Beginnings of keys, and whether this recipe reads them."""
+        method, loss = self.method.method, self.loss.loss
+        return {
+            "meta_": loss == "meta_balanced",
+            "nca_": loss == "nca",
+            "finetune_": self.correction.correction == "balanced_finetuning",
+            "proxies": self.model.head == "proxies",
+            "icarl_": method in ("icarl", "mnemonics"),
+            "bic_": method == "bic",
+            "lucir_": method in ("lucir", "mnemonics", "tpcil"),
+            "mnemonics": method == "mnemonics",
+            "pod_": method == "podnet",
+            "tpcil_": method == "tpcil",
+        }
 
     def as_shipped(self) -> bool:
         """Whether nothing but the seed and the runtime keys was overridden, so that `published` may stand beside it."""

@@ -155,7 +155,7 @@ def _hours(work: WorkList, job: Job, plain: float, distilled: float) -> float:
     """What is left of a run, at so many images per second without and with a teacher."""
     left = work.left(job)
     of_base = min(left, max(0, job.visits[0] - job.done_visits())) if work.trains_base(job) else 0
-    meta = planning.META_COST / job.recipe.meta.meta_every if job.recipe.loss.loss == "meta_balanced" else 0.0
+    meta = planning.meta_cost(job.recipe)
     return (of_base / plain + (left - of_base) * (1 + meta) / distilled) / 3600
 
 

@@ -23,6 +23,7 @@ from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
 from fastil.summary import StepPlan
 
+FORMAT = 2  # of the checkpoint
 FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
 
 
@@ -75,6 +76,10 @@ class RunDirectory:
         if self.last.exists() and _images_of(protocol_path) != _images_in(protocol):
             raise UserError(f"{self.path}: was run on other images than those of --data; give the same ones")
         state = checkpoint.load(self.last, device) if self.last.exists() else None
+        if state is not None and state.get("format") != FORMAT:
+            raise UserError(
+                f"{self.last}: written by another version of fastil; choose another --out, or go on with it"
+            )
         length = 0 if state is None else state["metrics_bytes"]
         if length and (not self.metrics.exists() or self.metrics.stat().st_size < length):
             raise UserError(f"{self.metrics}: shorter than the checkpoint says; choose another --out")
@@ -88,7 +93,7 @@ class RunDirectory:
         """Replace the checkpoint; it remembers how long metrics.jsonl was, once that much of it is on the disk."""
         with checkpoint.written(self.metrics), open(self.metrics, "ab") as file:
             os.fsync(file.fileno())
-        checkpoint.save(self.last, state | {"metrics_bytes": self.metrics.stat().st_size})
+        checkpoint.save(self.last, state | {"format": FORMAT, "metrics_bytes": self.metrics.stat().st_size})
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         with checkpoint.written(self.metrics), open(self.metrics, "a") as file:
@@ -121,6 +126,15 @@ class RunDirectory:
         }
         checkpoint.write_json(self.path / "results.json", results)
         return results
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl but for a last one that is half written. Raises UserError for a damaged file."""
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except (OSError, ValueError):
+        raise UserError(f"{path}: missing or damaged; train this run again in a new --out") from None
 
 
 def _images_in(protocol: dict[str, Any]) -> list[Any]:

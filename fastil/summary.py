@@ -101,7 +101,8 @@ def as_table(steps: list[StepPlan]) -> str:
     rows = [
         (
             str(plan.step), f"+{plan.new_classes} = {plan.classes_seen}", f"{plan.new_images:,}",
-            f"{plan.exemplars:,}" + (f" (up to {plan.exemplars_per_class}/class)" if plan.exemplars else ""),
+            f"{plan.exemplars:,}" + (f" (up to {plan.exemplars_per_class}/class)" if plan.exemplars else "")
+            + (f", {plan.held_out:,} of all held out" if plan.held_out else ""),
             str(plan.epochs), f"{plan.first_lr:g} to {plan.last_lr:.2g}", f"{plan.iterations:,}", f"{plan.visits:,}",
         )
         for plan in steps

@@ -135,6 +135,13 @@ def finished_runs(table: Table, out: Path) -> Found:
             if seed.isdecimal() and path.is_dir()
         }
         found[entry.row, entry.steps] = {seed: run for seed, run in sorted(runs.items()) if run is not None}
+    everything = [run for of_row in found.values() for run in of_row.values()]
+    for run in everything:
+        if run.images != everything[0].images:
+            raise UserError(
+                f"{run.path} and {everything[0].path} were trained on different images, which one table cannot hold; "
+                f"move one set of runs to another --out"
+            )
     return found
 
 
@@ -147,7 +154,7 @@ def predictions(run: Run) -> Predictions:
 
 def difference(ours: dict[int, Run], theirs: dict[int, Run]) -> tuple[str, str, int]:
     """Average incremental accuracy of the runs with a counterpart minus theirs, its interval, and how many they are."""
-    pairs = [(ours[s], theirs[s]) for s in ours if s in theirs and ours[s].images == theirs[s].images]
+    pairs = [(ours[s], theirs[s]) for s in ours if s in theirs]
     if not pairs:
         return "-", "-", 0
     gains = [a.results[AVERAGE] - b.results[AVERAGE] for a, b in pairs]

@@ -1,6 +1,5 @@
 """The runs behind a table: which there are, which are missing, whose base step each may take, and its command."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from fastil.data import Dataset, load_dataset
 from fastil.data.sources import PUBLISHED
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
+from fastil.report import read_run
+from fastil.rundir import read_metrics
 from fastil.tables import Entry
 
 
@@ -54,9 +55,8 @@ class Job:
     def lines(self) -> list[dict[str, Any]]:
         """Of metrics.jsonl; the last one may be half written."""
         try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except (OSError, ValueError):
+            return read_metrics(self.folder)
+        except UserError:
             return []
 
     def done_visits(self) -> int:
@@ -88,14 +88,17 @@ class WorkList:
                     loaded = entry.load(seed, data)
                     finished = tables.finished_run(folder, loaded) is not None
                     self.jobs.append(Job(entry, seed, folder, loaded, finished, had_base=False))
-        if not self.missing:  # then the table can be written again without its images
+        if not self.missing and data is None:  # then the table can be written again without its images
             return
         datasets: dict[str, Dataset | None] = {}
         for job in self.jobs:
             key = str(job.recipe.data)
             if key not in datasets:
                 datasets[key] = _dataset(job.recipe, preview)
-            self._measure(job, datasets[key], out)
+            dataset = datasets[key]
+            if job.finished and dataset is not None and read_run(job.folder).images != hashes(dataset):
+                raise UserError(f"{job.folder}: was trained on other images than those of --data; choose another --out")
+            self._measure(job, dataset, out)
 
     def _measure(self, job: Job, dataset: Dataset | None, out: Path) -> None:
         """Fill in what depends on the images."""
@@ -153,6 +156,11 @@ class WorkList:
 
     def _group(self, job: Job) -> list[Job]:
         return [j for j in self.jobs if j.base_group == job.base_group]
+
+
+def hashes(dataset: Dataset) -> tuple[str, str]:
+    """Of its splits, as `Run.images`."""
+    return dataset.train.sha256, dataset.val.sha256
 
 
 def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:

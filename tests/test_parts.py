@@ -171,7 +171,7 @@ def test_finetuning_everything_moves_everything_but_the_statistics(tmp_path):
         tmp_path / "run",
         resume=False,
     )
-    fit = experiment.trainer.fit
+    fit, finetuned = experiment.trainer.fit, []
 
     def watched(phase, *position):
         network = experiment.trainer.student
@@ -180,9 +180,11 @@ def test_finetuning_everything_moves_everything_but_the_statistics(tmp_path):
         if phase.name == "correct":
             same = {n for n, v in network.state_dict().items() if torch.equal(v, before[n])}
             assert same == {n for n in before if "running" in n or "num_batches" in n}
+            finetuned.append(phase.step)
 
     experiment.trainer.fit = watched
     experiment.run()
+    assert finetuned == [1, 2]
 
 
 def test_predictions_add_up_to_the_confusion_matrix_and_the_accuracy(meta):
@@ -258,6 +260,45 @@ def test_a_base_step_taken_from_another_run_is_the_same_run(folder, tmp_path, se
     timings = json.loads((tmp_path / "taken/timings.json").read_text())
     assert timings["base_step_of"] == str(donor)
     assert timings["steps"]["0"]["images_per_second"] is None
+
+
+def test_a_taken_base_step_is_remembered_over_a_resume_and_its_run_may_go(folder, tmp_path):
+    donor, out = tmp_path / "donor", tmp_path / "taken"
+    recipe = load("folder", SMALL, data=str(folder))
+    Experiment(recipe, donor, resume=False).run()
+    experiment = Experiment(recipe, out, resume=False, base_run=donor)
+    experiment.trainer.stop = lambda: experiment.step == 1
+    with pytest.raises(Stopped):
+        experiment.run()
+    donor.rename(tmp_path / "gone")
+    Experiment(recipe, out, resume=True, base_run=donor).run()
+    assert json.loads((out / "timings.json").read_text())["base_step_of"] == str(donor)
+
+
+@pytest.mark.parametrize("damage", ["no metrics", "damaged metrics", "damaged weights"])
+def test_a_damaged_run_gives_no_base_step_and_leaves_nothing_behind(folder, tmp_path, damage):
+    donor = tmp_path / "donor"
+    recipe = load("folder", SMALL, data=str(folder))
+    Experiment(recipe, donor, resume=False).run()
+    if damage == "no metrics":
+        (donor / "metrics.jsonl").unlink()
+    elif damage == "damaged metrics":
+        (donor / "metrics.jsonl").write_text("{\n")
+    else:
+        (donor / "checkpoints/step_0.pt").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"--base .*donor: give another run, or leave --base out"):
+        Experiment(recipe, tmp_path / "new", resume=False, base_run=donor)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(folder, tmp_path):
+    recipe = load("folder", SMALL, data=str(folder))
+    Experiment(recipe, tmp_path / "run", resume=False).run()
+    last = tmp_path / "run/checkpoints/last.pt"
+    state = torch.load(last, weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "format"}, last)
+    with pytest.raises(UserError, match="another version of fastil"):
+        Experiment(recipe, tmp_path / "run", resume=True).run()
 
 
 def test_a_base_step_that_would_be_another_is_refused(folder, tmp_path, meta, fastil):

@@ -272,7 +272,7 @@ def test_an_unknown_recipe_suggests_the_nearest(name, nearest):
         load(name)
 
 
-@pytest.mark.parametrize("name", ["imagenet", "", "/"])
+@pytest.mark.parametrize("name", ["medical", "", "/"])
 def test_a_recipe_that_is_near_to_none_names_the_command_that_lists_them(name):
     with pytest.raises(UserError, match="fastil recipes lists them"):
         load(name)
@@ -438,3 +438,20 @@ def test_identity_with_the_seed_tells_two_seeds_apart():
     assert one.identity() != other.identity()
     assert one.identity(seed=False) == other.identity(seed=False)
     assert one.identity() == load("digits", ["seed=1", "device=cpu", "compile=false"]).identity()
+
+
+@pytest.mark.parametrize("quota", [2, 3, 10, 20])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9, 0.99])
+def test_never_all_exemplars_of_a_class_are_held_out(quota, share):
+    held = load("digits", ["loss=meta_balanced", f"meta_share={share}"]).held_out(quota)
+    assert 1 <= held < quota
+    assert load("digits", ["method=bic", "loss=softmax", f"bic_share={share}"]).held_out(quota) == held
+
+
+def test_what_nothing_reads_makes_no_other_experiment():
+    plain = load("digits", ["loss=balanced"])
+    unread = ["meta_lr=3", "finetune_lr=0.5", "lucir_lambda=7", "proxies=3", "pod_flat=2", "bic_epochs=5"]
+    assert load("digits", ["loss=balanced", *unread]).identity() == plain.identity()
+    for read in (["loss=meta_balanced"], ["correction=balanced_finetuning"], ["method=bic"]):
+        both = [load("digits", [*read, *more]).identity() for more in ([], unread)]
+        assert both[0] != both[1]

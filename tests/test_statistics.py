@@ -17,13 +17,13 @@ def a_run(random, classes_per_step=(3, 5, 6), images=8, skill=0.6):
 
 
 def brute_force(ours, theirs, replicates, random):
-    """Draw seeds, then images within classes one by one, and count hits image by image."""
+    """Draw images within classes one by one, then seeds, and count hits image by image."""
     found = []
     for _ in range(replicates):
         of_seeds = []
+        last = ours[0][-1][:, 0]
+        drawn = {c: random.integers((last == c).sum(), size=(last == c).sum()) for c in np.unique(last)}
         for s in random.integers(len(ours), size=len(ours)):
-            last = ours[s][-1][:, 0]
-            drawn = {c: random.integers((last == c).sum(), size=(last == c).sum()) for c in np.unique(last)}
             accuracies = []
             for run in (ours[s], theirs[s]):
                 of_steps = []
@@ -72,10 +72,30 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.87 <= covered / 120 <= 1
 
 
+def test_images_that_are_hard_for_every_seed_do_not_average_out():
+    """Three seeds on one test set, of whose images some gain by 40 points and others lose by 20, whatever the seed."""
+    random, covered, trials = np.random.default_rng(5), 0, 120
+    true = np.repeat(np.arange(10), 20)
+
+    def run(chances):
+        right = random.random(len(true)) < chances
+        return [np.stack((true, np.where(right, true, (true + 1) % 10)), axis=1)]
+
+    for trial in range(trials):
+        gains = random.random(len(true)) < 0.5
+        ours = [run(np.where(gains, 0.9, 0.3)) for _ in range(3)]
+        theirs = [run(np.full(len(true), 0.5)) for _ in range(3)]
+        low, high = paired_interval(ours, theirs, seed=trial)
+        covered += low <= 10 <= high
+    assert covered / trials >= 0.92
+
+
 def test_runs_on_other_images_are_refused():
     random = np.random.default_rng(4)
     with pytest.raises(ValueError, match="same images"):
         paired_interval([a_run(random)], [a_run(random, images=9)])
+    with pytest.raises(ValueError, match="same images"):
+        paired_interval([a_run(random), a_run(random, images=9)], [a_run(random), a_run(random, images=9)])
 
 
 def test_average_accuracy_is_the_mean_of_the_steps():

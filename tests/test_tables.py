@@ -139,14 +139,6 @@ def test_only_finished_runs_with_the_settings_of_the_row_are_counted(tmp_path, o
     assert rows["plain"]["seeds"] == "1"
 
 
-def test_runs_on_other_images_are_not_subtracted(tmp_path):
-    make_run(tmp_path, "softmax", 0, 0.4)
-    make_run(tmp_path, "balanced", 0, 0.6, images="b")
-    _, rows = written(tmp_path)
-    assert rows["ours"]["seeds"] == "1"
-    assert rows["ours"].get("difference", "-") == "-"
-
-
 def test_damaged_predictions_are_named(tmp_path):
     make_run(tmp_path, "softmax", 0, 0.4)
     make_run(tmp_path, "balanced", 0, 0.6)
@@ -175,3 +167,10 @@ def test_curves_show_every_published_metric_over_the_key(tmp_path):
     assert ((0.5, 55.44), (1.0, 54.55)) in drawn
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0.5", "1", "Meta"]
     assert "final, base classes" not in axis.get_legend_handles_labels()[1]  # not published here
+
+
+def test_runs_on_different_images_never_share_a_table(tmp_path):
+    make_run(tmp_path, "softmax", 0, 0.5)
+    make_run(tmp_path, "balanced", 0, 0.7, images="b")
+    with pytest.raises(UserError, match="different images"):
+        written(tmp_path)

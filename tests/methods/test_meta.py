@@ -58,13 +58,21 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+CLAMP = 1e-3
 CASES = {
     "momentum, decay, distillation": {},
     "frozen rows": {"frozen": True},
-    "clamped": {"clamp": 0.02},
-    "frozen and clamped": {"frozen": True, "clamp": 0.02},
+    "clamped": {"clamp": CLAMP},
+    "frozen and clamped": {"frozen": True, "clamp": CLAMP},
     "no teacher": {"teacher": False},
 }
+
+
+def test_the_clamp_of_these_cases_bites():
+    meta, context = situation("jvp", clamp=CLAMP)
+    meta.method.backward(context.batch, context.student(context.batch.images), context.teacher_out, meta.scratch)
+    gradients = torch.cat([p.grad.flatten() for p in context.update.parameters])
+    assert 0.1 < float((gradients.abs() > CLAMP).double().mean()) < 0.9
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,4 +124,4 @@ def test_the_unrolled_graph_is_the_difference_of_the_whole_procedure(case):
 
     step = 1e-4
     brute = torch.tensor([(validated(k, step) - validated(k, -step)) / (2 * step) for k in range(NUM_OLD)])
-    assert relative(expected, brute) < 1e-5
+    assert relative(expected, brute) < (1e-3 if "clamped" in case else 1e-5)  # where a clamp begins there is a kink
