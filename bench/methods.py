@@ -1,0 +1,172 @@
+"""What each method costs per image, beside IL-Baseline and beside the ceiling of its own forwards and backwards.
+
+(a) `Trainer.fit` of an incremental step of the method's CIFAR-100 recipe: its network, compiled, its loss, update and
+data path. (b) the ceiling: the same compiled networks on one batch that is already there, the teacher's forward, the
+student's, and a backward pass that begins with fixed gradients in whatever the method's loss reads. Goal: a / b >= 0.9.
+
+python -m bench.methods [--rounds N]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bench.harness import ratio, save, spread, take_turns
+from bench.train_step import BATCH, CLASSES, COUNTS, NUM_OLD, TRANSFORM
+from fastil.data import Split, make_loader
+from fastil.device import pick_device
+from fastil.methods import METHOD_PARTS, Method, StepContext, build_method
+from fastil.models import Output, build_network
+from fastil.plan import Key, training_plan
+from fastil.recipe import Recipe, load
+from fastil.trainer import Phase, TrainConfig, Trainer
+
+ROWS = (
+    "il_baseline",
+    "balanced",
+    "icarl",
+    "icarl_bce",
+    "bic",
+    "lucir",
+    "lucir_balanced",
+    "tpcil",
+    "podnet",
+    "podnet_balanced",
+)
+STEPS = 4
+RANDOM = np.random.default_rng(0)
+READS = {"lucir": ("features",), "tpcil": ("features",), "podnet": ("features", "maps")}  # beside the logits
+
+
+@dataclass
+class Contestant:
+    """A method in the middle of an incremental step."""
+
+    recipe: Recipe
+    trainer: Trainer
+    method: Method
+
+    def phase(self) -> Phase:
+        ids = np.arange(STEPS * BATCH)
+        return Phase(
+            name=self.recipe.name,
+            step=1,
+            parameters=self.method.parameters(self.trainer.student, 1),
+            trainable=self.method.trainable(self.trainer.student),
+            clamp=self.method.clamp,
+            plan=lambda epoch: training_plan(ids, Key(0, 1), TRANSFORM, BATCH),
+            epochs=1,
+            schedule=lambda epoch: 0.001,
+            backward=self.method.backward,
+            weights=self.method.weights,
+        )
+
+    def fit(self) -> float:
+        """Images per second of (a)."""
+        phase, began = self.phase(), time.perf_counter()
+        self.trainer.fit(phase)
+        return STEPS * BATCH / (time.perf_counter() - began)
+
+    def ceiling(self) -> float:
+        """Images per second of (b)."""
+        trainer, phase = self.trainer, self.phase()
+        update = trainer.update(phase)
+        batch = next(trainer.loader.batches(phase.plan(0)))
+        trainer.student.train()
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            with torch.no_grad():
+                trainer.fast_teacher(batch.images)
+            read = self.read(trainer.fast_student(batch.images))
+            torch.autograd.backward(read, [torch.full_like(tensor, 1e-6) for tensor in read])
+            update.apply()
+            trainer.student.zero_grad()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return STEPS * BATCH / (time.perf_counter() - began)
+
+    def read(self, out: Output) -> list[torch.Tensor]:
+        of_method = READS.get(self.recipe.method.method, ())
+        return [
+            out.logits,
+            *([out.features] if "features" in of_method else []),
+            *(out.maps if "maps" in of_method else []),
+        ]
+
+
+def contestants(device: torch.device) -> dict[str, Contestant]:
+    """Methods on the same network share one compiled pair."""
+    trainers: dict[str, Trainer] = {}
+    found = {}
+    for row in ROWS:
+        recipe = load(f"cifar100_{row}_5")
+        key = str(recipe.model)
+        if key not in trainers:
+            trainers[key] = make_trainer(recipe, device)
+        parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
+        method = build_method(
+            recipe.method, recipe.loss, parts, width=trainers[key].student.width, num_classes=CLASSES, device=device
+        )
+        method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
+        found[row] = Contestant(recipe, trainers[key], method)
+    return found
+
+
+def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
+    student, teacher = (build_network(recipe.model, CLASSES, seed).to(device) for seed in (0, 1))
+    for network in (student, teacher):
+        network.head.open_rows(0, CLASSES, torch.Generator().manual_seed(0))
+    trainer = Trainer(
+        TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"),
+        student,
+        teacher,
+        make_loader(
+            Split(
+                RANDOM.integers(0, 256, (STEPS * BATCH, 32, 32, 3), dtype=np.uint8), np.arange(STEPS * BATCH) % CLASSES
+            ),
+            "auto",
+            TRANSFORM,
+            device,
+        ),
+        torch.arange(CLASSES, device=device),
+        save=lambda phase, epoch, batch: None,
+        report=lambda record: None,
+        tick=lambda count: None,
+        stop=lambda: False,
+    )
+    note = trainer.compile()
+    if note:
+        raise SystemExit(note)
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    device = pick_device("auto")
+    of_row = contestants(device)
+    turns: dict[str, Callable[[], float]] = {}
+    for row, contestant in of_row.items():
+        turns |= {row: contestant.fit, f"{row}, ceiling": contestant.ceiling}
+    for turn in turns.values():
+        turn()  # warm-up
+    figures = take_turns(turns, rounds)
+    results = {}
+    for row in of_row:
+        cost, share = ratio(figures, "il_baseline", row), ratio(figures, row, f"{row}, ceiling")
+        results[row] = {"images per second": spread(figures[row]), "cost over il_baseline": cost, "a / b": share}
+        print(
+            f"{row:<18}{results[row]['images per second']['median']:8.0f} img/s   cost {cost['median']:.2f} "
+            f"({cost['min']:.2f} to {cost['max']:.2f})   of its ceiling {share['median']:.2f} "
+            f"({share['min']:.2f} to {share['max']:.2f})"
+        )
+    print("written to", save("methods", device, {"rounds": rounds, "batch": BATCH, "methods": results}))
+
+
+if __name__ == "__main__":
+    main()
