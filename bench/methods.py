@@ -26,19 +26,10 @@ from fastil.recipe import Recipe, load
 from fastil.trainer import Phase, TrainConfig, Trainer
 
 ROWS = (
-    "il_baseline",
-    "balanced",
-    "icarl",
-    "icarl_bce",
-    "bic",
-    "lucir",
-    "lucir_balanced",
-    "tpcil",
-    "podnet",
+    "il_baseline", "balanced", "icarl", "icarl_bce", "bic", "lucir", "lucir_balanced", "tpcil", "podnet",
     "podnet_balanced",
-)
+)  # fmt: skip
 STEPS = 4
-RANDOM = np.random.default_rng(0)
 READS = {"lucir": ("features",), "tpcil": ("features",), "podnet": ("features", "maps")}  # beside the logits
 
 
@@ -120,18 +111,13 @@ def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
     student, teacher = (build_network(recipe.model, CLASSES, seed).to(device) for seed in (0, 1))
     for network in (student, teacher):
         network.head.open_rows(0, CLASSES, torch.Generator().manual_seed(0))
+    pixels = np.random.default_rng(0).integers(0, 256, (STEPS * BATCH, 32, 32, 3), dtype=np.uint8)
+    split = Split(pixels, np.arange(STEPS * BATCH) % CLASSES)
     trainer = Trainer(
         TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"),
         student,
         teacher,
-        make_loader(
-            Split(
-                RANDOM.integers(0, 256, (STEPS * BATCH, 32, 32, 3), dtype=np.uint8), np.arange(STEPS * BATCH) % CLASSES
-            ),
-            "auto",
-            TRANSFORM,
-            device,
-        ),
+        make_loader(split, "auto", TRANSFORM, device),
         torch.arange(CLASSES, device=device),
         save=lambda phase, epoch, batch: None,
         report=lambda record: None,
