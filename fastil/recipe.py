@@ -60,6 +60,21 @@ assert len(KEYS) == sum(len(dataclasses.fields(config)) for config in PARTS.valu
 RUNTIME_KEYS = {"data", "val", "verify", "device", "compile", "checkpoint_every"}
 
 
+# Beginnings of keys that are read beside some values of another key only.
+READERS = {
+    "meta_": ("loss", ("meta_balanced",)),
+    "nca_": ("loss", ("nca",)),
+    "finetune_": ("correction", ("balanced_finetuning",)),
+    "proxies": ("head", ("proxies",)),
+    "icarl_": ("method", ("icarl", "mnemonics")),
+    "bic_": ("method", ("bic",)),
+    "lucir_": ("method", ("lucir", "mnemonics", "tpcil")),
+    "mnemonics": ("method", ("mnemonics",)),
+    "pod_": ("method", ("podnet",)),
+    "tpcil_": ("method", ("tpcil",)),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The effective configuration of a run."""
@@ -103,25 +118,15 @@ class Recipe:
     def identity(self, *, seed: bool = True) -> dict[str, Any]:
         """The keys that decide what is trained; None for those that nothing reads beside the others."""
         ignored = RUNTIME_KEYS if seed else RUNTIME_KEYS | {"seed"}
-        unread = tuple(prefix for prefix, read in self._readers().items() if not read)
         keys = {key: value for key, value in self.keys().items() if key not in ignored}
-        return {key: None if key.startswith(unread) else value for key, value in keys.items()}
+        return {key: None if self.reader(key) else value for key, value in keys.items()}
 
-    def _readers(self) -> dict[str, bool]:
-        """Beginnings of keys, and whether this recipe reads them."""
-        method, loss = self.method.method, self.loss.loss
-        return {
-            "meta_": loss == "meta_balanced",
-            "nca_": loss == "nca",
-            "finetune_": self.correction.correction == "balanced_finetuning",
-            "proxies": self.model.head == "proxies",
-            "icarl_": method in ("icarl", "mnemonics"),
-            "bic_": method == "bic",
-            "lucir_": method in ("lucir", "mnemonics", "tpcil"),
-            "mnemonics": method == "mnemonics",
-            "pod_": method == "podnet",
-            "tpcil_": method == "tpcil",
-        }
+    def reader(self, key: str) -> str | None:
+        """A setting that would make this recipe read the key, where it does not."""
+        for prefix, (choice, values) in READERS.items():
+            if key.startswith(prefix) and self.keys()[choice] not in values:
+                return f"{choice}={values[0]}"
+        return None
 
     def as_shipped(self) -> bool:
         """Whether nothing but the seed and the runtime keys was overridden, so that `published` may stand beside it."""
@@ -152,7 +157,7 @@ def names() -> list[str]:
 
 def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recipe:
     """A recipe by name, or by the path of a YAML file, with KEY=VALUE overrides; paths: the keys `data` and `val`."""
-    values = _read(name)
+    values, overrides = _read(name), list(overrides)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -162,14 +167,22 @@ def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recip
         except yaml.YAMLError:
             raise UserError(f"{override}: the value is not valid YAML; quote it") from None
     values |= {key: path for key, path in paths.items() if path is not None}
-    return _build(Path(name).stem, values)
+    recipe = _build(Path(name).stem, values)
+    for override in overrides:
+        reader = recipe.reader(override.partition("=")[0])
+        if reader:
+            raise UserError(f"{override}: nothing reads it here; set {reader} as well, or leave it out")
+    return recipe
 
 
 def read_effective(path: Path) -> Recipe:
     """The recipe.yaml of a run directory."""
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        values = yaml.safe_load(text)
         name = values.pop("recipe")
+        if not text.endswith("\n") or "checkpoint_every" not in values:  # cut off: defaults must not fill it up
+            raise KeyError
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
     return _build(name, values)

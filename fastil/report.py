@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,7 +326,7 @@ def draw_confusions(panels: Sequence[tuple[str, NDArray[np.int64]]], path: Path)
     figure, axes = new_figure(len(panels))
     for axis, (title, matrix) in zip(axes, panels, strict=True):
         image = axis.imshow(np.log1p(matrix), cmap="viridis")
-        axis.set(title=title, xlabel="predicted class", ylabel="true class")
+        axis.set(title=textwrap.fill(title, 48), xlabel="predicted class", ylabel="true class")
         axis.title.set_fontsize("small")
         figure.colorbar(image, ax=axis, shrink=0.8, label="log(1 + images)")
     save_figure(figure, path)

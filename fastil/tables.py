@@ -110,7 +110,7 @@ def only(table: Table, wanted: list[str]) -> list[Entry]:
     chosen: list[str] = []
     for name in wanted:
         found = [name] if name in rows else [row for row in rows if row.startswith(name)]
-        if not found:
+        if not found or not name:
             raise UserError(f"--only {name}: no such row in {table.name}; its rows are {', '.join(rows)}")
         chosen += found
     return [entry for entry in table.entries if entry.row in chosen or not wanted]

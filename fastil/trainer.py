@@ -209,7 +209,7 @@ class Trainer:
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; "
-                    f"lower {'lr' if phase.name == 'train' else 'finetune_lr'}"
+                    f"lower {'lr' if phase.name == 'train' else 'finetune_lr'} and choose another --out"
                 )
             self.report(
                 EpochRecord(

@@ -448,10 +448,17 @@ def test_never_all_exemplars_of_a_class_are_held_out(quota, share):
     assert load("digits", ["method=bic", "loss=softmax", f"bic_share={share}"]).held_out(quota) == held
 
 
-def test_what_nothing_reads_makes_no_other_experiment():
+def test_what_nothing_reads_makes_no_other_experiment(tmp_path):
     plain = load("digits", ["loss=balanced"])
-    unread = ["meta_lr=3", "finetune_lr=0.5", "lucir_lambda=7", "proxies=3", "pod_flat=2", "bic_epochs=5"]
-    assert load("digits", ["loss=balanced", *unread]).identity() == plain.identity()
-    for read in (["loss=meta_balanced"], ["correction=balanced_finetuning"], ["method=bic"]):
-        both = [load("digits", [*read, *more]).identity() for more in ([], unread)]
-        assert both[0] != both[1]
+    unread = {"meta_lr": 3, "finetune_lr": 0.5, "lucir_lambda": 7, "proxies": 3, "pod_flat": 2, "bic_epochs": 5}
+    name = write(tmp_path, "mine.yaml", yaml.safe_dump({"base": "digits", "loss": "balanced"} | unread))
+    assert load(name).identity() == plain.identity()
+    for read, key in (
+        ("loss=meta_balanced", "meta_lr"),
+        ("correction=balanced_finetuning", "finetune_lr"),
+        ("method=bic", "bic_epochs"),
+    ):
+        assert load(name, [read]).identity() != load("digits", [read]).identity()
+        assert load("digits", [read, f"{key}={unread[key]}"]).keys()[key] == unread[key]
+        with pytest.raises(UserError, match=f"{key}={unread[key]}: nothing reads it here; set {read} as well"):
+            load("digits", [f"{key}={unread[key]}"])
