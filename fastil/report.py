@@ -97,7 +97,10 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         differing = [
             key
             for key, value in identity.items()
-            if key != "loss" and any(i[key] != value for i in same_recipe) and (key not in usual or usual[key] != value)
+            if key != "loss"
+            and value is not None
+            and any(i[key] != value for i in same_recipe)
+            and (key not in usual or usual[key] != value)
         ]
         label = ", ".join([run.recipe.name, run.results["loss"], *(f"{key}={identity[key]}" for key in differing)])
         group = groups.setdefault(label, [])
@@ -113,7 +116,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _shipped(name: str) -> dict[str, Any]:
     """The keys of a recipe that comes with fastil; none of another."""
     try:
-        return load(name).identity(seed=False)
+        return load(name).keys()
     except UserError:
         return {}
 

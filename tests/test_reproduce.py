@@ -264,7 +264,7 @@ def test_a_directory_of_other_settings_is_left_alone(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["table9"], "unknown table table9: use one of table2, table3, table4"),
+        (["table9"], "unknown table table9: use one of table1, table2, table3, table4"),
         (["table2", "--scale", "gpu"], "--scale gpu: unknown; use one of paper, cpu"),
         (["table2", "--only", "bic"], "--only bic: no such row in table2; its rows are alpha_0.1"),
         (["table2", "--seeds", "0"], "--seeds 0: must be at least 1"),
