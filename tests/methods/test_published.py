@@ -1,24 +1,25 @@
 """The losses and rules of the published methods against what their papers and codes say, written out in float64."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from scipy.optimize import minimize
 from torch import nn
 
 from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.losses import icarl_cross_entropy, nca, topology
-from fastil.methods import METHODS, BiCConfig, LossConfig, Meter, MethodConfig, StepContext, check_parts
+from fastil.methods import METHOD_PARTS, METHODS, BiCConfig, LossConfig, Meter, MethodConfig, StepContext, check_parts
 from fastil.methods.bic import fit_bias
 from fastil.methods.lucir import mean_direction
 from fastil.methods.podnet import class_proxies
 from fastil.methods.tpcil import compete
 from fastil.models import Output
-from fastil.recipe import load
 
 W, NUM_OLD, NUM_SEEN, B, D = 16, 5, 9, 12, 7
 COUNTS = np.array([20] * NUM_OLD + [500] * (NUM_SEEN - NUM_OLD) + [0] * (W - NUM_SEEN))
@@ -26,8 +27,12 @@ CPU = torch.device("cpu")
 
 
 def parts_of(*overrides):
-    recipe = load("digits", overrides)
-    return {name: getattr(recipe, name) for name in ("icarl", "bic", "lucir", "mnemonics", "podnet", "tpcil")}
+    """Every method's configuration with these keys set."""
+    values = {key: yaml.safe_load(text) for key, _, text in (o.partition("=") for o in overrides)}
+    return {
+        part: config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
+        for part, config in METHOD_PARTS.items()
+    }
 
 
 def method_of(name, *overrides, loss="softmax", num_old=NUM_OLD):
