@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from bench.harness import ratio, save, spread, take_turns
-from bench.train_step import BATCH, CLASSES, COUNTS, NUM_OLD, TRANSFORM
-from fastil.data import Split, make_loader
+from bench.train_step import BATCH, CLASSES, COUNTS, NUM_OLD, TRANSFORM, compiled_trainer
+from fastil.data import Split
 from fastil.device import pick_device
 from fastil.methods import METHOD_PARTS, Method, StepContext, build_method
 from fastil.models import Output, build_network
 from fastil.plan import Key, training_plan
 from fastil.recipe import Recipe, load
-from fastil.trainer import Phase, TrainConfig, Trainer
+from fastil.trainer import Phase, Trainer
 
 ROWS = (
     "il_baseline", "balanced", "icarl", "icarl_bce", "bic", "lucir", "lucir_balanced", "tpcil", "podnet",
@@ -113,21 +113,7 @@ def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
         network.head.open_rows(0, CLASSES, torch.Generator().manual_seed(0))
     pixels = np.random.default_rng(0).integers(0, 256, (STEPS * BATCH, 32, 32, 3), dtype=np.uint8)
     split = Split(pixels, np.arange(STEPS * BATCH) % CLASSES)
-    trainer = Trainer(
-        TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"),
-        student,
-        teacher,
-        make_loader(split, "auto", TRANSFORM, device),
-        torch.arange(CLASSES, device=device),
-        save=lambda phase, epoch, batch: None,
-        report=lambda record: None,
-        tick=lambda count: None,
-        stop=lambda: False,
-    )
-    note = trainer.compile()
-    if note:
-        raise SystemExit(note)
-    return trainer
+    return compiled_trainer(student, teacher, split, device)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from fastil.data import Batch, Split, make_loader
 from fastil.device import pick_device
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
 from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
-from fastil.models import ModelConfig, build_network
+from fastil.models import ModelConfig, Network, build_network
 from fastil.plan import EpochPlan, Key, Transform, training_plan
 from fastil.trainer import Phase, TrainConfig, Trainer
 
@@ -55,12 +55,8 @@ class PilDataset(Dataset[tuple[Tensor, int]]):
         return (tensor - self.mean) / self.std, int(self.split.labels[self.plan.ids[row]])
 
 
-def build(
-    split: Split, device: torch.device, images: int, loss: LossConfig | None = None
-) -> tuple[Trainer, ILBaseline, Phase, Phase]:
-    """A compiled trainer in the middle of an incremental step, its method, its phase with a teacher and the one
-    without."""
-    student, teacher = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
+def compiled_trainer(student: Network, teacher: Network, split: Split, device: torch.device) -> Trainer:
+    """That keeps nothing and reports nothing."""
     trainer = Trainer(
         TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"),
         student,
@@ -72,11 +68,21 @@ def build(
         tick=lambda count: None,
         stop=lambda: False,
     )
-    method = ILBaseline(MethodConfig(), loss or LossConfig(), student.width, device)
-    method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
     note = trainer.compile()
     if note:
         raise SystemExit(note)
+    return trainer
+
+
+def build(
+    split: Split, device: torch.device, images: int, loss: LossConfig | None = None
+) -> tuple[Trainer, ILBaseline, Phase, Phase]:
+    """A compiled trainer in the middle of an incremental step, its method, its phase with a teacher and the one
+    without."""
+    student, teacher = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
+    trainer = compiled_trainer(student, teacher, split, device)
+    method = ILBaseline(MethodConfig(), loss or LossConfig(), student.width, device)
+    method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
 
     def phase(with_teacher: bool) -> Phase:
         return Phase(
