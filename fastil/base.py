@@ -40,16 +40,13 @@ SAME_WITHOUT_OLD = {
 def base_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the network after the base step, if the base classes have equal numbers of images."""
     keys = {k: v for k, v in recipe.identity().items() if k not in LATER and not k.startswith(LATER_PARTS)}
-    if recipe.loss.loss != "nca":
-        keys = {k: v for k, v in keys.items() if not k.startswith("nca_")}
-    steps = 1  # what else the falling decay of BiC would depend on
-    if recipe.bic.bic_decay == "falling" and recipe.method.method == "bic":
-        steps = recipe.protocol.increment or 0
+    falls = recipe.method.method == "bic" and recipe.bic.bic_decay == "falling"  # then with the number of steps
+    method = METHODS[recipe.method.method]
     return keys | {
         "epochs of the base step": recipe.train.epochs_of(0),
-        "training of the base step": METHODS[recipe.method.method].base,
+        "training of the base step": recipe.method.method if recipe.model.weight_transfer else method.base,
         "loss of the base step": "nca" if recipe.loss.loss == "nca" else "cross-entropy",
-        "decay of the base step": steps,
+        "decay of the base step": f"falling, increment={recipe.protocol.increment}" if falls else "constant",
     }
 
 

@@ -124,7 +124,7 @@ class Recipe:
     def reader(self, key: str) -> str | None:
         """A setting that would make this recipe read the key, where it does not."""
         for prefix, (choice, values) in READERS.items():
-            if key.startswith(prefix) and self.keys()[choice] not in values:
+            if key.startswith(prefix) and getattr(getattr(self, KEYS[choice]), choice) not in values:
                 return f"{choice}={values[0]}"
         return None
 

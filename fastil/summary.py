@@ -45,7 +45,7 @@ def effective_steps(
     who = f"loss={recipe.loss.loss}" if meta or not holds_out else f"method={recipe.method.method}"
     if holds_out and smallest < 2:
         raise UserError(
-            f"{who} holds out {recipe.held_out(smallest)} exemplar of each class and trains on the others: it needs at "
+            f"{who} holds out exemplars of each class and trains on the others: it needs at "
             f"least 2 per class, the memory leaves {smallest}; use exemplars_per_class=2 or more, or "
             f"{'loss=balanced' if meta else 'another method'}"
         )

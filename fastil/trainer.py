@@ -261,13 +261,12 @@ class Trainer:
     def update(self, phase: Phase) -> Update:
         """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do. It
         is built anew only for other parameters."""
+        decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
         known = self.updates.get(phase.name)
         if known is None or list(map(id, known.parameters)) != list(map(id, phase.parameters)):
-            decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
             known = Update(phase.parameters, self.lr, self.config.momentum, decay, phase.trainable, phase.clamp)
             self.updates[phase.name] = known
-        if phase.weight_decay is not None:
-            known.set_weight_decay(phase.weight_decay)
+        known.set_weight_decay(decay)
         return known
 
     def forget_epoch(self) -> None:

@@ -56,9 +56,10 @@ class Lucir(Method):
     def ranking(self, batch: Batch) -> dict[str, Any]:
         """Eq. 8. The kernel's mean is over the batch, the released code's over the images of old classes in it."""
         config: LucirConfig = self.parts["lucir"]
-        weight = torch.full((), config.lucir_ranking, device=self.device)
+        weight: float | Tensor = config.lucir_ranking
         if config.lucir_ranking_mean == "old_images":
-            weight = weight * len(batch.labels) / (batch.labels < self.classification.num_old).sum().clamp(min=1)
+            old = (batch.labels < self.classification.num_old).sum()
+            weight = config.lucir_ranking * len(batch.labels) / old.clamp(min=1)
         return {"margin_weight": weight, "margin": config.lucir_margin, "hardest": config.lucir_rivals}
 
     def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:

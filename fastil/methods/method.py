@@ -215,12 +215,13 @@ class Method:
     def arguments(self, batch: Batch, out: Output, teacher_out: Output | None) -> dict[str, Any]:
         """Of the loss kernel."""
         out = self.seen_by_loss(out)
-        distils = teacher_out is not None and self.distils_logits
         outside = self.classification.config.loss == "nca"  # then it only counts hits
         own = {
             "logits": out.logits,
             "target": batch.labels,
-            "teacher_logits": self.teacher_logits(teacher_out) if teacher_out is not None and distils else None,
+            "teacher_logits": self.teacher_logits(teacher_out)
+            if teacher_out is not None and self.distils_logits
+            else None,
             "ce_weight": torch.zeros_like(self.ce_weight) if outside else self.ce_weight,
             "kd_weight": self.kd_weight,
             "temperature": self.temperature,

@@ -47,6 +47,7 @@ class CosineHead(nn.Module):
     """
 
     formula = False
+    factor: Tensor
 
     def __init__(self, feature_dim: int, width: int, proxies: int | None = None) -> None:
         super().__init__()
@@ -54,11 +55,12 @@ class CosineHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(shape))
         self.scale = nn.Parameter(torch.ones(()))  # sigma of LUCIR, eta of PODNet
         self.of_code = 1.0 if proxies is None else 2.0
+        self.register_buffer("factor", torch.tensor(self.of_code), persistent=False)  # on the device: nothing is sent
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Similarities [B, W], before the scale, and the scale, 0-d."""
         if not self.formula:
-            return cosine_head(features, self.weight, self.scale.new_tensor(self.of_code), self.of_code), self.scale
+            return cosine_head(features, self.weight, self.factor, self.of_code), self.scale
         cosines = F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).flatten(0, -2).T
         s = cosines.reshape(len(features), len(self.weight), -1)
         return self.of_code * (torch.softmax(self.of_code * s, 2) * s).sum(2), self.scale

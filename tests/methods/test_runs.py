@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fastil import checkpoint
+from fastil.base import base_identity
+from fastil.errors import UserError
 from fastil.experiment import Experiment
 from fastil.recipe import load
 
@@ -153,6 +155,19 @@ def test_any_method_takes_alpha_meta_or_a_correction(overrides, tmp_path):
         alphas = [line["alpha"] for line in lines if line["step"]]
         assert all(np.isfinite(alphas))
         assert any(alpha != 1 for alpha in alphas)
+
+
+def test_a_base_step_of_another_training_is_named(tmp_path):
+    run(["method=il_baseline", "loss=balanced", *COSINE], tmp_path / "donor")
+    with pytest.raises(UserError, match="loss of the base step is cross-entropy there and nca here"):
+        run(["method=il_baseline", "loss=nca", *COSINE], tmp_path / "run", base=tmp_path / "donor")
+
+
+def test_a_falling_decay_makes_another_base_step_whatever_the_increment():
+    constant, falling = (
+        load("digits", ["method=bic", "increment=1", f"bic_decay={d}"]) for d in ("constant", "falling")
+    )
+    assert base_identity(constant) != base_identity(falling)
 
 
 def test_methods_with_the_same_base_step_share_it_bit_for_bit(tmp_path):
