@@ -1,0 +1,210 @@
+"""What every data source is made of: samples that lie somewhere as encoded files or as pixels, with a label and a name.
+
+A source is listed, not read: a million samples take some 70 bytes each. `fastil.data.catalog` finds the parser.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.errors import UserError
+
+Ids = NDArray[np.int64]
+
+
+class Texts(Sequence[str]):
+    """A list of strings in one block of memory."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        encoded = [os.fsencode(text) for text in texts]
+        self.ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self.block = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]
+        end = int(self.ends[i])
+        start = int(self.ends[i - 1]) if i % len(self) else 0
+        return os.fsdecode(self.block[start:end])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+class Records(Protocol):
+    """The samples of a split. labels: int64 [n]."""
+
+    @property
+    def labels(self) -> Ids: ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Of a sample, as its source calls it."""
+        ...
+
+    def where(self, i: int) -> str:
+        """Of a sample, for a message: the way to it from outside."""
+        ...
+
+    def content(self, i: int) -> "bytes | NDArray[np.uint8]":
+        """An encoded image, or pixels [h, w, 3]."""
+        ...
+
+    def take(self, ids: Ids) -> "Records":
+        """Some of the samples, in that order."""
+        ...
+
+    def relabelled(self, labels: Ids) -> "Records":
+        """The same samples with other labels."""
+        ...
+
+
+class Extent(NamedTuple):
+    """A range of bytes of a file."""
+
+    path: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes; a UserError if the file has become shorter or cannot be read."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if len(content) != self.size:
+            raise UserError(f"{self.path}: ends before byte {self.offset + self.size}; it was cut short")
+        return content
+
+
+@dataclass(frozen=True)
+class Files:
+    """Samples that are encoded images: files of their own below `root`, or members of archives.
+
+    labels: int64 [n]. names: of each sample, relative to root or to its archive. archive: int32 [n], an index into
+    `archives`, or -1 for a file of its own; offset and size: int64 [n], bytes.
+    """
+
+    root: str
+    names: Texts
+    labels: Ids
+    size: Ids
+    offset: Ids
+    archive: NDArray[np.int32]
+    archives: list[str] = field(default_factory=list)
+    rows: Ids | None = None  # of `names`, where these are a part of a larger list
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        return self.names[i if self.rows is None else int(self.rows[i])]
+
+    def where(self, i: int) -> str:
+        if self.archive[i] < 0:
+            return os.path.join(self.root, self.name(i))
+        return f"{self.archives[self.archive[i]]}: {self.name(i)}"
+
+    def extent(self, i: int) -> Extent:
+        """Where its bytes are."""
+        path = os.path.join(self.root, self.name(i)) if self.archive[i] < 0 else self.archives[self.archive[i]]
+        return Extent(path, int(self.offset[i]), int(self.size[i]))
+
+    def content(self, i: int) -> bytes:
+        return self.extent(i).read()
+
+    def take(self, ids: Ids) -> "Files":
+        rows = ids if self.rows is None else self.rows[ids]
+        return Files(
+            self.root, self.names, self.labels[ids], self.size[ids], self.offset[ids], self.archive[ids],
+            self.archives, rows,
+        )  # fmt: skip
+
+    def relabelled(self, labels: Ids) -> "Files":
+        return replace(self, labels=labels)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Samples that are pixels already. images: uint8 [n, h, w, 3], all of one size; labels: int64 [n]."""
+
+    source: str
+    images: NDArray[np.uint8]
+    labels: Ids
+    rows: Ids | None = None  # of the source, where these are a part of it
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        return f"{i if self.rows is None else int(self.rows[i]):06d}"
+
+    def where(self, i: int) -> str:
+        return f"{self.source}: image {self.name(i)}"
+
+    def content(self, i: int) -> NDArray[np.uint8]:
+        image: NDArray[np.uint8] = self.images[i]
+        return image
+
+    def take(self, ids: Ids) -> "Pixels":
+        return Pixels(self.source, self.images[ids], self.labels[ids], ids if self.rows is None else self.rows[ids])
+
+    def relabelled(self, labels: Ids) -> "Pixels":
+        return replace(self, labels=labels)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as its files list it.
+
+    class_names: by label, the ids that the data set itself uses (wnids for ImageNet). titles: what people call the
+    classes, where the data set says so. train, val: None where the source has no such split.
+    """
+
+    kind: str
+    name: str
+    class_names: list[str]
+    train: Records | None
+    val: Records | None
+    titles: list[str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Listing:
+    """Collects the samples of a split and makes Files of them."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = str(root)
+        self.names: list[str] = []
+        self.labels: list[int] = []
+        self.sizes: list[int] = []
+        self.offsets: list[int] = []
+        self.archive: list[int] = []
+        self.archives: dict[str, int] = {}
+
+    def add(self, name: str, label: int, size: int, archive: str | None = None, offset: int = 0) -> None:
+        self.names.append(name)
+        self.labels.append(label)
+        self.sizes.append(size)
+        self.offsets.append(offset)
+        self.archive.append(-1 if archive is None else self.archives.setdefault(archive, len(self.archives)))
+
+    def files(self) -> Files:
+        return Files(
+            self.root,
+            Texts(self.names),
+            np.array(self.labels, dtype=np.int64),
+            np.array(self.sizes, dtype=np.int64),
+            np.array(self.offsets, dtype=np.int64),
+            np.array(self.archive, dtype=np.int32),
+            list(self.archives),
+        )
