@@ -96,6 +96,104 @@ def download(
     print(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
 
 
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line instead of text.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that decode.", show_default="one per core")]
+BetonFile = Annotated[Path, typer.Argument(metavar="FILE.beton", help="A data set file, by fastil or by FFCV.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder, archive or file of a data set.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.beton", help="Training images; the others go to OUT.val.beton.")],
+    kind: Annotated[
+        str | None, typer.Option(help="What SOURCE is, if it is not found out.", show_default=False)
+    ] = None,
+    val: Annotated[
+        str | None, typer.Option(help="Validation images elsewhere, or `same`: a smoke test.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="The first N, names with commas, a file of names, lucir or first100.", show_default=False),
+    ] = None,
+    per_class: Annotated[int | None, typer.Option(help="Training images of each class.", show_default="all")] = None,
+    mode: Annotated[
+        str, typer.Option(help="jpeg: keep bytes where possible; reencode; raw: pixels.", show_default="jpeg or raw")
+    ] = "auto",
+    max_side: Annotated[int | None, typer.Option(help="Longest side in pixels.", show_default="as it is")] = None,
+    quality: Annotated[int, typer.Option(help="Of JPEGs that are encoded.")] = 95,
+    on_corrupt: Annotated[str, typer.Option(help="fail or skip.")] = "fail",
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Decode the JPEGs whose bytes are kept.")] = True,
+    workers: Workers = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is there and what it costs; write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a data set as .beton files with manifests; after a stop the same command goes on."""
+    from fastil.tools.convert import convert as convert_source
+    from fastil.tools.convert import options_of
+    from fastil.tools.reporting import Reporter
+
+    options = options_of(
+        kind=kind, val=val, classes=classes, per_class=per_class, mode=mode, max_side=max_side, quality=quality,
+        on_corrupt=on_corrupt, check=check, workers=workers,
+    )  # fmt: skip
+    try:
+        convert_source(source, out, options, Reporter(as_json), dry_run)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def verify(
+    path: BetonFile,
+    sample: Annotated[
+        int | None, typer.Option(help="Look into so many images only; no checksum of the file.", show_default="all")
+    ] = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check structure, checksums, images and counts of a data set file; exit status 1 if anything is wrong."""
+    from fastil.tools.pool import default_workers
+    from fastil.tools.reporting import Reporter
+    from fastil.tools.verify import verify as verify_file
+
+    reporter = Reporter(as_json)
+    problems = verify_file(path, sample, workers or default_workers(), reporter)
+    for problem in problems:
+        reporter.say(f"{path}: {problem}" if str(path) not in problem else problem, "problem", problem=problem)
+    state = "FAILED" if problems else "good"
+    scope = "" if sample is None else f", as far as {sample} images tell"
+    reporter.say(f"{path}: {state}{scope}", "verified", file=str(path), good=not problems)
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def info(path: BetonFile, as_json: AsJson = False) -> None:
+    """Say what is in a data set file."""
+    import json
+
+    from fastil.tools.export import as_text
+    from fastil.tools.export import info as info_of
+
+    found = info_of(path)
+    print(json.dumps(found) if as_json else as_text(found))
+
+
+@app.command()
+def export(
+    path: BetonFile,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the images go, a folder per class.")],
+    of_class: Annotated[list[str] | None, typer.Option("--class", help="Only this class (repeatable).")] = None,
+    ids: Annotated[list[int] | None, typer.Option("--id", help="Only this sample (repeatable).")] = None,
+) -> None:
+    """Write images of a data set file back out: JPEGs byte for byte, pixels as PNG."""
+    from fastil.tools.export import export as export_images
+
+    print(f"{export_images(path, folder, of_class or [], ids or [])} images in {folder}")
+
+
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")],

@@ -1,6 +1,23 @@
-"""Data sets held in memory and the loaders that stream them."""
+"""Data sets, how they lie in files, and the loaders that stream them."""
 
-from fastil.data.resident import Batch, Loader, make_loader
-from fastil.data.sources import DataConfig, Dataset, Split, load_dataset
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastil.data.resident import Batch, Loader, make_loader
+    from fastil.data.sources import DataConfig, Dataset, Split, load_dataset
+
+# Imported when asked for: the loaders bring torch, which the command line tools of this package do without.
+_HOMES = {
+    "Batch": "resident", "Loader": "resident", "make_loader": "resident", "DataConfig": "sources",
+    "Dataset": "sources", "Split": "sources", "load_dataset": "sources",
+}  # fmt: skip
 
 __all__ = ["Batch", "DataConfig", "Dataset", "Loader", "Split", "load_dataset", "make_loader"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

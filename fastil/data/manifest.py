@@ -1,0 +1,83 @@
+"""The manifest beside a .beton file: where it came from, its classes, and checksums of the file and of each sample."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+
+from fastil.errors import UserError
+
+FORMAT = 1
+CHECKED = pydantic.ConfigDict(strict=True, revalidate_instances="always")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A sample whose bytes are not those of its source. id: its row; -1: it was left out."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = CHECKED
+    id: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """class_names: by label, the ids of the data set (wnids for ImageNet); titles: what people call them. counts:
+    images per class. names: of each sample, as its source calls it. Written by `fastil convert`; two conversions of the
+    same source by the same versions write the same one."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = CHECKED
+    format: int
+    tool: str  # name and version
+    beton_version: int
+    split: str
+    source: dict[str, str]  # kind, name, path
+    parameters: dict[str, Any]
+    libraries: dict[str, str]  # what decoded and encoded
+    class_names: list[str]
+    titles: list[str] | None
+    counts: list[int]
+    images: int
+    bytes: int
+    sha256: str  # of the .beton file
+    crc32: list[int]
+    names: list[str]
+    reencoded: list[Changed] = field(default_factory=list)
+    skipped: list[Changed] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def dump(self) -> str:
+        """JSON, a line per entry of the lists that have one per sample."""
+        return json.dumps(asdict(self), indent=0, ensure_ascii=True) + "\n"
+
+
+def manifest_path(beton: Path) -> Path:
+    """x.beton: x.manifest.json."""
+    return beton.with_name(beton.name.removesuffix(".beton") + ".manifest.json")
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """None where there is none; a UserError where it is damaged or of a later format."""
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise UserError(f"{path}: format {content['format']!r}, this fastil knows {FORMAT}; install a newer one")
+        for key in ("reencoded", "skipped"):
+            content[key] = [Changed(**one) for one in content.get(key, ())]
+        manifest = pydantic.TypeAdapter(Manifest).validate_python(Manifest(**content))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: damaged; remove it and convert again, or fetch another copy") from None
+    same = manifest.images == len(manifest.crc32) == len(manifest.names) == sum(manifest.counts)
+    classes = {len(part) for part in (manifest.class_names, manifest.counts, manifest.titles) if part is not None}
+    if not same or len(classes) != 1 or min(manifest.counts, default=-1) < 0 or "name" not in manifest.source:
+        raise UserError(f"{path}: damaged, its counts differ; remove it and convert again, or fetch another copy")
+    return manifest

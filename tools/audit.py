@@ -1,0 +1,225 @@
+"""What a source holds, before anything is written: counts, formats, sizes, what has to be encoded, what it costs."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.data.beton import PAGE, PLACE, ROW
+from fastil.data.records import Extent, Files, Records, Source
+from fastil.errors import UserError
+from fastil.tools.images import Head, Prepared, Storage, look, prepare
+from fastil.tools.pool import Pool
+from fastil.tools.reporting import Reporter
+
+# Training and validation images of sets that people know, as published.
+EXPECTED = {
+    "ilsvrc": (1_281_167, 50_000), "tiny-imagenet": (100_000, 10_000), "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+}  # fmt: skip
+LOOKED_AT = 64  # samples in a worker's chunk
+TRIED = 24  # samples prepared to estimate time and size
+NAMED = 5  # problems shown before the rest is counted
+
+Item = Extent | bytes | NDArray[np.uint8]
+
+
+@dataclass
+class Audit:
+    """Of one split. width, height: uint16 [n] as stored; kept: bool [n], the bytes of the source are; problems and
+    reasons: by sample."""
+
+    split: str
+    records: Records
+    width: NDArray[np.uint16]
+    height: NDArray[np.uint16]
+    kept: NDArray[np.bool_]
+    sizes: NDArray[np.int64]  # bytes in the source
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    reasons: dict[int, str] = field(default_factory=dict)
+    problems: dict[int, str] = field(default_factory=dict)
+    projected: int = 0  # bytes of the .beton
+    seconds: float = 0.0  # of writing it, estimated
+
+    def largest(self, storage: Storage) -> int:
+        """A bound on the bytes of any sample as it will be stored."""
+        pixels = self.width.astype(np.int64) * self.height * 3
+        if storage.mode == "raw":
+            return int(pixels.max(initial=0))
+        encoded = pixels + (1 << 16)  # JPEG at 4:2:0 does not exceed the pixels, but for its tables
+        return int(np.where(self.kept, self.sizes, encoded).max(initial=0))
+
+
+def audit(split: str, records: Records, storage: Storage, pool: Pool, reporter: Reporter) -> Audit:
+    """Read every header, and prepare a few samples to estimate the rest."""
+    n = len(records)
+    found = Audit(
+        split, records, np.zeros(n, np.uint16), np.zeros(n, np.uint16), np.zeros(n, np.bool_),
+        records.size if isinstance(records, Files) else np.zeros(n, np.int64),
+    )  # fmt: skip
+    reporter.begin(f"audit {split}", n)
+    work = partial(look_at, storage=storage)
+    number = 0
+    for heads in pool.map(work, chunks(records, np.arange(n), LOOKED_AT), records.where):
+        for head in heads:
+            note(found, number, head, storage)
+            number += 1
+        reporter.advance(len(heads))
+    reporter.end()
+    estimate(found, storage, pool)
+    return found
+
+
+def note(found: Audit, number: int, head: Head, storage: Storage) -> None:
+    found.formats[head.format] += 1
+    if head.problem is not None:
+        found.problems[number] = head.problem
+        return
+    found.modes[head.mode] += 1
+    found.width[number], found.height[number] = head.width, head.height
+    found.kept[number] = storage.mode == "jpeg" and not head.reasons
+    if head.reasons:
+        found.reasons[number] = ", ".join(head.reasons)
+
+
+def estimate(found: Audit, storage: Storage, pool: Pool) -> None:
+    """Time a few samples of those that are decoded, and measure what encoding makes of them."""
+    pixels = found.width.astype(np.int64) * found.height * 3
+    good = np.setdiff1d(np.arange(len(pixels)), list(found.problems))
+    anew = good[~found.kept[good]]
+    per_pixel = 1.0
+    if storage.mode != "raw" and len(anew):
+        prepared, _ = timed(found, spread(anew), storage, pool)
+        written = [(len(p.content), p.width * p.height * 3) for p in prepared if p.content is not None]
+        per_pixel = sum(a for a, _ in written) / max(1, sum(b for _, b in written))
+    decoded = good if storage.check or storage.mode != "jpeg" else anew
+    if len(decoded):
+        some = spread(decoded)
+        found.seconds = timed(found, some, storage, pool)[1] / len(some) * len(decoded) / pool.workers
+    content = int(found.sizes[found.kept].sum() + per_pixel * pixels[anew].sum())
+    found.projected = content + len(pixels) * (ROW.itemsize + PLACE.itemsize) + PAGE
+
+
+def timed(found: Audit, ids: NDArray[np.int64], storage: Storage, pool: Pool) -> tuple[list[Prepared], float]:
+    began = time.perf_counter()
+    return [prepare_at(item_of(found.records, int(i)), storage) for i in ids], time.perf_counter() - began
+
+
+def spread(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A few of them, evenly."""
+    return ids[np.linspace(0, len(ids) - 1, min(TRIED, len(ids))).astype(np.int64)]
+
+
+def item_of(records: Records, i: int) -> Item:
+    """What a worker gets: a place to read from where there is one."""
+    return records.extent(i) if isinstance(records, Files) else records.content(i)
+
+
+def chunks(records: Records, ids: NDArray[np.int64], size: int) -> Iterator[list[tuple[int, Item]]]:
+    """The samples, so many at once."""
+    for start in range(0, len(ids), size):
+        yield [(int(i), item_of(records, int(i))) for i in ids[start : start + size]]
+
+
+def look_at(item: Item, storage: Storage) -> Head:
+    return look(item.read() if isinstance(item, Extent) else item, storage)
+
+
+def prepare_at(item: Item, storage: Storage) -> Prepared:
+    return prepare(item.read() if isinstance(item, Extent) else item, storage)
+
+
+def counts_of(records: Records, classes: int) -> NDArray[np.int64]:
+    return np.bincount(records.labels, minlength=classes)
+
+
+def shortfall(source: Source, splits: dict[str, Records], reduced: bool) -> list[str]:
+    """How the counts differ from those of the complete set, where that is known."""
+    if reduced or source.kind not in EXPECTED:
+        return []
+    pairs = zip(("train", "val"), EXPECTED[source.kind], strict=True)
+    return [
+        f"{split} has {len(splits[split]):,} images, the complete set {expected:,}"
+        for split, expected in pairs
+        if split in splits and len(splits[split]) != expected
+    ]
+
+
+def check_classes(source: Source, splits: dict[str, Records]) -> None:
+    """Raise UserError for a class without images."""
+    for split, records in splits.items():
+        counts = counts_of(records, len(source.class_names))
+        if len(records) == 0 or counts.min() == 0:
+            missing = source.class_names[int(counts.argmin())]
+            raise UserError(
+                f"{source.name}: {split} has no image of class {missing}; add some or leave it out (--classes)"
+            )
+
+
+def describe(source: Source, audits: Sequence[Audit], free: int, notes: Sequence[str]) -> str:
+    """The audit for people."""
+    lines = [f"{source.kind}: {source.name}, {len(source.class_names):,} classes"]
+    for found in audits:
+        n = len(found.records)
+        counts = counts_of(found.records, len(source.class_names))
+        good = np.setdiff1d(np.arange(n), list(found.problems))
+        lines.append(f"{found.split}: {n:,} images, {counts.min():,} to {counts.max():,} per class")
+        lines.append(f"  formats   {listed(found.formats)}; modes {listed(found.modes)}")
+        if len(good):
+            w, h = found.width[good], found.height[good]
+            lines.append(
+                f"  as stored {w.min()} to {w.max()} wide (median {np.median(w):.0f}), {h.min()} to {h.max()} high "
+                f"(median {np.median(h):.0f})"
+            )
+        lines.append(
+            f"  bytes     {found.kept.sum():,} kept as they are, {n - found.kept.sum() - len(found.problems):,} new"
+        )
+        lines += [f"  reason    {reason}: {count:,}" for reason, count in Counter(found.reasons.values()).most_common()]
+        lines += some_of(found.problems, found.records.where, "  unreadable")
+        lines.append(f"  output    about {found.projected / 1e6:,.1f} MB in about {duration(found.seconds)}")
+    lines += [f"note: {text}" for text in notes]
+    lines.append(f"free disk space: {free / 1e9:,.1f} GB")
+    return "\n".join(lines)
+
+
+def some_of(problems: dict[int, str], where: Callable[[int], str], label: str) -> list[str]:
+    """The first few of them, a line each."""
+    lines = [f"{label} {where(i)} ({what})" for i, what in list(problems.items())[:NAMED]]
+    more = len(problems) - len(lines)
+    return [*lines, f"{label} {more:,} more"] if more else lines
+
+
+def summary(found: Audit, classes: int) -> dict[str, Any]:
+    """The audit of a split for programs."""
+    return {
+        "split": found.split,
+        "images": len(found.records),
+        "counts": counts_of(found.records, classes).tolist(),
+        "formats": dict(found.formats),
+        "modes": dict(found.modes),
+        "kept": int(found.kept.sum()),
+        "reasons": dict(Counter(found.reasons.values())),
+        "problems": [{"source": found.records.where(i), "reason": what} for i, what in found.problems.items()],
+        "projected_bytes": found.projected,
+        "estimated_seconds": round(found.seconds, 1),
+    }
+
+
+def listed(counter: "Counter[str]") -> str:
+    return ", ".join(f"{key} {count:,}" for key, count in counter.most_common())
+
+
+def duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} hours"
+        if seconds > 5400
+        else f"{seconds / 60:.0f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )

@@ -1,0 +1,122 @@
+"""What becomes of one image on its way into a .beton: looked at, checked, and encoded anew only where it must be."""
+
+import io
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastil.data import pixels
+
+Mode = Literal["auto", "jpeg", "reencode", "raw"]
+MODE_NAMES = {"L": "grayscale", "LA": "grayscale", "P": "palette", "1": "black and white", "RGBA": "with alpha"}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How images are stored.
+
+    mode: "jpeg" keeps the bytes of every upright RGB JPEG and encodes the others, "reencode" encodes all of them, "raw"
+    stores pixels, "auto" is "raw" for a source of pixels and "jpeg" otherwise. quality: of what is encoded, 4:2:0.
+    max_side: longer sides are made so long, antialiased; None: kept.
+    check: decode the JPEGs that are kept, too.
+    """
+
+    mode: Mode = "auto"
+    quality: int = 95
+    max_side: int | None = None
+    check: bool = True
+
+
+class Head(NamedTuple):
+    """What the header of an image says. reasons: why its bytes cannot be kept; problem: why it cannot be read."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    reasons: tuple[str, ...]
+    problem: str | None
+
+
+class Prepared(NamedTuple):
+    """An image as it is stored. content None: the bytes of the source; problem: why it cannot be stored."""
+
+    content: bytes | None
+    width: int
+    height: int
+    problem: str | None
+
+
+def look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
+    """The header alone: no pixel is decoded."""
+    if not isinstance(content, bytes):
+        height, width = content.shape[:2]
+        return Head("pixels", "RGB", width, height, () if storage.mode == "raw" else ("pixels",), None)
+    try:
+        image = pixels.open_image(content)
+        turned = pixels.orientation(image)
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        return Head("unknown", "", 0, 0, (), describe(error))
+    kind = str(image.format)
+    width, height = image.size
+    reasons = []
+    if kind != "JPEG":
+        reasons.append(kind)
+    if image.mode != "RGB":
+        reasons.append(MODE_NAMES.get(image.mode, image.mode))
+    if turned != 1:
+        reasons.append("turned by its EXIF tag")
+    if turned > 4:
+        width, height = height, width
+    if storage.max_side is not None and max(width, height) > storage.max_side:
+        reasons.append("larger than --max-side")
+        width, height = scaled(width, height, storage.max_side)
+    problem = None
+    if max(width, height) >= 1 << 16:
+        problem = f"{width}x{height} pixels, the format holds sides up to 65,535; use --max-side"
+    return Head(kind, image.mode, width, height, tuple(reasons), problem)
+
+
+def prepare(content: bytes | NDArray[np.uint8], storage: Storage) -> Prepared:
+    """The image as it is stored; whatever is wrong with it is its `problem`."""
+    head = look(content, storage)
+    if head.problem is not None:
+        return Prepared(None, 0, 0, head.problem)
+    try:
+        if storage.mode == "jpeg" and not head.reasons:
+            assert isinstance(content, bytes)
+            if storage.check:
+                pixels.check_decodes(pixels.open_image(content))
+            return Prepared(None, head.width, head.height, None)
+        image = Image.fromarray(content) if not isinstance(content, bytes) else pixels.open_image(content)
+        image = pixels.to_rgb(pixels.upright(image))
+        if image.size != (head.width, head.height):
+            image = image.resize((head.width, head.height), Image.Resampling.BILINEAR)
+        return Prepared(encode(image, storage), image.width, image.height, None)
+    except Exception as error:
+        return Prepared(None, 0, 0, describe(error))
+
+
+def encode(image: Image.Image, storage: Storage) -> bytes:
+    """RGB pixels as they are stored."""
+    if storage.mode == "raw":
+        return image.tobytes()
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=storage.quality, subsampling="4:2:0")
+    return file.getvalue()
+
+
+def scaled(width: int, height: int, side: int) -> tuple[int, int]:
+    """The size with its longer side made `side`."""
+    longer = max(width, height)
+    return max(1, round(width * side / longer)), max(1, round(height * side / longer))
+
+
+def describe(error: Exception) -> str:
+    """What is wrong with an image, in one line without the address that Pillow names an unknown stream by."""
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image of a known format"
+    return " ".join(str(error).split()) or type(error).__name__

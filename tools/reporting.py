@@ -1,0 +1,71 @@
+"""What the command line tools show: bars on a terminal, a line now and then elsewhere, JSON lines if asked for."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+
+
+class Reporter:
+    """Stages of a long job. as_json: everything goes to stdout as one JSON object per line."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.bar: tqdm[Any] | None = None
+        self.stage, self.total, self.done, self.bytes = "", 0, 0, 0
+        self.began = self.last = time.monotonic()
+
+    def begin(self, stage: str, total: int, done: int = 0) -> None:
+        """A stage over so many samples, `done` of them before a resume."""
+        self.end()
+        self.stage, self.total, self.done, self.first, self.bytes = stage, total, done, done, 0
+        self.began = self.last = time.monotonic()
+        if not self.as_json and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=stage, unit="img", leave=False, dynamic_ncols=True)
+
+    def advance(self, samples: int, size: int = 0) -> None:
+        """So many samples, of so many bytes in all, are done."""
+        self.done += samples
+        self.bytes += size
+        if self.bar is not None:
+            self.bar.update(samples)
+            return
+        now = time.monotonic()
+        if now - self.last < LINE_EVERY:
+            return
+        self.last = now
+        rate = (self.done - self.first) / (now - self.began)
+        left = (self.total - self.done) / rate if rate else 0.0
+        speed = self.bytes / (now - self.began) / 1e6
+        if self.as_json:
+            self.event(
+                "progress", stage=self.stage, done=self.done, total=self.total, images_per_second=round(rate, 1),
+                megabytes_per_second=round(speed, 1), seconds_left=round(left, 1),
+            )  # fmt: skip
+        else:
+            print(
+                f"{self.stage}: {self.done:,} of {self.total:,}, {rate:,.0f} img/s, {speed:,.0f} MB/s, "
+                f"about {left / 60:.0f} min left",
+                flush=True,
+            )
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def say(self, text: str, event: str = "note", **fields: Any) -> None:
+        """A text for people; an event with these fields, or the text, for programs."""
+        if self.as_json:
+            self.event(event, **(fields or {"text": text}))
+        else:
+            if self.bar is not None:
+                self.bar.clear()
+            print(text, flush=True)
+
+    def event(self, event: str, **fields: Any) -> None:
+        print(json.dumps({"event": event} | fields), flush=True)

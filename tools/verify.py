@@ -1,0 +1,166 @@
+"""`fastil verify`: whether a .beton is what its manifest says, byte by byte, and every image in it decodes."""
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fastil.data.beton import HEADER, RAW, ROW, TABLE, Beton
+from fastil.data.manifest import manifest_path
+from fastil.data.pixels import open_image, to_rgb
+from fastil.data.records import Extent, Ids
+from fastil.errors import UserError
+from fastil.tools.pool import Pool
+from fastil.tools.reporting import Reporter
+
+READ = 4 << 20
+DECODED = 16  # samples in a worker's chunk
+
+
+def verify(path: Path, sample: int | None, workers: int, reporter: Reporter) -> list[str]:
+    """What is wrong, a line each; empty: nothing is. sample: look into so many samples only, evenly spread, and leave
+    out the checksum of the file. Raises UserError where there is nothing to look at."""
+    if sample is not None and sample < 1:
+        raise UserError(f"--sample {sample}: must be at least 1")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a .beton file")
+    try:
+        with Beton(path) as beton:
+            return _verify(beton, sample, workers, reporter)
+    except UserError as error:
+        lost = first_lost(path)
+        return [f"{error}{lost}"]
+
+
+def _verify(beton: Beton, sample: int | None, workers: int, reporter: Reporter) -> list[str]:
+    problems = structure(beton)
+    n = len(beton)
+    chosen = np.arange(n) if sample is None else np.unique(np.linspace(0, n - 1, min(sample, n)).astype(np.int64))
+    if beton.manifest is None:
+        reporter.say(f"{beton.path}: no manifest beside it, so there are no checksums to compare", "no_manifest")
+    else:
+        problems += against_manifest(beton, chosen, whole=sample is None, reporter=reporter)
+    problems += undecodable(beton, chosen, workers, reporter)
+    if sample is None and not problems:
+        doubles = n - len(np.unique(np.stack([checksums(beton), beton.lengths], 1), axis=0))
+        if doubles:
+            reporter.say(f"{beton.path}: {doubles:,} images are copies of others", "duplicates", images=doubles)
+    return problems
+
+
+def called(beton: Beton, i: int) -> str:
+    """A sample, for people."""
+    known = beton.manifest is not None and i < len(beton.manifest.names)
+    label = int(beton.labels[i])
+    in_class = f" of class {beton.class_names[label]}" if label < len(beton.class_names) else ""
+    return f"sample {i}{f' ({beton.name(i)})' if known else ''}{in_class}"
+
+
+def structure(beton: Beton) -> list[str]:
+    """What opening the file does not look at."""
+    problems = []
+    rows = np.arange(len(beton))
+    if beton.manifest is not None and beton.ids is not None:
+        problems += [f"{called(beton, int(i))}: its row has the id {beton.ids[i]}" for i in rows[beton.ids != rows]]
+    wrong = rows[beton.place_ids != rows.astype(np.uint64)]
+    problems += [f"{called(beton, int(i))}: the table of places gives it to {beton.place_ids[i]}" for i in wrong]
+    page = beton.starts // beton.page_size
+    straddling = rows[(beton.starts + np.maximum(beton.lengths, 1) - 1) // beton.page_size != page]
+    problems += [f"{called(beton, int(i))}: straddles a page" for i in straddling]
+    return problems
+
+
+def against_manifest(beton: Beton, chosen: Ids, whole: bool, reporter: Reporter) -> list[str]:
+    """Sizes, classes and checksums."""
+    manifest = beton.manifest
+    assert manifest is not None
+    problems = []
+    if manifest.bytes != beton.bytes:
+        problems.append(f"{beton.bytes:,} bytes, the manifest says {manifest.bytes:,}")
+    expected = np.repeat(np.arange(len(manifest.counts)), manifest.counts)
+    wrong = np.flatnonzero(beton.labels != expected)
+    problems += [f"{called(beton, int(i))}: has the label {beton.labels[i]} instead of {expected[i]}" for i in wrong]
+    reporter.begin("checksums", len(chosen))
+    for i in chosen:
+        view = beton.view(int(i))
+        if zlib.crc32(view) != manifest.crc32[i]:
+            problems.append(f"{called(beton, int(i))}: its bytes are not those that were written")
+        reporter.advance(1, len(view))
+    reporter.end()
+    if whole and sha256(beton) != manifest.sha256 and not problems:
+        problems.append("its header, a table or the padding between samples has changed; no sample has")
+    return problems
+
+
+def sha256(beton: Beton) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, beton.bytes, READ):
+        digest.update(memoryview(beton.map)[start : start + READ])
+    return digest.hexdigest()
+
+
+def checksums(beton: Beton) -> Ids:
+    """crc32 of each sample, int64 [n]."""
+    if beton.manifest is not None:
+        return np.array(beton.manifest.crc32, dtype=np.int64)
+    return np.array([zlib.crc32(beton.view(i)) for i in range(len(beton))], dtype=np.int64)
+
+
+def undecodable(beton: Beton, chosen: Ids, workers: int, reporter: Reporter) -> list[str]:
+    """Samples that are no image of the size that their row gives."""
+    chosen = chosen[beton.modes[chosen] != RAW]
+    reporter.begin("decode", len(chosen))
+    problems = []
+
+    def chunks() -> Iterator[list[tuple[int, tuple[Extent, int, int]]]]:
+        for start in range(0, len(chosen), DECODED):
+            yield [
+                (
+                    int(i),
+                    (Extent(str(beton.path), int(beton.starts[i]), int(beton.lengths[i])), *beton.sizes[i].tolist()),
+                )
+                for i in chosen[start : start + DECODED]
+            ]
+
+    at = 0
+    with Pool(workers) as pool:
+        for results in pool.map(partial(decodes), chunks(), partial(called, beton)):
+            for result in results:
+                if result is not None:
+                    problems.append(f"{called(beton, int(chosen[at]))}: {result}")
+                at += 1
+            reporter.advance(len(results))
+    reporter.end()
+    return problems
+
+
+def decodes(item: tuple[Extent, int, int]) -> str | None:
+    """What is wrong with a JPEG of this height and width."""
+    extent, height, width = item
+    try:
+        image = open_image(extent.read())
+        if image.size != (width, height):
+            return f"has {image.width}x{image.height} pixels, its row says {width}x{height}"
+        to_rgb(image)
+    except Exception as error:  # Pillow raises many kinds on damaged bytes
+        return f"does not decode ({' '.join(str(error).split())})"
+    return None
+
+
+def first_lost(path: Path) -> str:
+    """Of a file that does not open: where it ends, by the rows at its front, if it was cut short."""
+    try:
+        raw = np.fromfile(path, np.uint8, HEADER.itemsize)
+        header = raw.view(HEADER)[0]
+        size = path.stat().st_size
+        rows = np.fromfile(path, ROW, int(min(header["num_samples"], size // ROW.itemsize)), offset=TABLE)
+        if header["version"] != 2 or header["alloc_table_ptr"] <= size or not manifest_path(path).exists():
+            return ""
+        starts = rows["image"]["data_ptr"].astype(np.int64)
+        at = int(np.searchsorted(starts, size)) - 1
+        return "; no sample is whole" if at < 0 else f"; samples from {at} on are not whole or gone"
+    except (OSError, ValueError):
+        return ""
