@@ -2,7 +2,11 @@
 
 (a) `Trainer.fit` of an incremental step of the method's CIFAR-100 recipe: its network, compiled, its loss, update and
 data path. (b) the ceiling: the same compiled networks on one batch that is already there, the teacher's forward, the
-student's, and a backward pass that begins with fixed gradients in whatever the method's loss reads. Goal: a / b >= 0.9.
+student's, and a backward pass that begins with fixed gradients in whatever the method's loss reads; for Meta at every
+tenth update the passes of its virtual step, of the held-out batch and along the direction as well. Goal: a / b >= 0.9.
+
+What methods do between the steps (BiC's second stage, the pixels of Mnemonics, imprinting) is not in it: `fastil run`
+has it in timings.json.
 
 python -m bench.methods [--rounds N]
 """
@@ -10,57 +14,77 @@ python -m bench.methods [--rounds N]
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from bench.harness import ratio, save, spread, take_turns
 from bench.train_step import BATCH, CLASSES, COUNTS, NUM_OLD, TRANSFORM, compiled_trainer
-from fastil.data import Split
+from fastil.data import Batch, Split
 from fastil.device import pick_device
-from fastil.methods import METHOD_PARTS, Method, StepContext, build_method
+from fastil.methods import METHOD_PARTS, MetaAlpha, StepContext, build_method
+from fastil.methods.meta import UpdateContext
 from fastil.models import Output, build_network
-from fastil.plan import Key, training_plan
+from fastil.plan import EpochPlan, Key, training_plan
 from fastil.recipe import Recipe, load
-from fastil.trainer import Phase, Trainer
+from fastil.trainer import BeforeUpdate, Phase, Trainer
+from fastil.update import Update
 
-ROWS = (
-    "il_baseline", "balanced", "icarl", "icarl_bce", "bic", "lucir", "lucir_balanced", "tpcil", "podnet",
-    "podnet_balanced",
-)  # fmt: skip
-STEPS = 4
-READS = {"lucir": ("features",), "tpcil": ("features",), "podnet": ("features", "maps")}  # beside the logits
+ROWS: dict[str, list[str]] = {  # overrides of the CIFAR-100 recipe of that name
+    "il_baseline": [], "balanced": [], "meta": [], "icarl": [], "icarl_bce": [], "bic": [], "lucir": [],
+    "lucir_balanced": [], "mnemonics": [], "mnemonics released": ["mnemonics=released", "weight_transfer=true"],
+    "tpcil": [], "podnet": [], "podnet_balanced": [],
+}  # fmt: skip
+STEPS, META_STEPS = 4, 10
+READS = {  # beside the logits
+    "lucir": ("features",), "mnemonics": ("features",), "tpcil": ("features",), "podnet": ("features", "maps"),
+}  # fmt: skip
 
 
-@dataclass
 class Contestant:
     """A method in the middle of an incremental step."""
 
-    recipe: Recipe
-    trainer: Trainer
-    method: Method
+    def __init__(self, recipe: Recipe, trainer: Trainer, device: torch.device) -> None:
+        self.recipe, self.trainer = recipe, trainer
+        parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
+        width = trainer.student.width
+        self.method = build_method(
+            recipe.method, recipe.loss, parts, width=width, num_classes=CLASSES, device=device
+        )  # fmt: skip
+        self.method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
+        self.meta = None
+        if recipe.loss.loss == "meta_balanced":
+            self.meta = MetaAlpha(recipe.meta, self.method, BATCH)
+            self.meta.begin_step()
+        self.steps = STEPS if self.meta is None else META_STEPS
 
     def phase(self) -> Phase:
-        ids = np.arange(STEPS * BATCH)
+        def plan(epoch: int, count: int = self.steps) -> EpochPlan:
+            return training_plan(np.arange(count * BATCH) % (STEPS * BATCH), Key(0, 1), TRANSFORM, BATCH)
+
+        hook = None
+        if self.meta is not None:
+            every = self.recipe.meta.meta_every
+            hook = BeforeUpdate(every, lambda first, count: plan(0, count), self.meta.before_update)
         return Phase(
             name=self.recipe.name,
             step=1,
             parameters=self.method.parameters(self.trainer.student, 1),
             trainable=self.method.trainable(self.trainer.student),
             clamp=self.method.clamp,
-            plan=lambda epoch: training_plan(ids, Key(0, 1), TRANSFORM, BATCH),
+            plan=plan,
             epochs=1,
             schedule=lambda epoch: 0.001,
             backward=self.method.backward,
             weights=self.method.weights,
+            before_update=hook,
         )
 
     def fit(self) -> float:
         """Images per second of (a)."""
         phase, began = self.phase(), time.perf_counter()
         self.trainer.fit(phase)
-        return STEPS * BATCH / (time.perf_counter() - began)
+        return self.steps * BATCH / (time.perf_counter() - began)
 
     def ceiling(self) -> float:
         """Images per second of (b)."""
@@ -69,16 +93,31 @@ class Contestant:
         batch = next(trainer.loader.batches(phase.plan(0)))
         trainer.student.train()
         began = time.perf_counter()
-        for _ in range(STEPS):
+        for number in range(self.steps):
             with torch.no_grad():
                 trainer.fast_teacher(batch.images)
-            read = self.read(trainer.fast_student(batch.images))
-            torch.autograd.backward(read, [torch.full_like(tensor, 1e-6) for tensor in read])
+            if phase.before_update is not None and number % phase.before_update.every == 0:
+                self.passes(batch)  # the virtual step
+                self.passes(batch)  # as many held-out images
+                self.along(batch, update)
+            self.passes(batch)
             update.apply()
             trainer.student.zero_grad()
         if trainer.device.type == "cuda":
             torch.cuda.synchronize(trainer.device)
-        return STEPS * BATCH / (time.perf_counter() - began)
+        return self.steps * BATCH / (time.perf_counter() - began)
+
+    def passes(self, batch: Batch) -> None:
+        """A forward and a backward."""
+        read = self.read(self.trainer.fast_student(batch.images))
+        torch.autograd.backward(read, [torch.full_like(tensor, 1e-6) for tensor in read])
+
+    def along(self, batch: Batch, update: Update) -> None:
+        """A forward-mode pass."""
+        assert self.meta is not None
+        student = self.trainer.student
+        context = UpdateContext(batch, None, batch, student, student, update, self.trainer.autocast)
+        self.meta.forward_mode(context, [torch.full_like(p, 1e-6) for p in update.parameters])
 
     def read(self, out: Output) -> list[torch.Tensor]:
         of_method = READS.get(self.recipe.method.method, ())
@@ -93,17 +132,12 @@ def contestants(device: torch.device) -> dict[str, Contestant]:
     """Methods on the same network share one compiled pair."""
     trainers: dict[str, Trainer] = {}
     found = {}
-    for row in ROWS:
-        recipe = load(f"cifar100_{row}_5")
+    for row, overrides in ROWS.items():
+        recipe = load(f"cifar100_{row.split()[0]}_5", overrides)
         key = str(recipe.model)
         if key not in trainers:
             trainers[key] = make_trainer(recipe, device)
-        parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
-        method = build_method(
-            recipe.method, recipe.loss, parts, width=trainers[key].student.width, num_classes=CLASSES, device=device
-        )
-        method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
-        found[row] = Contestant(recipe, trainers[key], method)
+        found[row] = Contestant(recipe, trainers[key], device)
     return found
 
 

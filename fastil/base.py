@@ -46,6 +46,7 @@ def base_identity(recipe: Recipe) -> dict[str, Any]:
         "epochs of the base step": recipe.train.epochs_of(0),
         "training of the base step": recipe.method.method if recipe.model.weight_transfer else method.base,
         "loss of the base step": "nca" if recipe.loss.loss == "nca" else "cross-entropy",
+        "held out of the base step": str((recipe.bic.bic_share, recipe.memory)) if recipe.reserves else "nothing",
         "decay of the base step": f"falling, increment={recipe.protocol.increment}" if falls else "constant",
     }
 

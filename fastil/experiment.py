@@ -132,7 +132,8 @@ class Experiment:
         began = time.perf_counter()
         ids, held_out = self.training_set(step, num_old)
         self.begin(step, num_old, num_seen, ids, Position(step, "memory"))
-        self.correct_bias(held_out)
+        if step > 0:
+            self.correct_bias(held_out)
         self.select_exemplars(step, num_seen)
         self.after_memory(step, ids)
         selected = time.perf_counter()
@@ -148,11 +149,22 @@ class Experiment:
         """The images of the new classes and the exemplars of the old ones, and those of both that are held out."""
         new = [self.dataset.train.of_class(c) for c in self.class_steps[step]]
         ids, held_out = np.concatenate([*new, self.memory.ids()]), np.empty(0, dtype=np.int64)
-        if step > 0 and self.recipe.holds_out:
+        if self.recipe.reserves:
+            num_seen = num_old + len(self.class_steps[step])
+            held_out = self.reserved(self.protocol.order[:num_seen], num_old or num_seen)
+            ids = ids[~np.isin(ids, held_out)]
+        elif step > 0 and self.recipe.holds_out:
             per_class = self.recipe.held_out(self.recipe.memory.quota(num_old))
             key = Key(self.recipe.train.seed, step, "meta")
             ids, held_out = memory.hold_out(ids, self.positions_of(ids), per_class, key)
         return ids, held_out
+
+    def reserved(self, classes: Ids, sharing: int) -> Ids:
+        """The images of these classes that are never trained on, once `sharing` classes share the memory."""
+        per_class = self.recipe.held_out(self.recipe.memory.quota(sharing))
+        key = Key(self.recipe.train.seed, 0, "meta")
+        drawn = [memory.select_at_random(self.dataset.train.of_class(c), per_class, key) for c in classes]
+        return np.concatenate(drawn)
 
     def train(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
         ids, held_out = self.training_set(step, num_old)
@@ -185,13 +197,13 @@ class Experiment:
             self.overlay = changed
             self.train_loader.overlay(**changed)
 
-    def frozen_output(self, ids: Ids) -> Output:
-        return forward(self.trainer.student, self.train_loader, ids, self.trainer.autocast())
+    def frozen_output(self, ids: Ids, mirrored: bool = False) -> Output:
+        return forward(self.trainer.student, self.train_loader, ids, self.trainer.autocast(), mirrored=mirrored)
 
     def balanced_set(self, step: int, num_seen: int) -> Ids:
         """As many exemplars of every class seen: the quota, or what the smallest class has."""
         exemplars = [*self.memory.exemplars.values(), *self.choose_exemplars(step, num_seen).values()]
-        size = min(self.recipe.memory.quota(num_seen), *map(len, exemplars))
+        size = min(self.rehearsed(num_seen), *map(len, exemplars))
         return np.concatenate([ids[:size] for ids in exemplars])
 
     def finetune(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
@@ -224,8 +236,11 @@ class Experiment:
     def choose_exemplars(self, step: int, num_seen: int) -> dict[int, Ids]:
         """The exemplars of each new class, best first, in one pass over its images."""
         config, classes = self.recipe.memory, self.class_steps[step]
-        quota = config.quota(num_seen)
+        quota = self.rehearsed(num_seen)
         ids = [self.dataset.train.of_class(c) for c in classes]
+        if self.recipe.reserves:
+            reserved = self.reserved(classes, num_seen - len(classes) or num_seen)
+            ids = [i[~np.isin(i, reserved)] for i in ids]
         if config.exemplar_selection == "herding":
             features = self.frozen_output(np.concatenate(ids)).features
             ranks = memory.herd_classes(torch.split(features, [len(i) for i in ids]), quota)
@@ -241,10 +256,18 @@ class Experiment:
     def select_exemplars(self, step: int, num_seen: int) -> None:
         """Take the exemplars of the new classes into the memory; the older ones keep a prefix of what they have."""
         chosen = self.choose_exemplars(step, num_seen)
-        self.memory.reduce(self.recipe.memory.quota(num_seen))
+        self.memory.reduce(self.rehearsed(num_seen))
         for class_id, exemplars in chosen.items():
             self.memory.add(class_id, exemplars)
-        self.directory.write_exemplars(step, self.memory.exemplars)
+        kept = self.memory.exemplars
+        if self.recipe.reserves:  # they take a part of the memory as well
+            kept = {c: np.concatenate([ids, self.reserved(np.array([c]), num_seen)]) for c, ids in kept.items()}
+        self.directory.write_exemplars(step, kept)
+
+    def rehearsed(self, num_seen: int) -> int:
+        """Exemplars of a class that are trained on, once num_seen classes share the memory."""
+        quota = self.recipe.memory.quota(num_seen)
+        return quota - self.recipe.held_out(quota) if self.recipe.reserves else quota
 
     def evaluate_step(self, step: int, num_old: int, num_seen: int) -> StepResult:
         positions = self.positions[self.dataset.val.labels]
@@ -263,10 +286,7 @@ class Experiment:
 
     def nearest_mean_scores(self, features: torch.Tensor) -> torch.Tensor:
         ids = self.memory.ids()
-        exemplars, mirrored = (
-            forward(self.trainer.student, self.train_loader, ids, self.trainer.autocast(), mirrored=flip).features
-            for flip in (False, True)
-        )
+        exemplars, mirrored = (self.frozen_output(ids, flip).features for flip in (False, True))
         positions = torch.from_numpy(self.positions_of(ids)).to(self.device)
         return nearest_mean_scores(features, exemplars, mirrored, positions)
 

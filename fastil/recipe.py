@@ -106,6 +106,11 @@ class Recipe:
         """Whether images of every class stay out of training in an incremental step: Meta's B_t, BiC's second stage."""
         return self.loss.loss == "meta_balanced" or METHODS[self.method.method].holds_out
 
+    @property
+    def reserves(self) -> bool:
+        """Whether those are the same ones in every step, never trained on."""
+        return self.method.method == "bic" and self.bic.bic_validation == "reserved"
+
     def held_out(self, quota: int) -> int:
         """How many of each class, of `quota` exemplars per class (2 or more): at least one, and never all of them."""
         share = self.meta.meta_share if self.loss.loss == "meta_balanced" else self.bic.bic_share

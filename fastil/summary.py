@@ -64,7 +64,9 @@ def effective_steps(
         exemplars = int(np.minimum(train_counts[protocol.order[:seen]], quota).sum())
         new_images = int(train_counts[classes].sum())
         epochs = config.epochs_of(step)
-        per_class = recipe.held_out(quota) if holds_out and seen else 0
+        per_class = recipe.held_out(quota or recipe.memory.quota(len(classes))) if holds_out else 0
+        if not (seen or recipe.reserves):
+            per_class = 0
         held_out = per_class * (seen + len(classes))
         images = new_images + exemplars - held_out
         batches = num_batches(images, config.batch_size)

@@ -31,7 +31,8 @@ class TrainConfig:
     batch_size: int = 128
     lr: float = 0.1
     schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: lr / 10, as parts of the step
+    milestones: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: drops, as parts of the step
+    lr_drop: float = 0.1  # multistep: what a drop multiplies the learning rate by
     momentum: float = 0.9
     weight_decay: float = 2e-4
     seed: int = 0  # of initialisation, shuffling, crops and flips; the class order is fixed by `order`
@@ -52,6 +53,8 @@ class TrainConfig:
             raise UserError(
                 f"milestones={self.milestones}: give rising parts of a step between 0 and 1, such as [0.4, 0.6, 0.8]"
             )
+        if not 0 < self.lr_drop <= 1:
+            raise UserError(f"lr_drop={self.lr_drop}: must lie above 0 and be at most 1, such as 0.1")
         if not 0 <= self.momentum < 1 or not 0 <= self.weight_decay < float("inf"):
             raise UserError("momentum must lie in [0, 1) and weight_decay must not be negative")
         if not 0 <= self.seed < 2**32:
@@ -65,7 +68,7 @@ class TrainConfig:
         never in the first."""
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        return self.lr * 0.1 ** sum(epoch >= max(1, round(m * epochs)) for m in self.milestones)
+        return self.lr * self.lr_drop ** sum(epoch >= max(1, round(m * epochs)) for m in self.milestones)
 
 
 class BeforeUpdate(NamedTuple):

@@ -5,6 +5,13 @@ own step found, for its newest classes. Stage 2 learns beta and gamma on held-ou
 gamma on the new classes, with the network frozen; at test only the newest group is corrected. (`bic_groups=all`, one
 pair per group, all of them used in training and at test, is what some other codes call BiC.)
 
+`bic_validation=reserved` is the code's: the held-out images of a class are drawn before its first step and never
+trained on. With `each_step` they are drawn anew from the memory in each step, as for Meta, and were trained on before.
+
+Different from the code: batch normalisation is decayed, too; exemplars are herded once, on normalised features (there
+anew in each step, on features as they are); each epoch of stage 2 has its own last batch (there batches run on from one
+epoch into the next, so that few images get half as many updates).
+
 Known slips of other codes: PODNet's BiC predicts with the uncorrected logits, PyCIL's stage 2 takes the softmax twice,
 mammoth weighs distillation by 1 / step. The original code's stage 2 runs with batch statistics; here it is frozen.
 """
@@ -35,6 +42,7 @@ class BiCConfig:
     bic_lr: float = 0.1  # of stage 2, momentum 0.9
     bic_penalty: float = 0.1  # times gamma^2 / 2
     bic_share: float = 0.1  # of the memory, held out; as many of each new class
+    bic_validation: Literal["each_step", "reserved"] = "each_step"  # when held-out images are drawn; code: reserved
     bic_decay: Literal["constant", "falling"] = "constant"  # falling: weight decay times steps / (step + 1), as in code
 
     def __post_init__(self) -> None:
@@ -107,7 +115,7 @@ def fit_bias(logits: Tensor, targets: Tensor, num_old: int, config: BiCConfig) -
     beta = torch.ones((), device=logits.device, requires_grad=True)
     gamma = torch.zeros((), device=logits.device, requires_grad=True)
     optimizer = torch.optim.SGD([beta, gamma], lr=config.bic_lr, momentum=0.9)
-    drops = [round(m * config.bic_epochs) for m in MILESTONES]
+    drops = [max(1, round(m * config.bic_epochs)) for m in MILESTONES]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
     for _ in range(config.bic_epochs):
         for z, y in zip(torch.split(logits.detach(), BATCH), torch.split(targets, BATCH), strict=True):

@@ -22,7 +22,7 @@ class CorrectionConfig:
     finetune_epochs: int = 20  # PODNet and LUCIR; the paper: "few"
     finetune_lr: float = 0.05  # PODNet on CIFAR-100 (its ImageNet runs: 0.01)
     finetune_milestones: list[float] = field(default_factory=list)  # lr / 10, as parts of finetuning; LUCIR: [0.5]
-    # As both codes do; open in the paper. weights: of the classifier, without its learned scale (PODNet).
+    # Open in the paper. weights: of the classifier, without its learned scale, as both codes do.
     finetune_parameters: Literal["classifier", "weights", "all"] = "classifier"
     finetune_bn: Literal["frozen", "train"] = "frozen"  # batch normalisation; PODNet: train
 

@@ -75,7 +75,7 @@ class Lucir(Method):
         if start == 0:
             network.head.open_rows(start, stop, generator)
             return
-        means = [mean_direction(images.output(images.of_position(p)).features) for p in range(start, stop)]
+        means = [mean_direction(images.output(images.of_position(p), False).features) for p in range(start, stop)]
         assert isinstance(network.head, CosineHead)
         network.head.imprint(start, torch.stack(means))
 

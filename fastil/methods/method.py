@@ -47,7 +47,8 @@ class Meter(NamedTuple):
 class Images(NamedTuple):
     """Training images as the frozen network sees them, by the test-time transform. ids: int64 [n]."""
 
-    output: Callable[[NDArray[np.int64]], Output]  # features [n, d] and logits [n, W], on the device
+    # (ids, whether mirrored): features [n, d] and logits [n, W], on the device
+    output: Callable[[NDArray[np.int64], bool], Output]
     of_position: Callable[[int], NDArray[np.int64]]  # ids of the class at an incremental position
 
 

@@ -94,8 +94,11 @@ class Exemplars:
         self.first_new = int((self.positions < num_old).sum())  # the memory holds old classes first
         self.turn = 0
         with torch.no_grad():
-            features = memory.images.output(memory.ids[: self.first_new]).features if num_old else self.features([])
-            self.old_means = class_means(features, self.positions[: self.first_new])
+            self.old_means = self.pixels.new_zeros(0, network.head.weight.shape[-1])
+            if num_old:  # as the nearest-mean classifier has them
+                old = memory.ids[: self.first_new]
+                upright, mirrored = (F.normalize(memory.images.output(old, side).features) for side in (False, True))
+                self.old_means = F.normalize(by_class(upright + mirrored, self.positions[: self.first_new]))
 
     def features(self, chosen: Any) -> Tensor:
         chosen = torch.as_tensor(chosen, dtype=torch.int64, device=self.pixels.device)
@@ -103,11 +106,12 @@ class Exemplars:
         return out.features
 
     def class_mean_loss(self, batch: Batch, _: float) -> Tensor:
-        """Released: cross-entropy of the images' cosines with the class means of the exemplars, without a scale."""
+        """Released: cross-entropy of the images' cosines with the class means of the exemplars, without a scale. Those
+        of new classes are means of features as they are."""
         with torch.no_grad():
             images = F.normalize(self.network(batch.images).features)
         new = torch.arange(self.first_new, len(self.ids), device=images.device)
-        means = class_means(self.features(new), self.positions[new] - self.num_old)
+        means = F.normalize(by_class(self.features(new), self.positions[new] - self.num_old))
         return F.cross_entropy(images @ torch.cat((self.old_means, means)).T, batch.labels)
 
     def bilevel_loss(self, batch: Batch, inner_lr: float) -> Tensor:
@@ -157,8 +161,7 @@ class Exemplars:
         return (255 * (self.pixels.detach() * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
-def class_means(features: Tensor, positions: Tensor) -> Tensor:
-    """Mean directions of the rows of features [n, d], class after class, normalised: [classes, d]."""
-    classes = int(positions.max()) + 1 if len(positions) else 0
-    sums = features.new_zeros(classes, features.shape[1])
-    return F.normalize(sums.index_add(0, positions, F.normalize(features)))
+def by_class(features: Tensor, positions: Tensor) -> Tensor:
+    """Sums of the rows of features [n, d] of each class, [classes, d]."""
+    sums = features.new_zeros(int(positions.max()) + 1, features.shape[1])
+    return sums.index_add(0, positions, features)

@@ -5,6 +5,8 @@ the new classes (LUCIR: N_old / N_new). In the released code the margin of the c
 59): `nca_variant=released` is that, `nca_variant=paper` is eq. 8. Old proxies stay as they are in training and
 move in the balanced finetuning after it, gradients are clamped to [-5, 5] in both.
 
+The code's cosine schedule lags an epoch: its rate of epoch e is that of e - 1 here, and the first one comes twice.
+
 The released ImageNet options add colour jitter; the paper reproduced here "with no further augmentation".
 """
 
@@ -66,7 +68,7 @@ class Podnet(Method):
         head = network.head
         assert isinstance(head, CosineHead)
         seed = int(torch.randint(2**31, (), generator=generator))
-        features = [images.output(images.of_position(p)).features for p in range(start, stop)]
+        features = [images.output(images.of_position(p), False).features for p in range(start, stop)]
         head.imprint(start, torch.stack([class_proxies(f, head.weight.shape[1], seed) for f in features]))
 
 

@@ -67,7 +67,7 @@ class Tpcil(Lucir):
 
     def after_memory(self, network: Network, memory: Memory) -> dict[str, Tensor]:
         """Grow the graph by the new classes, and let the exemplars compete for its vertices."""
-        features = F.normalize(memory.images.output(memory.ids).features).double().cpu()
+        features = F.normalize(memory.images.output(memory.ids, False).features).double().cpu()
         classes = range(int(memory.positions.max()) + 1)
         vertices = torch.stack([mean_direction(features[torch.from_numpy(memory.positions == c)]) for c in classes])
         nearest = (features @ vertices.T).topk(min(2, len(vertices)), dim=1).indices.numpy()

@@ -31,6 +31,7 @@ METHODS = {
         "finetune_bn=train", "finetune_epochs=2",
     ],
     "podnet_balanced": ["method=podnet", "loss=balanced", *PROXIES],
+    "bic_reserved": ["method=bic", "bic_validation=reserved"],
     "tpcil": ["method=tpcil", "loss=softmax", *COSINE],
 }  # fmt: skip
 SHORT = [
@@ -67,7 +68,7 @@ def test_memory_and_head_have_the_right_shapes(finished):
     assert head.shape == ((16, 3, 64) if name.startswith("podnet") else (16, 64))
     assert head[:10].flatten(1).any(1).all()
     assert not head[10:].any()
-    assert ("head.scale" in weights) == (name not in ("icarl", "icarl_bce", "bic", "bic_all"))
+    assert ("head.scale" in weights) == (name not in ("icarl", "icarl_bce", "bic", "bic_all", "bic_reserved"))
 
 
 def test_stopped_in_any_step_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
@@ -97,6 +98,25 @@ def test_stopped_in_any_step_it_goes_on_to_the_same_end(finished, tmp_path, monk
             assert (out / file).read_bytes() == (folder / file).read_bytes()
         ours, theirs = (torch.load(d / "checkpoints/step_2.pt", weights_only=True) for d in (out, folder))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_reserved_images_are_the_same_in_every_step_and_never_trained_on(tmp_path, monkeypatch):
+    sets, training_set = [], Experiment.training_set
+
+    def spy(experiment, *arguments):
+        sets.append(training_set(experiment, *arguments))
+        return sets[-1]
+
+    monkeypatch.setattr(Experiment, "training_set", spy)
+    experiment = Experiment(load("digits", [*SHORT, *METHODS["bic_reserved"], "epochs=1"]), tmp_path / "run", False)
+    experiment.run()
+    labels = experiment.dataset.train.labels
+    trained, reserved = (np.unique(np.concatenate(ids)) for ids in zip(*sets, strict=True))
+    assert np.bincount(labels[reserved]).tolist() == [1] * 10  # a tenth of 10
+    assert not np.isin(trained, reserved).any()
+    assert np.isin(experiment.memory.ids(), trained).all()
+    memory = json.loads((tmp_path / "run/memory/step_2.json").read_text())
+    assert np.isin(reserved, np.concatenate([*memory.values()])).all()
 
 
 @pytest.mark.parametrize("name", ["lucir", "podnet_balanced", "mnemonics_released"])
