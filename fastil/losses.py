@@ -202,21 +202,22 @@ def icarl_cross_entropy(
     return torch.where(seen, terms, 0.0).sum() / (logits.shape[0] * num_outputs)
 
 
-def topology(features: Tensor, teacher_features: Tensor, edges: Tensor) -> Tensor:
-    """1 minus Pearson's correlation, over the edges of a graph, of the cosines between features with those between the
-    teacher's features: the topology-preserving loss of TPCIL (Tao et al., ECCV 2020), as far as it is known.
+def topology(similarities: Tensor, teacher_similarities: Tensor, edges: Tensor) -> Tensor:
+    """1 minus Pearson's correlation, over the edges of a graph, of their weights with those that the teacher has: the
+    topology-preserving loss of TPCIL (Tao et al., ECCV 2020), as far as it is known.
 
-    features, teacher_features [B, d]; edges bool [B, B], of which the part above the diagonal is read. The teacher gets
-    no gradient. Without at least two edges that differ, 0. Returns a scalar.
+    similarities, teacher_similarities: float [B, V], of images and vertices; edges: bool [B, V], which of them count.
+    The teacher gets no gradient. Without at least two edges that differ, 0. Returns a scalar.
     """
-    student, teacher = (_unit(_wide(f)) for f in (features, teacher_features.detach()))
-    weight = edges.triu(1).to(student.dtype)
+    student, teacher = _wide(similarities), _wide(teacher_similarities.detach())
+    weight = edges.to(student.dtype)
     count = weight.sum().clamp(min=1)
 
-    def centred(cosines: Tensor) -> Tensor:
-        return weight * (cosines - (weight * cosines).sum() / count)
+    def centred(values: Tensor) -> Tensor:
+        values = torch.where(edges, values, 0.0)
+        return weight * (values - values.sum() / count)
 
-    x, y = centred(student @ student.T), centred(teacher @ teacher.T)
+    x, y = centred(student), centred(teacher)
     both = x.square().sum() * y.square().sum()
     some = both > SHORTEST
     correlation = (x * y).sum() / torch.where(some, both, 1.0).sqrt()

@@ -3,10 +3,14 @@
 Known: the topology of the feature space is kept as an elastic Hebbian graph, built by competitive Hebbian learning; a
 topology-preserving loss penalises changes of its neighbour relations while new classes are learned; the graph grows.
 
-Chosen here: vertices are the class embeddings (mean directions of the exemplars); each exemplar joins its nearest and
-second nearest vertex by an edge, whose age starts anew, and ages the winner's other edges, which go when too old. The
-loss is 1 minus the correlation, over pairs of old images of a batch whose classes are joined or equal, of the student's
-cosines with the teacher's. Head, imprinting and frozen rows are LUCIR's, whose other terms are left out.
+Chosen here: vertices are the class embeddings (mean directions of the exemplars under the network that is the next
+step's teacher); each exemplar joins its nearest and second nearest vertex by an edge, whose age starts anew, and ages
+the winner's other edges, which go when too old. Each image of a batch is a signal: with s its cosines with the vertex
+that wins it under the teacher and the vertices joined to that one, the loss is 1 minus the correlation, over the batch,
+of the student's s with the teacher's. Its weight grows with sqrt(N_old / N_new), and the rest is LUCIR's: head,
+imprinting, frozen rows, margin ranking; the topology takes the place of its less-forget constraint.
+
+A first form, in which only the old images of a batch were related, to one another, forgot more than IL-Baseline does.
 """
 
 import math
@@ -32,7 +36,7 @@ from fastil.models import Network, Output
 class TpcilConfig:
     """method=tpcil."""
 
-    tpcil_lambda: float = 1.0  # of the topology-preserving loss; chosen here, not published where we could read it
+    tpcil_lambda: float = 5.0  # of the topology-preserving loss, times sqrt(N_old / N_new): LUCIR's, chosen here
     tpcil_age: int = 200  # how many wins of a vertex an edge survives without being one of them
 
     def __post_init__(self) -> None:
@@ -41,9 +45,7 @@ class TpcilConfig:
 
 
 class Tpcil(Lucir):
-    """ages: int64 [W, W], wins since an edge was one of them; -1: no edge."""
-
-    freezes_old_rows = False  # features may turn as a whole: only their relations are kept
+    """ages: int64 [W, W], wins since an edge was one of them; -1: no edge. vertices: [W, d], of length 1."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -51,19 +53,24 @@ class Tpcil(Lucir):
         width = len(self.classification.log_prior)
         self.ages = np.full((width, width), -1, dtype=np.int64)
         self.joined = torch.eye(width, dtype=torch.bool, device=self.device)
+        self.vertices = torch.zeros(width, 0, device=self.device)
 
     def weigh(self, context: StepContext) -> tuple[float, float]:
-        return 1.0, 0.0
-
-    def ranking(self, batch: Batch) -> dict[str, Any]:
-        return {}
+        weights = super().weigh(context)
+        self.adaptive_lambda = self.own.tpcil_lambda * math.sqrt(
+            context.num_old / (context.num_seen - context.num_old)
+        )  # fmt: skip
+        return weights
 
     def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:
+        """An image is a signal: its edges are those to the vertex that wins it under the teacher and to the vertices
+        that are joined to that one."""
         if teacher_out is None:
             return None
-        old = batch.labels < self.classification.num_old
-        edges = self.joined[batch.labels][:, batch.labels] & old & old[:, None]
-        return self.own.tpcil_lambda * topology(out.features, teacher_out.features, edges)
+        student, teacher = (F.normalize(o.features) @ self.vertices.T for o in (out, teacher_out))
+        old = self.classification.is_old
+        winner = torch.where(old, teacher, -2.0).argmax(1)
+        return self.adaptive_lambda * topology(student, teacher, self.joined[winner] & old)
 
     def after_memory(self, network: Network, memory: Memory) -> dict[str, Tensor]:
         """Grow the graph by the new classes, and let the exemplars compete for its vertices."""
@@ -73,6 +80,7 @@ class Tpcil(Lucir):
         nearest = (features @ vertices.T).topk(min(2, len(vertices)), dim=1).indices.numpy()
         if len(vertices) > 1:
             compete(self.ages, nearest, self.own.tpcil_age)
+        self.vertices = F.pad(vertices.float().to(self.device), (0, 0, 0, len(self.ages) - len(vertices)))
         self.join()
         return {}
 
@@ -80,10 +88,10 @@ class Tpcil(Lucir):
         self.joined.copy_(torch.from_numpy(self.ages >= 0) | torch.eye(len(self.ages), dtype=torch.bool))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ages": torch.from_numpy(self.ages)}
+        return {"ages": torch.from_numpy(self.ages), "vertices": self.vertices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ages = state["ages"].cpu().numpy().copy()
+        self.ages, self.vertices = state["ages"].cpu().numpy().copy(), state["vertices"].to(self.device)
         self.join()
 
 

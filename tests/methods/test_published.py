@@ -289,27 +289,56 @@ def test_a_falling_decay_is_the_codes():
 
 def test_the_topology_loss_is_one_minus_the_correlation_over_the_edges():
     generator = torch.Generator().manual_seed(5)
-    student, teacher = torch.randn(B, D, generator=generator), torch.randn(B, D, generator=generator)
-    edges = torch.rand(B, B, generator=generator) < 0.4
-    x, y = [], []
-    for i in range(B):
-        for j in range(i + 1, B):
-            if edges[i, j]:
-                for values, f in ((x, student.double()), (y, teacher.double())):
-                    values.append(float(f[i] @ f[j] / f[i].norm() / f[j].norm()))
+    student, teacher = torch.randn(B, W, generator=generator), torch.randn(B, W, generator=generator)
+    edges = torch.rand(B, W, generator=generator) < 0.4
+    student[~edges], teacher[~edges] = torch.nan, torch.nan  # where there is no edge nothing is read
+    x, y = ([float(s[i, j]) for i in range(B) for j in range(W) if edges[i, j]] for s in (student, teacher))
     assert float(topology(student, teacher, edges)) == pytest.approx(1 - np.corrcoef(x, y)[0, 1], rel=1e-5)
     assert float(topology(student, student, edges)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("pairs", [0, 1])
 def test_a_graph_too_small_for_a_correlation_costs_nothing(pairs):
-    features = torch.randn(B, D, requires_grad=True)
-    edges = torch.zeros(B, B, dtype=torch.bool)
+    cosines = torch.randn(B, W, requires_grad=True)
+    edges = torch.zeros(B, W, dtype=torch.bool)
     edges[0, 1 : 1 + pairs] = True
-    loss = topology(features, torch.randn(B, D), edges)
+    loss = topology(cosines, torch.randn(B, W), edges)
     loss.backward()
     assert loss == 0
-    assert not features.grad.any()
+    assert not cosines.grad.any()
+
+
+def test_tpcil_relates_images_to_the_vertex_that_wins_them_and_those_joined_to_it():
+    """With LUCIR's cross-entropy and margin ranking; one loop over images and vertices, in float64."""
+    method = method_of("tpcil", "tpcil_lambda=2")
+    generator = torch.Generator().manual_seed(11)
+    vertices = torch.nn.functional.normalize(torch.randn(W, D, generator=generator))
+    ages = np.full((W, W), -1)
+    ages[0, 3] = ages[3, 0] = ages[2, 7] = ages[7, 2] = 0  # 7 is a new class: no vertex in training
+    method.load_state_dict({"ages": torch.from_numpy(ages), "vertices": vertices})
+
+    def wanted(out, teacher):
+        x, y = [], []
+        for i in range(B):
+            s, t = (
+                [f[i].double() @ vertices[v].double() / f[i].double().norm() for v in range(NUM_OLD)]
+                for f in (out.features, teacher.features)
+            )
+            winner = max(range(NUM_OLD), key=lambda v, t=t: float(t[v]))
+            for v in range(NUM_OLD):
+                if v == winner or ages[winner, v] >= 0:
+                    x.append(s[v])
+                    y.append(t[v])
+        x, y = torch.stack(x), torch.stack(y)
+        x, y = x - x.mean(), y - y.mean()
+        hard = LABELS < NUM_OLD
+        own = out.logits.gather(1, LABELS[:, None])[hard]
+        rivals = out.logits[:, NUM_OLD:NUM_SEEN].topk(2, dim=1)[0][hard]
+        ranking = (0.5 - own + rivals).clamp(min=0).mean()
+        lamda = 2 * math.sqrt(NUM_OLD / (NUM_SEEN - NUM_OLD))
+        return cross_entropy(out) + ranking + lamda * (1 - (x * y).sum() / (x.norm() * y.norm()))
+
+    assert_loss(method, wanted, cosine=True)
 
 
 def test_vertices_compete_for_signals_and_old_edges_go():
