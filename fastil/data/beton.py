@@ -6,6 +6,7 @@ straddles a page. fastil's own files hold the fields image, label and id, sorted
 the header is written last, so that an unfinished file does not open.
 """
 
+import contextlib
 import io
 import mmap
 import os
@@ -172,8 +173,9 @@ class Beton:
         if start < self.rows_end or count < len(self) or rest:
             raise self.damaged("its last table is cut short or in a wrong place")
         places = self._read(PLACE, count, start)
-        if places["ptr"].max() >= 1 << 62 or places["size"].max() >= 1 << 62:
-            raise self.damaged("its table of places points outside the file")
+        farthest = np.maximum(places["ptr"], places["size"])
+        if farthest.max() >= 1 << 62:
+            raise self.damaged(f"sample {int(places['sample_id'][farthest.argmax()])} lies outside the file")
         order = np.lexsort((places["size"], places["ptr"]))  # an empty one before what lies at the same place
         starts, lengths = (places[key][order].astype(np.int64) for key in ("ptr", "size"))
         found = np.searchsorted(starts, self.starts, side="right") - 1
@@ -186,7 +188,9 @@ class Beton:
         wrong = np.flatnonzero((starts[1:] < np.maximum.accumulate(ends)[:-1]) & (lengths[1:] > 0))
         if len(wrong) or starts[0] < self.rows_end or ends.max() > start:
             culprit = int(wrong[0]) + 1 if len(wrong) else 0 if starts[0] < self.rows_end else int(ends.argmax())
-            raise self.damaged(f"sample {int(places['sample_id'][order[culprit]])} lies over something else")
+            named = places["sample_id"][order]
+            other = f", sample {int(named[ends[:culprit].argmax()])}" if len(wrong) else ""
+            raise self.damaged(f"sample {int(named[culprit])} lies over something else{other}")
         raw = self.modes == RAW
         off = raw & (self.lengths != self.sizes.astype(np.int64).prod(axis=1) * 3)
         if off.any():
@@ -218,7 +222,8 @@ class Beton:
         if self.manifest is None:
             return [str(label) for label in range(int(self.labels.max()) + 1)]
         if self.labels.max() >= len(self.manifest.class_names):
-            raise self.damaged(f"label {self.labels.max()} is not one of the manifest's classes")
+            culprit = int(self.labels.argmax())
+            raise self.damaged(f"sample {culprit}: label {self.labels[culprit]} is not one of the manifest's classes")
         return self.manifest.class_names
 
     def name(self, i: int) -> str:
@@ -255,7 +260,8 @@ class Beton:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        with contextlib.suppress(*([BufferError] if any(exception) else [])):  # whose traceback may hold a view
+            self.close()
 
 
 @dataclass(frozen=True)

@@ -1,107 +1,186 @@
-"""Image folders: <split>/<class>/<file>, decoded and resized once."""
+"""Image folders: <split>/<class>/<file>, listed; and the images of any source decoded and resized once."""
 
+import io
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastil.data.pixels import to_rgb
+from fastil.data.records import SAME, Listing, Records, Source, is_sequential
 from fastil.errors import UserError
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+Content = bytes | NDArray[np.uint8]
+MISSING = "no such folder; give --data with train/<class>/* and val/<class>/*, or --val as well"
 NAMED = 3  # how many damaged files a message names before it counts the rest
+AT_ONCE = 256  # encoded images of a sequential source held while they wait for a thread
 
 
-def read(train: Path, val: Path, size: int, skip_corrupt: bool) -> tuple[list[str], list[Arrays], list[str]]:
-    """Class names (sorted folder names), the two splits (uint8 [N, size, size, 3], int64 [N]), and notes.
+def open_folder(path: Path, val: str | None) -> Source:
+    """train/<class>/* and val/<class>/*, or a folder of class folders and val. Files in sorted order, hidden ones left
+    out, links followed."""
+    train_root, val_root = path / "train", path / "val"
+    if val is not None and not train_root.is_dir():
+        train_root = path
+    if val not in (None, SAME):
+        val_root = Path(str(val))
+    names = _classes(train_root)
+    has_val = val != SAME and (val is not None or val_root.is_dir())
+    if has_val:
+        check_same_classes(str(train_root), names, str(val_root), _classes(val_root))
+    return Source(
+        "folder",
+        path.resolve().name,
+        names,
+        _listed(path, train_root, names),
+        _listed(val_root if val else path, val_root, names) if has_val else None,
+    )
 
-    Files are taken in sorted order, hidden ones left out. A file that does not decode is an error that names it, or,
-    with skip_corrupt, left out and named in a note.
-    """
-    names = _classes(train)
-    val_names = _classes(val)
+
+def list_split(root: Path) -> tuple[list[str], Records]:
+    """Classes and samples of a folder of class folders."""
+    names = _classes(root)
+    return names, _listed(root, root, names)
+
+
+def check_same_classes(train: str, names: list[str], val: str, val_names: list[str]) -> None:
     if names != val_names:
         odd = sorted(set(names) ^ set(val_names))[0]
         where, missing = (train, val) if odd in names else (val, train)
         raise UserError(f"class {odd} is in {where} but not in {missing}; both need the same class folders")
+
+
+def _listed(base: Path, root: Path, names: list[str]) -> Records:
+    """The files of root's class folders; their names are relative to base."""
+    listing = Listing(base)
+    for label, name in enumerate(names):
+        folder = root / name
+        found = sorted(image_files(folder))
+        if not found:
+            raise UserError(f"{folder}: no image in it; add some or remove the class folder")
+        prefix = folder.relative_to(base).as_posix()
+        for file, size in found:
+            listing.add(f"{prefix}/{file}", label, size)
+    return listing.files()
+
+
+def image_files(folder: Path) -> Iterable[tuple[str, int]]:
+    """Names and sizes of the files of a folder, hidden ones left out."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; unpack the data set again")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                status = entry.stat()
+                if entry.is_file():
+                    yield entry.name, status.st_size
+            except OSError as error:  # a link to nowhere, or to itself
+                raise UserError(f"{entry.path}: cannot be read ({error.strerror}); repair or remove it") from None
+
+
+def _classes(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise UserError(f"{root}: {MISSING}")
+    return check_classes(str(root), class_folders(root))
+
+
+def class_folders(root: Path) -> list[str]:
+    """Sorted, hidden ones left out."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; unpack the data set again")
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def check_classes(where: str, found: Iterable[str]) -> list[str]:
+    """Sorted; two or more of them."""
+    names = sorted(found)
+    if len(names) < 2:
+        only = f"only one class folder ({names[0]})" if names else "no class folder"
+        raise UserError(f"{where}: {only}; incremental training needs two classes or more, one folder each")
+    return names
+
+
+def read(source: Source, size: int, skip_corrupt: bool) -> tuple[list[Arrays], list[str]]:
+    """The two splits (uint8 [N, size, size, 3], int64 [N]), and notes.
+
+    A sample that does not decode is an error that names it, or, with skip_corrupt, left out and named in a note.
+    """
     splits, notes = [], []
-    for root in (train, val):
-        files, labels = _files(root, names)
-        needed = len(files) * size * size * 3
+    for split, records in (("train", source.train), ("val", source.val)):
+        assert records is not None
+        needed = len(records) * size * size * 3
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory // 2:
             raise UserError(
-                f"{root}: {len(files)} images at {size}x{size} need {needed / 2**30:.0f} GiB, half of this machine has "
-                f"{memory / 2**31:.0f}; lower size"
+                f"{source.name}, {split}: {len(records)} images at {size}x{size} need {needed / 2**30:.0f} GiB, half "
+                f"of this machine has {memory / 2**31:.0f}; lower size"
             )
-        images = np.empty((len(files), size, size, 3), dtype=np.uint8)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
-            outcomes = list(pool.map(partial(_decode_into, size=size), images, files))
-        errors = {row: outcome for row, outcome in enumerate(outcomes) if outcome}
+        images, labels = np.empty((len(records), size, size, 3), dtype=np.uint8), records.labels
+        errors = _decode_all(records, images, size)
         if errors:
-            listing = "; ".join(f"{files[row]} ({error})" for row, error in list(errors.items())[:NAMED])
+            listing = "; ".join(f"{records.where(row)} ({error})" for row, error in list(errors.items())[:NAMED])
             more = f" and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
             if not skip_corrupt:
                 raise UserError(f"not a readable image: {listing}{more}; repair or remove, or set on_corrupt=skip")
-            notes.append(f"skipped {len(errors)} of {len(files)} files: {listing}{more}")
-            kept = np.setdiff1d(np.arange(len(files)), list(errors))
+            notes.append(f"skipped {len(errors)} of {len(records)} files: {listing}{more}")
+            kept = np.setdiff1d(np.arange(len(records)), list(errors))
             images, labels = images[kept], labels[kept]
         splits.append((images, labels))
-    return names, splits, notes
+    return splits, notes
 
 
-def _decode_into(target: NDArray[np.uint8], path: Path, size: int) -> str | None:
-    """Fill one row of the split; returns what is wrong with the file."""
-    try:
-        target[:] = decode(path, size)
-    except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        return str(error) or type(error).__name__
-    return None
+def _decode_all(records: Records, images: NDArray[np.uint8], size: int) -> dict[int, str]:
+    """Fill images; returns by row what is wrong with a sample."""
+
+    def fetch(row: int) -> Content | Exception:
+        try:
+            return records.content(row)
+        except UserError as error:
+            return error
+
+    def work(row: int, content: Content | Exception) -> str | None:
+        try:
+            if isinstance(content, Exception):
+                raise content
+            images[row] = decode(content, size)
+        except Exception as error:  # Pillow's readers raise many kinds on damaged files
+            return str(error) or type(error).__name__
+        return None
+
+    rows = range(len(records))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
+        if not is_sequential(records):
+            outcomes = list(pool.map(lambda row: work(row, fetch(row)), rows))
+        else:
+            outcomes = []
+            for start in rows[::AT_ONCE]:
+                some = rows[start : start + AT_ONCE]
+                outcomes += pool.map(work, some, [fetch(row) for row in some])
+    return {row: error for row, error in enumerate(outcomes) if error}
 
 
-def decode(path: Path, size: int) -> NDArray[np.uint8]:
+def decode(source: Path | Content, size: int) -> NDArray[np.uint8]:
     """One image as uint8 [size, size, 3]: RGB, short side resized to size (bilinear, antialiased), centre crop.
 
-    Grayscale, palette and CMYK become RGB, 16-bit samples lose their low byte, alpha is dropped, and the orientation
-    tag is not applied: what the field's PIL loaders do, except that those clip 16 bits to white.
+    source: an image file, the bytes of one, or pixels uint8 [h, w, 3]. Grayscale, palette and CMYK become RGB, 16-bit
+    samples lose their low byte, alpha is dropped, and the orientation tag is not applied: what the field's PIL loaders
+    do, except that those clip 16 bits to white.
     """
-    with Image.open(path) as opened:
-        image: Image.Image = opened
-        if image.mode.startswith("I"):  # 16-bit grayscale opens as I or I;16, which convert("RGB") would clip
-            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point samples have no agreed range; convert it to 8 bits")
-        if "transparency" in image.info:  # a palette with transparent entries, which Pillow wants spelled out
-            image = image.convert("RGBA")
-        image = image.convert("RGB")
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source)
+    else:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            image = to_rgb(opened)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def _classes(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give --data with train/<class>/* and val/<class>/*, or --val as well")
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if len(names) < 2:
-        found = f"only one class folder ({names[0]})" if names else "no class folder"
-        raise UserError(f"{root}: {found}; incremental training needs two classes or more, one folder each")
-    return names
-
-
-def _files(root: Path, names: list[str]) -> tuple[list[Path], NDArray[np.int64]]:
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        found = sorted(entry for entry in (root / name).iterdir() if entry.is_file() and not entry.name.startswith("."))
-        if not found:
-            raise UserError(f"{root / name}: no image in it; add some or remove the class folder")
-        files += found
-        labels += [label] * len(found)
-    return files, np.array(labels, dtype=np.int64)

@@ -4,6 +4,7 @@ A source is listed, not read: a million samples take some 70 bytes each. `fastil
 """
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 from fastil.errors import UserError
 
 Ids = NDArray[np.int64]
+SAME = "same"  # in place of a path of validation images: the training images are taken again
+MOST_CLASSES = 1_000_000  # a label beyond is no class but damage, and would name as many classes
+MOST_TEXT = 1 << 28  # bytes of a text file that lists something
 
 
 class Texts(Sequence[str]):
@@ -179,16 +183,41 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
+def is_sequential(records: Records) -> bool:
+    """Whether content(i) is cheap for ascending rows only, so that another order wants a copy to pick from."""
+    return bool(getattr(records, "sequential", False))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file without the blank ones; a UserError if it is missing, no text or far too large."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; fetch the data set again")
+        if path.stat().st_size > MOST_TEXT:
+            raise UserError(f"{path}: {path.stat().st_size >> 20} MiB, no list of that size is known; fetch it again")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; it is damaged, fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def numbered(labels: Iterable[Ids]) -> list[str]:
+    """Names for classes that are only numbers: 0 up to the highest label."""
+    return [str(label) for label in range(max((int(part.max(initial=-1)) for part in labels), default=-1) + 1)]
+
+
 class Listing:
     """Collects the samples of a split and makes Files of them."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = str(root)
         self.names: list[str] = []
-        self.labels: list[int] = []
-        self.sizes: list[int] = []
-        self.offsets: list[int] = []
-        self.archive: list[int] = []
+        self.labels = array("q")  # a list would take four times the memory
+        self.sizes = array("q")
+        self.offsets = array("q")
+        self.archive = array("q")
         self.archives: dict[str, int] = {}
 
     def add(self, name: str, label: int, size: int, archive: str | None = None, offset: int = 0) -> None:

@@ -4,11 +4,9 @@ A source yields two splits with the same classes: train and val (the test set of
 """
 
 import difflib
-import gzip
 import hashlib
 import math
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.data import cifar, folder
+from fastil.data.catalog import open_source
+from fastil.data.idx import read as read_idx_files
 from fastil.errors import UserError
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
@@ -33,7 +33,7 @@ class DataConfig:
 
     dataset: str = "digits"  # digits | fashion-mnist | idx | cifar10 | cifar100 | folder | imagenet
     data: str | None = None  # path of the data set; --data sets it
-    val: str | None = None  # folder: path of the test images if not DATA/val; --val sets it
+    val: str | None = None  # folder: path of the test images if not DATA/val, or same; --val sets it
     size: int = 32  # folder: images are resized once, short side, then centre-cropped to a square
     on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what a file that does not decode means
     verify: bool = True  # cifar: compare the md5 of the python version's files with the published ones
@@ -169,45 +169,8 @@ def idx(config: DataConfig) -> Dataset:
 
 
 def _idx_dataset(name: str, path: Path, class_names: list[str] | None) -> Dataset:
-    splits = []
-    for prefix in ("train", "t10k"):
-        images = read_idx(_idx_file(path, f"{prefix}-images-idx3-ubyte"), dimensions=3)
-        labels = read_idx(_idx_file(path, f"{prefix}-labels-idx1-ubyte"), dimensions=1).astype(np.int64)
-        if len(images) != len(labels):
-            raise UserError(
-                f"{path}: {prefix} has {len(images)} images but {len(labels)} labels; fetch both files again"
-            )
-        splits.append(Split(_rgb(images), labels))
-    names = class_names or [str(label) for label in range(int(splits[0].labels.max(initial=-1)) + 1)]
-    train, val = splits
-    return Dataset(name, names, train, val)
-
-
-def _idx_file(path: Path, name: str) -> Path:
-    for candidate in (path / name, path / f"{name}.gz"):
-        if candidate.exists():
-            return candidate
-    raise UserError(f"{path}: no {name} (or .gz) there; --data must name the folder with the four idx files")
-
-
-def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """An idx file of unsigned bytes, gzipped or not: 0 0 8 ndim, big-endian sizes, then the bytes."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch it again") from None
-    header = 4 + 4 * dimensions
-    if len(raw) < header or raw[:4] != bytes([0, 0, 8, dimensions]):
-        raise UserError(f"{path}: not an idx file of {dimensions}-dimensional bytes; fetch it again")
-    shape = tuple(int.from_bytes(raw[i : i + 4], "big") for i in range(4, header, 4))
-    expected = math.prod(shape)
-    if expected == 0:
-        raise UserError(f"{path}: an idx file of nothing (its sizes are {shape}); fetch it again")
-    if len(raw) - header != expected:
-        raise UserError(
-            f"{path}: holds {len(raw) - header} bytes of data, its header promises {expected}; fetch it again"
-        )
-    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape(shape)
+    names, (train, val) = read_idx_files(path)
+    return Dataset(name, class_names or names, Split(*train), Split(*val))
 
 
 def cifar10(config: DataConfig) -> Dataset:
@@ -228,13 +191,21 @@ def _cifar(config: DataConfig, variant: cifar.Variant) -> Dataset:
 
 
 def image_folder(config: DataConfig) -> Dataset:
-    """A folder train/<class>/* and val/<class>/* of image files."""
-    root = _required(config)
-    train_root, val_root = root / "train", root / "val"
-    if config.val:
-        train_root, val_root = (train_root if train_root.is_dir() else root), Path(config.val)
-    names, (train, val), notes = folder.read(train_root, val_root, config.size, config.on_corrupt == "skip")
-    return Dataset(root.resolve().name, names, Split(*train), Split(*val), tuple(notes))
+    """Image files train/<class>/* and val/<class>/*, or any other kind of source, decoded into memory."""
+    if config.data is None:
+        raise UserError(f"dataset={config.dataset} needs --data PATH")
+    path = Path(config.data)
+    if not path.exists() and "{" not in config.data:
+        raise UserError(f"{path}: no such file or folder; --data must name the data set")
+    source = open_source(path, val=config.val, verify=config.verify)
+    for name, records in (("train", source.train), ("val", source.val)):
+        if records is None and source.kind == "folder":
+            raise UserError(f"{path / name}: {folder.MISSING}")
+        if records is None:
+            raise UserError(f"{path}: no {name} images in this source of the kind {source.kind}; give them by --val")
+    splits, notes = folder.read(source, config.size, config.on_corrupt == "skip")
+    train, val = splits
+    return Dataset(source.name, source.class_names, Split(*train), Split(*val), (*source.notes, *notes))
 
 
 def imagenet(config: DataConfig) -> Dataset:
