@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.data import cifar, folder
+from fastil.data.beton import Beton
 from fastil.data.catalog import open_source
 from fastil.data.idx import read as read_idx_files
 from fastil.errors import UserError
@@ -115,7 +116,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     """Read the data set of a recipe. A UserError names what is missing or damaged, and the fix."""
     if config.dataset == "digits" and (config.data or config.val):
         raise UserError("digits come with scikit-learn and take no --data; for your own images use the recipe folder")
-    dataset = SOURCES[config.dataset](config)
+    converted = (config.data or "").endswith(".beton") and config.dataset != "imagenet"
+    dataset = (beton_file if converted else SOURCES[config.dataset])(config)
     for name, split in (("train", dataset.train), ("val", dataset.val)):
         if len(split.labels) == 0:
             raise UserError(f"{dataset.name}: {name} has no images; add some")
@@ -206,6 +208,21 @@ def image_folder(config: DataConfig) -> Dataset:
     splits, notes = folder.read(source, config.size, config.on_corrupt == "skip")
     train, val = splits
     return Dataset(source.name, source.class_names, Split(*train), Split(*val), (*source.notes, *notes))
+
+
+def beton_file(config: DataConfig) -> Dataset:
+    """A file by `fastil convert` or FFCV, decoded into memory: of small images as they are, if they are all of one size
+    and the recipe has none of its own."""
+    if config.dataset != "folder" and config.data is not None:
+        with Beton(config.data) as beton:
+            sizes = np.unique(beton.sizes)
+        if len(sizes) > 1:
+            raise UserError(
+                f"{config.data}: its images are not squares of one size, as dataset={config.dataset} needs; use the "
+                "recipe folder, which resizes them"
+            )
+        config = replace(config, size=int(sizes[0]))
+    return image_folder(config)
 
 
 def imagenet(config: DataConfig) -> Dataset:
