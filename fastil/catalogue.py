@@ -27,12 +27,12 @@ def catalogue() -> str:
     others = [(r.name, r.description, r.fidelity) for name, r in recipes.items() if not of_table.fullmatch(name)]
     return (
         "Table 1 of the paper, average incremental accuracy in percent as published; a recipe is called "
-        f"DATASET_METHOD_STEPS, such as {columns[0].format('lucir')}; `.` is a recipe without a published number:\n\n"
+        f"DATASET_METHOD_STEPS, such as {columns[0].format('lucir')}; `-` is a recipe without a published number:\n\n"
         f"{format_table(header, rows)}\n\nOthers:\n\n{format_table(('recipe', 'what', 'fidelity'), others)}"
     )
 
 
 def published(recipe: Recipe | None) -> str:
     if recipe is None:
-        return "-"
-    return "." if recipe.published is None else f"{recipe.published:.2f}"
+        return ""
+    return "-" if recipe.published is None else f"{recipe.published:.2f}"

@@ -22,6 +22,7 @@ class EvaluationConfig:
     """How a class is predicted."""
 
     predictor: Literal["cnn", "nme"] = "cnn"  # the head's argmax, or iCaRL's nearest mean of exemplars
+    nme_mirrored: bool = True  # with their mirror images, if training has them; LUCIR's ImageNet code: without
 
 
 @dataclass(frozen=True)

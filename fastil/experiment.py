@@ -24,7 +24,7 @@ from fastil.progress import Progress
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.rundir import Position, RunDirectory
-from fastil.trainer import EpochRecord, Trainer
+from fastil.trainer import EpochRecord, Stopped, Trainer
 
 Ids = NDArray[np.int64]
 
@@ -124,7 +124,7 @@ class Experiment:
             position = Position(step, "memory")
             if self.recipe.correction.epochs_of(step):
                 position = Position(step, "correct")
-                self.finetuning_ids = self.balanced_set(step, num_seen)
+                self.finetuning_ids = self.balanced_set(step, num_old, num_seen)
             self.save(position)
         if position.phase == "correct":
             self.finetune(step, num_old, num_seen, position)
@@ -189,10 +189,17 @@ class Experiment:
         def training(epoch: int) -> Iterator[Batch]:
             plan = self.phases.training_epoch(step, trained, None, epoch)
             for batch in self.train_loader.batches(plan):
+                if self.interrupt.requested():  # the checkpoint before the memory phase stands; this begins anew
+                    raise Stopped
+                self.progress.tick(len(batch.ids))
                 yield batch._replace(labels=self.trainer.table[batch.labels])
 
+        visits = self.steps[step].memory_visits
+        if visits:
+            self.progress.begin(f"step {step}, exemplars", visits, 0)
         context = Memory(ids, self.positions_of(ids), self.images, self.train_loader, training)
         changed = self.method.after_memory(self.trainer.student, context)
+        self.progress.end()
         if changed:
             self.overlay = changed
             self.train_loader.overlay(**changed)
@@ -200,9 +207,11 @@ class Experiment:
     def frozen_output(self, ids: Ids, mirrored: bool = False) -> Output:
         return forward(self.trainer.student, self.train_loader, ids, self.trainer.autocast(), mirrored=mirrored)
 
-    def balanced_set(self, step: int, num_seen: int) -> Ids:
-        """As many exemplars of every class seen: the quota, or what the smallest class has."""
+    def balanced_set(self, step: int, num_old: int, num_seen: int) -> Ids:
+        """As many exemplars of every class seen, none of them held out: the quota, or what the smallest class has."""
+        held_out = self.training_set(step, num_old)[1]
         exemplars = [*self.memory.exemplars.values(), *self.choose_exemplars(step, num_seen).values()]
+        exemplars = [ids[~np.isin(ids, held_out)] for ids in exemplars]
         size = min(self.rehearsed(num_seen), *map(len, exemplars))
         return np.concatenate([ids[:size] for ids in exemplars])
 
@@ -284,9 +293,14 @@ class Experiment:
         self.directory.write_predictions(step, positions[ids], predicted)
         return dataclasses.replace(result, nme_top1=result.top1) if nme else result
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether class means take in mirror images: only where training has seen some."""
+        return self.transform.flip and self.recipe.evaluation.nme_mirrored
+
     def nearest_mean_scores(self, features: torch.Tensor) -> torch.Tensor:
         ids = self.memory.ids()
-        exemplars, mirrored = (self.frozen_output(ids, flip).features for flip in (False, True))
+        exemplars, mirrored = (self.frozen_output(ids, side).features for side in (False, self.mirrors))
         positions = torch.from_numpy(self.positions_of(ids)).to(self.device)
         return nearest_mean_scores(features, exemplars, mirrored, positions)
 

@@ -33,7 +33,6 @@ class Phases:
             key = Key(config.seed, step, "meta")
             stream = partial(cycled_plan, held_out, key, self.transform, config.batch_size)
             extra["before_update"] = BeforeUpdate(self.recipe.meta.meta_every, stream, self.meta.before_update)
-            extra["observed"] = self.meta.observed
         return Phase(
             name="train",
             step=step,
@@ -47,8 +46,15 @@ class Phases:
             backward=self.method.backward,
             weights=self.method.weights,
             teacher=step > 0,
+            observed=partial(self.observed, step),
             **extra,
         )
+
+    def observed(self, step: int) -> dict[str, Any]:
+        """Beside the loss, for metrics.jsonl, once per epoch: the learned scale of a cosine head, Meta's alpha."""
+        scale = getattr(self.network.head, "scale", None)
+        shown = {} if scale is None else {"scale": float(scale)}
+        return shown if self.meta is None or step == 0 else shown | self.meta.observed()
 
     def training_epoch(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, epoch: int) -> EpochPlan:
         key = Key(self.recipe.train.seed, step, "train", epoch)

@@ -41,10 +41,13 @@ def describe(recipe: Recipe) -> str:
     plain, distilled = speeds(recipe, size)
     meta = meta_cost(recipe)
     seconds = sum(
-        (plan.visits * (1 + meta) + plan.finetune_visits) / distilled if plan.step else plan.visits / plain
+        (plan.visits * (1 + meta) + plan.finetune_visits + plan.memory_visits) / distilled
+        if plan.step
+        else (plan.visits + plan.memory_visits) / plain
         for plan in steps
     )
     finetuned = sum(plan.finetune_visits for plan in steps)
+    learned = sum(plan.memory_visits for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
     flops = compiling.flops_per_image(student, *size)
     method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
@@ -59,7 +62,8 @@ def describe(recipe: Recipe) -> str:
         f"optimiser    SGD, momentum {train.momentum:g}, weight decay {train.weight_decay:g}, batch {train.batch_size}",
         summary.as_table(steps),
         f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations"
-        + (f", and {finetuned:,} in balanced finetuning" if finetuned else ""),
+        + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
+        + (f", and {learned:,} to learn exemplars" if learned else ""),
         f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}",
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps",

@@ -6,7 +6,7 @@ percent) and `fidelity`. Every key of every part is set at the top level, in the
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -60,18 +60,36 @@ assert len(KEYS) == sum(len(dataclasses.fields(config)) for config in PARTS.valu
 RUNTIME_KEYS = {"data", "val", "verify", "device", "compile", "checkpoint_every"}
 
 
-# Beginnings of keys that are read beside some values of another key only.
-READERS = {
-    "meta_": ("loss", ("meta_balanced",)),
-    "nca_": ("loss", ("nca",)),
-    "finetune_": ("correction", ("balanced_finetuning",)),
-    "proxies": ("head", ("proxies",)),
-    "icarl_": ("method", ("icarl", "mnemonics")),
-    "bic_": ("method", ("bic",)),
-    "lucir_": ("method", ("lucir", "mnemonics", "tpcil")),
-    "mnemonics": ("method", ("mnemonics",)),
-    "pod_": ("method", ("podnet",)),
-    "tpcil_": ("method", ("tpcil",)),
+Keys = dict[str, Any]
+
+
+def _released(keys: Keys) -> bool:
+    return (keys["method"], keys["mnemonics"]) == ("mnemonics", "released")
+
+
+def _bilevel(keys: Keys) -> bool:
+    return (keys["method"], keys["mnemonics"]) == ("mnemonics", "bilevel")
+
+
+# Beginnings of keys, the longer ones first, that are read beside some values of other keys only: when, and what to set.
+READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
+    "nca_margin": (lambda k: k["loss"] == "nca" and k["nca_variant"] == "paper", "loss=nca nca_variant=paper"),
+    "nca_": (lambda k: k["loss"] == "nca", "loss=nca"),
+    "meta_": (lambda k: k["loss"] == "meta_balanced", "loss=meta_balanced"),
+    "finetune_": (lambda k: k["correction"] == "balanced_finetuning", "correction=balanced_finetuning"),
+    "nme_": (lambda k: k["predictor"] == "nme", "predictor=nme"),
+    "proxies": (lambda k: k["head"] == "proxies", "head=proxies"),
+    "milestones": (lambda k: k["schedule"] == "multistep", "schedule=multistep"),
+    "lr_drop": (lambda k: k["schedule"] == "multistep", "schedule=multistep"),
+    "temperature": (lambda k: METHODS[k["method"]].distils_logits or _released(k), "method=il_baseline"),
+    "icarl_": (lambda k: k["method"] == "icarl" or _released(k), "method=icarl"),
+    "bic_": (lambda k: k["method"] == "bic", "method=bic"),
+    "lucir_lambda": (lambda k: k["method"] == "lucir" or _bilevel(k), "method=lucir"),
+    "lucir_": (lambda k: k["method"] in ("lucir", "tpcil") or _bilevel(k), "method=lucir"),
+    "mnemonics_inner_lr": (_bilevel, "method=mnemonics mnemonics=bilevel"),
+    "mnemonics": (lambda k: k["method"] == "mnemonics", "method=mnemonics"),
+    "pod_": (lambda k: k["method"] == "podnet", "method=podnet"),
+    "tpcil_": (lambda k: k["method"] == "tpcil", "method=tpcil"),
 }
 
 
@@ -128,9 +146,9 @@ class Recipe:
 
     def reader(self, key: str) -> str | None:
         """A setting that would make this recipe read the key, where it does not."""
-        for prefix, (choice, values) in READERS.items():
-            if key.startswith(prefix) and getattr(getattr(self, KEYS[choice]), choice) not in values:
-                return f"{choice}={values[0]}"
+        for prefix, (reads, advice) in READERS.items():
+            if key.startswith(prefix):
+                return None if reads(self.keys()) else advice
         return None
 
     def as_shipped(self) -> bool:

@@ -27,6 +27,7 @@ class StepPlan:
     iterations: int
     visits: int  # images seen in training
     finetune_visits: int  # and in balanced finetuning after it
+    memory_visits: int  # and to learn exemplars (Mnemonics)
     first_lr: float
     last_lr: float
 
@@ -85,6 +86,7 @@ def effective_steps(
                 iterations=epochs * batches,
                 visits=epochs * images,
                 finetune_visits=recipe.correction.epochs_of(step) * balanced,
+                memory_visits=images * recipe.mnemonics.mnemonics_epochs if recipe.method.method == "mnemonics" else 0,
                 first_lr=config.learning_rate(0, epochs),
                 last_lr=config.learning_rate(epochs - 1, epochs),
             )
@@ -94,7 +96,8 @@ def effective_steps(
 
 def run_flops(steps: list[StepPlan], forward: int) -> float:
     """Floating-point operations of training: three forwards' worth per visit, four with a teacher."""
-    return float(sum((plan.visits + plan.finetune_visits) * forward * (4 if plan.step else 3) for plan in steps))
+    visits = ((plan.visits + plan.finetune_visits + plan.memory_visits, 4 if plan.step else 3) for plan in steps)
+    return float(sum(count * forward * cost for count, cost in visits))
 
 
 def as_table(steps: list[StepPlan]) -> str:

@@ -105,7 +105,7 @@ class WorkList:
         counts, job.size = _shape(job.recipe, dataset)
         protocol = build_protocol(job.recipe.protocol, len(counts))
         steps = summary.effective_steps(job.recipe, protocol, counts)
-        job.visits = [step.visits + step.finetune_visits for step in steps]
+        job.visits = [step.visits + step.finetune_visits + step.memory_visits for step in steps]
         of_base = counts[protocol.steps[0]]
         own_loss = "" if len(set(of_base.tolist())) == 1 else base.SAME_WITHOUT_OLD[job.recipe.loss.loss]
         job.base_group = f"{base.base_identity(job.recipe)}{protocol.steps[0].tolist()}{own_loss}"

@@ -125,7 +125,7 @@ def test_only_the_recipes_of_the_paper_carry_a_published_number():
 )
 def test_an_override_gets_the_type_of_its_key(override, value):
     key = override.partition("=")[0]
-    found = load("digits", [override]).keys()[key]
+    found = load("cifar100_balanced_5", [override]).keys()[key]
     assert found == value
     assert type(found) is type(value)
     if isinstance(value, list):

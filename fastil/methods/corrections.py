@@ -48,4 +48,5 @@ class CorrectionConfig:
 
     def learning_rate(self, epoch: int) -> float:
         """Of an epoch of finetuning, from 0."""
-        return self.finetune_lr * 0.1 ** sum(epoch >= round(m * self.finetune_epochs) for m in self.finetune_milestones)
+        drops = (max(1, round(m * self.finetune_epochs)) for m in self.finetune_milestones)
+        return self.finetune_lr * 0.1 ** sum(epoch >= drop for drop in drops)

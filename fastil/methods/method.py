@@ -88,6 +88,7 @@ class Method:
         self.classification = ClassificationLoss(loss, width, device)
         self.ce_weight = torch.ones((), device=device)
         self.kd_weight = torch.zeros((), device=device)
+        self.nothing = torch.zeros((), device=device)
         self.temperature = torch.full((), config.temperature, device=device)
         self.device = device
         self.context = StepContext(0, 0, 0, np.zeros(width, dtype=np.int64))
@@ -223,7 +224,7 @@ class Method:
             "teacher_logits": self.teacher_logits(teacher_out)
             if teacher_out is not None and self.distils_logits
             else None,
-            "ce_weight": torch.zeros_like(self.ce_weight) if outside else self.ce_weight,
+            "ce_weight": self.nothing if outside else self.ce_weight,
             "kd_weight": self.kd_weight,
             "temperature": self.temperature,
         }

@@ -9,12 +9,16 @@ without clipping, so that bright pixels wrap around; here it is rounded and clip
 `bilevel` follows what the paper describes, on LUCIR's losses: a temporary classifier takes an SGD step on exemplars,
 and the pixels move against the loss of that classifier on the step's images; the exemplars of old classes are halved,
 each half validating the step taken on the other. The inner step is on the head alone, over frozen features.
+
+The public code is mnemonics=released weight_transfer=true mnemonics_epochs=1 mnemonics_lr=1e-5 mnemonics_decay=5e-4. At
+that rate pixels move by less than a grey level, so that after rounding its exemplars are what they were.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,14 +38,17 @@ class MnemonicsConfig:
 
     mnemonics: Literal["released", "bilevel"] = "bilevel"
     mnemonics_epochs: int = 1  # over the step's training set
-    mnemonics_lr: float = 0.01  # of the normalised pixels; released: 1e-5
+    mnemonics_lr: float = 0.01  # of the normalised pixels
     mnemonics_inner_lr: float = 0.1  # bilevel: of the temporary classifier
+    mnemonics_decay: float = 0.0  # of the normalised pixels; released: 5e-4, which fades them towards the mean colour
     mnemonics_halving: int = 10  # epochs after which mnemonics_lr is halved
 
     def __post_init__(self) -> None:
         for key in ("mnemonics_lr", "mnemonics_inner_lr"):
             if not 0 < getattr(self, key) < math.inf:
                 raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
+        if not 0 <= self.mnemonics_decay < math.inf:
+            raise UserError(f"mnemonics_decay={self.mnemonics_decay}: must not be negative")
         if self.mnemonics_epochs < 1 or self.mnemonics_halving < 1:
             raise UserError("mnemonics_epochs and mnemonics_halving must be at least 1")
 
@@ -77,7 +84,7 @@ class Mnemonics(Lucir):
             for batch in memory.training(epoch):
                 with torch.enable_grad():
                     (gradient,) = torch.autograd.grad(learn(batch, self.own.mnemonics_inner_lr), exemplars.pixels)
-                exemplars.move(gradient, lr)
+                exemplars.move(gradient, lr, self.own.mnemonics_decay)
         return {"ids": exemplars.ids, "images": exemplars.as_bytes()}
 
 
@@ -92,6 +99,11 @@ class Exemplars:
         self.pixels = memory.loader.whole(memory.ids).requires_grad_()
         self.momentum = torch.zeros_like(self.pixels)
         self.first_new = int((self.positions < num_old).sum())  # the memory holds old classes first
+        # In turns of equal shares of all classes: everybody's first exemplar, everybody's second, ...
+        rank = np.arange(len(memory.ids)) - np.searchsorted(memory.positions, memory.positions)
+        self.rank = torch.from_numpy(rank).to(self.ids.device)
+        self.turns = torch.from_numpy(np.argsort(rank, kind="stable")).to(self.ids.device)
+        self.seen = int(memory.positions.max()) + 1
         self.turn = 0
         with torch.no_grad():
             self.old_means = self.pixels.new_zeros(0, network.head.weight.shape[-1])
@@ -118,13 +130,13 @@ class Exemplars:
         """Loss of classifiers that have taken a step on some of the exemplars: new ones are validated on the images of
         new classes, the halves of the old ones on each other. A batch of exemplars takes its turn each time."""
         count = min(len(batch.labels), len(self.ids))
-        chosen = (self.turn + torch.arange(count, device=self.ids.device)) % len(self.ids)
+        chosen = self.turns[(self.turn + torch.arange(count, device=self.ids.device)) % len(self.ids)]
         self.turn += count
         features, positions = self.features(chosen), self.positions[chosen]
         with torch.no_grad():
             images = self.network(batch.images).features
         of_new, new = batch.labels >= self.num_old, positions >= self.num_old
-        even = chosen % 2 == 0
+        even = self.rank[chosen] % 2 == 0
         a, b = ~new & even, ~new & ~even
         pairs = [
             (features[new], positions[new], images[of_new], batch.labels[of_new]),
@@ -138,8 +150,7 @@ class Exemplars:
         """Cross-entropy on images of the head's classifier after a step of SGD on the features `train`."""
         head = self.network.head
         assert isinstance(head, CosineHead)
-        seen = int(self.positions.max()) + 1
-        scale, before = head.scale.detach(), head.weight.detach()[:seen].requires_grad_()
+        scale, before = head.scale.detach(), head.weight.detach()[: self.seen].requires_grad_()
 
         def loss(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(scale * F.normalize(features) @ F.normalize(weight).T, target)
@@ -148,15 +159,17 @@ class Exemplars:
         return loss(images, before - inner_lr * gradient, labels)
 
     @torch.no_grad()
-    def move(self, gradient: Tensor, lr: float) -> None:
-        """SGD as in the released code: momentum 0.9, decay 5e-4 of the normalised pixels."""
+    def move(self, gradient: Tensor, lr: float, decay: float) -> None:
+        """SGD as in the released code, momentum 0.9, of the pixels that had their turn."""
         moving = (gradient != 0).flatten(1).any(1)[:, None, None, None]  # not those that had no turn
-        velocity = 0.9 * self.momentum + gradient + 5e-4 * self.pixels
+        velocity = 0.9 * self.momentum + gradient + decay * self.pixels
         self.momentum.copy_(torch.where(moving, velocity, self.momentum))
         self.pixels.sub_(torch.where(moving, lr * velocity, 0.0))
 
     def as_bytes(self) -> Tensor:
         """uint8 [m, h, w, 3], rounded and clipped."""
+        if not bool(self.pixels.isfinite().all()):
+            raise UserError("the exemplars' pixels became infinite; lower mnemonics_lr and choose another --out")
         mean, std = (v[:, None, None] for v in (self.loader.mean, self.loader.std))
         return (255 * (self.pixels.detach() * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 

@@ -24,11 +24,18 @@ class ModelConfig:
 
     model: ModelName = "resnet32"
     last_relu: bool = True  # ReLU on the features; off in LUCIR's cosine networks and under PODNet's classifier
+    stem: Literal["own", "7x7", "3x3"] = (
+        "own"  # resnet18*: 7x7 with stride 2, or PODNet's 3x3 with 1 (3.8 times the work)
+    )
     head: Literal["linear", "cosine", "proxies"] = "linear"  # cosine: LUCIR's; proxies: PODNet's, several per class
     proxies: int = 10  # of each class, with head=proxies
     weight_transfer: bool = False  # a factor for each filter of each convolution (meta-transfer learning; Mnemonics)
 
     def __post_init__(self) -> None:
+        if self.stem != "own" and not self.model.startswith("resnet18"):
+            raise UserError(
+                f"stem={self.stem}: model={self.model} has another; use model=resnet18 or resnet18_pod"
+            )
         if self.proxies < 1:
             raise UserError(f"proxies={self.proxies}: must be at least 1")
 
@@ -88,7 +95,8 @@ def build_network(config: ModelConfig, num_classes: int, seed: int) -> Network:
         if name == "resnet32_rebuffi":
             backbone = ResNetRebuffi(config.last_relu, generator)
         elif name.startswith("resnet18"):
-            backbone = ResNet18(config.last_relu, name == "resnet18_pod", generator)
+            small = config.stem == "3x3" if config.stem != "own" else name == "resnet18_pod"
+            backbone = ResNet18(config.last_relu, name == "resnet18_pod", generator, small)
         else:
             backbone = ResNetCifar(int(name.removeprefix("resnet")), config.last_relu, generator)
     if config.weight_transfer:

@@ -13,17 +13,18 @@ class ResNet18(nn.Module):
     pod=False: 7x7 stem with stride 2, ReLU after every addition; last_relu switches the very last one (LUCIR's cosine
     network has it off). pod=True: what PODNet's code trains, a 3x3 stem with stride 1 (3.8 times the work), no ReLU
     after the second block of a stage, and zero-initialised last batch normalisations; with last_relu features are
-    pooled after a ReLU, and without, as under PODNet's classifier, they are not.
+    pooled after a ReLU, and without, as under PODNet's classifier, they are not. small_stem: the 3x3 one; default: with
+    pod.
     """
 
     feature_dim = 512
 
-    def __init__(self, last_relu: bool, pod: bool, generator: torch.Generator) -> None:
+    def __init__(self, last_relu: bool, pod: bool, generator: torch.Generator, small_stem: bool | None = None) -> None:
         super().__init__()
         self.relu_features = pod and last_relu
         self.conv1 = (
             nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-            if pod
+            if (pod if small_stem is None else small_stem)
             else nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
         )
         self.bn1 = nn.BatchNorm2d(64)
