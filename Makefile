@@ -1,6 +1,8 @@
 # make demo    fresh clone to a trained, plotted comparison on real images; needs Python 3.11+ and the package registry
 # make test    fresh clone to the passed test suite: ruff, mypy, pytest, and what the kernels compile to for three GPUs,
-#              with the newest Triton that is supported and with the oldest
+#              with the newest Triton that is supported and with the oldest. FFCV, which the files of `fastil convert` are
+#              tested against, is built where Debian's libraries for it are there or can be installed (as root, by
+#              apt-get); where not, one line says so and its tests skip
 # make soak    the same tests with the full kill counts (FASTIL_SOAK=1)
 # make gpu     on a machine with an NVIDIA GPU: the kernels' tests on it, compute-sanitizer where there is one, the bench
 
@@ -19,7 +21,7 @@ demo: .venv/run
 	&& tail -n 2 runs/demo/logs/$$0-s$$1 | head -n 1 | sed "s/^/$$0 seed $$1: /" || { cat runs/demo/logs/$$0-s$$1; exit 255; }'
 	@$(BIN)/fastil report runs/demo/softmax-s* runs/demo/balanced-s* --out runs/demo/report
 
-test: .venv/dev
+test: .venv/dev .venv/ffcv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -68,6 +70,23 @@ soak: test
 .venv/dev: .venv/run
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# FFCV comes as source and needs two libraries that pip does not bring. What goes wrong is in .venv/ffcv.log, and is tried
+# again by the next `make test`.
+FFCV_PACKAGES := libturbojpeg0-dev libopencv-dev pkg-config
+.venv/ffcv: .venv/dev
+	@exec 3>&1 > .venv/ffcv.log 2>&1; \
+	libraries() { pkg-config --exists opencv4 libturbojpeg; }; \
+	if ! libraries && [ "$$(id -u)" = 0 ] && command -v apt-get; then \
+	echo "Installing $(FFCV_PACKAGES), for the tests against FFCV" >&3; \
+	apt-get update; \
+	DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(FFCV_PACKAGES); fi; \
+	if ! libraries; then \
+	echo "The tests against FFCV are skipped, its libraries are missing: apt-get install $(FFCV_PACKAGES)" >&3; \
+	elif $(BIN)/pip install --disable-pip-version-check -c constraints.txt setuptools \
+	&& $(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation ffcv==1.0.2 \
+	&& $(BIN)/python -c 'import ffcv'; then touch $@; \
+	else echo "The tests against FFCV are skipped, it does not build or does not run: see .venv/ffcv.log" >&3; fi
 
 clean:
 	rm -rf .venv .venv-gpu runs/demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

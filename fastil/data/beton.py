@@ -6,7 +6,6 @@ straddles a page. fastil's own files hold the fields image, label and id, sorted
 the header is written last, so that an unfinished file does not open.
 """
 
-import contextlib
 import io
 import mmap
 import os
@@ -244,7 +243,7 @@ class Beton:
         if self.modes[i] == RAW:
             return np.frombuffer(self.encoded(i), np.uint8).reshape(height, width, 3)
         try:
-            with Image.open(io.BytesIO(self.view(i)), formats=("JPEG", "MPO")) as opened:
+            with Image.open(io.BytesIO(self.view(i)), formats=("JPEG",)) as opened:
                 if opened.size == (width, height):
                     return np.asarray(opened.convert("RGB"))
                 found = opened.size
@@ -260,8 +259,11 @@ class Beton:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(*([BufferError] if any(exception) else [])):  # whose traceback may hold a view
+        try:
             self.close()
+        except BufferError:
+            if exception[0] is None:  # otherwise its traceback may hold a view
+                raise
 
 
 @dataclass(frozen=True)

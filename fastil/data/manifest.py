@@ -1,6 +1,7 @@
 """The manifest beside a .beton file: where it came from, its classes, and checksums of the file and of each sample."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,6 +68,7 @@ def read_manifest(path: Path) -> Manifest | None:
             raise UserError(f"{path}: format {content['format']!r}, this fastil knows {FORMAT}; install a newer one")
         for key in ("reencoded", "skipped"):
             content[key] = [Changed(**one) for one in content.get(key, ())]
+        os.fsencode("".join(content["names"]))  # as file names they came, so they can be encoded as such
         manifest = pydantic.TypeAdapter(Manifest).validate_python(Manifest(**content))
     except FileNotFoundError:
         return None

@@ -5,11 +5,16 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # JPEG opens MPO as well
 MOST_PIXELS = 100_000_000  # a decompression bomb beyond
 ORIENTATION = 0x0112  # EXIF tag
+T = Image.Transpose
+TURNS = {
+    2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE,
+    8: T.ROTATE_90,
+}  # fmt: skip
 
 
 def open_image(content: bytes) -> Image.Image:
@@ -24,10 +29,14 @@ def open_image(content: bytes) -> Image.Image:
 
 def orientation(image: Image.Image) -> int:
     """1 to 8, as cameras write it; 1: upright, or no such tag, or an unreadable one, as viewers take it."""
-    if "exif" not in image.info and image.format not in ("PNG", "WEBP", "TIFF"):  # nothing to parse
+    if image.format == "TIFF":  # Pillow turns it while it loads it
+        return 1
+    if "exif" not in image.info and image.format not in ("PNG", "WEBP"):  # nothing to parse
         return 1
     try:
-        value = image.getexif().get(ORIENTATION, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # a damaged EXIF block raises many kinds
         return 1
     return value if value in range(1, 9) else 1
@@ -45,8 +54,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as its orientation tag says."""
-    return image if orientation(image) == 1 else ImageOps.exif_transpose(image)
+    """Turned as its orientation tag says. (Pillow's own function also rewrites the EXIF block, and fails on damage.)"""
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def check_decodes(image: Image.Image) -> None:
