@@ -130,15 +130,15 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write a data set as .beton files with manifests; after a stop the same command goes on."""
-    from fastil.tools.convert import convert as convert_source
-    from fastil.tools.convert import options_of
-    from fastil.tools.reporting import Reporter
-
-    options = options_of(
-        kind=kind, val=val, classes=classes, per_class=per_class, mode=mode, max_side=max_side, quality=quality,
-        on_corrupt=on_corrupt, check=check, workers=workers,
-    )  # fmt: skip
     try:
+        from fastil.tools.convert import convert as convert_source
+        from fastil.tools.convert import options_of
+        from fastil.tools.reporting import Reporter
+
+        options = options_of(
+            kind=kind, val=val, classes=classes, per_class=per_class, mode=mode, max_side=max_side, quality=quality,
+            on_corrupt=on_corrupt, check=check, workers=workers,
+        )  # fmt: skip
         convert_source(source, out, options, Reporter(as_json), dry_run)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
