@@ -53,7 +53,7 @@ class Phases:
     def observed(self, step: int) -> dict[str, Any]:
         """Beside the loss, for metrics.jsonl, once per epoch: the learned scale of a cosine head, Meta's alpha."""
         scale = getattr(self.network.head, "scale", None)
-        shown = {} if scale is None else {"scale": float(scale)}
+        shown = {} if scale is None else {"scale": float(scale.detach())}
         return shown if self.meta is None or step == 0 else shown | self.meta.observed()
 
     def training_epoch(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, epoch: int) -> EpochPlan:

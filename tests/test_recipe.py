@@ -462,3 +462,66 @@ def test_what_nothing_reads_makes_no_other_experiment(tmp_path):
         assert load("digits", [read, f"{key}={unread[key]}"]).keys()[key] == unread[key]
         with pytest.raises(UserError, match=f"{key}={unread[key]}: nothing reads it here; set {read} as well"):
             load("digits", [f"{key}={unread[key]}"])
+
+
+COSINE = ["head=cosine", "last_relu=false"]
+LUCIR, TPCIL = (["loss=softmax", f"method={m}", *COSINE] for m in ("lucir", "tpcil"))
+RELEASED, BILEVEL = (["loss=softmax", "method=mnemonics", f"mnemonics={m}", *COSINE] for m in ("released", "bilevel"))
+NCA = ["loss=nca", "head=proxies"]
+# Of each key: settings beside which nothing reads it, and beside which something does.
+READ = {
+    "nca_margin=0.5": ([["loss=softmax"], NCA], [[*NCA, "nca_variant=paper"]]),
+    "nca_variant=released": ([["loss=balanced"]], [NCA]),
+    "meta_lr=0.5": ([["loss=balanced"]], [["loss=meta_balanced"]]),
+    "finetune_epochs=3": ([["correction=none"]], [["correction=balanced_finetuning"]]),
+    "nme_mirrored=false": ([["predictor=cnn"]], [["predictor=nme"]]),
+    "proxies=3": ([["head=linear"], COSINE], [["head=proxies"]]),
+    "milestones=[0.5]": ([["schedule=cosine"]], [["schedule=multistep"]]),
+    "lr_drop=0.2": ([["schedule=cosine"]], [["schedule=multistep"]]),
+    "temperature=3": (
+        [LUCIR, TPCIL, BILEVEL, ["method=podnet", *NCA], ["loss=softmax", "method=icarl_bce"]],
+        [["method=il_baseline"], ["method=icarl"], ["method=bic"], RELEASED],
+    ),
+    "icarl_beta=1": ([BILEVEL, LUCIR, ["loss=softmax", "method=icarl_bce"]], [["method=icarl"], RELEASED]),
+    "bic_lr=1": ([["method=icarl"]], [["method=bic"]]),
+    "lucir_lambda=3": ([TPCIL, RELEASED, ["method=icarl"]], [LUCIR, BILEVEL]),
+    "lucir_margin=0.3": ([RELEASED, ["method=podnet", *NCA]], [LUCIR, BILEVEL, TPCIL]),
+    "mnemonics_inner_lr=0.2": ([RELEASED, LUCIR], [BILEVEL]),
+    "mnemonics_lr=0.2": ([LUCIR], [BILEVEL, RELEASED]),
+    "pod_flat=2": ([LUCIR], [["method=podnet", *NCA]]),
+    "tpcil_age=9": ([LUCIR], [TPCIL]),
+}
+
+
+def test_every_condition_is_tried_here():
+    found = [next(prefix for prefix in recipe.READERS if key.startswith(prefix)) for key in READ]
+    assert sorted(found) == sorted(recipe.READERS)
+
+
+@pytest.mark.parametrize(("key", "settings"), [(key, s) for key, (refused, _) in READ.items() for s in refused])
+def test_a_key_that_nothing_reads_is_refused_and_left_out_of_the_identity(key, settings):
+    name = key.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{re.escape(key)}: nothing reads it here; set .* as well, or leave it out$"):
+        load("digits", [*settings, key])
+    plain = load("digits", settings)
+    assert plain.identity()[name] is None
+    assert {setting.partition("=")[0] for setting in plain.reader(name).split()} <= set(recipe.KEYS)
+
+
+@pytest.mark.parametrize(("key", "settings"), [(key, s) for key, (_, read) in READ.items() for s in read])
+def test_a_key_that_something_reads_is_taken_in_any_order(key, settings):
+    name, _, text = key.partition("=")
+    for overrides in ([*settings, key], [key, *settings]):
+        loaded = load("digits", overrides)
+        assert loaded.keys()[name] == yaml.safe_load(text)
+        assert loaded.identity()[name] == yaml.safe_load(text)
+        assert loaded.reader(name) is None
+
+
+@pytest.mark.parametrize("model", ["resnet8", "resnet32", "resnet32_rebuffi"])
+def test_a_stem_that_a_model_does_not_have_is_refused(model):
+    for stem in ("3x3", "7x7"):
+        with pytest.raises(UserError, match=f"stem={stem}: model={model} has another"):
+            load("digits", [f"model={model}", f"stem={stem}"])
+        assert load("digits", ["model=resnet18", f"stem={stem}"]).model.stem == stem
+    assert load("digits", [f"model={model}", "stem=own"]).model.stem == "own"

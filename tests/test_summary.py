@@ -142,6 +142,22 @@ def test_training_costs_three_forwards_and_a_fourth_with_the_teacher():
     assert last == 3 * (150 + 5 * 2)
 
 
+@pytest.mark.parametrize("keys", [{"mnemonics": "bilevel"}, {"mnemonics": "released"}])
+def test_mnemonics_visits_the_training_set_of_each_step_again_for_its_exemplars(keys):
+    """In the base step too; a visit costs as much as one of training. No other method has any."""
+    protocol, cosine = Protocol(class_order("lucir", 10), 4, 3), {"head": "cosine", "loss": "softmax"}
+    recipe = recipe_of(
+        method="mnemonics", mnemonics_epochs=7, exemplars_per_class=5, epochs=3, base_epochs=2, **keys, **cosine
+    )
+    plans = effective_steps(recipe, protocol, np.array(EVEN))
+    images = [4 * 30, 3 * 30 + 4 * 5, 3 * 30 + 7 * 5]
+    assert [p.memory_visits for p in plans] == [7 * n for n in images]
+    assert [p.visits for p in plans] == [e * n for e, n in zip((2, 3, 3), images, strict=True)]
+    assert run_flops(plans, 10) == 30 * 9 * images[0] + 40 * 10 * (images[1] + images[2])
+    others = effective_steps(recipe_of(method="lucir", **cosine), protocol, np.array(EVEN))
+    assert not any(p.memory_visits for p in others)
+
+
 def test_the_table_shows_every_step_and_lines_up():
     protocol = Protocol(class_order("lucir", 10), 5, 1)
     plans = effective_steps(recipe_of(exemplars_per_class=2), protocol, np.array([1234] * 10))

@@ -24,7 +24,17 @@ from fastil.data import Batch, Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
-from fastil.methods import ILBaseline, LossConfig, MetaAlpha, MetaConfig, Meter, MethodConfig, StepContext
+from fastil.methods import (
+    METHOD_PARTS,
+    ILBaseline,
+    LossConfig,
+    MetaAlpha,
+    MetaConfig,
+    Meter,
+    MethodConfig,
+    StepContext,
+    build_method,
+)
 from fastil.models import ModelConfig, Output, build_network
 from fastil.plan import Key, Transform, cycled_plan, training_plan
 from fastil.trainer import BeforeUpdate, Phase, Stopped, TrainConfig, Trainer
@@ -43,10 +53,10 @@ def images_of(classes=CLASSES, each=12):
     return Split(images.astype(np.uint8), labels.astype(np.int64))
 
 
-def make_trainer(split, config=None, device="cpu", table=None, **hooks):
+def make_trainer(split, config=None, device="cpu", table=None, model=None, **hooks):
     config = config or TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu")
     with unset_fake_temporarily():
-        student, teacher = (build_network(ModelConfig("resnet8"), CLASSES, 0) for _ in range(2))
+        student, teacher = (build_network(model or ModelConfig("resnet8"), CLASSES, 0) for _ in range(2))
     if detect_fake_mode() is not None:
         student, teacher = on_fake(student, device), on_fake(teacher, device)
     calls = {"save": lambda *a: None, "report": lambda r: None, "tick": lambda n: None, "stop": lambda: False} | hooks
@@ -110,43 +120,112 @@ def with_meta(phase, method, held_out, gradient, every=2):
     return dataclasses.replace(phase, before_update=BeforeUpdate(every, stream, meta.before_update))
 
 
+COSINE = {"head": "cosine", "last_relu": False}
+PARTS = {
+    "lucir": ("lucir", "balanced", COSINE, {}),
+    "podnet": ("podnet", "nca", {"head": "proxies", "proxies": 3}, {}),
+    "podnet_paper": ("podnet", "nca", {"head": "proxies", "proxies": 3}, {"nca_variant": "paper"}),
+    "tpcil": ("tpcil", "softmax", COSINE, {}),
+    "bic_all": ("bic", "softmax", {}, {"bic_groups": "all"}),
+    "icarl": ("icarl", "rescaled", {}, {}),
+    "icarl_bce": ("icarl_bce", "softmax", {}, {}),
+    "separated": ("il_baseline", "separated", COSINE, {}),
+    "mnemonics": ("mnemonics", "softmax", COSINE, {}),
+    "mnemonics_released": (
+        "mnemonics", "softmax", COSINE | {"weight_transfer": True}, {"mnemonics": "released"},
+    ),
+}  # fmt: skip
+
+
+def method_on_fake(name, trainer):
+    """As it is in the first incremental step of two old and four new classes."""
+    method, loss, _, keys = PARTS[name]
+    parts = {
+        part: config(**{f.name: keys[f.name] for f in dataclasses.fields(config) if f.name in keys})
+        for part, config in METHOD_PARTS.items()
+    }
+    loss = LossConfig(loss, nca_variant=keys.get("nca_variant", "released"))
+    width = trainer.student.width
+    built = build_method(MethodConfig(method), loss, parts, width=width, num_classes=CLASSES, device=trainer.device)
+    built.begin_step(StepContext(1, 2, CLASSES, np.array([3] * 2 + [12] * 4 + [0] * (width - CLASSES))))
+    if method == "tpcil":
+        built.vertices = torch.empty(width, trainer.student.head.weight.shape[-1], device=trainer.device)
+    return built
+
+
+@pytest.fixture
+def fake(cuda_guard, monkeypatch):
+    """Fake tensors in place of all, on either device: fit(device, model, build) trains an epoch on them."""
+    # torch ships no fake form of its fused SGD; the real one reads the learning rate inside its kernel.
+    library = torch.library.Library("aten", "IMPL", "Meta")
+    library.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None)
+
+    def fit(device, model, build):
+        reached = []
+
+        def backward(tensors, gradients=None):
+            """In place of the autograd engine, which refuses to start on CUDA without an accelerator."""
+            tensors, gradients = ([x] if not isinstance(x, list) else x for x in (tensors, gradients))
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                assert tensor.requires_grad
+                assert tensor.ndim == 0 if gradient is None else gradient.shape == tensor.shape
+            reached.append(len(tensors))
+            for parameter in trainer.student.parameters():
+                parameter.grad = torch.empty_like(parameter)
+
+        if device == "cuda":
+            monkeypatch.setattr(torch.Tensor, "backward", backward)
+            monkeypatch.setattr(torch.autograd, "backward", backward)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            config = TrainConfig(batch_size=16, precision="fp32")
+            trainer = make_trainer(images_of(), config, device=device, model=model)
+            images = trainer.loader.images
+            trainer.loader.images = mode.from_tensor(images) if device == "cpu" else images
+            assert trainer.loader.images.device.type == device
+            phase = build(trainer)
+            batches = list(trainer.loader.batches(phase.plan(0)))
+            assert [len(b.images) for b in batches] == [16, 16, 16, 16, 8]
+            for batch in batches:
+                assert isinstance(batch.images, FakeTensor)
+                assert batch.images.device.type == device
+                assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            trained = []
+            trainer.tick = trained.append
+            with pytest.raises(DataDependentOutputException):  # nothing before the epoch's one read, which must raise
+                trainer.fit(phase)
+            assert trained == [16, 16, 16, 16, 8]
+            assert len(reached) >= 5 or device == "cpu"
+
+    yield fit
+    del library
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("gradient", [None, "jvp", "difference"])
-def test_training_never_waits_for_the_device(device, gradient, cuda_guard, monkeypatch):
+def test_training_never_waits_for_the_device(device, gradient, fake):
     """A fake tensor has no values, so any .item(), .tolist() or branch on one raises. gradient: of Meta's alpha.
 
     CUDA: everything but the autograd engine, which refuses to start without an accelerator; CPU: with it.
     """
-    if device == "cuda":
 
-        def backward(logits, gradient):
-            assert gradient.shape == logits.shape
-            for parameter in trainer.student.parameters():
-                parameter.grad = torch.empty_like(parameter)
-
-        monkeypatch.setattr(torch.Tensor, "backward", backward)
-    # torch ships no fake form of its fused SGD; the real one reads the learning rate inside its kernel.
-    library = torch.library.Library("aten", "IMPL", "Meta")
-    library.impl("_fused_sgd_.tensor_lr", lambda *args, **kwargs: None)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        trainer = make_trainer(images_of(), TrainConfig(batch_size=16, precision="fp32"), device=device)
-        trainer.loader.images = mode.from_tensor(trainer.loader.images) if device == "cpu" else trainer.loader.images
-        assert trainer.loader.images.device.type == device
+    def build(trainer):
         method = ILBaseline(MethodConfig(), LossConfig("meta_balanced"), trainer.student.width, trainer.device)
         phase = make_phase(trainer, method, np.arange(72), step=1)
-        if gradient is not None:
-            phase = with_meta(phase, method, np.arange(12), gradient)
-        batches = list(trainer.loader.batches(phase.plan(0)))
-        assert [len(b.images) for b in batches] == [16, 16, 16, 16, 8]
-        for batch in batches:
-            assert isinstance(batch.images, FakeTensor)
-            assert batch.images.device.type == device
-            assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        trained = []
-        trainer.tick = trained.append
-        with pytest.raises(DataDependentOutputException):  # nothing before the epoch's one read, which must raise
-            trainer.fit(phase)
-        assert trained == [16, 16, 16, 16, 8]
+        return phase if gradient is None else with_meta(phase, method, np.arange(12), gradient)
+
+    fake(device, None, build)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", PARTS)
+def test_no_method_waits_for_the_device(device, name, fake):
+    def build(trainer):
+        method = method_on_fake(name, trainer)
+        phase = make_phase(trainer, method, np.arange(72), step=1)
+        parameters, trainable = method.parameters(trainer.student, 1), method.trainable(trainer.student)
+        return dataclasses.replace(phase, parameters=parameters, trainable=trainable, clamp=method.clamp)
+
+    fake(device, ModelConfig("resnet8", **PARTS[name][2]), build)
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
@@ -359,3 +438,13 @@ def test_divergence_is_one_clear_line():
 def test_learning_rates_are_the_published_ones(config, epochs, wanted):
     for epoch, lr in wanted.items():
         assert config.learning_rate(epoch, epochs) == pytest.approx(lr)
+
+
+def test_a_drop_multiplies_the_rate_by_lr_drop_and_never_in_the_first_epoch():
+    config = TrainConfig(lr=0.8, lr_drop=0.5, milestones=[0.01, 0.25, 0.6])
+    rates = [config.learning_rate(epoch, 10) for epoch in range(10)]
+    assert rates == pytest.approx([0.8, 0.4, 0.2, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1])  # 0.25 of 10 is 2, to even
+    flat = TrainConfig(lr=0.8, lr_drop=1.0, milestones=[0.5])
+    assert [flat.learning_rate(epoch, 4) for epoch in range(4)] == [0.8] * 4
+    cosine = TrainConfig(lr=0.8, lr_drop=0.5, schedule="cosine")
+    assert [cosine.learning_rate(epoch, 4) for epoch in range(4)] == pytest.approx([0.8, 0.68284271, 0.4, 0.11715729])

@@ -1,6 +1,7 @@
 """The losses and rules of the published methods against what their papers and codes say, written out in float64."""
 
 import dataclasses
+import io
 import math
 
 import numpy as np
@@ -14,7 +15,18 @@ from torch import nn
 from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.losses import icarl_cross_entropy, nca, topology
-from fastil.methods import METHOD_PARTS, METHODS, BiCConfig, LossConfig, Meter, MethodConfig, StepContext, check_parts
+from fastil.methods import (
+    METHOD_PARTS,
+    METHODS,
+    BiCConfig,
+    Images,
+    LossConfig,
+    Memory,
+    Meter,
+    MethodConfig,
+    StepContext,
+    check_parts,
+)
 from fastil.methods.bic import fit_bias
 from fastil.methods.lucir import mean_direction
 from fastil.methods.podnet import class_proxies
@@ -339,6 +351,113 @@ def test_tpcil_relates_images_to_the_vertex_that_wins_them_and_those_joined_to_i
         return cross_entropy(out) + ranking + lamda * (1 - (x * y).sum() / (x.norm() * y.norm()))
 
     assert_loss(method, wanted, cosine=True)
+
+
+def differences(function, x, step=1e-6):
+    """The gradient of a function of a float64 array, by central differences."""
+    gradient = np.zeros_like(x)
+    for place in np.ndindex(x.shape):
+        moved = [x.copy(), x.copy()]
+        moved[0][place] += step
+        moved[1][place] -= step
+        gradient[place] = (function(moved[0]) - function(moved[1])) / (2 * step)
+    return gradient
+
+
+def test_the_gradient_of_the_topology_loss_is_that_of_the_correlation():
+    generator = torch.Generator().manual_seed(6)
+    student, teacher = (torch.randn(B, W, generator=generator, dtype=torch.float64) for _ in range(2))
+    edges = torch.rand(B, W, generator=generator) < 0.3
+    leaves = [s.requires_grad_() for s in (student, teacher)]
+    (3 * topology(*leaves, edges)).backward()
+    of = edges.numpy()
+    wanted = differences(
+        lambda x: 3 * (1 - np.corrcoef(x[of], teacher.detach().numpy()[of])[0, 1]), student.detach().numpy()
+    )
+    np.testing.assert_allclose(student.grad.numpy(), wanted, atol=1e-8)
+    assert not student.grad[~edges].any()
+    assert teacher.grad is None
+
+
+def test_the_gradient_of_the_papers_nca_is_that_of_its_equation_8():
+    """Of similarities and scale; rows behind the hinge, without a target and columns not seen have none."""
+    y = torch.tanh(torch.randn(20, W, generator=torch.Generator().manual_seed(4))).double()
+    labels = torch.arange(20) % NUM_SEEN
+    y[torch.arange(5), labels[:5]] += 3.0
+    labels[7] = -1
+
+    def wanted(y, eta):
+        losses = []
+        for row, t in zip(y, labels.tolist(), strict=True):
+            rest = sum(math.exp(eta * row[j]) for j in range(NUM_SEEN) if j != t)
+            losses.append(0.0 if t < 0 else max(0.0, math.log(rest) - eta * (row[t] - 0.4)))
+        return np.mean(losses)
+
+    leaves = y.clone().requires_grad_(), torch.tensor(2.7, dtype=torch.float64, requires_grad=True)
+    loss = nca(leaves[0], labels, NUM_SEEN, leaves[1], 0.4, "paper")
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(wanted(y.numpy(), 2.7), rel=1e-12)
+    np.testing.assert_allclose(leaves[0].grad.numpy(), differences(lambda x: wanted(x, 2.7), y.numpy()), atol=1e-8)
+    scale = differences(lambda eta: wanted(y.numpy(), eta[0]), np.array([2.7]))[0]
+    assert float(leaves[1].grad) == pytest.approx(scale, rel=1e-6)
+    assert leaves[0].grad.any(1).tolist() == [i >= 5 and i != 7 for i in range(20)]
+    assert not leaves[0].grad[:, NUM_SEEN:].any()
+
+
+def test_new_classes_are_no_vertices_in_training():
+    """Theirs would win the first image and are joined to all others; nothing changes when they are not there."""
+    out, teacher = outputs()
+    ages = np.full((W, W), -1)
+    ages[0, 3] = ages[3, 0] = ages[1, 2] = ages[2, 1] = 4
+    vertices = F.normalize(torch.randn(W, D, generator=torch.Generator().manual_seed(12)))
+    losses = []
+    for present in (False, True):
+        method = method_of("tpcil")
+        if present:
+            vertices[NUM_OLD] = F.normalize(teacher.features)[0]
+            ages[NUM_OLD:], ages[:, NUM_OLD:] = 0, 0
+        else:
+            vertices[NUM_OLD:] = 0
+        method.load_state_dict({"ages": torch.from_numpy(ages), "vertices": vertices})
+        losses.append(float(method.further(BATCH, out, teacher, None).detach()))
+    assert losses[0] > 0
+    assert losses[0] == losses[1]
+
+
+def test_a_step_grows_the_graph_and_a_checkpoint_holds_it():
+    """Two steps on features of exemplars, against loops; in the second one classes 2 and 3 are new."""
+    generator, ages, steps = torch.Generator().manual_seed(13), np.full((W, W), -1), []
+    method = method_of("tpcil", "tpcil_age=3")
+    for positions in (np.repeat([0, 1], 4), np.repeat([0, 1, 2, 3], 5)):
+        features = torch.randn(len(positions), D, generator=generator) + 2 * torch.eye(W, D)[positions]
+        images = Images(lambda ids, mirrored, features=features: Output(features[ids], [], None), None)
+        memory = Memory(np.arange(len(positions)), positions, images, None, None)
+        assert method.after_memory(None, memory) == {}
+        unit = F.normalize(features.double()).numpy()
+        vertices = np.stack([unit[positions == c].mean(0) for c in range(positions.max() + 1)])
+        vertices /= np.linalg.norm(vertices, axis=1, keepdims=True)
+        for signal in unit:
+            first, second = np.argsort(-(vertices @ signal))[:2]
+            for v in range(W):
+                if v == second:
+                    ages[first, v] = 0
+                elif ages[first, v] >= 0:
+                    ages[first, v] = -1 if ages[first, v] == 3 else ages[first, v] + 1
+                ages[v, first] = ages[first, v]
+        np.testing.assert_array_equal(method.ages, ages)
+        assert method.vertices.shape == (W, D)
+        np.testing.assert_allclose(method.vertices[: len(vertices)].numpy(), vertices, atol=1e-6)
+        assert not method.vertices[len(vertices) :].any()
+        steps.append(ages.copy())
+    assert (steps[1] != steps[0]).any()
+    buffer = io.BytesIO()
+    torch.save(method.state_dict(), buffer)
+    buffer.seek(0)
+    other, (out, teacher) = method_of("tpcil"), outputs()
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    np.testing.assert_array_equal(other.ages, ages)
+    assert torch.equal(other.joined, torch.from_numpy(ages >= 0) | torch.eye(W, dtype=torch.bool))
+    assert torch.equal(*(m.further(BATCH, out, teacher, None) for m in (method, other)))
 
 
 def test_vertices_compete_for_signals_and_old_edges_go():

@@ -6,11 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fastil import checkpoint
+from fastil import checkpoint, losses
 from fastil.base import base_identity
+from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.experiment import Experiment
+from fastil.methods import BiC
 from fastil.recipe import load
 
 COSINE = ["head=cosine", "last_relu=false"]
@@ -38,6 +41,10 @@ SHORT = [
     "base_classes=6", "increment=2", "base_epochs=8", "epochs=4", "batch_size=32", "exemplars_per_class=10",
     "compile=false", "checkpoint_every=1",
 ]  # fmt: skip
+
+
+BRIEF = [*SHORT, "base_epochs=2", "epochs=1"]
+FINETUNED = ["correction=balanced_finetuning", "finetune_epochs=1"]
 
 
 def run(overrides, out, resume=False, base=None):
@@ -117,6 +124,176 @@ def test_reserved_images_are_the_same_in_every_step_and_never_trained_on(tmp_pat
     assert np.isin(experiment.memory.ids(), trained).all()
     memory = json.loads((tmp_path / "run/memory/step_2.json").read_text())
     assert np.isin(reserved, np.concatenate([*memory.values()])).all()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["method=bic"], ["method=bic", "bic_validation=reserved"], ["method=icarl", "loss=meta_balanced"]],
+)
+def test_balanced_finetuning_never_sees_held_out_images(overrides, tmp_path, monkeypatch):
+    """Many of them, so that herding would find some. As many images of every class are finetuned on."""
+    sets, finetuned = {}, {}
+    training_set, finetune = Experiment.training_set, Experiment.finetune
+
+    def spy(experiment, step, num_old):
+        sets[step] = training_set(experiment, step, num_old)
+        return sets[step]
+
+    def spy_too(experiment, step, *arguments):
+        finetuned[step] = experiment.finetuning_ids
+        finetune(experiment, step, *arguments)
+
+    monkeypatch.setattr(Experiment, "training_set", spy)
+    monkeypatch.setattr(Experiment, "finetune", spy_too)
+    share = "meta_share" if "loss=meta_balanced" in overrides else "bic_share"
+    experiment = Experiment(load("digits", [*BRIEF, *FINETUNED, f"{share}=0.4", *overrides]), tmp_path / "run", False)
+    experiment.run()
+    assert sorted(finetuned) == [1, 2]
+    for step, ids in finetuned.items():
+        trained, held_out = sets[step]
+        seen = 6 + 2 * step
+        assert len(held_out) == 4 * seen
+        assert not np.isin(ids, held_out).any()
+        assert np.isin(ids, trained).all()
+        assert np.bincount(experiment.positions_of(ids)).tolist() == [6] * seen
+
+
+@pytest.mark.parametrize(("parameters", "moves"), [("weights", False), ("classifier", True)])
+def test_finetuning_of_the_weights_alone_leaves_the_scale_exactly(parameters, moves, tmp_path, monkeypatch):
+    kept, finetune = [], Experiment.finetune
+
+    def spy(experiment, *arguments):
+        head = experiment.trainer.student.head
+        kept.append([head.scale.detach().clone(), head.weight.detach().clone()])
+        finetune(experiment, *arguments)
+        kept.append([head.scale.detach().clone(), head.weight.detach().clone()])
+
+    monkeypatch.setattr(Experiment, "finetune", spy)
+    run([*METHODS["lucir"], *BRIEF, *FINETUNED, f"finetune_parameters={parameters}"], tmp_path / "run")
+    assert len(kept) == 4
+    assert kept[0][0] != 1  # training has moved it
+    for before, after in (kept[:2], kept[2:]):
+        assert (before[0] != after[0]) == moves
+        assert (before[1][:6] != after[1][:6]).any()
+
+
+@pytest.mark.parametrize(("flip", "asked"), [(True, True), (True, False), (False, True)])
+def test_class_means_take_in_mirror_images_where_training_has_them_and_they_are_wanted(flip, asked, tmp_path):
+    """A finished run's predictions, image by image: the class whose mean of exemplars is nearest."""
+    keys = [f"flip={flip}", f"nme_mirrored={asked}", "base_classes=10", "base_epochs=1", "increment=1"]
+    recipe = load("digits", [*SHORT, *METHODS["icarl"], *keys])
+    experiment = Experiment(recipe, tmp_path / "run", False)
+    results = experiment.run()
+    network = experiment.trainer.student.eval()
+
+    def directions(split, ids, mirrored):
+        pixels = torch.from_numpy(split.images[ids]).permute(0, 3, 1, 2) / 255
+        pixels = (pixels - 0.305) / 0.376
+        with torch.no_grad():
+            features = network(pixels.flip(3) if mirrored else pixels).features.double().numpy()
+        return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+    train, val = experiment.dataset.train, experiment.dataset.val
+    found = {}
+    for sides in ([False], [False, True]):
+        means = [
+            sum(directions(train, ids, side).sum(0) for side in sides) for ids in experiment.memory.exemplars.values()
+        ]
+        means = np.stack([m / np.linalg.norm(m) for m in means])
+        of_test = directions(val, np.arange(len(val.labels)), False)
+        found[len(sides)] = np.square(of_test[:, None] - means).sum(2)
+    wanted, other = (found[2], found[1]) if flip and asked else (found[1], found[2])
+    predicted = np.load(tmp_path / "run/predictions/step_0.npy")[:, 1]
+    assert (wanted.argmin(1) == predicted).all()
+    assert (other.argmin(1) != predicted).any()
+    assert results["steps"][0]["top1"] == pytest.approx(
+        100 * (wanted.argmin(1) == experiment.positions[val.labels]).mean()
+    )
+
+
+# What each method is known for, against the same run without it: one step of four classes after a base step of six.
+
+ONE_STEP = ["increment=4", "base_epochs=3", "epochs=3"]
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    """Runs by their overrides, each once, on a base step that those with the same network share."""
+    root, bases, runs = tmp_path_factory.mktemp("ablated"), {}, {}
+
+    def of(*overrides):
+        if overrides not in runs:
+            network = tuple(o for o in overrides if o.startswith(("head=", "last_relu=", "proxies=", "loss=")))
+            experiment = Experiment(
+                load("digits", [*SHORT, *ONE_STEP, *overrides]), root / f"{len(runs)}", False, bases.get(network)
+            )
+            ends = []
+            after_memory = experiment.after_memory
+            experiment.after_memory = lambda *a: (ends.append(changes(experiment)), after_memory(*a))
+            experiment.run()
+            bases.setdefault(network, root / f"{len(runs)}")
+            runs[overrides] = ends[-1]
+        return runs[overrides]
+
+    return of
+
+
+def changes(experiment):
+    """How far training has taken the features of test images of old classes, and their maps, from the teacher's; and
+    the topology loss among them, as TPCIL has it at the end of the step."""
+    positions = experiment.positions[experiment.dataset.val.labels]
+    ids = np.flatnonzero(positions < 6)
+    images = experiment.val_loader.whole(ids)
+    with torch.no_grad():
+        student, teacher = (n.eval()(images) for n in (experiment.trainer.student, experiment.trainer.teacher))
+        found = {
+            "features": float(losses.less_forget(student.features, teacher.features)),
+            "maps": float(losses.pod_spatial(student.maps, teacher.maps)),
+        }
+        if experiment.step and experiment.recipe.method.method == "tpcil":
+            experiment.method.adaptive_lambda = 1.0
+            batch = Batch(images, torch.from_numpy(positions[ids]), torch.from_numpy(ids))
+            found["topology"] = float(experiment.method.further(batch, student, teacher, losses))
+    return found
+
+
+def test_lucirs_less_forget_constraint_keeps_the_directions_of_features(ablated):
+    with_it, without = (ablated(*METHODS["lucir"], f"lucir_lambda={v}") for v in (5, 0))
+    assert with_it["features"] < 0.7 * without["features"]
+
+
+def test_podnets_terms_keep_features_and_maps(ablated):
+    flat, spatial, without = (
+        ablated(*METHODS["podnet_balanced"], f"pod_flat={f}", f"pod_spatial={s}") for f, s in ((1, 0), (0, 3), (0, 0))
+    )
+    assert flat["features"] < 0.7 * without["features"]
+    assert spatial["maps"] < 0.7 * without["maps"]
+
+
+def test_tpcils_loss_keeps_the_topology(ablated):
+    with_it, without = (ablated(*METHODS["tpcil"], f"tpcil_lambda={v}") for v in (5, 0))
+    assert with_it["topology"] < 0.7 * without["topology"]
+
+
+@pytest.mark.parametrize("validation", ["each_step", "reserved"])
+def test_bics_second_stage_lowers_the_cross_entropy_of_held_out_images(validation, tmp_path, monkeypatch):
+    seen, after_training = [], BiC.after_training
+
+    def spy(method, out, targets):
+        def cross_entropy(logits):
+            return float(F.cross_entropy(logits[:, : method.context.num_seen], targets))
+
+        plain = cross_entropy(out.scaled)
+        after_training(method, out, targets)
+        seen.append((method.context.num_seen, plain, cross_entropy(method.predict(out.logits))))
+
+    monkeypatch.setattr(BiC, "after_training", spy)
+    run(
+        [*METHODS["bic"], "bic_share=0.3", f"bic_validation={validation}", "base_epochs=2", "epochs=2"],
+        tmp_path / "run",
+    )
+    assert [classes for classes, _, _ in seen] == [8, 10]
+    assert all(after < 0.98 * before for _, before, after in seen)
 
 
 @pytest.mark.parametrize("name", ["lucir", "podnet_balanced", "mnemonics_released"])

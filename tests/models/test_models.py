@@ -9,7 +9,7 @@ from torch import nn
 
 from fastil.models import MODELS, ModelConfig, build_network
 from fastil.models.blocks import SliceShortcut
-from fastil.models.heads import LinearHead, padded_width
+from fastil.models.heads import CosineHead, LinearHead, padded_width
 
 CIFAR = ("resnet8", "resnet14", "resnet20", "resnet32")
 # channels and blocks of each stage, and the stride of its first block
@@ -365,3 +365,40 @@ def test_the_generator_decides_the_rows_whatever_was_opened_before():
     assert torch.equal(a.bias[4:9], b.bias[4:9])
     assert not torch.equal(a.weight[4:9], c.weight[4:9])
     assert not torch.equal(a.bias[4:9], c.bias[4:9])
+
+
+@pytest.mark.parametrize("proxies", [None, 3])
+def test_imprinted_rows_are_as_long_as_the_old_ones_are_on_average(proxies):
+    """Of the rows before them, not of those after; directions with a length of their own keep it as a factor."""
+    head = CosineHead(6, 16, proxies)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(head.weight.shape, generator=generator) * torch.arange(1.0, 17).view(
+        16, *[1] * len(head.weight[0].shape)
+    )
+    head.weight.data.copy_(rows)
+    given = torch.randn(4, *head.weight.shape[1:], generator=generator).double()
+    head.imprint(5, given)
+    lengths = [math.sqrt(sum(v * v for v in row)) for row in rows[:5].reshape(-1, 6).tolist()]
+    wanted = given * (sum(lengths) / len(lengths))
+    torch.testing.assert_close(head.weight.data[5:9].double(), wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(head.weight.data[:5], rows[:5])
+    assert torch.equal(head.weight.data[9:], rows[9:])
+    assert head.scale == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "side"),
+    [("resnet18", "3x3", 3), ("resnet18_pod", "7x7", 7), ("resnet18", "own", 7), ("resnet18_pod", "own", 3)],
+)
+def test_the_stem_is_the_one_asked_for(name, stem, side):
+    network = build(name, stem=stem, last_relu=False)
+    conv, stride = network.backbone.conv1, {3: 1, 7: 2}[side]
+    assert (conv.kernel_size, conv.stride, conv.padding) == ((side, side), (stride, stride), (side // 2, side // 2))
+    assert conv.bias is None
+    assert conv.out_channels == 64
+    std = conv.weight.std().item() / math.sqrt(2 / (64 * side**2))
+    assert abs(std - 1) < 5 / math.sqrt(2 * conv.weight.numel())
+    with torch.no_grad():
+        out = network.eval()(images_for(name))
+    assert [m.shape[-1] for m in out.maps] == [64 // (2 * stride * k) for k in (1, 2, 4, 8)]
+    assert out.features.isfinite().all()
