@@ -22,7 +22,7 @@ from bench.harness import ratio, save, spread, take_turns
 from bench.train_step import BATCH, CLASSES, COUNTS, NUM_OLD, TRANSFORM, compiled_trainer
 from fastil.data import Batch, Split
 from fastil.device import pick_device
-from fastil.methods import METHOD_PARTS, MetaAlpha, StepContext, build_method
+from fastil.methods import METHOD_PARTS, MetaAlpha, StepContext, Tpcil, build_method
 from fastil.methods.meta import UpdateContext
 from fastil.models import Output, build_network
 from fastil.plan import EpochPlan, Key, training_plan
@@ -52,6 +52,11 @@ class Contestant:
             recipe.method, recipe.loss, parts, width=width, num_classes=CLASSES, device=device
         )  # fmt: skip
         self.method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
+        if isinstance(self.method, Tpcil):  # a graph of all classes
+            ages = torch.zeros(width, width, dtype=torch.int64)
+            self.method.load_state_dict(
+                {"ages": ages, "vertices": torch.eye(width, trainer.student.head.weight.shape[1])}
+            )
         self.meta = None
         if recipe.loss.loss == "meta_balanced":
             self.meta = MetaAlpha(recipe.meta, self.method, BATCH)

@@ -33,9 +33,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.stem != "own" and not self.model.startswith("resnet18"):
-            raise UserError(
-                f"stem={self.stem}: model={self.model} has another; use model=resnet18 or resnet18_pod"
-            )
+            raise UserError(f"stem={self.stem}: model={self.model} has another; use model=resnet18 or resnet18_pod")
         if self.proxies < 1:
             raise UserError(f"proxies={self.proxies}: must be at least 1")
 
