@@ -60,9 +60,8 @@ def audit(split: str, records: Records, storage: Storage, pool: Pool, reporter: 
     """Read every header, and prepare a few samples to estimate the rest."""
     n = len(records)
     found = Audit(
-        split, records, np.zeros(n, np.uint16), np.zeros(n, np.uint16), np.zeros(n, np.bool_),
-        records.size if isinstance(records, Files) else np.zeros(n, np.int64),
-    )  # fmt: skip
+        split, records, np.zeros(n, np.uint16), np.zeros(n, np.uint16), np.zeros(n, np.bool_), np.zeros(n, np.int64)
+    )
     reporter.begin(f"audit {split}", n)
     work = partial(look_at, storage=storage)
     number = 0
@@ -78,12 +77,13 @@ def audit(split: str, records: Records, storage: Storage, pool: Pool, reporter: 
 
 def note(found: Audit, number: int, head: Head, storage: Storage) -> None:
     found.formats[head.format] += 1
+    found.sizes[number] = head.size
     if head.problem is not None:
         found.problems[number] = head.problem
         return
     found.modes[head.mode] += 1
     found.width[number], found.height[number] = head.width, head.height
-    found.kept[number] = storage.mode == "jpeg" and not head.reasons
+    found.kept[number] = head.kept(storage)
     if head.reasons:
         found.reasons[number] = ", ".join(head.reasons)
 

@@ -1,6 +1,7 @@
 """Which classes and how many images of each go into a file."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ def choose(source: Source, classes: str | None, per_class: int | None) -> Source
 
 
 def _reduced(records: Records, table: Ids, per_class: int | None) -> Records:
+    if records.labels.max(initial=-1) >= len(table):
+        i = int(records.labels.argmax())
+        raise UserError(
+            f"{records.where(i)}: is of class {records.labels[i]}, but there are {len(table)} classes; fetch it again"
+        )
     labels = table[records.labels]
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
@@ -57,13 +63,14 @@ def _wanted(source: Source, classes: str | None) -> Ids:
         if not 1 <= int(classes) <= len(names):
             raise UserError(f"--classes {classes}: there are {len(names)} classes")
         return np.arange(int(classes))
+    known = {name: label for label, name in enumerate(names)}
     wanted = [part.strip() for part in classes.split(",")]
-    if Path(classes).is_file():
+    if os.path.isfile(classes):
         try:
-            wanted = [line.split()[0] for line in Path(classes).read_text().splitlines() if line.strip()]
+            lines = [line.strip() for line in Path(classes).read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError):
             raise UserError(f"--classes {classes}: not a text file that can be read") from None
-    known = {name: label for label, name in enumerate(names)}
+        wanted = [line if line in known else line.split()[0] for line in lines]
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted:
         raise UserError(

@@ -5,13 +5,14 @@ and encode those that have to be. After some megabytes the bytes are synced and 
 last, then the whole file is read back for its checksums, then it gets its name.
 """
 
-import hashlib
+import contextlib
 import os
 import shutil
-import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -19,13 +20,13 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast, get_args
 
 import numpy as np
-from fastil.data.catalog import open_source
 from numpy.typing import NDArray
 from PIL import features
 
 from fastil.data import beton
+from fastil.data.catalog import open_source
 from fastil.data.manifest import FORMAT, Changed, Manifest, manifest_path, read_manifest
-from fastil.data.records import Files, Records, Source
+from fastil.data.records import Records, Source, is_sequential
 from fastil.errors import UserError
 from fastil.tools.audit import (
     Audit,
@@ -39,7 +40,7 @@ from fastil.tools.audit import (
     summary,
 )
 from fastil.tools.choice import choose
-from fastil.tools.files import full_disk, opened, read_back, spooled, sync_folder, write_synced
+from fastil.tools.files import full_disk, opened, read_back, reading_order, spooled, sync_folder, write_synced
 from fastil.tools.images import Mode, Prepared, Storage
 from fastil.tools.journal import Journal, Progress
 from fastil.tools.pool import Pool, default_workers
@@ -114,14 +115,15 @@ def convert(
         notes.append("no validation images; give --val with their path, or --val same for a smoke test")
     notes += shortfall(source, splits, options.classes is not None or options.per_class is not None)
     targets = {"train": out, "val": beton.val_path_of(out)}
-    with Pool(options.workers) as pool:
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(Pool(options.workers))
         jobs = [
             Job(source, str(path), split, records, targets[split], options, notes, reporter, commit_bytes)
             for split, records in splits.items()
         ]
-        waiting = [job for job in jobs if not job.finished()]
+        waiting = [job for job in jobs if not job.finished() and (dry_run or job.begin(stack))]
         for job in waiting:
-            job.look(pool)
+            job.look(pool, dry_run)
         free = shutil.disk_usage(out.parent).free
         audits = [job.audit for job in waiting if job.audit is not None]
         reporter.say(
@@ -132,7 +134,7 @@ def convert(
         if dry_run:
             return []
         for job in waiting:
-            job.check(pool)
+            job.check()
         needed = sum(max(0, job.projected() - job.there()) for job in waiting)
         if needed > free:
             raise UserError(
@@ -157,17 +159,17 @@ class Job:
         self.spool = target.with_name(target.name + ".spool")
         self.journal_path = target.with_name(target.name + ".journal")
         self.audit: Audit | None = None
+        self.file: IO[bytes] | None = None
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the bytes of the file."""
-        listing = hashlib.sha256(self.records.labels.tobytes())
-        for i in range(len(self.records)):
-            listing.update(self.records.name(i).encode(errors="surrogateescape") + b"\0")
-        if isinstance(self.records, Files):
-            listing.update(self.records.size.tobytes())
-        return {
-            "source": self.origin, "split": self.split, "options": self.options.parameters(), "libraries": libraries(),
-            "classes": self.source.class_names, "listing": listing.hexdigest(),
+    def identity(self, start: int, page: int) -> dict[str, Any]:
+        """What decides the bytes of the file, beside what the source lists. An image that cannot be read stops the
+        work or is left out: what is in place is the same."""
+        options = self.options.parameters()
+        options |= options.pop("storage")
+        del options["on_corrupt"]
+        return {f"--{key.replace('_', '-')}": value for key, value in options.items()} | {
+            "source": self.origin, "split": self.split, "libraries": libraries(), "class list": self.source.class_names,
+            "layout": [start, page],
         }  # fmt: skip
 
     def finished(self) -> bool:
@@ -175,18 +177,34 @@ class Job:
         if not self.target.exists():
             return False
         manifest = read_manifest(manifest_path(self.target))
-        same = manifest is not None and (
-            (manifest.source, manifest.parameters, manifest.class_names, manifest.images + len(manifest.skipped))
-            == (self.origin, self.options.parameters(), self.source.class_names, len(self.records))
+        same = (
+            manifest is not None
+            and (manifest.source, manifest.parameters) == (self.origin, self.options.parameters())
+            and manifest.class_names == self.source.class_names
+            and Counter(manifest.names + [one.source for one in manifest.skipped])
+            == Counter(self.records.name(i) for i in range(len(self.records)))
         )
         if not same:
             raise UserError(f"{self.target}: exists, of another conversion; remove it or choose another output")
+        if not self.partial.exists():  # else another conversion is at work
+            self.journal_path.unlink(missing_ok=True)
+            self.spool.unlink(missing_ok=True)
         self.reporter.say(f"{self.target}: converted already", "finished", file=str(self.target))
         return True
 
-    def look(self, pool: Pool) -> None:
-        if getattr(self.records, "sequential", False):
-            self.records = spooled(self.records, self.spool, self.reporter)
+    def begin(self, stack: contextlib.ExitStack) -> bool:
+        """Keep every other conversion off the file until the stack is closed. False: one has just finished it."""
+        stack.enter_context(full_disk(self.partial))
+        self.file = stack.enter_context(opened(self.partial))
+        stack.callback(self.spool.unlink, missing_ok=True)
+        return not self.finished()
+
+    def look(self, pool: Pool, dry_run: bool) -> None:
+        if is_sequential(self.records):
+            if dry_run:
+                self.records = self.records.take(reading_order(self.records))
+            else:
+                self.records = spooled(self.records, self.spool, self.reporter)
         self.audit = audit(self.split, self.records, self.options.storage, pool, self.reporter)
 
     def projected(self) -> int:
@@ -196,7 +214,7 @@ class Job:
         """Bytes on the disk of an earlier attempt."""
         return self.partial.stat().st_blocks * 512 if self.partial.exists() else 0
 
-    def check(self, pool: Pool) -> None:
+    def check(self) -> None:
         """Refuse what the audit found, before anything is written."""
         assert self.audit is not None
         if self.audit.problems and self.options.on_corrupt == "fail":
@@ -210,21 +228,25 @@ class Job:
         page = beton.page_size_for(self.audit.largest(self.options.storage))
         start = beton.data_start(len(self.records), page)
         progress = Progress(np.zeros(len(self.records), beton.ENTRY), position=start)
-        journal = Journal(self.journal_path, self.identity())
-        with opened(self.partial) as file, full_disk(self.partial):
-            if journal.resume(progress, self.partial):
-                self.reporter.say(
-                    f"{self.partial}: going on after {progress.done:,} images", "resumed", done=progress.done
-                )
-            else:
-                file.truncate(0)
-                journal.begin()
-            file.truncate(progress.position)
-            file.seek(progress.position)
-            self.copy(file, progress, journal, page, pool)
-            self.finish(file, progress, page)
-        self.journal_path.unlink()
-        self.spool.unlink(missing_ok=True)
+        journal = Journal(self.journal_path, self.identity(start, page), self.records)
+        file = self.file
+        assert file is not None
+        if journal.resume(progress, self.partial):
+            self.reporter.say(f"{self.partial}: going on after {progress.done:,} images", "resumed", done=progress.done)
+        else:
+            file.truncate(0)
+            journal.begin()
+        if progress.skipped and self.options.on_corrupt == "fail":
+            i, problem = progress.skipped[0]
+            raise UserError(
+                f"{self.records.where(i)}: was left out ({problem}) by the conversion that this one would go on with; "
+                f"give --on-corrupt skip, or remove {self.partial}"
+            )
+        file.truncate(progress.position)
+        file.seek(progress.position)
+        self.copy(file, progress, journal, page, pool)
+        self.finish(file, progress, page)
+        self.journal_path.unlink(missing_ok=True)
 
     def copy(self, file: IO[bytes], progress: Progress, journal: Journal, page: int, pool: Pool) -> None:
         """Put every sample in place."""
@@ -241,14 +263,16 @@ class Job:
                     )
                 progress.skipped.append((i, prepared.problem))
                 progress.done = i + 1
+                self.reporter.advance(1)
                 continue
             content = prepared.content
             if content is None:
                 original = records.content(i)
-                assert isinstance(original, bytes)
-                content = original
+                content = original if isinstance(original, bytes) else original.tobytes()
             else:
                 progress.changed.append((i, self.reason(i)))
+            if len(content) > page:
+                raise UserError(f"{records.where(i)}: {len(content):,} bytes, more than a page; use --max-side")
             at = beton.place(progress.position, len(content), page)
             if at != progress.position:
                 file.seek(at)
@@ -300,12 +324,10 @@ class Job:
         beton.write_tables(file, entries, mode, page)
         beton.write_header(file, entries, page)
         file.flush()
-        sync = threading.Thread(target=os.fsync, args=(file.fileno(),))
-        sync.start()  # while the file is read back
-        try:
+        with ThreadPoolExecutor(1) as thread:
+            synced = thread.submit(os.fsync, file.fileno())  # while the file is read back
             digest = read_back(self.partial, entries, self.reporter)
-        finally:
-            sync.join()
+        synced.result()
         manifest = self.manifest(progress, digest, self.partial.stat().st_size)
         write_synced(manifest_path(self.target), manifest.dump())
         os.replace(self.partial, self.target)

@@ -1,10 +1,12 @@
 """`fastil info` and `fastil export`: what is in a .beton, and images out of it."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from fastil.data.beton import RAW, Beton
@@ -75,16 +77,25 @@ def export(path: Path, folder: Path, classes: Sequence[str], ids: Sequence[int])
             target = folder / plain(beton.class_names[beton.labels[i]]) / name_of(beton, int(i))
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
+                content = beton.encoded(int(i)) if beton.modes[i] != RAW else as_png(beton.image(int(i)))
                 with open(target, "xb") as file:
-                    if beton.modes[i] == RAW:
-                        Image.fromarray(beton.image(int(i))).save(file, "PNG")
-                    else:
-                        file.write(beton.encoded(int(i)))
+                    try:
+                        file.write(content)
+                        file.flush()
+                    except BaseException:
+                        target.unlink()  # rather none than half of one
+                        raise
             except FileExistsError:
                 raise UserError(f"{target}: exists already; export to an empty folder") from None
             except OSError as error:
                 raise UserError(f"{target}: cannot be written ({error.strerror or error})") from None
         return len(chosen)
+
+
+def as_png(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def wanted(beton: Beton, classes: Sequence[str], ids: Sequence[int]) -> Ids:

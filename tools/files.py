@@ -7,13 +7,14 @@ import io
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.data.records import Files, Listing, Records
+from fastil.data.records import Files, Ids, Listing, Records
 from fastil.errors import UserError
 from fastil.tools.reporting import Reporter
 
@@ -22,7 +23,8 @@ READ = 4 << 20  # bytes at once when a file is read back
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file for reading and writing, made if it is not there, locked against a second conversion."""
+    """The file for reading and writing, made if it is not there, locked against a second conversion. One in which
+    nothing was written is removed again."""
     try:
         raw = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     except OSError as error:
@@ -30,9 +32,22 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     with io.BufferedRandom(raw, 1 << 20) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{path}: another conversion is writing it; wait for it") from None
-        yield file
+        except OSError:  # a file system without locks
+            pass
+        if not is_at(path, file):
+            raise UserError(f"{path}: another conversion has just finished it; run the command again")
+        try:
+            yield file
+        finally:
+            if is_at(path, file) and not os.fstat(file.fileno()).st_size:
+                path.unlink()
+
+
+def is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether this is the file that has the name now."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 @contextlib.contextmanager
@@ -71,9 +86,24 @@ def read_back(path: Path, entries: NDArray[np.void], reporter: Reporter) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Spooled(Files):
+    """A copy of what `origin` holds."""
+
+    origin: Records | None = None
+
+    def where(self, i: int) -> str:
+        return self.origin.where(i) if self.origin else super().where(i)
+
+
+def reading_order(records: Records) -> Ids:
+    """Samples of a source that is read from front to back, in the order in which that is."""
+    return np.argsort(getattr(records, "rows"), kind="stable")  # noqa: B009
+
+
 def spooled(records: Records, path: Path, reporter: Reporter) -> Files:
     """The encoded images of a source that can only be read from front to back, in a file of their own."""
-    order = np.argsort(getattr(records, "rows"), kind="stable")  # noqa: B009
+    order = reading_order(records)
     offset, size = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
     reporter.begin("unpack", len(records))
     with open(path, "wb") as file:
@@ -87,7 +117,7 @@ def spooled(records: Records, path: Path, reporter: Reporter) -> Files:
     listing = Listing(path.parent)
     for i in range(len(records)):
         listing.add(records.name(i), int(records.labels[i]), int(size[i]), str(path), int(offset[i]))
-    return listing.files()
+    return Spooled(**vars(listing.files()), origin=records)
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -11,6 +11,8 @@ from PIL import Image
 from fastil.data import pixels
 
 Mode = Literal["auto", "jpeg", "reencode", "raw"]
+PIXELS = "pixels"  # in place of the format of an image file
+RAW_SIDE, JPEG_SIDE = 65_535, 65_500  # pixels: what a row has room for, what libjpeg encodes and decodes
 MODE_NAMES = {"L": "grayscale", "LA": "grayscale", "P": "palette", "1": "black and white", "RGBA": "with alpha"}
 
 
@@ -31,14 +33,20 @@ class Storage:
 
 
 class Head(NamedTuple):
-    """What the header of an image says. reasons: why its bytes cannot be kept; problem: why it cannot be read."""
+    """What the header of an image says. width, height: as stored; size: bytes in the source; reasons: why its bytes
+    cannot be kept; problem: why it cannot be read."""
 
     format: str
     mode: str
     width: int
     height: int
+    size: int
     reasons: tuple[str, ...]
     problem: str | None
+
+    def kept(self, storage: Storage) -> bool:
+        """Whether the bytes of the source are what is stored."""
+        return not self.reasons and storage.mode == ("raw" if self.format == PIXELS else "jpeg")
 
 
 class Prepared(NamedTuple):
@@ -52,32 +60,39 @@ class Prepared(NamedTuple):
 
 def look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
     """The header alone: no pixel is decoded."""
+    reasons: list[str] = []
     if not isinstance(content, bytes):
         height, width = content.shape[:2]
-        return Head("pixels", "RGB", width, height, () if storage.mode == "raw" else ("pixels",), None)
+        if storage.mode != "raw":
+            reasons.append(PIXELS)
+        return stored(PIXELS, "RGB", (width, height), content.nbytes, reasons, storage)
     try:
         image = pixels.open_image(content)
         turned = pixels.orientation(image)
+        size = image.size if turned < 5 else image.size[::-1]
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        return Head("unknown", "", 0, 0, (), describe(error))
+        return Head("unknown", "", 0, 0, len(content), (), describe(error))
     kind = str(image.format)
-    width, height = image.size
-    reasons = []
     if kind != "JPEG":
         reasons.append(kind)
     if image.mode != "RGB":
         reasons.append(MODE_NAMES.get(image.mode, image.mode))
     if turned != 1:
         reasons.append("turned by its EXIF tag")
-    if turned > 4:
-        width, height = height, width
+    return stored(kind, image.mode, size, len(content), reasons, storage)
+
+
+def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: list[str], storage: Storage) -> Head:
+    """The Head of an image that is this wide and high when upright."""
+    width, height = size
     if storage.max_side is not None and max(width, height) > storage.max_side:
         reasons.append("larger than --max-side")
         width, height = scaled(width, height, storage.max_side)
     problem = None
-    if max(width, height) >= 1 << 16:
-        problem = f"{width}x{height} pixels, the format holds sides up to 65,535; use --max-side"
-    return Head(kind, image.mode, width, height, tuple(reasons), problem)
+    longest = RAW_SIDE if storage.mode == "raw" else JPEG_SIDE
+    if max(width, height) > longest:
+        problem = f"{width}x{height} pixels, the format holds sides up to {longest:,}; use --max-side"
+    return Head(kind, mode, width, height, count, tuple(reasons), problem)
 
 
 def prepare(content: bytes | NDArray[np.uint8], storage: Storage) -> Prepared:
@@ -86,15 +101,14 @@ def prepare(content: bytes | NDArray[np.uint8], storage: Storage) -> Prepared:
     if head.problem is not None:
         return Prepared(None, 0, 0, head.problem)
     try:
-        if storage.mode == "jpeg" and not head.reasons:
-            assert isinstance(content, bytes)
-            if storage.check:
+        if head.kept(storage):
+            if storage.check and isinstance(content, bytes):
                 pixels.check_decodes(pixels.open_image(content))
             return Prepared(None, head.width, head.height, None)
         image = Image.fromarray(content) if not isinstance(content, bytes) else pixels.open_image(content)
         image = pixels.to_rgb(pixels.upright(image))
-        if image.size != (head.width, head.height):
-            image = image.resize((head.width, head.height), Image.Resampling.BILINEAR)
+        if storage.max_side is not None and max(image.size) > storage.max_side:
+            image = image.resize(scaled(*image.size, storage.max_side), Image.Resampling.BILINEAR)
         return Prepared(encode(image, storage), image.width, image.height, None)
     except Exception as error:
         return Prepared(None, 0, 0, describe(error))

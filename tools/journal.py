@@ -1,9 +1,11 @@
 """The journal beside an unfinished .beton: what is in place and on the disk, so that a killed conversion goes on.
 
-One record after each commit: a length, a checksum, a line of JSON, and the new entries as bytes. A record that was cut
-short by the kill is dropped, and with it what it told of.
+One record after each commit: a checksum, lengths, a line of JSON, and the new entries as bytes. The checksum is of all
+that comes before and of the record itself. A record that was cut short by the kill is dropped, and with it what it told
+of.
 """
 
+import hashlib
 import json
 import os
 import zlib
@@ -15,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.data.beton import ENTRY
+from fastil.data.records import Files, Records
 from fastil.errors import UserError
 
-HEAD = np.dtype([("length", "<u4"), ("crc32", "<u4"), ("line", "<u4")])
+HEAD = np.dtype([("crc32", "<u4"), ("length", "<u4"), ("line", "<u4")])
+CHECKED = 4  # where the bytes begin that the checksum is of
 
 
 @dataclass
@@ -50,6 +54,30 @@ class Progress:
         self.skipped += [(candidate, reason) for candidate, reason in line["skipped"]]
 
 
+class Front:
+    """Digests of the first so many samples of a listing."""
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+        self.sizes = records.size if isinstance(records, Files) else None
+        self._restart()
+
+    def _restart(self) -> None:
+        self.at, self.hash = 0, hashlib.sha256()
+
+    def digest(self, count: int) -> str:
+        """Cheap where it is called with growing counts."""
+        if count < self.at:
+            self._restart()
+        for i in range(self.at, min(count, len(self.records))):
+            size = -1 if self.sizes is None else self.sizes[i]
+            self.hash.update(
+                f"{self.records.labels[i]} {size} {self.records.name(i)}\0".encode(errors="surrogateescape")
+            )
+        self.at = count
+        return self.hash.hexdigest()
+
+
 class Told(NamedTuple):
     """How much of a Progress the journal holds."""
 
@@ -59,53 +87,60 @@ class Told(NamedTuple):
 
 
 class Journal:
-    """The file at `path`. identity: what decides the bytes of the .beton; it must be the same to go on."""
+    """The file at `path`. identity: what decides the bytes of the .beton, beside the listing of `records`; it must be
+    the same to go on."""
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = path, identity
-        self.told = Told()
+    def __init__(self, path: Path, identity: dict[str, Any], records: Records) -> None:
+        self.path, self.identity, self.front = path, identity, Front(records)
+        self.told, self.crc = Told(), 0
 
     def begin(self) -> None:
         """Start anew."""
+        self.told, self.crc = Told(), 0
         self.path.unlink(missing_ok=True)
         self._append({"identity": self.identity}, b"")
 
     def commit(self, progress: Progress) -> None:
         """Tell what came since the last commit. The bytes of the samples must be on the disk already."""
-        self._append(progress.line(self.told), progress.entries[self.told.placed : progress.placed].tobytes())
+        line = progress.line(self.told) | {"listing": self.front.digest(progress.done)}
+        self._append(line, progress.entries[self.told.placed : progress.placed].tobytes())
         self.told = Told(progress.placed, len(progress.changed), len(progress.skipped))
 
     def _append(self, line: dict[str, Any], content: bytes) -> None:
         text = json.dumps(line).encode()
         record = text + content
-        head = np.array([(len(record), zlib.crc32(record), len(text))], HEAD)
+        checked = np.array([(0, len(record), len(text))], HEAD).tobytes()[CHECKED:] + record
+        self.crc = zlib.crc32(checked, self.crc)
         with open(self.path, "ab") as file:
-            file.write(head.tobytes() + record)
+            file.write(self.crc.to_bytes(CHECKED, "little") + checked)
             file.flush()
             os.fsync(file.fileno())
 
     def resume(self, progress: Progress, partial: Path) -> bool:
-        """Bring an empty `progress` to where the file `partial` is, by every whole record whose samples are in it.
-        Returns False if there is nothing to go on from. Raises UserError if it is of another conversion."""
+        """Bring an empty `progress` to where the file `partial` is, by every whole record whose samples are in it and
+        are still what the source lists. Returns False if there is nothing to go on from. Raises UserError if it is of
+        another conversion."""
         try:
             raw, size = self.path.read_bytes(), partial.stat().st_size
         except FileNotFoundError:
+            return False
+        if not size:
             return False
         end, first = 0, True
         while end + HEAD.itemsize <= len(raw):
             head = np.frombuffer(raw, HEAD, 1, end)[0]
             begin, stop = end + HEAD.itemsize, end + HEAD.itemsize + int(head["length"])
-            record = raw[begin:stop]
-            if len(record) < head["length"] or zlib.crc32(record) != head["crc32"]:
+            if stop > len(raw) or zlib.crc32(raw[end + CHECKED : stop], self.crc) != head["crc32"]:
                 break
+            record = raw[begin:stop]
             line, content = json.loads(record[: head["line"]]), record[head["line"] :]
             if first:
                 self._compare(line.get("identity", {}), partial)
-            elif line["position"] > size:
+            elif line["position"] > size or line["listing"] != self.front.digest(line["done"]):
                 break
             else:
                 progress.replay(line, np.frombuffer(content, ENTRY))
-            end, first = stop, False
+            end, first, self.crc = stop, False, int(head["crc32"])
         if first:
             return False
         os.truncate(self.path, end)  # what comes next must follow a whole record

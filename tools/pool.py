@@ -1,15 +1,22 @@
-"""Worker processes that are watched: one that dies ends the work with the place it was at."""
+"""Worker processes that are watched: one that dies ends the work with the image it was at.
+
+Each worker has a pipe of its own and a thread here that speaks with it. Nothing is shared that a killed process could
+keep locked, as the queues of concurrent.futures are, where a pool can wait for ever for a worker that was killed.
+"""
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
+from concurrent.futures import Future, ThreadPoolExecutor
+from ctypes import Array
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -17,14 +24,19 @@ from fastil.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Chunk = list[tuple[int, Task]]
 AHEAD = 4  # chunks per worker that wait for their turn
-
-_at: "SynchronizedArray[int] | None" = None  # in a worker: the item that each worker is at, by slot
-_slot = 0
 
 
 class WorkerDied(UserError):
     """A worker was killed, or an exception that no image should cause ended it."""
+
+
+@dataclass(frozen=True)
+class _Worker:
+    process: SpawnProcess
+    pipe: "Connection[Any, Any]"
+    slot: int  # in the list of the items that the workers are at
 
 
 class Pool:
@@ -32,48 +44,69 @@ class Pool:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self.executor: ProcessPoolExecutor | None = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
-            self.at: SynchronizedArray[int] = context.Array("q", [-1] * workers)
-            self.executor = ProcessPoolExecutor(workers, context, _begin, (self.at, context.Value("i", 0)))
+        self.context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
+        self.at: Array[Any] = self.context.RawArray("q", [-1] * workers)
+        self.started: list[_Worker] = []
+        self.idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self.threads = ThreadPoolExecutor(workers)
 
     def map(
-        self, work: Callable[[Task], Result], chunks: Iterable[list[tuple[int, Task]]], where: Callable[[int], str]
+        self, work: Callable[[Task], Result], chunks: Iterable[Chunk[Task]], where: Callable[[int], str]
     ) -> Iterator[list[Result]]:
         """The results of each chunk of numbered items, in order. where: of an item, for a message."""
-        if self.executor is None:
+        if self.workers == 1:
             for chunk in chunks:
                 yield [work(item) for _, item in chunk]
             return
-        waiting: deque[tuple[list[tuple[int, Task]], Future[Any]]] = deque()
+        self._start()
+        waiting: deque[Future[list[Result]]] = deque()
         try:
             for chunk in chunks:
-                waiting.append((chunk, self.executor.submit(_do, work, chunk)))
+                waiting.append(self.threads.submit(self._ask, work, chunk, where))
                 if len(waiting) > AHEAD * self.workers:
-                    yield self._result(*waiting.popleft(), where)
+                    yield waiting.popleft().result()
             while waiting:
-                yield self._result(*waiting.popleft(), where)
+                yield waiting.popleft().result()
         finally:
-            for _, future in waiting:
+            for future in waiting:
                 future.cancel()
 
-    def _result(
-        self, chunk: list[tuple[int, Task]], future: "Future[list[Result]]", where: Callable[[int], str]
-    ) -> list[Result]:
+    def _start(self) -> None:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it
         try:
-            return future.result()
-        except BrokenProcessPool:
-            at = [number for number in self.at[:] if number >= 0]
-            places = "; ".join(where(number) for number in at) or where(chunk[0][0])
+            for slot in range(len(self.started), self.workers):
+                ours, theirs = self.context.Pipe()
+                process = self.context.Process(target=_serve, args=(theirs, self.at, slot), daemon=True)
+                process.start()
+                theirs.close()  # so that the end of the worker is the end of the pipe
+                self.started.append(_Worker(process, ours, slot))
+                self.idle.put(self.started[-1])
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _ask(self, work: Callable[[Task], Result], chunk: Chunk[Task], where: Callable[[int], str]) -> list[Result]:
+        """In a thread: what the next idle worker makes of a chunk."""
+        worker = self.idle.get()
+        try:
+            worker.pipe.send((work, chunk))
+            answer = worker.pipe.recv()
+        except (EOFError, OSError):
+            number = self.at[worker.slot]
             raise WorkerDied(
-                f"a worker process was killed (out of memory, or a decoder crashed) at {places}; nothing written is "
-                "lost: run the same command again, with --workers 1 to see which image it is, or remove that image"
+                f"a worker process was killed (out of memory, or a decoder crashed) at "
+                f"{where(chunk[0][0] if number < 0 else number)}; nothing written is lost: run the same command again, "
+                "with --workers 1 to see which image it is, or remove that image"
             ) from None
-        except _Failed as failed:
+        finally:
+            self.idle.put(worker)  # a dead one, too: whoever comes next is told so instead of waiting
+        if isinstance(answer, UserError):
+            raise answer
+        if isinstance(answer, _Failed):
             raise WorkerDied(
-                f"a worker failed at {where(failed.number)}: {failed.what}; please report it. {failed.trace}"
-            ) from None
+                f"a worker failed at {where(answer.number)}: {answer.what}; please report it. {answer.trace}"
+            )
+        results: list[Result] = answer
+        return results
 
     def __enter__(self) -> "Pool":
         return self
@@ -81,25 +114,33 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.executor is not None:
-            self.executor.shutdown(wait=kind is None, cancel_futures=True)
+        for worker in self.started:
+            worker.process.terminate()  # it holds nothing but the image it is at
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.started:
+            worker.process.join()
+            worker.pipe.close()
 
 
-class _Failed(Exception):
-    """Carries what happened in a worker to the process that waits for it."""
+@dataclass(frozen=True)
+class _Failed:
+    """What happened in a worker."""
 
-    def __init__(self, number: int, what: str, trace: str) -> None:
-        super().__init__(number, what, trace)
-        self.number, self.what, self.trace = number, what, trace
+    number: int
+    what: str
+    trace: str
 
 
-def _begin(at: "SynchronizedArray[int]", counter: "Synchronized[int]") -> None:
-    global _at, _slot
+def _serve(pipe: "Connection[Any, Any]", at: "Array[Any]", slot: int) -> None:
+    """A worker: answers chunk by chunk."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with counter.get_lock():
-        _at, _slot = at, counter.value % len(at)
-        counter.value += 1
+    while True:
+        try:
+            work, chunk = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_do(work, chunk, at, slot))
 
 
 def _end_with_parent() -> None:
@@ -110,20 +151,19 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _do(work: Callable[[Task], Result], chunk: list[tuple[int, Task]]) -> list[Result]:
+def _do(
+    work: Callable[[Task], Result], chunk: Chunk[Task], at: "Array[Any]", slot: int
+) -> list[Result] | UserError | _Failed:
     results = []
     for number, item in chunk:
-        if _at is not None:
-            _at[_slot] = number
+        at[slot] = number
         try:
             results.append(work(item))
-        except UserError:
-            raise
+        except UserError as error:
+            return error
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise _Failed(number, what, traceback.format_exc()) from None
-    if _at is not None:
-        _at[_slot] = -1
+            return _Failed(number, f"{type(error).__name__}: {error}", traceback.format_exc())
+    at[slot] = -1
     return results
 
 

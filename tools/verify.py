@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastil.data.beton import HEADER, RAW, ROW, TABLE, Beton
-from fastil.data.manifest import manifest_path
+from fastil.data.beton import HEADER, RAW, ROW, TABLE, VERSION, Beton
+from fastil.data.manifest import manifest_path, read_manifest
 from fastil.data.pixels import open_image, to_rgb
 from fastil.data.records import Extent, Ids
 from fastil.errors import UserError
@@ -18,6 +18,9 @@ from fastil.tools.reporting import Reporter
 
 READ = 4 << 20
 DECODED = 16  # samples in a worker's chunk
+GAPS = np.setdiff1d(  # bytes of a row that belong to no field
+    np.arange(ROW.itemsize), [at + i for kind, at, *_ in (ROW.fields or {}).values() for i in range(kind.itemsize)]
+)
 
 
 def verify(path: Path, sample: int | None, workers: int, reporter: Reporter) -> list[str]:
@@ -65,6 +68,10 @@ def structure(beton: Beton) -> list[str]:
     rows = np.arange(len(beton))
     if beton.manifest is not None and beton.ids is not None:
         problems += [f"{called(beton, int(i))}: its row has the id {beton.ids[i]}" for i in rows[beton.ids != rows]]
+    if beton.manifest is not None and beton.rows_end == TABLE + len(beton) * ROW.itemsize:
+        raw = np.frombuffer(beton.map, np.uint8, len(beton) * ROW.itemsize, TABLE).reshape(len(beton), -1)
+        filled = rows[raw[:, GAPS].any(axis=1)]
+        problems += [f"{called(beton, int(i))}: its row has something between its fields" for i in filled]
     wrong = rows[beton.place_ids != rows.astype(np.uint64)]
     problems += [f"{called(beton, int(i))}: the table of places gives it to {beton.place_ids[i]}" for i in wrong]
     page = beton.starts // beton.page_size
@@ -151,16 +158,38 @@ def decodes(item: tuple[Extent, int, int]) -> str | None:
 
 
 def first_lost(path: Path) -> str:
-    """Of a file that does not open: where it ends, by the rows at its front, if it was cut short."""
+    """Of a file that does not open: which samples are gone, by its front and its manifest, if it was cut short."""
     try:
-        raw = np.fromfile(path, np.uint8, HEADER.itemsize)
-        header = raw.view(HEADER)[0]
-        size = path.stat().st_size
-        rows = np.fromfile(path, ROW, int(min(header["num_samples"], size // ROW.itemsize)), offset=TABLE)
-        if header["version"] != 2 or header["alloc_table_ptr"] <= size or not manifest_path(path).exists():
+        header = np.fromfile(path, HEADER, 1)[0]
+        size, n = path.stat().st_size, int(header["num_samples"])
+        manifest = read_manifest(manifest_path(path))
+        if (
+            header["version"] != VERSION
+            or header["alloc_table_ptr"] <= size
+            or manifest is None
+            or manifest.images != n
+        ):
             return ""
+        rows = np.fromfile(path, ROW, n, offset=TABLE)
         starts = rows["image"]["data_ptr"].astype(np.int64)
-        at = int(np.searchsorted(starts, size)) - 1
-        return "; no sample is whole" if at < 0 else f"; samples from {at} on are not whole or gone"
-    except (OSError, ValueError):
+        last = int(np.searchsorted(starts, size)) - 1  # that begins before the end
+        if last >= 0 and is_whole(path, rows[last], manifest.crc32[last], size):
+            last += 1
+    except (OSError, ValueError, LookupError):
         return ""
+    return "" if last == n else f"; samples from {max(last, 0)} on are not whole or gone"
+
+
+def is_whole(path: Path, row: np.void, crc32: int, size: int) -> bool:
+    """Whether the last sample of a file that ends within its samples, or in the padding behind them, is all there."""
+    image = row["image"]
+    start = int(image["data_ptr"])
+    if image["mode"] == RAW:
+        return start + int(image["width"]) * int(image["height"]) * 3 <= size
+    content = Extent(str(path), start, size - start).read()
+    found = zlib.crc32(content.rstrip(b"\0"))
+    for _ in range(len(content) - len(content.rstrip(b"\0"))):  # some of which may be its own
+        if found == crc32:
+            return True
+        found = zlib.crc32(b"\0", found)
+    return found == crc32
