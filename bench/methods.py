@@ -8,7 +8,7 @@ tenth update the passes of its virtual step, of the held-out batch and along the
 What methods do between the steps (BiC's second stage, the pixels of Mnemonics, imprinting) is not in it: `fastil run`
 has it in timings.json.
 
-python -m bench.methods [--rounds N]
+python -m bench.methods [--rounds N] [--only ROW ...]      (with --only nothing is written)
 """
 
 import argparse
@@ -158,9 +158,11 @@ def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=[])
+    arguments = parser.parse_args()
+    rounds, chosen = arguments.rounds, {"il_baseline", *(arguments.only or ROWS)}
     device = pick_device("auto")
-    of_row = contestants(device)
+    of_row = {row: contestant for row, contestant in contestants(device).items() if row in chosen}
     turns: dict[str, Callable[[], float]] = {}
     for row, contestant in of_row.items():
         turns |= {row: contestant.fit, f"{row}, ceiling": contestant.ceiling}
@@ -176,7 +178,8 @@ def main() -> None:
             f"({cost['min']:.2f} to {cost['max']:.2f})   of its ceiling {share['median']:.2f} "
             f"({share['min']:.2f} to {share['max']:.2f})"
         )
-    print("written to", save("methods", device, {"rounds": rounds, "batch": BATCH, "methods": results}))
+    if not arguments.only:
+        print("written to", save("methods", device, {"rounds": rounds, "batch": BATCH, "methods": results}))
 
 
 if __name__ == "__main__":

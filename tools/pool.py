@@ -4,6 +4,7 @@ Each worker has a pipe of its own and a thread here that speaks with it. Nothing
 keep locked, as the queues of concurrent.futures are, where a pool can wait for ever for a worker that was killed.
 """
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from ctypes import Array
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
@@ -72,6 +74,7 @@ class Pool:
                 future.cancel()
 
     def _start(self) -> None:
+        resource_tracker.ensure_running()  # which multiprocessing would do below, and unblock the signal
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it
         try:
             for slot in range(len(self.started), self.workers):
@@ -135,12 +138,10 @@ def _serve(pipe: "Connection[Any, Any]", at: "Array[Any]", slot: int) -> None:
     """A worker: answers chunk by chunk."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone
+        while True:
             work, chunk = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_do(work, chunk, at, slot))
+            pipe.send(_do(work, chunk, at, slot))
 
 
 def _end_with_parent() -> None:

@@ -254,30 +254,37 @@ def workers_of(process):
 @needs_proc
 def test_a_worker_that_is_killed_ends_the_run_and_the_next_one_ends_in_the_same_files(fastil, tmp_path):
     """Each image takes so long that a worker is at one of them whenever it is killed."""
-    source = write(
-        tmp_path / "in", {f"train/{c}/{i}.png": encoded(photo(500, 500, i), "PNG") for c in "ab" for i in range(7)}
-    )
+    large = {f"train/{c}/{i}.png": encoded(photo(500, 500, i), "PNG") for c in "ab" for i in range(7)}
+    source, moments = write(tmp_path / "in", large), random.Random(0)
     run(source, tmp_path / "x.beton")
-    expected = outputs(tmp_path)
-    out = without(tmp_path / "out") / "x.beton"
-    command = [sys.executable, "-m", "fastil.cli", "convert", str(source), str(out), "--workers", "2"]
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while process.poll() is None and not out.with_name("x.beton.journal").exists():
-        time.sleep(0.005)
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode == 2, errors
-    assert len(errors.splitlines()) == 1, errors
-    assert "a worker process was killed" in errors
-    assert str(source / "train") in errors
-    assert ".png" in errors
-    assert left_of(process) == []
-    assert not out.exists()
-    finished = fastil("convert", source, out, "--workers", 2)
-    assert finished.returncode == 0, finished.stderr
-    assert outputs(out.parent) == expected
+    expected, died = outputs(tmp_path), 0
+    for number in range(KILLS // 2):
+        out = without(tmp_path / "out") / "x.beton"
+        command = [sys.executable, "-m", "fastil.cli", "convert", str(source), str(out), "--workers", "2"]
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        sign = out.with_name("x.beton.journal" if number % 2 == 0 else "x.beton.partial")
+        while process.poll() is None and not (sign.exists() and workers_of(process)):
+            time.sleep(0.005)
+        time.sleep(moments.random() * 0.5 * (number > 0))
+        for victim in workers_of(process)[: 1 + moments.randrange(2)]:
+            os.kill(victim, signal.SIGKILL)
+        errors = process.communicate(timeout=300)[1]
+        assert left_of(process, 60) == []
+        if process.returncode != 0:
+            died += 1
+            assert process.returncode == 2, errors
+            assert len(errors.splitlines()) == 1, errors
+            assert "a worker process was killed" in errors
+            assert str(source / "train") in errors
+            assert ".png" in errors
+            assert not out.exists()
+            finished = fastil("convert", source, out, "--workers", 2)
+            assert finished.returncode == 0, finished.stderr
+        assert outputs(out.parent) == expected
+    assert died
 
 
 # What a kill, or a careless hand, leaves
