@@ -354,7 +354,12 @@ def test_a_recipe_file_that_is_missing_a_folder_or_no_text_is_named(tmp_path):
 OVERRIDES = [
     [],
     ["lr=1e-5", "weight_decay=0", "seed=4294967295", "compile=true", "device=cuda:0"],
-    ["order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]", "milestones=[]", "mean=[0.1, 0.30000000000000004, 1e-9]"],
+    [
+        "order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]",
+        "schedule=multistep",
+        "milestones=[]",
+        "mean=[0.1, 0.30000000000000004, 1e-9]",
+    ],
     ["exemplars_per_class=null", "memory_budget=50", "base_epochs=null", "data='no'", "compile=false"],
 ]
 

@@ -552,9 +552,7 @@ def test_the_audit_for_programs_tells_the_size_of_what_is_written(tmp_path, caps
     source = write(tmp_path / "in", photos(60, size=(50, 60)))
     run(source, tmp_path / "x.beton", dry_run=True, reporter=Reporter(as_json=True))
     (audit,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert (audit["event"], audit["kind"], audit["name"] if "name" in audit else audit["source"]) == (
-        "audit", "folder", "in",
-    )  # fmt: skip
+    assert (audit["event"], audit["kind"], audit["source"]) == ("audit", "folder", "in")
     (split,) = audit["splits"]
     assert split["counts"] == [30, 30]
     assert (split["images"], split["kept"], split["problems"]) == (60, 40, [])
@@ -675,7 +673,6 @@ def test_a_file_of_another_conversion_is_never_overwritten(small, tmp_path):
     run(small, tmp_path / "x.beton")
     before = {path: path.stat() for path in tmp_path.iterdir()}
     other = write(tmp_path / "elsewhere/in", photos(7))
-    renamed = photos(7)
     for source, options in (
         (small, {"quality": 94}), (small, {"mode": "raw"}), (small, {"max_side": 9}), (small, {"per_class": 1}),
         (small, {"on_corrupt": "skip"}), (other, {}),
@@ -685,7 +682,6 @@ def test_a_file_of_another_conversion_is_never_overwritten(small, tmp_path):
     assert all(path.stat().st_mtime_ns == status.st_mtime_ns for path, status in before.items())
     (small / "train/class0/0000.jpg").rename(small / "train/class0/0001.jpg")
     refused(small, tmp_path / "x.beton", "another conversion")
-    assert len(renamed) == 7
     (tmp_path / "y.beton").write_text("precious")
     refused(small, tmp_path / "y.beton", "y.beton", "another conversion")
     assert (tmp_path / "y.beton").read_text() == "precious"
@@ -841,15 +837,17 @@ def test_ctrl_c_is_one_line_leaves_no_process_and_the_same_command_goes_on(tmp_p
             [*command, str(out)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True, preexec_fn=interruptible,
         )  # fmt: skip
-        while process.poll() is None and not out.with_name(f"{out.name}.partial").exists():
+        sign = out.with_name(f"{out.name}.{'partial' if number else 'journal'}")  # the latter: it copies now
+        while process.poll() is None and not sign.exists():
             time.sleep(0.01)
-        time.sleep(moments.random() * 2 + number % 2)
+        time.sleep(moments.random() * 1.5 if number else 0)
         os.killpg(process.pid, signal.SIGINT)
         errors = process.communicate(timeout=300)[1]
-        if process.returncode != 0:
+        assert errors in ("", "stopped; the same command goes on\n")
+        if not out.exists():  # else it was too late, maybe while Python itself ended
             stopped += 1
-            assert process.returncode == 130, errors
-            assert errors == "stopped; the same command goes on\n"
+            assert process.returncode == 130
+            assert errors
         assert left_of(process, 60) == []
         assert subprocess.run([*command, str(out)], env=environment(), capture_output=True).returncode == 0
         assert sha256(out) == expected
