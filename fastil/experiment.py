@@ -300,7 +300,8 @@ class Experiment:
 
     def nearest_mean_scores(self, features: torch.Tensor) -> torch.Tensor:
         ids = self.memory.ids()
-        exemplars, mirrored = (self.frozen_output(ids, side).features for side in (False, self.mirrors))
+        exemplars = self.frozen_output(ids).features
+        mirrored = self.frozen_output(ids, mirrored=True).features if self.mirrors else exemplars
         positions = torch.from_numpy(self.positions_of(ids)).to(self.device)
         return nearest_mean_scores(features, exemplars, mirrored, positions)
 

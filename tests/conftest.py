@@ -1,5 +1,6 @@
 """Shared by the tests: the commands as a user runs them, and a small image folder."""
 
+import io
 import os
 import subprocess
 import sys
@@ -58,6 +59,15 @@ def start(tmp_path):
     for process in processes:
         process.kill()
         process.wait()
+
+
+def encoded(image, kind="JPEG", **options):
+    """A file of an image, or of uint8 pixels."""
+    file = io.BytesIO()
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(image)
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def make_folder(root, classes=4, train=6, val=3, size=12):

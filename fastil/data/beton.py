@@ -9,6 +9,7 @@ the header is written last, so that an unfinished file does not open.
 import io
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastil.data.manifest import Manifest, manifest_path, read_manifest
-from fastil.data.records import MOST_CLASSES, Files, Ids, Records, Source, Texts
+from fastil.data.records import CHANGED, MOST_CLASSES, Files, Ids, Records, Source, Texts
 from fastil.errors import UserError
 
 VERSION = 2
@@ -285,6 +286,9 @@ class Stored:
 
     def content(self, i: int) -> bytes | NDArray[np.uint8]:
         row = int(self.rows[i])
+        manifest = self.beton.manifest
+        if manifest is not None and zlib.crc32(self.beton.view(row)) != manifest.crc32[row]:
+            raise UserError(f"{self.where(i)}: {CHANGED}")
         return self.beton.image(row) if self.beton.modes[row] == RAW else self.beton.encoded(row)
 
     def take(self, ids: Ids) -> "Stored":
@@ -300,9 +304,9 @@ def records(beton: Beton) -> Records:
         return Stored(beton, np.arange(len(beton)), beton.labels)
     names = Texts(beton.name(i) for i in range(len(beton)))
     archive = np.zeros(len(beton), dtype=np.int32)
-    return Files(
-        str(beton.path.parent), names, beton.labels, beton.lengths, beton.starts, archive, [str(beton.path)]
-    )  # fmt: skip
+    known = None if beton.manifest is None else np.array(beton.manifest.crc32, dtype=np.int64)
+    folder, archives = str(beton.path.parent), [str(beton.path)]
+    return Files(folder, names, beton.labels, beton.lengths, beton.starts, archive, archives, crc32=known)
 
 
 def records_of(path: Path) -> Source:

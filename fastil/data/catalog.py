@@ -114,9 +114,9 @@ def _check_names(path: Path, source: Source) -> None:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{path}: the name of class {name!r} is not UTF-8; rename it") from None
+            raise UserError(f"{path}: the name of class {name[:80]!r} is not UTF-8; rename it") from None
         if not name.isprintable():
-            raise UserError(f"{path}: the name of class {name!r} has characters that cannot be shown; rename it")
+            raise UserError(f"{path}: the name of class {name[:80]!r} has characters that cannot be shown; rename it")
 
 
 def _open_cifar(path: Path, val: str | None, verify: bool, *, variant: cifar.Variant) -> Source:

@@ -131,7 +131,8 @@ class RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
             return STAND_INS[module, name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
+        asked = f"{module}.{name}"[:80]  # a damaged name can be as long as the file
+        raise pickle.UnpicklingError(f"it asks for {asked}, which no CIFAR file needs")
 
 
 def read(path: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[Arrays, Arrays]]:

@@ -4,6 +4,7 @@ A source is listed, not read: a million samples take some 70 bytes each. `fastil
 """
 
 import os
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from fastil.errors import UserError
 Ids = NDArray[np.int64]
 SAME = "same"  # in place of a path of validation images: the training images are taken again
 MOST_CLASSES = 1_000_000  # a label beyond is no class but damage, and would name as many classes
+CHANGED = "a sample has changed since it was written; see fastil verify, and take another copy"
 MOST_TEXT = 1 << 28  # bytes of a text file that lists something
 
 
@@ -71,14 +73,15 @@ class Records(Protocol):
 
 
 class Extent(NamedTuple):
-    """A range of bytes of a file."""
+    """A range of bytes of a file. crc32: of them, where the source knows it."""
 
     path: str
     offset: int
     size: int
+    crc32: int | None = None
 
     def read(self) -> bytes:
-        """Its bytes; a UserError if the file has become shorter or cannot be read."""
+        """Its bytes; a UserError if the file has become shorter, cannot be read, or holds other bytes."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
@@ -87,6 +90,8 @@ class Extent(NamedTuple):
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
         if len(content) != self.size:
             raise UserError(f"{self.path}: ends before byte {self.offset + self.size}; it was cut short")
+        if self.crc32 is not None and zlib.crc32(content) != self.crc32:
+            raise UserError(f"{self.path}: {CHANGED} (bytes {self.offset} to {self.offset + self.size})")
         return content
 
 
@@ -106,6 +111,7 @@ class Files:
     archive: NDArray[np.int32]
     archives: list[str] = field(default_factory=list)
     rows: Ids | None = None  # of `names`, where these are a part of a larger list
+    crc32: Ids | None = None  # of the bytes of each, where the source knows it
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,7 +127,8 @@ class Files:
     def extent(self, i: int) -> Extent:
         """Where its bytes are."""
         path = os.path.join(self.root, self.name(i)) if self.archive[i] < 0 else self.archives[self.archive[i]]
-        return Extent(path, int(self.offset[i]), int(self.size[i]))
+        crc32 = None if self.crc32 is None else int(self.crc32[i])
+        return Extent(path, int(self.offset[i]), int(self.size[i]), crc32)
 
     def content(self, i: int) -> bytes:
         return self.extent(i).read()
@@ -130,7 +137,7 @@ class Files:
         rows = ids if self.rows is None else self.rows[ids]
         return Files(
             self.root, self.names, self.labels[ids], self.size[ids], self.offset[ids], self.archive[ids],
-            self.archives, rows,
+            self.archives, rows, None if self.crc32 is None else self.crc32[ids],
         )  # fmt: skip
 
     def relabelled(self, labels: Ids) -> "Files":

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -733,8 +734,11 @@ def test_random_damage_never_gets_past_the_manifest(tmp_path):
 
 @pytest.mark.parametrize("mode", [JPEG, RAW])
 def test_a_file_is_a_source(tmp_path, mode):
-    path = with_manifest(tmp_path, mode=mode, titles=["Ant", "Bee", "Cat"], notes=["a note"])
-    with_manifest(tmp_path, name="x.val.beton", mode=RAW)
+    sums = [zlib.crc32(jpeg(pixels) if mode == JPEG else pixels.tobytes()) for pixels in PHOTOS]
+    path = with_manifest(tmp_path, mode=mode, titles=["Ant", "Bee", "Cat"], notes=["a note"], crc32=sums)
+    with_manifest(
+        tmp_path, name="x.val.beton", mode=RAW, crc32=[zlib.crc32(pixels.tobytes()) for pixels in PHOTOS]
+    )  # fmt: skip
     source = records_of(path)
     assert (source.kind, source.name, source.class_names) == ("beton", "set", NAMES)
     assert source.titles == ["Ant", "Bee", "Cat"]

@@ -303,6 +303,6 @@ def test_a_listing_may_be_taken_apart_and_relabelled():
     files = listing.files()
     taken = files.take(np.array([4, 1, 3])).take(np.array([2, 0])).relabelled(np.array([8, 9]))
     assert [taken.name(i) for i in range(2)] == ["3", "4"]
-    assert [taken.extent(i) for i in range(2)] == [("1.tar", 300, 30), ("0.tar", 400, 40)]
+    assert [taken.extent(i) for i in range(2)] == [("1.tar", 300, 30, None), ("0.tar", 400, 40, None)]
     assert taken.labels.tolist() == [8, 9]
     assert taken.where(0) == "1.tar: 3"

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import encoded
 from PIL import Image
 
 from fastil.data.pixels import (
@@ -26,14 +27,6 @@ DAMAGED = 2000 if os.environ.get("FASTIL_SOAK") else 200  # images of each kind
 
 def noise(height, width, channels=3, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
-
-
-def encoded(image, kind="JPEG", **options):
-    file = io.BytesIO()
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 # Opening

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from conftest import encoded
 from PIL import Image
 
 from fastil.errors import UserError
@@ -38,14 +39,6 @@ def photo(height, width, seed=0):
     pixels = 128 + 60 * np.stack(waves, axis=-1) + random.normal(0, 2, (height, width, 1))
     pixels[height // 3 : height // 2, width // 4 : width // 2] += random.integers(-60, 60)
     return pixels.clip(0, 255).astype(np.uint8)
-
-
-def encoded(image, kind="JPEG", **options):
-    file = io.BytesIO()
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image)
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def decoded(content):

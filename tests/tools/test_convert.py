@@ -892,3 +892,15 @@ def test_options_of_another_run_do_not_go_on_with_what_is_there(small, tmp_path)
     run(small, tmp_path / "x.beton", quality=50)
     run(small, tmp_path / "y.beton", quality=50)
     assert sha256(tmp_path / "x.beton") == sha256(tmp_path / "y.beton")
+
+
+@pytest.mark.parametrize("mode", ["jpeg", "raw"])
+def test_a_changed_sample_of_a_beton_does_not_pass_into_another_file(small, tmp_path, mode):
+    run(small, tmp_path / "x.beton", mode=mode)
+    with Beton(tmp_path / "x.beton") as beton:
+        at = int(beton.starts[3]) + int(beton.lengths[3]) // 2
+    content = bytearray((tmp_path / "x.beton").read_bytes())
+    content[at] ^= 1
+    (tmp_path / "x.beton").write_bytes(content)
+    refused(tmp_path / "x.beton", tmp_path / "y.beton", "x.beton", "has changed since it was written")
+    assert not (tmp_path / "y.beton").exists()
