@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.data.beton import PAGE, PLACE, ROW
-from fastil.data.records import Extent, Files, Records, Source
+from fastil.data.beton import ENTRY, PAGE, PLACE, ROW, place
+from fastil.data.records import Files, Records, Source
 from fastil.errors import UserError
-from fastil.tools.images import Head, Prepared, Storage, look, prepare
+from fastil.tools.images import Head, Item, Prepared, Storage, look, prepare
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 
@@ -25,8 +25,6 @@ EXPECTED = {
 LOOKED_AT = 64  # samples in a worker's chunk
 TRIED = 24  # samples prepared to estimate time and size
 NAMED = 5  # problems shown before the rest is counted
-
-Item = Extent | bytes | NDArray[np.uint8]
 
 
 @dataclass
@@ -63,7 +61,7 @@ def audit(split: str, records: Records, storage: Storage, pool: Pool, reporter: 
         split, records, np.zeros(n, np.uint16), np.zeros(n, np.uint16), np.zeros(n, np.bool_), np.zeros(n, np.int64)
     )
     reporter.begin(f"audit {split}", n)
-    work = partial(look_at, storage=storage)
+    work = partial(look, storage=storage)
     number = 0
     for heads in pool.map(work, chunks(records, np.arange(n), LOOKED_AT), records.where):
         for head in heads:
@@ -106,9 +104,30 @@ def estimate(found: Audit, storage: Storage, pool: Pool) -> None:
     found.projected = content + len(pixels) * (ROW.itemsize + PLACE.itemsize) + PAGE
 
 
+def planned(found: Audit, storage: Storage, page: int, start: int) -> NDArray[np.void] | None:
+    """ENTRY [n], without checksums: where everything will lie if nothing is left out. None where that depends on what
+    images become when they are encoded."""
+    if storage.mode == "raw":
+        sizes = found.width.astype(np.int64) * found.height * 3
+    elif found.kept.all():
+        sizes = found.sizes
+    else:
+        return None
+    entries = np.zeros(len(sizes), ENTRY)
+    entries["size"], entries["label"] = sizes, found.records.labels
+    entries["width"], entries["height"] = found.width, found.height
+    position = start
+    starts = []
+    for size in sizes.tolist():
+        starts.append(place(position, size, page))
+        position = starts[-1] + size
+    entries["ptr"] = starts
+    return entries
+
+
 def timed(found: Audit, ids: NDArray[np.int64], storage: Storage, pool: Pool) -> tuple[list[Prepared], float]:
     began = time.perf_counter()
-    return [prepare_at(item_of(found.records, int(i)), storage) for i in ids], time.perf_counter() - began
+    return [prepare(item_of(found.records, int(i)), storage) for i in ids], time.perf_counter() - began
 
 
 def spread(ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -125,14 +144,6 @@ def chunks(records: Records, ids: NDArray[np.int64], size: int) -> Iterator[list
     """The samples, so many at once."""
     for start in range(0, len(ids), size):
         yield [(int(i), item_of(records, int(i))) for i in ids[start : start + size]]
-
-
-def look_at(item: Item, storage: Storage) -> Head:
-    return look(item.read() if isinstance(item, Extent) else item, storage)
-
-
-def prepare_at(item: Item, storage: Storage) -> Prepared:
-    return prepare(item.read() if isinstance(item, Extent) else item, storage)
 
 
 def counts_of(records: Records, classes: int) -> NDArray[np.int64]:

@@ -5,20 +5,23 @@ import fcntl
 import hashlib
 import io
 import os
-import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
+from fastil.data.beton import place
 from fastil.data.records import Files, Ids, Listing, Records
 from fastil.errors import UserError
 from fastil.tools.reporting import Reporter
 
-READ = 4 << 20  # bytes at once when a file is read back
+READ = 1 << 20  # bytes at once when a file is read back
 
 
 @contextlib.contextmanager
@@ -61,29 +64,85 @@ def full_disk(path: Path) -> Iterator[None]:
         ) from None
 
 
-def read_back(path: Path, entries: NDArray[np.void], reporter: Reporter) -> str:
-    """sha256 of the file as the disk gives it back; a UserError if a sample is not what was written."""
-    digest, at, crc, position = hashlib.sha256(), 0, 0, 0
-    starts, ends = entries["ptr"].astype(np.int64), (entries["ptr"] + entries["size"]).astype(np.int64)
-    reporter.begin("read back", len(entries))
-    with open(path, "rb") as file:
-        while block := file.read(READ):
-            digest.update(block)
-            stop = position + len(block)
-            while at < len(entries) and starts[at] < stop:
-                piece = memoryview(block)[max(0, starts[at] - position) : ends[at] - position]
-                crc = zlib.crc32(piece, crc)
-                if ends[at] > stop:
-                    break
-                if crc != entries["crc32"][at]:
-                    raise UserError(
-                        f"{path}: the disk gave back other bytes for sample {at}; check the disk, remove it"
-                    )
-                at, crc = at + 1, 0
-                reporter.advance(1, len(piece))
-            position = stop
-    reporter.end()
-    return digest.hexdigest()
+class Pages:
+    """The front of a file that is being written: the page that samples are put into, until it is full or has to be on
+    the disk. position: the first free byte of the file. A sample never straddles a page."""
+
+    def __init__(self, file: IO[bytes], page_size: int, position: int) -> None:
+        self.file, self.page_size, self.position = file, page_size, position
+        self.page = memoryview(bytearray(page_size))
+        self.begin = position - position % page_size  # of the page in the file
+        self.written = position % page_size  # bytes of the page that are in the file
+
+    def room(self, size: int) -> memoryview:
+        """For the next sample, which is to be put in before the next call; `taken` tells that it is."""
+        at = place(self.position, size, self.page_size)
+        if at >= self.begin + self.page_size:
+            self.flush()
+            self.begin, self.written = at, 0
+        return self.page[at - self.begin :][:size]
+
+    def taken(self, size: int) -> int:
+        """Where the sample is that the last `room` was for."""
+        at = place(self.position, size, self.page_size)
+        self.position = at + size
+        return at
+
+    def flush(self) -> None:
+        """Hand what is in the page to the system."""
+        end = self.position - self.begin
+        if end > self.written:
+            self.file.seek(self.begin + self.written)
+            self.file.write(self.page[self.written : end])
+            self.written = end
+        self.file.flush()
+
+
+class ReadBack:
+    """Reads a file behind its writer, for its sha256 (`digest`) and to see that every sample is what was written.
+
+    entries: ENTRY, of the samples that are in place. front: what the file begins with, where that is known before it
+    is there; otherwise it is read as well.
+    """
+
+    def __init__(self, path: Path, entries: NDArray[np.void], front: bytes = b"") -> None:
+        self.path, self.entries, self.front = path, entries, front
+        self.digest, self.position = hashlib.sha256(front), len(front)
+        self.at = 0  # the next sample
+        self.blocks = [memoryview(bytearray(READ)) for _ in range(2)]  # one is hashed while the other is filled
+
+    def to(self, end: int, placed: int, reporter: Reporter | None = None) -> None:
+        """Up to this byte of the file, behind so many samples. Raises UserError if one is not what was written."""
+        new = self.entries[self.at : placed]
+        samples = zip(new["ptr"].tolist(), new["size"].tolist(), new["crc32"].tolist(), strict=True)
+        sample, found = next(samples, None), 0
+        with open(self.path, "rb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
+            file.seek(self.position)
+            hashed: deque[Future[None]] = deque()
+            while self.position < end:
+                count = file.readinto(self.blocks[0][: end - self.position])
+                if not count:
+                    raise UserError(f"{self.path}: has become shorter while it was written; is something writing it?")
+                block = self.blocks[0][:count]
+                hashed.append(thread.submit(self.digest.update, block))
+                stop = self.position + count
+                while sample is not None and sample[0] < stop:
+                    start, size, expected = sample
+                    found = crc32(block[max(0, start - self.position) : start + size - self.position], found)
+                    if start + size > stop:
+                        break
+                    if found != expected:
+                        raise UserError(
+                            f"{self.path}: sample {self.at} is not what was read of its source, which has changed or "
+                            "lies on a failing disk; remove the file and convert again"
+                        )
+                    self.at, found, sample = self.at + 1, 0, next(samples, None)
+                    if reporter is not None:
+                        reporter.advance(1, size)
+                self.position = stop
+                self.blocks.reverse()
+                if len(hashed) == len(self.blocks):
+                    hashed.popleft().result()
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from PIL import Image
 
 from fastil.data import pixels
+from fastil.data.records import Extent
 
+HEAD = 1 << 13  # bytes that are read of an image whose header is wanted; most have it in them
+Item = Extent | bytes | NDArray[np.uint8]  # what is known of an image: a place to read from where there is one
 Mode = Literal["auto", "jpeg", "reencode", "raw"]
 PIXELS = "pixels"  # in place of the format of an image file
 RAW_SIDE, JPEG_SIDE = 65_535, 65_500  # pixels: what a row has room for, what libjpeg encodes and decodes
@@ -50,22 +54,34 @@ class Head(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """An image as it is stored. content None: the bytes of the source; problem: why it cannot be stored."""
+    """An image as it is stored. content None: the bytes of the source; crc32: of what is stored, None where nobody
+    has read it yet; problem: why it cannot be stored."""
 
     content: bytes | None
     width: int
     height: int
+    crc32: int | None
     problem: str | None
 
 
-def look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
-    """The header alone: no pixel is decoded."""
+def look(item: Item, storage: Storage) -> Head:
+    """The header alone: no pixel is decoded, and of a plain JPEG no more is read."""
+    if not isinstance(item, Extent):
+        return _look(item, storage)
+    size = pixels.plain_jpeg(item.front(HEAD))
+    return _look(item.read(), storage) if size is None else stored("JPEG", "RGB", size, item.size, [], storage)
+
+
+def _look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
     reasons: list[str] = []
     if not isinstance(content, bytes):
         height, width = content.shape[:2]
         if storage.mode != "raw":
             reasons.append(PIXELS)
         return stored(PIXELS, "RGB", (width, height), content.nbytes, reasons, storage)
+    plain = pixels.plain_jpeg(content)
+    if plain is not None:
+        return stored("JPEG", "RGB", plain, len(content), [], storage)
     try:
         image = pixels.open_image(content)
         turned = pixels.orientation(image)
@@ -95,23 +111,32 @@ def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: lis
     return Head(kind, mode, width, height, count, tuple(reasons), problem)
 
 
-def prepare(content: bytes | NDArray[np.uint8], storage: Storage) -> Prepared:
+def prepare(item: Item, storage: Storage) -> Prepared:
     """The image as it is stored; whatever is wrong with it is its `problem`."""
-    head = look(content, storage)
+    content = item.read() if isinstance(item, Extent) else item
+    head = _look(content, storage)
     if head.problem is not None:
-        return Prepared(None, 0, 0, head.problem)
+        return Prepared(None, 0, 0, None, head.problem)
     try:
         if head.kept(storage):
             if storage.check and isinstance(content, bytes):
-                pixels.check_decodes(pixels.open_image(content))
-            return Prepared(None, head.width, head.height, None)
-        image = Image.fromarray(content) if not isinstance(content, bytes) else pixels.open_image(content)
-        image = pixels.to_rgb(pixels.upright(image))
+                pixels.check_decodes(content)
+            return Prepared(None, head.width, head.height, crc32(content), None)
+        image = decoded(content)
         if storage.max_side is not None and max(image.size) > storage.max_side:
             image = image.resize(scaled(*image.size, storage.max_side), Image.Resampling.BILINEAR)
-        return Prepared(encode(image, storage), image.width, image.height, None)
+        new = encode(image, storage)
+        return Prepared(new, image.width, image.height, crc32(new), None)
     except Exception as error:
-        return Prepared(None, 0, 0, describe(error))
+        return Prepared(None, 0, 0, None, describe(error))
+
+
+def decoded(content: bytes | NDArray[np.uint8]) -> Image.Image:
+    """Upright, RGB."""
+    if not isinstance(content, bytes):
+        return Image.fromarray(content)
+    quick = pixels.decode(content) if pixels.plain_jpeg(content) is not None else None
+    return Image.fromarray(quick) if quick is not None else pixels.to_rgb(pixels.upright(pixels.open_image(content)))
 
 
 def encode(image: Image.Image, storage: Storage) -> bytes:

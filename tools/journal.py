@@ -98,21 +98,26 @@ class Journal:
         """Start anew."""
         self.told, self.crc = Told(), 0
         self.path.unlink(missing_ok=True)
-        self._append({"identity": self.identity}, b"")
+        self.append(self._record({"identity": self.identity}, b""))
 
-    def commit(self, progress: Progress) -> None:
-        """Tell what came since the last commit. The bytes of the samples must be on the disk already."""
+    def record(self, progress: Progress) -> bytes:
+        """What tells of all that came since the last record. It may be appended, in the order of the calls, once the
+        bytes of the samples are on the disk."""
         line = progress.line(self.told) | {"listing": self.front.digest(progress.done)}
-        self._append(line, progress.entries[self.told.placed : progress.placed].tobytes())
+        record = self._record(line, progress.entries[self.told.placed : progress.placed].tobytes())
         self.told = Told(progress.placed, len(progress.changed), len(progress.skipped))
+        return record
 
-    def _append(self, line: dict[str, Any], content: bytes) -> None:
+    def _record(self, line: dict[str, Any], content: bytes) -> bytes:
         text = json.dumps(line).encode()
         record = text + content
         checked = np.array([(0, len(record), len(text))], HEAD).tobytes()[CHECKED:] + record
         self.crc = zlib.crc32(checked, self.crc)
+        return self.crc.to_bytes(CHECKED, "little") + checked
+
+    def append(self, record: bytes) -> None:
         with open(self.path, "ab") as file:
-            file.write(self.crc.to_bytes(CHECKED, "little") + checked)
+            file.write(record)
             file.flush()
             os.fsync(file.fileno())
 

@@ -60,7 +60,7 @@ class Pool:
             for chunk in chunks:
                 yield [work(item) for _, item in chunk]
             return
-        self._start()
+        self.start()
         waiting: deque[Future[list[Result]]] = deque()
         try:
             for chunk in chunks:
@@ -73,7 +73,10 @@ class Pool:
             for future in waiting:
                 future.cancel()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Let the workers come up, which takes them a quarter of a second, while this process does something else."""
+        if self.workers == 1:
+            return
         resource_tracker.ensure_running()  # which multiprocessing would do below, and unblock the signal
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it
         try:

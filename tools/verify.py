@@ -1,12 +1,12 @@
 """`fastil verify`: whether a .beton is what its manifest says, byte by byte, and every image in it decodes."""
 
 import hashlib
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from fastil.data.beton import HEADER, RAW, ROW, TABLE, VERSION, Beton
 from fastil.data.manifest import manifest_path, read_manifest
@@ -93,7 +93,7 @@ def against_manifest(beton: Beton, chosen: Ids, whole: bool, reporter: Reporter)
     reporter.begin("checksums", len(chosen))
     for i in chosen:
         view = beton.view(int(i))
-        if zlib.crc32(view) != manifest.crc32[i]:
+        if crc32(view) != manifest.crc32[i]:
             problems.append(f"{called(beton, int(i))}: its bytes are not those that were written")
         reporter.advance(1, len(view))
     reporter.end()
@@ -113,7 +113,7 @@ def checksums(beton: Beton) -> Ids:
     """crc32 of each sample, int64 [n]."""
     if beton.manifest is not None:
         return np.array(beton.manifest.crc32, dtype=np.int64)
-    return np.array([zlib.crc32(beton.view(i)) for i in range(len(beton))], dtype=np.int64)
+    return np.array([crc32(beton.view(i)) for i in range(len(beton))], dtype=np.int64)
 
 
 def undecodable(beton: Beton, chosen: Ids, workers: int, reporter: Reporter) -> list[str]:
@@ -180,16 +180,16 @@ def first_lost(path: Path) -> str:
     return "" if last == n else f"; samples from {max(last, 0)} on are not whole or gone"
 
 
-def is_whole(path: Path, row: np.void, crc32: int, size: int) -> bool:
+def is_whole(path: Path, row: np.void, expected: int, size: int) -> bool:
     """Whether the last sample of a file that ends within its samples, or in the padding behind them, is all there."""
     image = row["image"]
     start = int(image["data_ptr"])
     if image["mode"] == RAW:
         return start + int(image["width"]) * int(image["height"]) * 3 <= size
     content = Extent(str(path), start, size - start).read()
-    found = zlib.crc32(content.rstrip(b"\0"))
+    found = crc32(content.rstrip(b"\0"))
     for _ in range(len(content) - len(content.rstrip(b"\0"))):  # some of which may be its own
-        if found == crc32:
+        if found == expected:
             return True
-        found = zlib.crc32(b"\0", found)
-    return found == crc32
+        found = crc32(b"\0", found)
+    return found == expected

@@ -9,13 +9,13 @@ the header is written last, so that an unfinished file does not open.
 import io
 import mmap
 import os
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -74,8 +74,9 @@ def place(position: int, size: int, page_size: int) -> int:
     return position
 
 
-def write_tables(file: IO[bytes], entries: NDArray[np.void], mode: int, page_size: int) -> None:
-    """All but the header, around samples that are in place. entries: ENTRY [n], in the order of the file."""
+def front(entries: NDArray[np.void], mode: int, page_size: int, start: int) -> bytes:
+    """All before the first page, which begins at `start`: header, fields, rows. entries: ENTRY [n], in the order of the
+    file."""
     fields = np.zeros(len(FIELDS), FIELD)
     fields["name"], fields["type_id"] = [name for name, _ in FIELDS], [kind for _, kind in FIELDS]
     rows = np.zeros(len(entries), ROW)
@@ -83,11 +84,16 @@ def write_tables(file: IO[bytes], entries: NDArray[np.void], mode: int, page_siz
     image["mode"], image["data_ptr"] = mode, entries["ptr"]
     image["width"], image["height"] = entries["width"], entries["height"]
     rows["label"], rows["id"] = entries["label"], np.arange(len(entries))
+    header = np.array([(VERSION, len(FIELDS), page_size, len(entries), places_start(entries, page_size))], HEADER)
+    return (header.tobytes() + fields.tobytes() + rows.tobytes()).ljust(start, b"\0")
+
+
+def write_tables(file: IO[bytes], entries: NDArray[np.void], before: bytes, page_size: int) -> None:
+    """All but the header, around samples that are in place. before: what `front` makes of them."""
     file.seek(HEADER.itemsize)
-    file.write(fields.tobytes())
-    file.write(rows.tobytes())
+    file.write(memoryview(before)[HEADER.itemsize :])
     places = np.zeros(len(entries), PLACE)
-    places["sample_id"], places["ptr"], places["size"] = rows["id"], entries["ptr"], entries["size"]
+    places["sample_id"], places["ptr"], places["size"] = np.arange(len(entries)), entries["ptr"], entries["size"]
     file.seek(places_start(entries, page_size))
     file.write(places.tobytes())
     file.truncate()
@@ -99,11 +105,10 @@ def places_start(entries: NDArray[np.void], page_size: int) -> int:
     return -(-end // page_size) * page_size
 
 
-def write_header(file: IO[bytes], entries: NDArray[np.void], page_size: int) -> None:
+def write_header(file: IO[bytes], before: bytes) -> None:
     """What makes the file valid."""
-    header = np.array([(VERSION, len(FIELDS), page_size, len(entries), places_start(entries, page_size))], HEADER)
     file.seek(0)
-    file.write(header.tobytes())
+    file.write(memoryview(before)[: HEADER.itemsize])
 
 
 class Beton:
@@ -287,7 +292,7 @@ class Stored:
     def content(self, i: int) -> bytes | NDArray[np.uint8]:
         row = int(self.rows[i])
         manifest = self.beton.manifest
-        if manifest is not None and zlib.crc32(self.beton.view(row)) != manifest.crc32[row]:
+        if manifest is not None and crc32(self.beton.view(row)) != manifest.crc32[row]:
             raise UserError(f"{self.where(i)}: {CHANGED}")
         return self.beton.image(row) if self.beton.modes[row] == RAW else self.beton.encoded(row)
 

@@ -75,8 +75,9 @@ def write(path, samples, labels, sizes, mode, page):
             height, width = sizes[i]
             entries[i] = (position, len(content), labels[i], 0, width, height)
             position += len(content)
-        beton.write_tables(file, entries, mode, page)
-        beton.write_header(file, entries, page)
+        before = beton.front(entries, mode, page, beton.data_start(len(samples), page))
+        beton.write_tables(file, entries, before, page)
+        beton.write_header(file, before)
     return path
 
 
@@ -176,10 +177,11 @@ def test_a_file_is_not_valid_before_its_header_is_written(tmp_path):
         file.write(b"rgb")
         file.flush()
         refused(path, "unfinished", "run its command again")
-        beton.write_tables(file, entries, RAW, SMALL)
+        before = beton.front(entries, RAW, SMALL, beton.data_start(len(entries), SMALL))
+        beton.write_tables(file, entries, before, SMALL)
         file.flush()
         refused(path, "unfinished", "run its command again")
-        beton.write_header(file, entries, SMALL)
+        beton.write_header(file, before)
     with Beton(path) as found:
         assert found.image(0).tolist() == [[list(b"rgb")]]
 

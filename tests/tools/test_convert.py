@@ -807,7 +807,7 @@ def test_other_bytes_from_the_disk_are_seen_before_the_file_gets_its_name(small,
                     file.seek((8 << 20) + 700)
                     file.write(b"\1\2\3")
 
-    refused(small, tmp_path / "x.beton", "other bytes for sample 0", reporter=Damage())
+    refused(small, tmp_path / "x.beton", "sample 0 is not what was read of its source", reporter=Damage())
     assert not (tmp_path / "x.beton").exists()
     (tmp_path / "x.beton.partial").unlink()
     run(small, tmp_path / "x.beton")

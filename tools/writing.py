@@ -1,0 +1,294 @@
+"""Writing one split: samples in place one after the other, tables, header, checksums, manifest, name, in that order.
+
+One thread copies. What it has written is synced, told to the journal and read back by threads that follow it.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from isal.isal_zlib import crc32
+from numpy.typing import NDArray
+from PIL import features
+
+from fastil.data import beton
+from fastil.data.manifest import FORMAT, Changed, Manifest, manifest_path
+from fastil.data.records import Extent, Records, Source
+from fastil.errors import UserError
+from fastil.tools.audit import Audit, chunks, item_of, planned
+from fastil.tools.files import Pages, ReadBack, sync_folder, write_synced
+from fastil.tools.images import Item, Prepared, Storage, prepare
+from fastil.tools.journal import Journal, Progress
+from fastil.tools.pool import Pool
+from fastil.tools.reporting import Reporter
+
+PREPARED = 32  # samples in a worker's chunk
+COMMIT_SECONDS = 5.0
+OnCorrupt = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be written where. origin, parameters: as the manifest has them."""
+
+    source: Source
+    split: str
+    records: Records
+    target: Path
+    origin: dict[str, str]
+    parameters: dict[str, Any]
+    storage: Storage
+    on_corrupt: OnCorrupt
+    notes: list[str]
+    reporter: Reporter
+    commit_bytes: int
+
+    @property
+    def partial(self) -> Path:
+        return self.target.with_name(self.target.name + ".partial")
+
+    @property
+    def journal(self) -> Path:
+        return self.target.with_name(self.target.name + ".journal")
+
+    @property
+    def spool(self) -> Path:
+        return self.target.with_name(self.target.name + ".spool")
+
+    def identity(self, start: int, page: int) -> dict[str, Any]:
+        """What decides the bytes of the file, beside what the source lists. An image that cannot be read stops the
+        work or is left out: what is in place is the same."""
+        options = dict(self.parameters)
+        options |= options.pop("storage")
+        del options["on_corrupt"]
+        return {f"--{key.replace('_', '-')}": value for key, value in options.items()} | {
+            "source": self.origin, "split": self.split, "libraries": libraries(), "class list": self.source.class_names,
+            "layout": [start, page],
+        }  # fmt: skip
+
+
+class Writing:
+    """Of a task, into a file that is open and locked."""
+
+    def __init__(self, task: Task, found: Audit, file: IO[bytes]) -> None:
+        self.task, self.found, self.file = task, found, file
+        self.page = beton.page_size_for(found.largest(task.storage))
+        self.start = beton.data_start(len(task.records), self.page)
+        self.mode = beton.RAW if task.storage.mode == "raw" else beton.JPEG
+        self.progress = Progress(np.zeros(len(task.records), beton.ENTRY), position=self.start)
+        self.journal = Journal(task.journal, task.identity(self.start, self.page), task.records)
+
+    def run(self, pool: Pool) -> None:
+        """From where an earlier attempt ended to the finished file."""
+        self.resume()
+        plan = planned(self.found, self.task.storage, self.page, self.start)
+        back = None
+        if plan is not None:
+            front = beton.front(plan, self.mode, self.page, self.start)
+            back = ReadBack(self.task.partial, self.progress.entries, front)
+        pages = Pages(self.file, self.page, self.progress.position)
+        with Follower(pages, self.journal, back) as follower:
+            self.copy(pool, follower)
+        self.finish(back)
+        self.task.journal.unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        task, progress, file = self.task, self.progress, self.file
+        if self.journal.resume(progress, task.partial):
+            task.reporter.say(f"{task.partial}: going on after {progress.done:,} images", "resumed", done=progress.done)
+        else:
+            file.truncate(0)
+            self.journal.begin()
+        if progress.skipped and task.on_corrupt == "fail":
+            i, problem = progress.skipped[0]
+            raise UserError(
+                f"{task.records.where(i)}: was left out ({problem}) by the conversion that this one would go on with; "
+                f"give --on-corrupt skip, or remove {task.partial}"
+            )
+        file.truncate(progress.position)
+
+    def copy(self, pool: Pool, follower: "Follower") -> None:
+        """Put every sample in place."""
+        task, progress, pages = self.task, self.progress, follower.pages
+        records, labels, reporter = task.records, task.records.labels, task.reporter
+        reporter.begin(f"convert {task.split}", len(records), progress.done)
+        since, last = 0, time.monotonic()
+        for i, prepared in self.prepared(pool):
+            if prepared.problem is not None:
+                if task.on_corrupt == "fail":
+                    follower.commit(progress)
+                    follower.wait()
+                    raise UserError(
+                        f"{records.where(i)}: {prepared.problem}; repair or remove it, or --on-corrupt skip. What is "
+                        "written stays: the same command goes on"
+                    )
+                progress.skipped.append((i, prepared.problem))
+                progress.done = i + 1
+                reporter.advance(1)
+                continue
+            content: Item | None = prepared.content
+            if content is None:
+                content = item_of(records, i)
+            else:
+                progress.changed.append((i, self.found.reasons.get(i, f"--mode {task.storage.mode}")))
+            if isinstance(content, np.ndarray):
+                content = content.tobytes()
+            size = content.size if isinstance(content, Extent) else len(content)
+            if size > self.page:
+                raise UserError(f"{records.where(i)}: {size:,} bytes, more than a page; use --max-side")
+            room = pages.room(size)
+            if isinstance(content, Extent):
+                content.read_into(room)
+            else:
+                room[:] = content
+            at = pages.taken(size)
+            checksum = crc32(room) if prepared.crc32 is None else prepared.crc32
+            progress.entries[progress.placed] = at, size, labels[i], checksum, prepared.width, prepared.height
+            progress.placed, progress.position, progress.done = progress.placed + 1, pages.position, i + 1
+            since += size
+            reporter.advance(1, size)
+            if since >= task.commit_bytes or time.monotonic() - last > COMMIT_SECONDS:
+                follower.commit(progress)
+                since, last = 0, time.monotonic()
+        follower.commit(progress)
+        follower.wait()
+        reporter.end()
+
+    def prepared(self, pool: Pool) -> Iterator[tuple[int, Prepared]]:
+        """The samples that are still to come, each as it is to be stored, in order. Workers see those that have to be
+        decoded."""
+        found, storage, records = self.found, self.task.storage, self.task.records
+        untouched = found.kept & (not storage.check or storage.mode == "raw")
+        ids = np.arange(self.progress.done, len(records))
+        todo = ids[~untouched[ids]]
+        results = (
+            one
+            for batch in pool.map(partial(prepare, storage=storage), chunks(records, todo, PREPARED), records.where)
+            for one in batch
+        )
+        for i in ids:
+            if untouched[i]:
+                yield int(i), Prepared(None, int(found.width[i]), int(found.height[i]), None, None)
+            else:
+                yield int(i), next(results)
+
+    def finish(self, back: ReadBack | None) -> None:
+        """Tables, header, checksums, manifest, name."""
+        task, file, progress = self.task, self.file, self.progress
+        entries = progress.entries[: progress.placed]
+        self.refuse_empty_classes(entries)
+        before = beton.front(entries, self.mode, self.page, self.start)
+        beton.write_tables(file, entries, before, self.page)
+        beton.write_header(file, before)
+        file.flush()
+        size = os.fstat(file.fileno()).st_size
+        if back is None or os.pread(file.fileno(), self.start, 0) != back.front:
+            back = ReadBack(task.partial, progress.entries)  # what comes first was not known before
+        with ThreadPoolExecutor(1) as thread:
+            synced = thread.submit(os.fsync, file.fileno())
+            task.reporter.begin("read back", len(entries), back.at)
+            back.to(size, len(entries), task.reporter)
+            task.reporter.end()
+        synced.result()
+        sha256 = back.digest.hexdigest()
+        manifest = self.manifest(sha256, size)
+        write_synced(manifest_path(task.target), manifest.dump())
+        os.replace(task.partial, task.target)
+        sync_folder(task.target.parent)
+        task.reporter.say(
+            f"{task.target}: {len(entries):,} images, {size / 1e6:,.1f} MB, {len(manifest.reencoded):,} encoded anew, "
+            f"{len(manifest.skipped):,} left out, sha256 {sha256[:16]}...",
+            "written", file=str(task.target), images=len(entries), bytes=size, sha256=sha256,
+            reencoded=len(manifest.reencoded), skipped=len(manifest.skipped),
+        )  # fmt: skip
+
+    def refuse_empty_classes(self, entries: NDArray[np.void]) -> None:
+        source = self.task.source
+        counts = np.bincount(entries["label"], minlength=len(source.class_names))
+        if counts.min() == 0:
+            missing = source.class_names[int(counts.argmin())]
+            raise UserError(
+                f"{source.name}: every image of class {missing} in {self.task.split} was left out; leave the class out "
+                f"as well (--classes), and remove {self.task.partial}"
+            )
+
+    def manifest(self, sha256: str, size: int) -> Manifest:
+        task, progress, source = self.task, self.progress, self.task.source
+        left_out = {i for i, _ in progress.skipped}
+        ids = [i for i in range(len(task.records)) if i not in left_out]
+        row = {i: number for number, i in enumerate(ids)}
+        entries = progress.entries[: progress.placed]
+        return Manifest(
+            format=FORMAT,
+            tool=f"fastil {version('fastil')}",
+            beton_version=beton.VERSION,
+            split=task.split,
+            source=task.origin,
+            parameters=task.parameters,
+            libraries=libraries(),
+            class_names=source.class_names,
+            titles=source.titles,
+            counts=np.bincount(entries["label"], minlength=len(source.class_names)).tolist(),
+            images=len(entries),
+            bytes=size,
+            sha256=sha256,
+            crc32=entries["crc32"].tolist(),
+            names=[task.records.name(i) for i in ids],
+            reencoded=[Changed(row[i], task.records.name(i), reason) for i, reason in progress.changed],
+            skipped=[Changed(-1, task.records.name(i), reason) for i, reason in progress.skipped],
+            notes=task.notes,
+        )
+
+
+class Follower:
+    """Syncs what a writer has written, tells the journal of it and reads it back. back: None if that has to wait.
+
+    What has been read back leaves the page cache, so that a large conversion does not push out all else.
+    """
+
+    def __init__(self, pages: Pages, journal: Journal, back: ReadBack | None) -> None:
+        self.pages, self.journal, self.back = pages, journal, back
+        self.threads = ThreadPoolExecutor(2)
+        self.waiting: list[Future[None]] = []
+
+    def commit(self, progress: Progress) -> None:
+        """All that is written up to now, once the last commit has come to its end."""
+        self.wait()
+        self.pages.flush()
+        self.waiting = [self.threads.submit(self._sync, self.journal.record(progress))]
+        if self.back is not None:
+            self.waiting.append(self.threads.submit(self.back.to, progress.position, progress.placed))
+
+    def _sync(self, record: bytes) -> None:
+        os.fsync(self.pages.file.fileno())
+        self.journal.append(record)
+
+    def wait(self) -> None:
+        """Raises what went wrong."""
+        for one in self.waiting:
+            one.result()
+        self.waiting = []
+        if self.back is not None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.pages.file.fileno(), 0, self.back.position, os.POSIX_FADV_DONTNEED)
+
+    def __enter__(self) -> "Follower":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.threads.shutdown()
+
+
+def libraries() -> dict[str, str]:
+    """What decodes and encodes: other versions may write other bytes."""
+    return {
+        "pillow": version("pillow"),
+        "jpeg": str(features.version("libjpeg_turbo") or features.version("jpg")),
+        "simplejpeg": version("simplejpeg"),
+    }
