@@ -22,6 +22,7 @@ from fastil.errors import UserError
 from fastil.tools.reporting import Reporter
 
 READ = 1 << 20  # bytes at once when a file is read back
+WRITTEN = 1 << 20  # bytes at once when it is written, while they are in a cache of the processor
 
 
 @contextlib.contextmanager
@@ -86,16 +87,20 @@ class Pages:
         """Where the sample is that the last `room` was for."""
         at = place(self.position, size, self.page_size)
         self.position = at + size
+        if self.position - self.begin - self.written >= WRITTEN:
+            self._write((self.position - self.begin) // WRITTEN * WRITTEN)
         return at
 
     def flush(self) -> None:
         """Hand what is in the page to the system."""
-        end = self.position - self.begin
+        self._write(self.position - self.begin)
+        self.file.flush()
+
+    def _write(self, end: int) -> None:
         if end > self.written:
             self.file.seek(self.begin + self.written)
             self.file.write(self.page[self.written : end])
             self.written = end
-        self.file.flush()
 
 
 class ReadBack:

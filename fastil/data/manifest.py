@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,7 +52,7 @@ class Manifest:
 
     def dump(self) -> str:
         """JSON, a line per entry of the lists that have one per sample."""
-        return json.dumps(asdict(self), indent=0, ensure_ascii=True) + "\n"
+        return json.dumps(vars(self), default=vars, indent=0, ensure_ascii=True) + "\n"
 
 
 def manifest_path(beton: Path) -> Path:

@@ -80,7 +80,9 @@ def plain_jpeg(head: bytes) -> tuple[int, int] | None:
             return size
         if marker in FRAMES:
             precision, height, width, components = struct.unpack_from(">BHHB", head.ljust(at + 10, b"\0"), at + 4)
-            if size is not None or (length, precision, components) != (17, 8, 3) or not width or not height:
+            if size is not None or (length, precision, components) != (17, 8, 3):
+                return None
+            if not 1 <= width * height <= MOST_PIXELS:
                 return None
             size = (width, height)
         elif marker == APP2:  # a colour profile, which changes no pixel, or the list of further pictures

@@ -9,15 +9,17 @@ import zlib
 import numpy as np
 import pytest
 from conftest import encoded
-from PIL import Image
+from PIL import Image, ImageCms
 
 from fastil.data.pixels import (
     MOST_PIXELS,
     ORIENTATION,
     as_array,
     check_decodes,
+    decode,
     open_image,
     orientation,
+    plain_jpeg,
     to_rgb,
     upright,
 )
@@ -349,3 +351,83 @@ def test_the_check_of_other_formats_decodes_them(kind):
     whole = encoded(noise(40, 60), kind)
     check_decodes(whole)
     assert fails(lambda: check_decodes(whole[: len(whole) // 2]))
+
+
+# Plain JPEGs, which are known by their markers
+
+
+def seen_by_pillow(content):
+    """Width and height of an upright JPEG of three components; None of anything else."""
+    try:
+        image = open_image(content)
+    except Exception:  # Pillow raises many kinds
+        return None
+    plain = (image.format, image.mode, orientation(image), image.bits) == ("JPEG", "RGB", 1, 8)
+    return image.size if plain else None
+
+
+def headers():
+    """JPEGs with all that may stand before the first scan, by name."""
+    rgb = Image.fromarray(noise(37, 52))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return JPEGS | {
+        "profile": encoded(rgb, icc_profile=profile),
+        "long profile": encoded(rgb, icc_profile=profile * 40),  # in two segments
+        "comment": encoded(rgb, comment=b"\xff\xd8 no image"),
+        "turned": encoded(rgb, exif=exif),
+        "two pictures": encoded(rgb, "MPO", save_all=True, append_images=[rgb]),
+    }
+
+
+PLAIN_ONES = {
+    "baseline", "progressive", "4:4:4", "4:2:2", "restart markers", "restart markers, a row", "own tables",
+    "stored as RGB", "5x3 pixels", "profile", "long profile", "comment",
+}  # fmt: skip
+HEADERS = headers()
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_plain_jpeg_is_known_by_its_markers_and_nothing_else_is_taken_for_one(kind):
+    content = HEADERS[kind]
+    assert plain_jpeg(content) == (seen_by_pillow(content) if kind in PLAIN_ONES else None)
+    assert (seen_by_pillow(content) is not None) == (kind in PLAIN_ONES)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "profile", "comment", "two pictures", "stored as RGB"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_header_is_taken_for_a_plain_one_only_where_pillow_does(kind):
+    content = HEADERS[kind]
+    scan = content.index(b"\xff\xda")
+    for at in range(scan):
+        for value in {content[at] ^ 1, content[at] ^ 0x80, 0, 255, 0xE1, 0xC3} - {content[at]}:
+            changed = content[:at] + bytes([value]) + content[at + 1 :]
+            found = plain_jpeg(changed)
+            # A table that Pillow refuses is left to the decoder, which refuses it as well.
+            assert found in (None, seen_by_pillow(changed)) or fails(check_decodes, changed), (at, value)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_header_that_is_cut_off_is_nothing(kind):
+    content = HEADERS[kind]
+    scan = content.index(b"\xff\xda")
+    assert all(plain_jpeg(content[:end]) is None for end in range(scan))
+
+
+@pytest.mark.parametrize("kind", sorted(PLAIN_ONES))
+def test_what_decodes_quickly_are_the_pixels_that_pillow_sees(kind):
+    np.testing.assert_array_equal(decode(HEADERS[kind]), np.asarray(Image.open(io.BytesIO(HEADERS[kind]))))
+
+
+def test_a_jpeg_that_is_cut_short_is_left_to_pillow():
+    whole = HEADERS["baseline"]
+    assert decode(whole[: len(whole) // 2]) is None
+
+
+@pytest.mark.parametrize(("size", "plain"), [((10_000, 10_000), True), ((10_001, 10_000), False), ((0, 9), False)])
+def test_a_jpeg_that_claims_too_many_pixels_or_none_is_no_plain_one(size, plain):
+    content = bytearray(HEADERS["baseline"])
+    at = content.index(b"\xff\xc0") + 5
+    content[at : at + 4] = struct.pack(">HH", *size[::-1])
+    assert plain_jpeg(bytes(content)) == (size if plain else None)

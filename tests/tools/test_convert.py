@@ -28,6 +28,7 @@ from fastil.data.manifest import manifest_path, read_manifest
 from fastil.errors import UserError
 from fastil.tools import files as tool_files
 from fastil.tools import reporting
+from fastil.tools.audit import item_of
 from fastil.tools.convert import COMMIT_BYTES
 from fastil.tools.reporting import Reporter
 
@@ -813,6 +814,37 @@ def test_other_bytes_from_the_disk_are_seen_before_the_file_gets_its_name(small,
     run(small, tmp_path / "x.beton")
     run(small, tmp_path / "y.beton")
     assert sha256(tmp_path / "x.beton") == sha256(tmp_path / "y.beton")
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "reencode"}, {"check": False}])
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_the_checksum_is_that_of_the_file_whatever_was_known_before_it(tmp_path, options, skipped):
+    """Where no image is encoded anew and none is left out, all places are known before, and the file is read back
+    while it is written."""
+    files = {name: encoded(photo(30 + i, 40, seed=i)) for i, name in enumerate(photos(9))}
+    for name in list(files)[3 : 3 + skipped]:
+        files[name] = files[name][: len(files[name]) // 2] if options.get("check", True) else b"no image"
+    run(write(tmp_path / "in", files), tmp_path / "x.beton", on_corrupt="skip", commit_bytes=1500, **options)
+    manifest = manifest_of(tmp_path / "x.beton")
+    assert manifest.sha256 == sha256(tmp_path / "x.beton")
+    assert (manifest.images, len(manifest.skipped)) == (9 - skipped, skipped)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_source_that_changes_after_an_image_was_checked_is_an_error(tmp_path, monkeypatch, grey):
+    source = write(tmp_path / "in", {name: encoded(photo(30, 40, i)) for i, name in enumerate(photos(9))})
+    if grey:
+        (source / "train/class0/0000.jpg").write_bytes(encoded(photo(30, 40)[..., 0]))
+
+    def changing(records, i):
+        if i == 4:
+            path = Path(records.where(i))
+            path.write_bytes(path.read_bytes()[:-9] + b"otherwise")
+        return item_of(records, i)
+
+    monkeypatch.setattr("fastil.tools.writing.item_of", changing)
+    refused(source, tmp_path / "x.beton", "sample 4 is not what was read of its source", commit_bytes=1500)
+    assert not (tmp_path / "x.beton").exists()
 
 
 # Ctrl-C
