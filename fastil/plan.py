@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 PHASES = ("train", "correct", "memory", "evaluate", "meta")
-STREAMS = ("order", "top", "left", "flip", "select", "draw")
+STREAMS = ("order", "top", "left", "flip", "select", "draw", "area", "ratio")
+AREA, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a random resized crop; torchvision's
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class Transform:
-    """Output of a loader and how training images are augmented."""
+    """Output of a loader and how training images are augmented.
+
+    A box of a plan whose size is not that of the output is resized to it (bilinear, antialiased), or, with `resize`,
+    until its short side has so many pixels, of which the central ones are taken.
+    """
 
     height: int
     width: int
@@ -46,6 +51,8 @@ class Transform:
     flip: bool  # random mirror, left to right
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resized: bool = False  # train on random resized crops (Szegedy et al. 2015), which ImageNet's recipes have
+    resize: int | None = None  # short side, before the central crop
 
 
 class Key(NamedTuple):
@@ -115,15 +122,22 @@ def draw(ids: NDArray[np.int64], probabilities: NDArray[np.float64], key: Key) -
     return ids[np.searchsorted(np.cumsum(probabilities)[:-1], uniform, side="right")]
 
 
-def training_plan(ids: NDArray[np.int64], key: Key, transform: Transform, batch_size: int) -> EpochPlan:
-    """Every entry of ids once, shuffled, each with its own crop and flip (an id listed twice is cropped twice)."""
+def training_plan(
+    ids: NDArray[np.int64], key: Key, transform: Transform, batch_size: int, sizes: NDArray[np.int32] | None = None
+) -> EpochPlan:
+    """Every entry of ids once, shuffled, each with its own crop and flip (an id listed twice is cropped twice).
+
+    sizes: int32 [N, 2], height and width of every image of the split, or None where all have the transform's.
+    """
     if len(ids) == 0:
         raise ValueError("a training plan needs at least one sample")
     again = occurrences(ids)
     order = np.argsort(counter_hash(key, "order", ids, again), kind="stable")
     ids, again = ids[order], again[order]
-    boxes = _whole(len(ids), transform)
-    if transform.pad:
+    boxes = _whole(ids, transform, sizes)
+    if transform.resized:
+        boxes = resized_crops(boxes[:, 2:], key, ids, again)
+    elif transform.pad:
         for column, stream in enumerate(("top", "left")):
             draw = counter_hash(key, stream, ids, again) % np.uint64(2 * transform.pad + 1)
             boxes[:, column] = draw.astype(np.int32) - transform.pad
@@ -133,14 +147,48 @@ def training_plan(ids: NDArray[np.int64], key: Key, transform: Transform, batch_
     return EpochPlan(ids, boxes, flips, batch_size)
 
 
+def resized_crops(
+    sizes: NDArray[np.int32], key: Key, ids: NDArray[np.int64], occurrence: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Boxes of random resized crops, [n, 4], by the procedure of torchvision's RandomResizedCrop: up to ten tries of an
+    area and a ratio of width to height, then the largest central box whose ratio is allowed. sizes: [n, 2]."""
+    height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
+    # The fallback, which stays where every try fails.
+    high = np.where(width < RATIO[0] * height, np.round(width / RATIO[0]).astype(np.int64), height)
+    wide = np.where(width > RATIO[1] * height, np.round(height * RATIO[1]).astype(np.int64), width)
+    boxes = np.stack([(height - high) // 2, (width - wide) // 2, high, wide], axis=1)
+    left = np.arange(len(ids))
+    for attempt in range(ATTEMPTS):
+        again = occurrence[left] + (attempt << 40)
+        area, ratio, top, side = (
+            counter_hash(key, stream, ids[left], again) / 2.0**64 for stream in ("area", "ratio", "top", "left")
+        )
+        area = (AREA[0] + (AREA[1] - AREA[0]) * area) * height[left] * width[left]
+        ratio = np.exp(np.log(RATIO[0]) + (np.log(RATIO[1]) - np.log(RATIO[0])) * ratio)
+        wide, high = np.round(np.sqrt(area * ratio)).astype(np.int64), np.round(np.sqrt(area / ratio)).astype(np.int64)
+        fits = (wide > 0) & (high > 0) & (wide <= width[left]) & (high <= height[left])
+        drawn = np.stack([(height[left] - high + 1) * top, (width[left] - wide + 1) * side, high, wide], axis=1)
+        boxes[left[fits]] = drawn[fits].astype(np.int64)
+        left = left[~fits]
+        if len(left) == 0:
+            break
+    return boxes.astype(np.int32)
+
+
 def cycled_plan(
-    ids: NDArray[np.int64], key: Key, transform: Transform, batch_size: int, first: int, count: int
+    ids: NDArray[np.int64],
+    key: Key,
+    transform: Transform,
+    batch_size: int,
+    first: int,
+    count: int,
+    sizes: NDArray[np.int32] | None = None,
 ) -> EpochPlan:
     """Batches `first` to `first + count` of an endless stream that visits the ids over and over, each pass shuffled and
     cropped anew. All of them are full, however few ids there are. The pass stands in the place of key.epoch."""
     start, stop = first * batch_size, (first + count) * batch_size
     passes = range(start // len(ids), -(-stop // len(ids)))
-    plans = [training_plan(ids, key._replace(epoch=number), transform, batch_size) for number in passes]
+    plans = [training_plan(ids, key._replace(epoch=number), transform, batch_size, sizes) for number in passes]
     part = slice(start - passes.start * len(ids), stop - passes.start * len(ids))
     return EpochPlan(
         np.concatenate([plan.ids for plan in plans])[part],
@@ -150,10 +198,18 @@ def cycled_plan(
     )
 
 
-def sequential_plan(ids: NDArray[np.int64], transform: Transform, batch_size: int, mirrored: bool = False) -> EpochPlan:
+def sequential_plan(
+    ids: NDArray[np.int64],
+    transform: Transform,
+    batch_size: int,
+    mirrored: bool = False,
+    sizes: NDArray[np.int32] | None = None,
+) -> EpochPlan:
     """Every entry of ids once, in the order given, whole images, maybe all mirrored: the test-time transform."""
-    return EpochPlan(ids, _whole(len(ids), transform), np.full(len(ids), mirrored), batch_size)
+    return EpochPlan(ids, _whole(ids, transform, sizes), np.full(len(ids), mirrored), batch_size)
 
 
-def _whole(count: int, transform: Transform) -> NDArray[np.int32]:
-    return np.tile(np.array([0, 0, transform.height, transform.width], dtype=np.int32), (count, 1))
+def _whole(ids: NDArray[np.int64], transform: Transform, sizes: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    boxes = np.zeros((len(ids), 4), dtype=np.int32)
+    boxes[:, 2:] = (transform.height, transform.width) if sizes is None else sizes[ids]
+    return boxes

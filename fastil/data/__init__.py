@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastil.data.resident import Batch, Loader, make_loader
+    from fastil.data.batch import Batch
+    from fastil.data.loaders import Loader, make_loader
     from fastil.data.sources import DataConfig, Dataset, Split, load_dataset
 
 # Imported when asked for: the loaders bring torch, which the command line tools of this package do without.
 _HOMES = {
-    "Batch": "resident", "Loader": "resident", "make_loader": "resident", "DataConfig": "sources",
+    "Batch": "batch", "Loader": "loaders", "make_loader": "loaders", "DataConfig": "sources",
     "Dataset": "sources", "Split": "sources", "load_dataset": "sources",
 }  # fmt: skip
 

@@ -5,7 +5,6 @@ decoded or sent again.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,25 +12,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil import kernels
+from fastil.data.batch import Batch
 from fastil.data.sources import Split
-from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform, sequential_plan
 
-BACKENDS = ("auto", "resident")
 
+class Resident:
+    """Batches of one split, for as many plans as the run has. `close` frees the images.
 
-class Batch(NamedTuple):
-    """images [B, 3, H, W] channels-last, normalised; labels int64 [B], data set labels; ids int64 [B]."""
+    The boxes of its plans have the height and width of the transform: it crops and pads, it does not resize.
+    """
 
-    images: Tensor
-    labels: Tensor
-    ids: Tensor
-
-
-class Loader:
-    """Batches of one split, for as many plans as the run has. `close` frees the images."""
+    name = "resident"
+    sizes = None  # of all images it is the transform's
 
     def __init__(self, split: Split, transform: Transform, device: torch.device) -> None:
+        if split.images.dtype != np.uint8 or split.images.ndim != 4:
+            raise ValueError(f"images must be uint8 [N, h, w, 3], not {split.images.dtype} {split.images.shape}")
         self.transform = transform
         self.device = device
         self.dtype = torch.float32  # autocast casts inside the network, where it knows which layers want it
@@ -72,15 +69,3 @@ class Loader:
 
     def close(self) -> None:
         self.images = None
-
-
-def make_loader(dataset: Split, backend: str, transform: Transform, device: str | torch.device) -> Loader:
-    """A loader over one split. backend: "resident", or "auto", which today means the same.
-
-    The boxes of its plans have the height and width of the transform: this backend crops and pads, it does not resize.
-    """
-    if backend not in BACKENDS:
-        raise UserError(f"loader={backend}: unknown; use one of {', '.join(BACKENDS)}")
-    if dataset.images.dtype != np.uint8 or dataset.images.ndim != 4:
-        raise ValueError(f"images must be uint8 [N, h, w, 3], not {dataset.images.dtype} {dataset.images.shape}")
-    return Loader(dataset, transform, torch.device(device))

@@ -64,6 +64,11 @@ class Split:
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """int32 [N, 2], height and width of each."""
+        return np.tile(np.array(self.images.shape[1:3], dtype=np.int32), (len(self.images), 1))
+
     @cached_property
     def sha256(self) -> str:
         """Of pixels and labels, so that two runs can prove that they saw the same data."""

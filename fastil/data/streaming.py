@@ -1,0 +1,120 @@
+"""What the loaders share that read images anew for every epoch: threads, reference, DALI and FFCV.
+
+A backend turns a plan into uint8 frames of the output's size, batch by batch and in its order. What every image gets
+that does not depend on where it came from (mirror, normalisation, the cast) is done on the device.
+"""
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fastil import kernels
+from fastil.data.batch import Batch
+from fastil.data.beton import RAW, Beton
+from fastil.data.sources import Split
+from fastil.errors import UserError
+from fastil.plan import EpochPlan, Transform, sequential_plan
+
+Images = Beton | Split
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+class Streaming(ABC):
+    """Batches of one split, for as many plans as the run has. `close` frees all that is held.
+
+    sizes: int32 [n, 2], height and width of every image, which plans need.
+    """
+
+    name: str
+
+    def __init__(self, images: Images, transform: Transform, device: torch.device) -> None:
+        self.images, self.transform, self.device = images, transform, device
+        self.dtype = torch.float32  # autocast casts inside the network, where it knows which layers want it
+        self.sizes: NDArray[np.int32] = images.sizes.copy()
+        self.labels = torch.as_tensor(images.labels, device=device)
+        self.mean = torch.tensor(transform.mean, device=device)
+        self.std = torch.tensor(transform.std, device=device)
+        self.replaced: dict[int, NDArray[np.uint8]] = {}
+        self.closed = False
+
+    @abstractmethod
+    def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
+        """uint8 [B, H, W, 3] of each batch from number `first` on, boxes cut out and resized, not mirrored. A frame
+        may be overwritten when the next is asked for. Raises UserError that names an image that does not decode."""
+
+    def batches(self, plan: EpochPlan, first: int = 0) -> Iterator[Batch]:
+        """The batches of the plan in its order, from number `first` on."""
+        if self.closed:
+            raise ValueError("this loader was closed")
+        ids = torch.as_tensor(plan.ids, device=self.device)
+        flips = torch.as_tensor(plan.flips, device=self.device)
+        size = (self.transform.height, self.transform.width)
+        longest = min(len(plan.ids), plan.batch_size + 1)
+        rows = torch.arange(longest, device=self.device)
+        whole = torch.tensor([0, 0, *size], dtype=torch.int32, device=self.device).repeat(longest, 1)
+        parts = list(plan.batches())[first:]
+        with closing(self.frames(plan, first)) as frames:
+            for part, pixels in zip(parts, frames, strict=True):
+                count = part.stop - part.start
+                images = kernels.augment(
+                    pixels.to(self.device, non_blocking=True), rows[:count], whole[:count], flips[part], self.mean,
+                    self.std, self.dtype, size,
+                )  # fmt: skip
+                yield Batch(images, self.labels[ids[part]], ids[part])
+
+    def whole(self, ids: NDArray[np.int64]) -> Tensor:
+        """The images by the test-time transform, normalised, [n, 3, H, W]."""
+        plan = sequential_plan(ids, self.transform, max(2, len(ids)), sizes=self.sizes)
+        return next(iter(self.batches(plan))).images
+
+    def overlay(self, ids: Tensor, images: Tensor) -> None:
+        """Replace some images. ids: int64 [n]; images: uint8 [n, h, w, 3]. Their `sizes` are then those of these."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(ids) or images.shape[3] != 3:
+            raise ValueError(f"images must be uint8 [{len(ids)}, h, w, 3], not {images.dtype} {[*images.shape]}")
+        for i, pixels in zip(ids.tolist(), images.cpu().numpy(), strict=True):
+            self.replaced[i] = pixels
+            self.sizes[i] = pixels.shape[:2]
+
+    def content(self, i: int) -> NDArray[np.uint8] | memoryview:
+        """An image as it is stored: pixels [h, w, 3], or the bytes of a JPEG, not copied."""
+        if i in self.replaced:
+            return self.replaced[i]
+        if isinstance(self.images, Split):
+            pixels: NDArray[np.uint8] = self.images.images[i]
+            return pixels
+        view = self.images.view(i)
+        if self.images.modes[i] == RAW:
+            return np.frombuffer(view, np.uint8).reshape(*self.images.sizes[i], 3)
+        return view
+
+    def by_pillow(self, i: int, content: memoryview) -> Image.Image:
+        """A JPEG as Pillow decodes it; a UserError that names it if it does not."""
+        try:
+            return Image.open(io.BytesIO(content), formats=("JPEG",)).convert("RGB")
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            path = self.images.path if isinstance(self.images, Beton) else "the data set"
+            raise UserError(
+                f"{path}: sample {i} does not decode ({error}); see fastil verify, and convert it again"
+            ) from None
+
+    def close(self) -> None:
+        self.closed = True
+        self.replaced.clear()
+
+
+def central(size: tuple[int, int], transform: Transform) -> tuple[tuple[int, int], Box]:
+    """For an image of this height and width and a transform with `resize`: what it is resized to, and the central box
+    of the output's size in that; the rounding is torchvision's."""
+    assert transform.resize is not None
+    short, long = min(size), max(size)
+    longer = int(transform.resize * long / short)
+    new = (transform.resize, longer) if size[0] <= size[1] else (longer, transform.resize)
+    height, width = transform.height, transform.width
+    return new, (round((new[0] - height) / 2), round((new[1] - width) / 2), height, width)
