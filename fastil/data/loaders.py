@@ -1,6 +1,7 @@
 """Which loader reads a split: all the same plan, all the same batches within what their decoders differ by."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from fastil.data.threads import Threads
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
-BACKENDS = ("auto", "resident", "threads", "reference")
+BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")
 
 
 class Loader(Protocol):
@@ -70,6 +71,17 @@ def make_loader(dataset: Images, backend: str, transform: Transform, device: str
         return Threads(dataset, transform, device)
     if backend == "reference":
         return Reference(dataset, transform, device)
+    if backend == "ffcv":
+        from fastil.data.ffcv import Ffcv, library
+
+        library()  # before anything is started
+        return Ffcv(dataset, transform, device)
+    if backend == "dali":
+        if find_spec("nvidia.dali") is None:
+            raise UserError("loader=dali: DALI is not installed; pip install nvidia-dali-cuda130, or use threads")
+        from fastil.data.dali import Dali
+
+        return Dali(dataset, transform, device)
     raise UserError(f"loader={backend}: unknown; use one of {', '.join(BACKENDS)}")
 
 

@@ -5,6 +5,7 @@ that does not depend on where it came from (mirror, normalisation, the cast) is 
 """
 
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -83,9 +84,10 @@ class Streaming(ABC):
             self.sizes[i] = pixels.shape[:2]
 
     def content(self, i: int) -> NDArray[np.uint8] | memoryview:
-        """An image as it is stored: pixels [h, w, 3], or the bytes of a JPEG, not copied."""
-        if i in self.replaced:
-            return self.replaced[i]
+        """What is shown for an image: pixels [h, w, 3], or the bytes of a JPEG, not copied."""
+        return self.replaced[i] if i in self.replaced else self.stored(i)
+
+    def stored(self, i: int) -> NDArray[np.uint8] | memoryview:
         if isinstance(self.images, Split):
             pixels: NDArray[np.uint8] = self.images.images[i]
             return pixels
@@ -107,6 +109,11 @@ class Streaming(ABC):
     def close(self) -> None:
         self.closed = True
         self.replaced.clear()
+
+
+def default_workers() -> int:
+    """As many as there are cores for this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def central(size: tuple[int, int], transform: Transform) -> tuple[tuple[int, int], Box]:

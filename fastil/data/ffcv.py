@@ -1,0 +1,77 @@
+"""The FFCV loader: FFCV's own decoder and resize (libffcv), called by the threads of the threads loader.
+
+FFCV's Loader compiles its pipeline for 6 to 16 s, keeps a frame of the largest image for every slot of its ring, ends
+silently when a worker fails and draws its own crops. Its speed is that of the two functions that this file calls, which
+let go of the interpreter; so the plan, the order and the errors are those of the threads loader, and the pixels FFCV's:
+libjpeg-turbo's fast transform and OpenCV's INTER_AREA.
+"""
+
+import ctypes
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.data.streaming import Box
+from fastil.data.threads import Threads, cut
+from fastil.errors import UserError
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """libffcv, without FFCV's Python part, which would bring numba and OpenCV. UserError if it is not there."""
+    spec = find_spec("ffcv")  # imports nothing
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(Path(next(iter(folders))).parent.glob("ffcv/_libffcv*.so")) if folders else []
+    if not files:
+        raise UserError("loader=ffcv: FFCV is not installed; `fastil doctor` says how, or use loader=threads")
+    found = ctypes.CDLL(str(files[0]))
+    found.imdecode.argtypes = [
+        ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, *[ctypes.c_uint32] * 6,
+        ctypes.c_bool, ctypes.c_bool,
+    ]  # fmt: skip
+    found.resize.argtypes = [ctypes.c_int64] * 11
+    return found
+
+
+class Ffcv(Threads):
+    """See `Streaming`."""
+
+    name = "ffcv"
+
+    def decode(self, i: int, content: memoryview) -> NDArray[np.uint8]:
+        height, width = self.images.sizes[i].tolist()
+        encoded, pixels = np.frombuffer(content, np.uint8), self.scratch(i)
+        failed = library().imdecode(
+            encoded.ctypes.data,
+            len(encoded),
+            height,
+            width,
+            pixels.ctypes.data,
+            height,
+            width,
+            0,
+            0,
+            1,
+            1,
+            False,
+            False,
+        )
+        if failed:
+            return np.asarray(self.by_pillow(i, content))
+        return pixels.reshape(height, width, 3)
+
+    def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
+        top, left, height, width = box
+        if top < 0 or left < 0 or top + height > image.shape[0] or left + width > image.shape[1]:
+            inside = np.empty((height, width, 3), np.uint8)
+            cut(image, box, inside)
+            image, top, left = inside, 0, 0
+        image = np.ascontiguousarray(image)
+        new = np.empty((*size, 3), np.uint8)
+        library().resize(
+            0, image.ctypes.data, *image.shape[:2], top, top + height, left, left + width, new.ctypes.data, *size
+        )
+        return new
