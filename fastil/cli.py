@@ -160,7 +160,7 @@ def verify(
     from fastil.tools.verify import verify as verify_file
 
     reporter = Reporter(as_json)
-    problems = verify_file(path, sample, workers or default_workers(), reporter)
+    problems = verify_file(path, sample, default_workers() if workers is None else workers, reporter)
     for problem in problems:
         reporter.say(f"{path}: {problem}" if str(path) not in problem else problem, "problem", problem=problem)
     state = "FAILED" if problems else "good"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.data.beton import ENTRY, PAGE, PLACE, ROW, place
+from fastil.data.beton import ENTRY, PLACE, data_start, page_size_for, place
 from fastil.data.records import Files, Records, Source
 from fastil.errors import UserError
 from fastil.tools.images import Head, Item, Prepared, Storage, look, prepare
@@ -99,35 +99,43 @@ def estimate(found: Audit, storage: Storage, pool: Pool) -> None:
     decoded = good if storage.check or storage.mode != "jpeg" else anew
     if len(decoded):
         some = spread(decoded)
-        found.seconds = timed(found, some, storage, pool)[1] / len(some) * len(decoded) / pool.workers
-    content = int(found.sizes[found.kept].sum() + per_pixel * pixels[anew].sum())
-    found.projected = content + len(pixels) * (ROW.itemsize + PLACE.itemsize) + PAGE
+        found.seconds = timed(found, some, storage, pool)[1] / len(some) * len(decoded)
+    page = page_size_for(found.largest(storage))
+    end = planned(found, storage, page, data_start(len(pixels), page), per_pixel)[1]
+    found.projected = -(-end // page) * page + len(pixels) * PLACE.itemsize
 
 
-def planned(found: Audit, storage: Storage, page: int, start: int) -> NDArray[np.void] | None:
-    """ENTRY [n], without checksums: where everything will lie if nothing is left out. None where that depends on what
-    images become when they are encoded."""
+def planned(
+    found: Audit, storage: Storage, page: int, start: int, per_pixel: float | None = None
+) -> tuple[NDArray[np.void] | None, int]:
+    """ENTRY [n], without checksums: where everything will lie, and the end of it. None, 0 where that depends on what
+    images become when they are encoded, unless per_pixel estimates it, or if some cannot be read."""
+    pixels = found.width.astype(np.int64) * found.height * 3
     if storage.mode == "raw":
-        sizes = found.width.astype(np.int64) * found.height * 3
-    elif found.kept.all():
-        sizes = found.sizes
+        sizes = pixels
+    elif found.kept.all() or per_pixel is not None:
+        sizes = np.where(found.kept, found.sizes, (pixels * (per_pixel or 0)).astype(np.int64))
     else:
-        return None
+        return None, 0
+    if found.problems and per_pixel is None:
+        return None, 0
     entries = np.zeros(len(sizes), ENTRY)
     entries["size"], entries["label"] = sizes, found.records.labels
     entries["width"], entries["height"] = found.width, found.height
-    position = start
-    starts = []
-    for size in sizes.tolist():
-        starts.append(place(position, size, page))
-        position = starts[-1] + size
-    entries["ptr"] = starts
-    return entries
+    starts, position = entries["ptr"], start
+    for i, size in enumerate(sizes.tolist()):
+        starts[i] = at = place(position, size, page)
+        position = at + size
+    return entries, position
 
 
 def timed(found: Audit, ids: NDArray[np.int64], storage: Storage, pool: Pool) -> tuple[list[Prepared], float]:
+    """Those samples as they will be stored, and the seconds that took."""
     began = time.perf_counter()
-    return [prepare(item_of(found.records, int(i)), storage) for i in ids], time.perf_counter() - began
+    work = partial(prepare, storage=storage)
+    batches = pool.map(work, chunks(found.records, ids, -(-len(ids) // pool.workers)), found.records.where)
+    prepared = [one for batch in batches for one in batch]
+    return prepared, time.perf_counter() - began
 
 
 def spread(ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -6,13 +6,14 @@ last, then the whole file is read back for its checksums, then it gets its name.
 """
 
 import contextlib
+import io
 import os
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast, get_args
+from typing import Any, cast, get_args
 
 from fastil.data import beton
 from fastil.data.catalog import open_source
@@ -47,8 +48,6 @@ class Options:
             raise UserError(f"--quality {self.storage.quality}: must lie between 1 and 100")
         if self.storage.max_side is not None and self.storage.max_side < 1:
             raise UserError(f"--max-side {self.storage.max_side}: must be at least 1 pixel")
-        if self.workers < 1:
-            raise UserError(f"--workers {self.workers}: must be at least 1")
 
     def parameters(self) -> dict[str, Any]:
         """Those that decide what is written."""
@@ -90,6 +89,10 @@ def convert(
         splits = {name: r for name, r in (("train", source.train), ("val", source.val)) if r is not None}
         check_classes(source, splits)
         if options.storage.mode == "auto":
+            if any(isinstance(records, beton.Stored) and records.beton.mode == "mixed" for records in splits.values()):
+                raise UserError(
+                    f"{path}: holds JPEGs and pixels; say --mode jpeg, which encodes the pixels, or --mode raw"
+                )
             mode: Mode = "jpeg" if isinstance(next(iter(splits.values())).content(0), bytes) else "raw"
             options = replace(options, storage=replace(options.storage, mode=mode))
         if "val" not in splits:
@@ -132,7 +135,7 @@ class Job:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.audit: Audit | None = None
-        self.file: IO[bytes] | None = None
+        self.file: io.FileIO | None = None
 
     def finished(self) -> bool:
         """Whether the target is there already, by this very conversion; a UserError if it is another file."""
@@ -149,6 +152,12 @@ class Job:
         )
         if not same:
             raise UserError(f"{task.target}: exists, of another conversion; remove it or choose another output")
+        assert manifest is not None
+        size = task.target.stat().st_size
+        if size != manifest.bytes:
+            raise UserError(
+                f"{task.target}: {size:,} bytes, its manifest says {manifest.bytes:,}; remove it and convert again"
+            )
         if not task.partial.exists():  # else another conversion is at work
             task.journal.unlink(missing_ok=True)
             task.spool.unlink(missing_ok=True)
@@ -157,7 +166,6 @@ class Job:
 
     def begin(self, stack: contextlib.ExitStack) -> bool:
         """Keep every other conversion off the file until the stack is closed. False: one has just finished it."""
-        stack.enter_context(full_disk(self.task.partial))
         self.file = stack.enter_context(opened(self.task.partial))
         stack.callback(self.task.spool.unlink, missing_ok=True)
         return not self.finished()
@@ -168,7 +176,8 @@ class Job:
             if dry_run:
                 records = records.take(reading_order(records))
             else:
-                records = spooled(records, self.task.spool, self.task.reporter)
+                with full_disk(self.task.spool):
+                    records = spooled(records, self.task.spool, self.task.reporter)
             self.task = replace(self.task, records=records)
         self.audit = audit(self.task.split, records, self.task.storage, pool, self.task.reporter)
 
@@ -191,4 +200,5 @@ class Job:
     def write(self, pool: Pool) -> None:
         assert self.audit is not None
         assert self.file is not None
-        Writing(self.task, self.audit, self.file).run(pool)
+        with full_disk(self.task.partial):
+            Writing(self.task, self.audit, self.file).run(pool)

@@ -5,12 +5,13 @@ import fcntl
 import hashlib
 import io
 import os
+import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from isal.isal_zlib import crc32
@@ -21,19 +22,33 @@ from fastil.data.records import Files, Ids, Listing, Records
 from fastil.errors import UserError
 from fastil.tools.reporting import Reporter
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
 READ = 1 << 20  # bytes at once when a file is read back
 WRITTEN = 1 << 20  # bytes at once when it is written, while they are in a cache of the processor
 
 
+class WholeWrites(io.FileIO):
+    """A file without a buffer that writes all it is given, or raises OSError."""
+
+    def write(self, content: "Buffer") -> int:
+        view = memoryview(content).cast("B")
+        done = 0
+        while done < len(view):
+            done += super().write(view[done:])
+        return done
+
+
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[io.FileIO]:
     """The file for reading and writing, made if it is not there, locked against a second conversion. One in which
     nothing was written is removed again."""
     try:
-        raw = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        raw = WholeWrites(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output") from None
-    with io.BufferedRandom(raw, 1 << 20) as file:
+    with raw as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -49,7 +64,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
                 path.unlink()
 
 
-def is_at(path: Path, file: IO[bytes]) -> bool:
+def is_at(path: Path, file: io.FileIO) -> bool:
     """Whether this is the file that has the name now."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
@@ -59,9 +74,11 @@ def full_disk(path: Path) -> Iterator[None]:
     """Turn a failed write into a UserError."""
     try:
         yield
+    except BrokenPipeError:  # whoever reads what is shown has gone
+        raise
     except OSError as error:
         raise UserError(
-            f"{path}: {error.strerror or error}; what is written stays: once it can go on, the same command does"
+            f"{path}: {error.strerror or error}; once that is mended, the same command goes on from what is in place"
         ) from None
 
 
@@ -69,7 +86,7 @@ class Pages:
     """The front of a file that is being written: the page that samples are put into, until it is full or has to be on
     the disk. position: the first free byte of the file. A sample never straddles a page."""
 
-    def __init__(self, file: IO[bytes], page_size: int, position: int) -> None:
+    def __init__(self, file: io.FileIO, page_size: int, position: int) -> None:
         self.file, self.page_size, self.position = file, page_size, position
         self.page = memoryview(bytearray(page_size))
         self.begin = position - position % page_size  # of the page in the file
@@ -94,7 +111,6 @@ class Pages:
     def flush(self) -> None:
         """Hand what is in the page to the system."""
         self._write(self.position - self.begin)
-        self.file.flush()
 
     def _write(self, end: int) -> None:
         if end > self.written:
@@ -107,7 +123,8 @@ class ReadBack:
     """Reads a file behind its writer, for its sha256 (`digest`) and to see that every sample is what was written.
 
     entries: ENTRY, of the samples that are in place. front: what the file begins with, where that is known before it
-    is there; otherwise it is read as well.
+    is there; otherwise it is read as well. What has been read leaves the page cache, if it is on the disk: a large
+    conversion would push all else out.
     """
 
     def __init__(self, path: Path, entries: NDArray[np.void], front: bytes = b"") -> None:
@@ -148,6 +165,8 @@ class ReadBack:
                 self.blocks.reverse()
                 if len(hashed) == len(self.blocks):
                     hashed.popleft().result()
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, self.position, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -168,6 +187,10 @@ def reading_order(records: Records) -> Ids:
 def spooled(records: Records, path: Path, reporter: Reporter) -> Files:
     """The encoded images of a source that can only be read from front to back, in a file of their own."""
     order = reading_order(records)
+    needed, free = getattr(records, "total_bytes", 0), shutil.disk_usage(path.parent).free
+    if needed > free:
+        gigabytes = f"{needed / 1e9:,.1f} GB are needed to unpack the images, {free / 1e9:,.1f} GB are free"
+        raise UserError(f"{path.parent}: {gigabytes}; free some")
     offset, size = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
     reporter.begin("unpack", len(records))
     with open(path, "wb") as file:
@@ -184,11 +207,11 @@ def spooled(records: Records, path: Path, reporter: Reporter) -> Files:
     return Spooled(**vars(listing.files()), origin=records)
 
 
-def write_synced(path: Path, text: str) -> None:
+def write_synced(path: Path, pieces: Iterable[str]) -> None:
     """Whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:
-        file.write(text)
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -12,6 +12,7 @@ from PIL import Image
 from fastil.data import pixels
 from fastil.data.records import Extent
 
+LARGEST = 1 << 29  # bytes of an image file; an uncompressed one of the most pixels that are taken has fewer
 HEAD = 1 << 13  # bytes that are read of an image whose header is wanted; most have it in them
 Item = Extent | bytes | NDArray[np.uint8]  # what is known of an image: a place to read from where there is one
 Mode = Literal["auto", "jpeg", "reencode", "raw"]
@@ -68,6 +69,8 @@ def look(item: Item, storage: Storage) -> Head:
     """The header alone: no pixel is decoded, and of a plain JPEG no more is read."""
     if not isinstance(item, Extent):
         return _look(item, storage)
+    if item.size > LARGEST:
+        return Head("unknown", "", 0, 0, item.size, (), f"{item.size:,} bytes, no image has so many")
     size = pixels.plain_jpeg(item.front(HEAD))
     return _look(item.read(), storage) if size is None else stored("JPEG", "RGB", size, item.size, [], storage)
 
@@ -86,6 +89,8 @@ def _look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
         image = pixels.open_image(content)
         turned = pixels.orientation(image)
         size = image.size if turned < 5 else image.size[::-1]
+    except MemoryError:
+        raise  # says nothing of the image
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
         return Head("unknown", "", 0, 0, len(content), (), describe(error))
     kind = str(image.format)
@@ -113,6 +118,8 @@ def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: lis
 
 def prepare(item: Item, storage: Storage) -> Prepared:
     """The image as it is stored; whatever is wrong with it is its `problem`."""
+    if isinstance(item, Extent) and item.size > LARGEST:
+        return Prepared(None, 0, 0, None, look(item, storage).problem)
     content = item.read() if isinstance(item, Extent) else item
     head = _look(content, storage)
     if head.problem is not None:
@@ -127,6 +134,8 @@ def prepare(item: Item, storage: Storage) -> Prepared:
             image = image.resize(scaled(*image.size, storage.max_side), Image.Resampling.BILINEAR)
         new = encode(image, storage)
         return Prepared(new, image.width, image.height, crc32(new), None)
+    except MemoryError:
+        raise
     except Exception as error:
         return Prepared(None, 0, 0, None, describe(error))
 

@@ -27,6 +27,7 @@ from fastil.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Chunk = list[tuple[int, Task]]
+MOST_WORKERS = 1024
 AHEAD = 4  # chunks per worker that wait for their turn
 
 
@@ -45,6 +46,8 @@ class Pool:
     """Maps chunks of items over worker processes, in order. One worker: this process does the work."""
 
     def __init__(self, workers: int) -> None:
+        if not 1 <= workers <= MOST_WORKERS:
+            raise UserError(f"--workers {workers}: must lie between 1 and {MOST_WORKERS}")
         self.workers = workers
         self.context = multiprocessing.get_context("spawn")  # a fork would copy the locks of other threads
         self.at: Array[Any] = self.context.RawArray("q", [-1] * workers)
@@ -100,7 +103,7 @@ class Pool:
             number = self.at[worker.slot]
             raise WorkerDied(
                 f"a worker process was killed (out of memory, or a decoder crashed) at "
-                f"{where(chunk[0][0] if number < 0 else number)}; nothing written is lost: run the same command again, "
+                f"{where(chunk[0][0] if number < 0 else number)}; what is committed stays: run the same command again, "
                 "with --workers 1 to see which image it is, or remove that image"
             ) from None
         finally:

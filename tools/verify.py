@@ -2,15 +2,17 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32
 
 from fastil.data.beton import HEADER, RAW, ROW, TABLE, VERSION, Beton
 from fastil.data.manifest import manifest_path, read_manifest
-from fastil.data.pixels import open_image, to_rgb
+from fastil.data.pixels import check_decodes, open_image
 from fastil.data.records import Extent, Ids
 from fastil.errors import UserError
 from fastil.tools.pool import Pool
@@ -30,23 +32,28 @@ def verify(path: Path, sample: int | None, workers: int, reporter: Reporter) -> 
         raise UserError(f"--sample {sample}: must be at least 1")
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the path of a .beton file")
-    try:
-        with Beton(path) as beton:
-            return _verify(beton, sample, workers, reporter)
-    except UserError as error:
-        lost = first_lost(path)
-        return [f"{error}{lost}"]
+    with Pool(workers) as pool:
+        try:
+            with Beton(path) as beton:
+                return _verify(beton, sample, pool, reporter)
+        except UserError as error:
+            lost = first_lost(path)
+            return [f"{error}{lost}"]
 
 
-def _verify(beton: Beton, sample: int | None, workers: int, reporter: Reporter) -> list[str]:
+def _verify(beton: Beton, sample: int | None, pool: Pool, reporter: Reporter) -> list[str]:
     problems = structure(beton)
     n = len(beton)
     chosen = np.arange(n) if sample is None else np.unique(np.linspace(0, n - 1, min(sample, n)).astype(np.int64))
     if beton.manifest is None:
         reporter.say(f"{beton.path}: no manifest beside it, so there are no checksums to compare", "no_manifest")
     else:
-        problems += against_manifest(beton, chosen, whole=sample is None, reporter=reporter)
-    problems += undecodable(beton, chosen, workers, reporter)
+        problems += against_manifest(beton)
+    with ThreadPoolExecutor(1) as thread:
+        digest = thread.submit(sha256, beton) if beton.manifest is not None and sample is None else None
+        problems += damaged(beton, chosen, pool, reporter)
+    if digest is not None and beton.manifest is not None and digest.result() != beton.manifest.sha256 and not problems:
+        problems.append("its header, a table or the padding between samples has changed; no sample has")
     if sample is None and not problems:
         doubles = n - len(np.unique(np.stack([checksums(beton), beton.lengths], 1), axis=0))
         if doubles:
@@ -80,8 +87,8 @@ def structure(beton: Beton) -> list[str]:
     return problems
 
 
-def against_manifest(beton: Beton, chosen: Ids, whole: bool, reporter: Reporter) -> list[str]:
-    """Sizes, classes and checksums."""
+def against_manifest(beton: Beton) -> list[str]:
+    """Size and classes."""
     manifest = beton.manifest
     assert manifest is not None
     problems = []
@@ -89,17 +96,9 @@ def against_manifest(beton: Beton, chosen: Ids, whole: bool, reporter: Reporter)
         problems.append(f"{beton.bytes:,} bytes, the manifest says {manifest.bytes:,}")
     expected = np.repeat(np.arange(len(manifest.counts)), manifest.counts)
     wrong = np.flatnonzero(beton.labels != expected)
-    problems += [f"{called(beton, int(i))}: has the label {beton.labels[i]} instead of {expected[i]}" for i in wrong]
-    reporter.begin("checksums", len(chosen))
-    for i in chosen:
-        view = beton.view(int(i))
-        if crc32(view) != manifest.crc32[i]:
-            problems.append(f"{called(beton, int(i))}: its bytes are not those that were written")
-        reporter.advance(1, len(view))
-    reporter.end()
-    if whole and sha256(beton) != manifest.sha256 and not problems:
-        problems.append("its header, a table or the padding between samples has changed; no sample has")
-    return problems
+    return problems + [
+        f"{called(beton, int(i))}: has the label {beton.labels[i]} instead of {expected[i]}" for i in wrong
+    ]
 
 
 def sha256(beton: Beton) -> str:
@@ -116,45 +115,67 @@ def checksums(beton: Beton) -> Ids:
     return np.array([crc32(beton.view(i)) for i in range(len(beton))], dtype=np.int64)
 
 
-def undecodable(beton: Beton, chosen: Ids, workers: int, reporter: Reporter) -> list[str]:
-    """Samples that are no image of the size that their row gives."""
-    chosen = chosen[beton.modes[chosen] != RAW]
-    reporter.begin("decode", len(chosen))
+def damaged(beton: Beton, chosen: Ids, pool: Pool, reporter: Reporter) -> list[str]:
+    """Samples whose bytes are not those that were written, or that are no image of the size that their row gives."""
+    reporter.begin("samples", len(chosen))
     problems = []
+    known = beton.manifest.crc32 if beton.manifest is not None else None
 
-    def chunks() -> Iterator[list[tuple[int, tuple[Extent, int, int]]]]:
+    def chunks() -> Iterator[list[tuple[int, Sample]]]:
         for start in range(0, len(chosen), DECODED):
             yield [
                 (
-                    int(i),
-                    (Extent(str(beton.path), int(beton.starts[i]), int(beton.lengths[i])), *beton.sizes[i].tolist()),
+                    i,
+                    Sample(
+                        Extent(str(beton.path), int(beton.starts[i]), int(beton.lengths[i])), int(beton.sizes[i, 0]),
+                        int(beton.sizes[i, 1]), bool(beton.modes[i] == RAW), None if known is None else known[i],
+                    ),
                 )
-                for i in chosen[start : start + DECODED]
-            ]
+                for i in chosen[start : start + DECODED].tolist()
+            ]  # fmt: skip
 
     at = 0
-    with Pool(workers) as pool:
-        for results in pool.map(partial(decodes), chunks(), partial(called, beton)):
-            for result in results:
-                if result is not None:
-                    problems.append(f"{called(beton, int(chosen[at]))}: {result}")
-                at += 1
-            reporter.advance(len(results))
+    for results in pool.map(look, chunks(), partial(called, beton)):
+        for found in results:
+            problems += [f"{called(beton, int(chosen[at]))}: {problem}" for problem in found]
+            at += 1
+        some = chosen[at - len(results) : at]
+        reporter.advance(len(results), int(beton.lengths[some].sum()))
     reporter.end()
     return problems
 
 
-def decodes(item: tuple[Extent, int, int]) -> str | None:
-    """What is wrong with a JPEG of this height and width."""
-    extent, height, width = item
+class Sample(NamedTuple):
+    """What a sample has to be. expected: its crc32, where that is known."""
+
+    extent: Extent
+    height: int
+    width: int
+    raw: bool
+    expected: int | None
+
+
+def look(sample: Sample) -> list[str]:
+    """What is wrong with a sample."""
     try:
-        image = open_image(extent.read())
-        if image.size != (width, height):
-            return f"has {image.width}x{image.height} pixels, its row says {width}x{height}"
-        to_rgb(image)
+        content = sample.extent.read()
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    if sample.expected is not None and crc32(content) != sample.expected:
+        problems.append("its bytes are not those that were written")
+    try:
+        if not sample.raw:
+            image = open_image(content)
+            if image.size != (sample.width, sample.height):
+                size = f"{image.width}x{image.height}"
+                problems.append(f"has {size} pixels, its row says {sample.width}x{sample.height}")
+            check_decodes(content)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises many kinds on damaged bytes
-        return f"does not decode ({' '.join(str(error).split())})"
-    return None
+        problems.append(f"does not decode ({' '.join(str(error).split())})")
+    return problems
 
 
 def first_lost(path: Path) -> str:

@@ -3,6 +3,7 @@
 One thread copies. What it has written is synced, told to the journal and read back by threads that follow it.
 """
 
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from isal.isal_zlib import crc32
@@ -77,7 +78,7 @@ class Task:
 class Writing:
     """Of a task, into a file that is open and locked."""
 
-    def __init__(self, task: Task, found: Audit, file: IO[bytes]) -> None:
+    def __init__(self, task: Task, found: Audit, file: io.FileIO) -> None:
         self.task, self.found, self.file = task, found, file
         self.page = beton.page_size_for(found.largest(task.storage))
         self.start = beton.data_start(len(task.records), self.page)
@@ -88,14 +89,16 @@ class Writing:
     def run(self, pool: Pool) -> None:
         """From where an earlier attempt ended to the finished file."""
         self.resume()
-        plan = planned(self.found, self.task.storage, self.page, self.start)
         back = None
-        if plan is not None:
-            front = beton.front(plan, self.mode, self.page, self.start)
-            back = ReadBack(self.task.partial, self.progress.entries, front)
+        plan = planned(self.found, self.task.storage, self.page, self.start)[0]
+        if plan is not None and self.progress.done == 0:  # else there is much to read back, and it is told how far
+            back = ReadBack(
+                self.task.partial, self.progress.entries, beton.front(plan, self.mode, self.page, self.start)
+            )
         pages = Pages(self.file, self.page, self.progress.position)
         with Follower(pages, self.journal, back) as follower:
             self.copy(pool, follower)
+            back = follower.back
         self.finish(back)
         self.task.journal.unlink(missing_ok=True)
 
@@ -130,6 +133,7 @@ class Writing:
                         "written stays: the same command goes on"
                     )
                 progress.skipped.append((i, prepared.problem))
+                follower.back = None  # the front of the file will be another
                 progress.done = i + 1
                 reporter.advance(1)
                 continue
@@ -187,10 +191,9 @@ class Writing:
         before = beton.front(entries, self.mode, self.page, self.start)
         beton.write_tables(file, entries, before, self.page)
         beton.write_header(file, before)
-        file.flush()
         size = os.fstat(file.fileno()).st_size
         if back is None or os.pread(file.fileno(), self.start, 0) != back.front:
-            back = ReadBack(task.partial, progress.entries)  # what comes first was not known before
+            back = ReadBack(task.partial, progress.entries)  # what comes first is known only now
         with ThreadPoolExecutor(1) as thread:
             synced = thread.submit(os.fsync, file.fileno())
             task.reporter.begin("read back", len(entries), back.at)
@@ -199,7 +202,7 @@ class Writing:
         synced.result()
         sha256 = back.digest.hexdigest()
         manifest = self.manifest(sha256, size)
-        write_synced(manifest_path(task.target), manifest.dump())
+        write_synced(manifest_path(task.target), manifest.pieces())
         os.replace(task.partial, task.target)
         sync_folder(task.target.parent)
         task.reporter.say(
@@ -248,10 +251,7 @@ class Writing:
 
 
 class Follower:
-    """Syncs what a writer has written, tells the journal of it and reads it back. back: None if that has to wait.
-
-    What has been read back leaves the page cache, so that a large conversion does not push out all else.
-    """
+    """Syncs what a writer has written, tells the journal of it and reads it back. back: None if that has to wait."""
 
     def __init__(self, pages: Pages, journal: Journal, back: ReadBack | None) -> None:
         self.pages, self.journal, self.back = pages, journal, back
@@ -275,8 +275,6 @@ class Follower:
         for one in self.waiting:
             one.result()
         self.waiting = []
-        if self.back is not None and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.pages.file.fileno(), 0, self.back.position, os.POSIX_FADV_DONTNEED)
 
     def __enter__(self) -> "Follower":
         return self

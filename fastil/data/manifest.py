@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import pydantic
 from fastil.errors import UserError
 
 FORMAT = 1
+TOGETHER = 10_000  # entries of a list in a piece of text
 CHECKED = pydantic.ConfigDict(strict=True, revalidate_instances="always")
 
 
@@ -51,8 +53,22 @@ class Manifest:
     notes: list[str] = field(default_factory=list)
 
     def dump(self) -> str:
-        """JSON, a line per entry of the lists that have one per sample."""
-        return json.dumps(vars(self), default=vars, indent=0, ensure_ascii=True) + "\n"
+        """JSON, a line per entry of a list."""
+        return "".join(self.pieces())
+
+    def pieces(self) -> Iterator[str]:
+        """Of `dump`, which may be long."""
+        for number, (key, value) in enumerate(vars(self).items()):
+            yield f'{"," if number else "{"}\n"{key}": '
+            if not isinstance(value, list):
+                yield json.dumps(value)
+                continue
+            yield "["
+            for start in range(0, len(value), TOGETHER):
+                text = json.dumps(value[start : start + TOGETHER], default=vars, separators=(",\n", ": "))
+                yield f"{',' if start else ''}\n{text[1:-1]}"
+            yield "]"
+        yield "\n}\n"
 
 
 def manifest_path(beton: Path) -> Path:

@@ -36,6 +36,7 @@ class _Group(NamedTuple):
     start: int
     rows: int
     file_start: int
+    bytes: int  # without compression
 
 
 @dataclass
@@ -83,6 +84,12 @@ class Rows:
 
     def name(self, i: int) -> str:
         return self.names[int(self.rows[i])]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of its images, about: what the row groups hold without compression, in proportion."""
+        total = sum(group.bytes for group in self.reader.groups)
+        return total * len(self) // max(1, sum(group.rows for group in self.reader.groups))
 
     def where(self, i: int) -> str:
         row = int(self.rows[i])
@@ -138,9 +145,10 @@ def _listed(files: list[Path]) -> tuple[Rows, list[str] | None]:
             first = columns, names
             for number in range(opened.num_row_groups):
                 table = opened.read_row_group(number, columns=[column for column in columns[1:] if column])
-                if len(table) != opened.metadata.row_group(number).num_rows:
+                noted = opened.metadata.row_group(number)
+                if len(table) != noted.num_rows:
                     raise UserError(f"{file}: row group {number} has another number of rows than noted; fetch it again")
-                groups.append(_Group(str(file), number, len(texts), len(table), file_start))
+                groups.append(_Group(str(file), number, len(texts), len(table), file_start, noted.total_byte_size))
                 labels.append(_labels(file, table[columns.label], names, len(texts) - file_start))
                 paths = _leaf(table, columns.path).to_pylist() if columns.path else [None] * len(table)
                 texts += [_name(path, file, row) for row, path in enumerate(paths, start=len(texts) - file_start)]

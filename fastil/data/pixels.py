@@ -1,4 +1,4 @@
-"""From what a source holds to upright RGB pixels. Pillow decodes, here and in the reference loader."""
+"""From what a source holds to upright RGB pixels. Pillow says what an image is; simplejpeg decodes plain JPEGs."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ def orientation(image: Image.Image) -> int:
     """1 to 8, as cameras write it; 1: upright, or no such tag, or an unreadable one, as viewers take it."""
     if image.format == "TIFF":  # Pillow turns it while it loads it
         return 1
-    if "exif" not in image.info and image.format not in ("PNG", "WEBP"):  # nothing to parse
+    if not {"exif", "xmp"} & image.info.keys() and image.format not in ("PNG", "WEBP"):  # nothing to parse
         return 1
     try:
         with warnings.catch_warnings():

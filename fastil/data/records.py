@@ -5,10 +5,10 @@ A source is listed, not read: a million samples take some 70 bytes each. `fastil
 
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from isal.isal_zlib import crc32  # zlib's, in less than half the time
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from fastil.errors import UserError
 
 Ids = NDArray[np.int64]
-T = TypeVar("T")
 SAME = "same"  # in place of a path of validation images: the training images are taken again
 MOST_CLASSES = 1_000_000  # a label beyond is no class but damage, and would name as many classes
 CHANGED = "a sample has changed since it was written; see fastil verify, and take another copy"
@@ -89,7 +88,7 @@ class Extent(NamedTuple):
 
     def read_into(self, room: memoryview) -> None:
         """Fill `room`, of its size, with its bytes. Errors as of `read`."""
-        self._check(self._read(lambda descriptor: os.preadv(descriptor, [room], self.offset)), room)
+        self._check(self._fill(room), room)
 
     def _check(self, count: int, content: bytes | memoryview) -> None:
         if count != self.size:
@@ -99,17 +98,25 @@ class Extent(NamedTuple):
 
     def front(self, most: int) -> bytes:
         """The first of its bytes, so many at most, or fewer where the file ends; a UserError if it cannot be read."""
-        return self._read(lambda descriptor: os.pread(descriptor, min(most, self.size), self.offset))
+        room = bytearray(min(most, self.size))
+        count = self._fill(memoryview(room))
+        return bytes(memoryview(room)[:count])
 
-    def _read(self, reader: Callable[[int], T]) -> T:
+    def _fill(self, room: memoryview) -> int:
+        """How many bytes there were."""
+        count = 0
         try:
             descriptor = os.open(self.path, os.O_RDONLY)  # half the system calls of open()
             try:
-                return reader(descriptor)
+                while count < len(room) and (more := os.preadv(descriptor, [room[count:]], self.offset + count)):
+                    count += more
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise UserError(
+                f"{self.path}: cannot be read ({error.strerror}); mend that, and the same command goes on"
+            ) from None
+        return count
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Deadly:
     def install(self):
         deadly = self
 
-        class Torn(io.FileIO):
+        class Torn(tool_files.WholeWrites):
             def write(self, content):
                 deadly.tick(lambda: super(Torn, self).write(bytes(content)[: len(content) // 2]))
                 return super().write(content)
@@ -145,7 +145,7 @@ class Deadly:
         def opened(path, mode):
             return io.BufferedWriter(Torn(path, mode.replace("b", ""))) if mode == "ab" else open(path, mode)
 
-        tool_files.io = type("io", (), {"FileIO": Torn, "BufferedRandom": io.BufferedRandom})
+        tool_files.WholeWrites = Torn
         tool_journal.open = opened
         os.fsync = self.around(lambda descriptor: None)
         for name in ("replace", "truncate", "unlink"):
