@@ -54,7 +54,7 @@ class Progress:
         self.skipped += [(candidate, reason) for candidate, reason in line["skipped"]]
 
 
-class Front:
+class ListingDigest:
     """Digests of the first so many samples of a listing."""
 
     def __init__(self, records: Records) -> None:
@@ -91,7 +91,7 @@ class Journal:
     the same to go on."""
 
     def __init__(self, path: Path, identity: dict[str, Any], records: Records) -> None:
-        self.path, self.identity, self.front = path, identity, Front(records)
+        self.path, self.identity, self.listing = path, identity, ListingDigest(records)
         self.told, self.crc = Told(), 0
 
     def begin(self) -> None:
@@ -103,7 +103,7 @@ class Journal:
     def record(self, progress: Progress) -> bytes:
         """What tells of all that came since the last record. It may be appended, in the order of the calls, once the
         bytes of the samples are on the disk."""
-        line = progress.line(self.told) | {"listing": self.front.digest(progress.done)}
+        line = progress.line(self.told) | {"listing": self.listing.digest(progress.done)}
         record = self._record(line, progress.entries[self.told.placed : progress.placed].tobytes())
         self.told = Told(progress.placed, len(progress.changed), len(progress.skipped))
         return record
@@ -141,7 +141,7 @@ class Journal:
             line, content = json.loads(record[: head["line"]]), record[head["line"] :]
             if first:
                 self._compare(line.get("identity", {}), partial)
-            elif line["position"] > size or line["listing"] != self.front.digest(line["done"]):
+            elif line["position"] > size or line["listing"] != self.listing.digest(line["done"]):
                 break
             else:
                 progress.replay(line, np.frombuffer(content, ENTRY))

@@ -6,6 +6,7 @@ One thread copies. What it has written is synced, told to the journal and read b
 import io
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -89,18 +90,20 @@ class Writing:
     def run(self, pool: Pool) -> None:
         """From where an earlier attempt ended to the finished file."""
         self.resume()
-        back = None
-        plan = planned(self.found, self.task.storage, self.page, self.start)[0]
-        if plan is not None and self.progress.done == 0:  # else there is much to read back, and it is told how far
-            back = ReadBack(
-                self.task.partial, self.progress.entries, beton.front(plan, self.mode, self.page, self.start)
-            )
+        back = None if self.progress.done else self.read_back()  # after a stop there is much of it, so it has a stage
         pages = Pages(self.file, self.page, self.progress.position)
         with Follower(pages, self.journal, back) as follower:
             self.copy(pool, follower)
             back = follower.back
         self.finish(back)
         self.task.journal.unlink(missing_ok=True)
+
+    def read_back(self) -> ReadBack | None:
+        """Where the front of the file is known before the samples are in place."""
+        plan = planned(self.found, self.task.storage, self.page, self.start)[0]
+        if plan is None:
+            return None
+        return ReadBack(self.task.partial, self.progress.entries, beton.front(plan, self.mode, self.page, self.start))
 
     def resume(self) -> None:
         task, progress, file = self.task, self.progress, self.file
@@ -226,7 +229,6 @@ class Writing:
         task, progress, source = self.task, self.progress, self.task.source
         left_out = {i for i, _ in progress.skipped}
         ids = [i for i in range(len(task.records)) if i not in left_out]
-        row = {i: number for number, i in enumerate(ids)}
         entries = progress.entries[: progress.placed]
         return Manifest(
             format=FORMAT,
@@ -244,7 +246,7 @@ class Writing:
             sha256=sha256,
             crc32=entries["crc32"].tolist(),
             names=[task.records.name(i) for i in ids],
-            reencoded=[Changed(row[i], task.records.name(i), reason) for i, reason in progress.changed],
+            reencoded=[Changed(bisect_left(ids, i), task.records.name(i), reason) for i, reason in progress.changed],
             skipped=[Changed(-1, task.records.name(i), reason) for i, reason in progress.skipped],
             notes=task.notes,
         )
