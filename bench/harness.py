@@ -71,6 +71,7 @@ def digits_at(size: int, count: int) -> Any:
     from fastil.data import DataConfig, Split, load_dataset
 
     train = load_dataset(DataConfig("digits")).train
+    assert isinstance(train, Split)
     rows = np.arange(count) % len(train.labels)
     scale = size // 8
     images = train.images[rows].repeat(scale, axis=1).repeat(scale, axis=2)

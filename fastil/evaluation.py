@@ -49,7 +49,7 @@ def forward(
     network.eval()
     features, logits = [], []
     with torch.inference_mode(), autocast:
-        for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH, mirrored)):
+        for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH, mirrored, loader.sizes)):
             out = network(batch.images)
             features.append(out.features.float())
             logits.append(out.scaled.float())

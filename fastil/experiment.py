@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from fastil import base, checkpoint, compiling, memory, report, rundir, summary
 from fastil.clock import Clock, versions
-from fastil.data import Batch, Dataset, load_dataset, make_loader
+from fastil.data import Batch, Dataset, Split, load_dataset, make_loader
+from fastil.data.loaders import choose
+from fastil.data.sources import image_size
 from fastil.device import device_name, pick_device
 from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
 from fastil.interrupt import Interrupt
@@ -27,6 +29,7 @@ from fastil.rundir import Position, RunDirectory
 from fastil.trainer import EpochRecord, Stopped, Trainer
 
 Ids = NDArray[np.int64]
+RESIZE = 256 / 224  # short side before the central crop, over the side of the crop
 
 
 class Experiment:
@@ -52,9 +55,13 @@ class Experiment:
             base.check(base_run, recipe, self.protocol, self.dataset, train_counts)
             self.base = base.read(base_run, self.device)
         self.base_step_of: str | None = None
-        self.transform = transform_of(recipe, self.dataset)
-        self.train_loader = make_loader(self.dataset.train, "auto", self.transform, self.device)
-        self.val_loader = make_loader(self.dataset.val, "auto", self.transform, self.device)
+        augmented, plain = transforms(recipe, self.dataset)
+        self.train_loader = make_loader(self.dataset.train, recipe.data.loader, augmented, self.device)
+        # Training images as the frozen network sees them; a resident loader crops only what its plans ask for.
+        self.plain_loader = self.train_loader
+        if plain != augmented:
+            self.plain_loader = make_loader(self.dataset.train, recipe.data.loader, plain, self.device)
+        self.val_loader = make_loader(self.dataset.val, recipe.data.loader, plain, self.device)
         total = len(self.protocol.order)
         student, teacher = (build_network(recipe.model, total, recipe.train.seed).to(self.device) for _ in range(2))
         parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
@@ -64,7 +71,7 @@ class Experiment:
         self.meta = None
         if recipe.loss.loss == "meta_balanced":
             self.meta = MetaAlpha(recipe.meta, self.method, recipe.train.batch_size)
-        self.phases = Phases(recipe, student, self.method, self.meta, self.transform, len(self.class_steps))
+        self.phases = Phases(recipe, student, self.method, self.meta, self.train_loader, len(self.class_steps))
         self.trainer = Trainer(
             recipe.train,
             student,
@@ -104,6 +111,8 @@ class Experiment:
                 self.save(Position(step + 1))  # last: only now is the step never done again
             results = self.directory.write_results(self.recipe, self.results)
             report.draw_run(self.directory.path)
+            for loader in (self.train_loader, self.plain_loader, self.val_loader):
+                loader.close()
             return results
 
     def run_step(self, step: int, resumed: Position) -> None:
@@ -197,15 +206,19 @@ class Experiment:
         visits = self.steps[step].memory_visits
         if visits:
             self.progress.begin(f"step {step}, exemplars", visits, 0)
-        context = Memory(ids, self.positions_of(ids), self.images, self.train_loader, training)
+        context = Memory(ids, self.positions_of(ids), self.images, self.plain_loader, training)
         changed = self.method.after_memory(self.trainer.student, context)
         self.progress.end()
         if changed:
             self.overlay = changed
-            self.train_loader.overlay(**changed)
+            self.show_overlay()
+
+    def show_overlay(self) -> None:
+        for loader in {id(loader): loader for loader in (self.train_loader, self.plain_loader)}.values():
+            loader.overlay(**self.overlay)
 
     def frozen_output(self, ids: Ids, mirrored: bool = False) -> Output:
-        return forward(self.trainer.student, self.train_loader, ids, self.trainer.autocast(), mirrored=mirrored)
+        return forward(self.trainer.student, self.plain_loader, ids, self.trainer.autocast(), mirrored=mirrored)
 
     def balanced_set(self, step: int, num_old: int, num_seen: int) -> Ids:
         """As many exemplars of every class seen, none of them held out: the quota, or what the smallest class has."""
@@ -296,7 +309,7 @@ class Experiment:
     @property
     def mirrors(self) -> bool:
         """Whether class means take in mirror images: only where training has seen some."""
-        return self.transform.flip and self.recipe.evaluation.nme_mirrored
+        return self.train_loader.transform.flip and self.recipe.evaluation.nme_mirrored
 
     def nearest_mean_scores(self, features: torch.Tensor) -> torch.Tensor:
         ids = self.memory.ids()
@@ -321,7 +334,7 @@ class Experiment:
         self.base_step_of = state["base_step_of"]
         self.overlay = state["overlay"]
         if self.overlay:
-            self.train_loader.overlay(**self.overlay)
+            self.show_overlay()
         self.finetuning_ids = np.array(state["finetuning"], dtype=np.int64)
         self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in state["memory"].items()}
         self.results = [StepResult(**result) for result in state["results"]]
@@ -363,7 +376,7 @@ class Experiment:
         self.progress.epoch(
             f"{'' if record.phase == 'train' else 'finetuning, '}epoch {record.epoch}/{record.epochs}  "
             f"lr {record.lr:.3g}  loss {record.loss:.4f}  train top-1 {record.train_top1:.2f}{shown}  "
-            f"{record.images / record.seconds:,.0f} img/s",
+            f"{record.images / record.seconds:,.0f} img/s{waiting(record)}",
             last=record.epoch == record.epochs,
         )
 
@@ -381,13 +394,16 @@ class Experiment:
             f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
             f"seed {recipe.train.seed}, on {device_name(self.device)}",
             f"{self.dataset.name}, class list {self.protocol.class_hash(names)}, into {self.directory.path}",
+            f"loader {self.train_loader.name}: {choose(self.dataset.train, self.device)[1]}"
+            if recipe.data.loader == "auto"
+            else f"loader {self.train_loader.name}, as asked for",
             summary.as_table(self.steps),
         ]
         self.progress.say("\n".join(lines))
 
     def compile(self) -> None:
-        student, config = self.trainer.student, self.recipe.train
-        flops = compiling.flops_per_image(student, self.transform.height, self.transform.width)
+        student, config, size = self.trainer.student, self.recipe.train, self.train_loader.transform
+        flops = compiling.flops_per_image(student, size.height, size.width)
         wanted, note = compiling.decide(config.compile, self.device, summary.run_flops(self.steps, flops))
         if wanted:
             began = time.perf_counter()
@@ -396,11 +412,24 @@ class Experiment:
             self.progress.say(note)
 
 
-def transform_of(recipe: Recipe, dataset: Dataset) -> Transform:
-    """The transform a recipe asks for, at the size of the data set's images."""
-    height, width = dataset.train.images.shape[1:3]
+def transforms(recipe: Recipe, dataset: Dataset) -> tuple[Transform, Transform]:
+    """Of training images and of all others. Images that are streamed are trained on in random resized crops and seen
+    otherwise by their centre, as ImageNet's (resize to 256, crop 224, and so in proportion for another size)."""
     config = recipe.data
-    return Transform(height, width, config.pad, config.flip, tuple(config.mean), tuple(config.std))
+    height, width = image_size(config, dataset)
+    plain = Transform(height, width, config.pad, config.flip, tuple(config.mean), tuple(config.std))
+    if isinstance(dataset.train, Split):
+        return plain, plain
+    resize = round(height * RESIZE)
+    return dataclasses.replace(plain, pad=0, resized=True), dataclasses.replace(plain, pad=0, resize=resize)
+
+
+def waiting(record: EpochRecord) -> str:
+    """For an epoch's line, what the loop has waited for data, if that was more than a twentieth of it."""
+    share = record.data_seconds / record.seconds
+    if share < 0.05:
+        return ""
+    return f", {record.data_seconds:.1f} s waiting for data" + (", which is the bottleneck" if share > 0.5 else "")
 
 
 def init_seed(seed: int, step: int) -> int:

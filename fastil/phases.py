@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastil.data import Loader
 from fastil.methods import MetaAlpha, Method
 from fastil.models import Network
-from fastil.plan import EpochPlan, Key, Transform, cycled_plan, draw, training_plan
+from fastil.plan import EpochPlan, Key, cycled_plan, draw, training_plan
 from fastil.recipe import Recipe
 from fastil.trainer import BeforeUpdate, Phase
 
@@ -16,13 +17,14 @@ Ids = NDArray[np.int64]
 
 
 class Phases:
-    """Builds the phases of a run from its recipe. meta: where the classification loss is meta_balanced."""
+    """Builds the phases of a run from its recipe. meta: where the classification loss is meta_balanced. loader: of
+    training images."""
 
     def __init__(
-        self, recipe: Recipe, network: Network, method: Method, meta: MetaAlpha | None, transform: Transform, steps: int
+        self, recipe: Recipe, network: Network, method: Method, meta: MetaAlpha | None, loader: Loader, steps: int
     ) -> None:
         self.steps = steps
-        self.recipe, self.network, self.method, self.meta, self.transform = recipe, network, method, meta, transform
+        self.recipe, self.network, self.method, self.meta, self.loader = recipe, network, method, meta, loader
 
     def training(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, held_out: Ids) -> Phase:
         """ids: images to train on, exemplars included. probabilities: of the sampler. held_out: B_t, maybe empty."""
@@ -31,7 +33,9 @@ class Phases:
         extra: dict[str, Any] = {}
         if self.meta is not None and step > 0:
             key = Key(config.seed, step, "meta")
-            stream = partial(cycled_plan, held_out, key, self.transform, config.batch_size)
+            stream = partial(
+                cycled_plan, held_out, key, self.loader.transform, config.batch_size, sizes=self.loader.sizes
+            )
             extra["before_update"] = BeforeUpdate(self.recipe.meta.meta_every, stream, self.meta.before_update)
         return Phase(
             name="train",
@@ -59,15 +63,14 @@ class Phases:
     def training_epoch(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, epoch: int) -> EpochPlan:
         key = Key(self.recipe.train.seed, step, "train", epoch)
         visited = ids if probabilities is None else draw(ids, probabilities, key)
-        return training_plan(visited, key, self.transform, self.recipe.train.batch_size)
+        return self.plan(visited, key)
+
+    def plan(self, ids: Ids, key: Key) -> EpochPlan:
+        return training_plan(ids, key, self.loader.transform, self.recipe.train.batch_size, self.loader.sizes)
 
     def finetuning(self, step: int, ids: Ids) -> Phase:
         """ids: the same number of images of every class seen. No row of the head is frozen."""
         config, correction = self.recipe.train, self.recipe.correction
-
-        def plan(epoch: int) -> EpochPlan:
-            key = Key(config.seed, step, "correct", epoch)
-            return training_plan(ids, key, self.transform, config.batch_size)
 
         return Phase(
             name="correct",
@@ -75,7 +78,7 @@ class Phases:
             parameters=correction.parameters(self.network),
             clamp=self.method.clamp,
             weight_decay=config.weight_decay,
-            plan=plan,
+            plan=lambda epoch: self.plan(ids, Key(config.seed, step, "correct", epoch)),
             epochs=correction.finetune_epochs,
             schedule=correction.learning_rate,
             backward=self.method.backward,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fastil import compiling, summary
-from fastil.data.sources import PUBLISHED, load_dataset
+from fastil.data.sources import PUBLISHED, Split, image_size, load_dataset
 from fastil.device import device_name, pick_device
 from fastil.errors import UserError
 from fastil.models import Network, build_network
@@ -24,16 +24,19 @@ def describe(recipe: Recipe) -> str:
     try:
         dataset = load_dataset(recipe.data)
         counts = np.bincount(dataset.train.labels)
-        names, size = dataset.class_names, dataset.train.images.shape[1:3]
+        names, size = dataset.class_names, image_size(recipe.data, dataset)
         source = f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.val.labels):,} test images"
-        resident = dataset.train.images.nbytes + dataset.val.images.nbytes
+        held = sum(split.images.nbytes for split in (dataset.train, dataset.val) if isinstance(split, Split))
+        place = f"{held / 2**20:,.0f} MiB resident as uint8" if held else "streamed"
     except UserError as error:
         shape = PUBLISHED.get(recipe.data.dataset)
         if shape is None or recipe.data.data is not None:
             raise
         counts, names, size = np.full(shape.classes, shape.train_per_class), None, (shape.size, shape.size)
         source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
-        resident = shape.classes * (shape.train_per_class + shape.val_per_class) * shape.size**2 * 3
+        held = shape.classes * (shape.train_per_class + shape.val_per_class) * shape.size**2 * 3
+        streamed = recipe.data.dataset == "imagenet"
+        place = "streamed" if streamed else f"{held / 2**20:,.0f} MiB resident as uint8"
     protocol = build_protocol(recipe.protocol, len(counts))
     steps = summary.effective_steps(recipe, protocol, counts)
     device = pick_device(recipe.train.device)
@@ -53,7 +56,7 @@ def describe(recipe: Recipe) -> str:
     method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
     lines = [
         f"{recipe.name}: {recipe.description}",
-        f"data         {source}, {size[0]}x{size[1]}, {resident / 2**20:,.0f} MiB resident as uint8",
+        f"data         {source}, {size[0]}x{size[1]}, {place}",
         f"classes      {len(protocol.order)}" + (f", list {protocol.class_hash(names)}" if names else ""),
         f"model        {recipe.model.model}, {parameters:,} parameters, {flops / 2e6:,.0f} MMAC per image",
         f"loss         {method.method}, loss={loss.loss}, T={method.temperature:g}, alpha={loss.alpha:g}",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastil import base, recipe, summary, tables
 from fastil.data import Dataset, load_dataset
-from fastil.data.sources import PUBLISHED
+from fastil.data.sources import PUBLISHED, image_size
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
 from fastil.report import read_run
@@ -176,8 +176,8 @@ def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
 def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.int64], tuple[int, int]]:
     """Training images per class, and their height and width."""
     if dataset is not None:
-        height, width = dataset.train.images.shape[1:3]
-        return np.bincount(dataset.train.labels, minlength=len(dataset.class_names)), (height, width)
+        counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
+        return counts, image_size(loaded.data, dataset)
     shape = PUBLISHED[loaded.data.dataset]
     return np.full(shape.classes, shape.train_per_class), (shape.size, shape.size)
 

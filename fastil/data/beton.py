@@ -6,6 +6,7 @@ straddles a page. fastil's own files hold the fields image, label and id, sorted
 the header is written last, so that an unfinished file does not open.
 """
 
+import hashlib
 import io
 import mmap
 import os
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastil.data.manifest import Manifest, manifest_path, read_manifest
-from fastil.data.records import CHANGED, MOST_CLASSES, Files, Ids, Records, Source, Texts
+from fastil.data.records import CHANGED, MOST_CLASSES, ByClass, Files, Ids, Records, Source, Texts
 from fastil.errors import UserError
 
 VERSION = 2
@@ -111,7 +112,7 @@ def write_header(file: IO[bytes], before: bytes) -> None:
     file.write(memoryview(before)[: HEADER.itemsize])
 
 
-class Beton:
+class Beton(ByClass):
     """A .beton file, by FFCV or by fastil, mapped into memory and never changed.
 
     labels: int64 [n]. sizes: int32 [n, 2], height and width in pixels. modes: uint8 [n], JPEG or RAW. starts, lengths:
@@ -230,6 +231,17 @@ class Beton:
             culprit = int(self.labels.argmax())
             raise self.damaged(f"sample {culprit}: label {self.labels[culprit]} is not one of the manifest's classes")
         return self.manifest.class_names
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file, as its manifest has it, so that two runs can prove that they saw the same data. Without one, of
+        labels, sizes and places."""
+        if self.manifest is not None:
+            return self.manifest.sha256
+        digest = hashlib.sha256()
+        for table in (self.labels, self.sizes, self.starts, self.lengths):
+            digest.update(np.ascontiguousarray(table).data)
+        return digest.hexdigest()
 
     def name(self, i: int) -> str:
         """What the source called the sample; its id where nothing says so."""

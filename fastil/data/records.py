@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -41,6 +42,22 @@ class Texts(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
+
+
+class ByClass:
+    """Samples by their label. labels: int64 [n]."""
+
+    labels: Ids
+
+    def of_class(self, class_id: int) -> Ids:
+        """Sample ids of one class, ascending. int64."""
+        return self._by_class[0][self._by_class[1][class_id] : self._by_class[1][class_id + 1]]
+
+    @cached_property
+    def _by_class(self) -> tuple[Ids, Ids]:
+        order = np.argsort(self.labels, kind="stable")
+        bounds = np.searchsorted(self.labels[order], np.arange(self.labels.max() + 2))
+        return order, bounds
 
 
 class Records(Protocol):

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.data import cifar, folder
-from fastil.data.beton import Beton
+from fastil.data.beton import Beton, val_path_of
 from fastil.data.catalog import open_source
 from fastil.data.idx import read as read_idx_files
+from fastil.data.records import SAME, ByClass
 from fastil.errors import UserError
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
@@ -36,6 +37,7 @@ class DataConfig:
     data: str | None = None  # path of the data set; --data sets it
     val: str | None = None  # folder: path of the test images if not DATA/val, or same; --val sets it
     size: int = 32  # folder: images are resized once, short side, then centre-cropped to a square
+    loader: str = "auto"  # auto | resident | threads | ffcv | dali | reference: what reads the images
     on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what a file that does not decode means
     verify: bool = True  # cifar: compare the md5 of the python version's files with the published ones
     pad: int = 4  # random crop after black padding of this many pixels
@@ -58,7 +60,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(ByClass):
     """uint8 images [N, h, w, 3] and int64 labels [N]."""
 
     images: NDArray[np.uint8]
@@ -77,25 +79,15 @@ class Split:
         digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
-    def of_class(self, class_id: int) -> NDArray[np.int64]:
-        """Sample ids of one class, ascending. int64."""
-        return self._by_class[0][self._by_class[1][class_id] : self._by_class[1][class_id + 1]]
-
-    @cached_property
-    def _by_class(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        order = np.argsort(self.labels, kind="stable")
-        bounds = np.searchsorted(self.labels[order], np.arange(self.labels.max() + 2))
-        return order, bounds
-
 
 @dataclass(frozen=True)
 class Dataset:
-    """Train and val splits of the same classes."""
+    """Train and val splits of the same classes, in memory or to be streamed."""
 
     name: str
     class_names: list[str]
-    train: Split
-    val: Split
+    train: Split | Beton
+    val: Split | Beton
     notes: tuple[str, ...] = ()  # what the reader had to do that the user should know
 
 
@@ -132,13 +124,25 @@ def load_dataset(config: DataConfig) -> Dataset:
         if counts.min() == 0:
             missing = dataset.class_names[int(counts.argmin())]
             raise UserError(f"{dataset.name}: {name} has no image of class {missing}; add some or remove the class")
-    if dataset.train.images.shape[1:] != dataset.val.images.shape[1:]:
+    if (
+        isinstance(dataset.train, Split)
+        and isinstance(dataset.val, Split)
+        and dataset.train.images.shape[1:] != dataset.val.images.shape[1:]
+    ):
         raise UserError(f"{dataset.name}: train and test images differ in size; make them the same")
     if len(dataset.class_names) < 2:
         raise UserError(
             f"{dataset.name}: only one class ({dataset.class_names[0]}); incremental training needs two or more"
         )
     return dataset
+
+
+def image_size(config: DataConfig, dataset: Dataset) -> tuple[int, int]:
+    """Height and width of what the network is shown."""
+    if isinstance(dataset.train, Split):
+        height, width = dataset.train.images.shape[1:3]
+        return height, width
+    return config.size, config.size
 
 
 def digits(config: DataConfig) -> Dataset:
@@ -231,11 +235,21 @@ def beton_file(config: DataConfig) -> Dataset:
 
 
 def imagenet(config: DataConfig) -> Dataset:
-    """ImageNet does not fit into memory as uint8; the loaders that stream it are not part of fastil yet."""
-    raise UserError(
-        "dataset=imagenet cannot be trained yet, for it has to be streamed; `fastil plan` checks its recipes, and a "
-        "smaller folder of its images trains with dataset=folder"
-    )
+    """A .beton that is streamed: ImageNet, or anything else whose images have to be read anew for every epoch."""
+    if config.data is None or not config.data.endswith(".beton"):
+        raise UserError(
+            "dataset=imagenet is streamed from a file: fastil convert SOURCE imagenet.beton, then --data imagenet.beton"
+        )
+    path = Path(config.data)
+    val_path = path if config.val == SAME else Path(config.val) if config.val else val_path_of(path)
+    if not val_path.exists():
+        raise UserError(f"{val_path}: no such file; convert the validation images as well, or give --val FILE or same")
+    train, val = Beton(path), Beton(val_path)
+    names = train.class_names
+    if val.labels.max() >= len(names) or (None not in (train.manifest, val.manifest) and val.class_names != names):
+        raise UserError(f"{val_path}: has other classes than {path.name}; convert both from one source")
+    notes = tuple(train.manifest.notes) if train.manifest else ()
+    return Dataset(train.manifest.source["name"] if train.manifest else path.stem, names, train, val, notes)
 
 
 def _required(config: DataConfig) -> Path:
