@@ -106,18 +106,31 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder, archive or file of a data set.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.beton", help="Training images; the others go to OUT.val.beton.")],
     kind: Annotated[
-        str | None, typer.Option(help="What SOURCE is, if it is not found out.", show_default=False)
+        str | None,
+        typer.Option(
+            help="What SOURCE is, if it is not found out; md5 sums are not compared then.", show_default=False
+        ),
     ] = None,
     val: Annotated[
-        str | None, typer.Option(help="Validation images elsewhere, or `same`: a smoke test.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Validation images elsewhere, in the same kind of layout, or `same`: a smoke test.", show_default=False
+        ),
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="The first N, names with commas, a file of names, lucir or first100.", show_default=False),
+        typer.Option(
+            help="The first N, names with commas, a file of names, lucir or first100; in SOURCE's order.",
+            show_default=False,
+        ),
     ] = None,
     per_class: Annotated[int | None, typer.Option(help="Training images of each class.", show_default="all")] = None,
     mode: Annotated[
-        str, typer.Option(help="jpeg: keep bytes where possible; reencode; raw: pixels.", show_default="jpeg or raw")
+        str,
+        typer.Option(
+            help="jpeg: keep the bytes of JPEGs, encode the others; reencode: all; raw: pixels.",
+            show_default="jpeg, or raw for a source of pixels (CIFAR, idx)",
+        ),
     ] = "auto",
     max_side: Annotated[int | None, typer.Option(help="Longest side in pixels.", show_default="as it is")] = None,
     quality: Annotated[int, typer.Option(help="Of JPEGs that are encoded.")] = 95,
@@ -147,26 +160,30 @@ def convert(
 
 @app.command()
 def verify(
-    path: BetonFile,
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="FILE.beton ...", help="Data set files, by fastil or by FFCV.")
+    ],
     sample: Annotated[
         int | None, typer.Option(help="Look into so many images only; no checksum of the file.", show_default="all")
     ] = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check structure, checksums, images and counts of a data set file; exit status 1 if anything is wrong."""
+    """Check structure, checksums, images and counts of data set files; exit status 1 if anything is wrong."""
     from fastil.tools.pool import default_workers
     from fastil.tools.reporting import Reporter
     from fastil.tools.verify import verify as verify_file
 
-    reporter = Reporter(as_json)
-    problems = verify_file(path, sample, default_workers() if workers is None else workers, reporter)
-    for problem in problems:
-        reporter.say(f"{path}: {problem}" if str(path) not in problem else problem, "problem", problem=problem)
-    state = "FAILED" if problems else "good"
-    scope = "" if sample is None else f", as far as {sample} images tell"
-    reporter.say(f"{path}: {state}{scope}", "verified", file=str(path), good=not problems)
-    raise typer.Exit(1 if problems else 0)
+    reporter, good = Reporter(as_json), True
+    for path in paths:
+        problems = verify_file(path, sample, default_workers() if workers is None else workers, reporter)
+        for problem in problems:
+            reporter.say(f"{path}: {problem}" if str(path) not in problem else problem, "problem", problem=problem)
+        state = "FAILED" if problems else "good"
+        scope = "" if sample is None else f", as far as a sample of {sample} tells"
+        reporter.say(f"{path}: {state}{scope}", "verified", file=str(path), good=not problems)
+        good = good and not problems
+    raise typer.Exit(0 if good else 1)
 
 
 @app.command()

@@ -8,7 +8,7 @@ import torch
 from conftest import make_folder
 
 from fastil.data import DataConfig, load_dataset, make_loader
-from fastil.experiment import Experiment, transform_of
+from fastil.experiment import Experiment, transforms
 from fastil.models import build_network
 from fastil.plan import sequential_plan
 from fastil.recipe import load
@@ -42,7 +42,7 @@ def test_the_base_is_learned_and_the_balanced_softmax_keeps_the_old_classes(runs
 def test_exemplars_are_of_their_class_and_in_the_herding_rank_of_the_released_loop(runs):
     dataset = load_dataset(DataConfig("digits"))
     recipe = load("digits", QUICK)
-    transform = transform_of(recipe, dataset)
+    transform, _ = transforms(recipe, dataset)
     loader = make_loader(dataset.train, "auto", transform, "cpu")
     for step in (0, 1):
         network = build_network(recipe.model, 10, 0)

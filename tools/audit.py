@@ -45,6 +45,10 @@ class Audit:
     projected: int = 0  # bytes of the .beton
     seconds: float = 0.0  # of writing it, estimated
 
+    @property
+    def lossless(self) -> int:
+        return sum(self.formats[kind] for kind in ("PNG", "BMP", "TIFF", "PPM"))
+
     def largest(self, storage: Storage) -> int:
         """A bound on the bytes of any sample as it will be stored."""
         pixels = self.width.astype(np.int64) * self.height * 3
@@ -201,10 +205,15 @@ def describe(source: Source, audits: Sequence[Audit], free: int, notes: Sequence
         )
         lines += [f"  reason    {reason}: {count:,}" for reason, count in Counter(found.reasons.values()).most_common()]
         lines += some_of(found.problems, found.records.where, "  unreadable")
-        lines.append(f"  output    about {found.projected / 1e6:,.1f} MB in about {duration(found.seconds)}")
+        lines.append(f"  output    about {amount(found.projected)} in about {duration(found.seconds)}")
     lines += [f"note: {text}" for text in notes]
-    lines.append(f"free disk space: {free / 1e9:,.1f} GB")
+    lines.append(f"free disk space: {amount(free)}")
     return "\n".join(lines)
+
+
+def amount(size: int) -> str:
+    """Of bytes."""
+    return f"{size / 1e9:,.1f} GB" if size >= 10**10 else f"{size / 1e6:,.1f} MB"
 
 
 def some_of(problems: dict[int, str], where: Callable[[int], str], label: str) -> list[str]:

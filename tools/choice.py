@@ -18,7 +18,8 @@ def choose(source: Source, classes: str | None, per_class: int | None) -> Source
     by the source's order within one).
 
     classes: a number (the first so many), names separated by commas, the path of a file with a name per line, or
-    "lucir" or "first100", the two ImageNet-100 subsets. per_class: at most so many training images of each.
+    "lucir" or "first100", the two ImageNet-100 subsets. per_class: at most so many training images of each, and so of
+    validation images that are the same.
     """
     kept = _wanted(source, classes)
     table = np.full(len(source.class_names), -1, dtype=np.int64)
@@ -30,7 +31,9 @@ def choose(source: Source, classes: str | None, per_class: int | None) -> Source
         class_names=[source.class_names[c] for c in kept],
         titles=None if source.titles is None else [source.titles[c] for c in kept],
         train=None if source.train is None else _reduced(source.train, table, per_class),
-        val=None if source.val is None else _reduced(source.val, table, None),
+        val=None
+        if source.val is None
+        else _reduced(source.val, table, per_class if source.val is source.train else None),
     )
 
 

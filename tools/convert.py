@@ -20,7 +20,7 @@ from fastil.data.catalog import open_source
 from fastil.data.manifest import manifest_path, read_manifest
 from fastil.data.records import is_sequential
 from fastil.errors import UserError
-from fastil.tools.audit import Audit, audit, check_classes, describe, shortfall, some_of, summary
+from fastil.tools.audit import Audit, amount, audit, check_classes, describe, shortfall, some_of, summary
 from fastil.tools.choice import choose
 from fastil.tools.files import full_disk, opened, reading_order, spooled
 from fastil.tools.images import Mode, Storage
@@ -83,7 +83,7 @@ def convert(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(Pool(options.workers))
         pool.start()
-        source = open_source(path, options.kind, options.val)
+        source = open_source(path, options.kind, options.val, verify=options.kind is None)
         notes = list(source.notes)
         source = choose(source, options.classes, options.per_class)
         splits = {name: r for name, r in (("train", source.train), ("val", source.val)) if r is not None}
@@ -110,6 +110,17 @@ def convert(
             job.look(pool, dry_run)
         free = shutil.disk_usage(out.parent).free
         audits = [job.audit for job in waiting if job.audit is not None]
+        if any(found.problems for found in audits) and options.on_corrupt == "fail":
+            notes.append("the conversion stops at what is unreadable: repair or remove it, or --on-corrupt skip")
+        lossless = sum(found.lossless for found in audits)
+        if lossless and options.storage.mode == "jpeg":
+            notes.append(
+                f"{lossless:,} lossless images become JPEGs of quality {options.storage.quality}; --mode raw keeps "
+                "their pixels"
+            )
+        needed = sum(max(0, job.projected() - job.there()) for job in waiting)
+        if needed > free:
+            notes.append(f"{amount(needed)} are needed, {amount(free)} are free: the conversion would stop")
         reporter.say(
             describe(source, audits, free, notes), "audit", source=source.name, kind=source.kind,
             classes=len(source.class_names), splits=[summary(a, len(source.class_names)) for a in audits],
@@ -119,11 +130,8 @@ def convert(
             return []
         for job in waiting:
             job.check()
-        needed = sum(max(0, job.projected() - job.there()) for job in waiting)
         if needed > free:
-            raise UserError(
-                f"{out.parent}: {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; free some"
-            )
+            raise UserError(f"{out.parent}: {amount(needed)} are needed, {amount(free)} are free; free some")
         for job in waiting:
             job.write(pool)
     return [job.task.target for job in jobs]
@@ -143,16 +151,22 @@ class Job:
         if not task.target.exists():
             return False
         manifest = read_manifest(manifest_path(task.target))
-        same = (
-            manifest is not None
-            and (manifest.source, manifest.parameters) == (task.origin, task.parameters)
-            and manifest.class_names == task.source.class_names
-            and Counter(manifest.names + [one.source for one in manifest.skipped])
-            == Counter(task.records.name(i) for i in range(len(task.records)))
-        )
-        if not same:
-            raise UserError(f"{task.target}: exists, of another conversion; remove it or choose another output")
-        assert manifest is not None
+        if manifest is None:
+            raise UserError(f"{task.target}: exists, without a manifest; remove it or choose another output")
+        names = Counter(manifest.names + [one.source for one in manifest.skipped])
+        different = [
+            f"--{key.replace('_', '-')}"
+            for key in task.parameters
+            if task.parameters[key] != manifest.parameters.get(key)
+        ]
+        different += [f"SOURCE ({manifest.source['path']})"] * (manifest.source != task.origin)
+        different += ["classes"] * (manifest.class_names != task.source.class_names)
+        different += ["images"] * (names != Counter(task.records.name(i) for i in range(len(task.records))))
+        if different:
+            raise UserError(
+                f"{task.target}: exists, of another conversion (other {', '.join(different)}); remove it or choose "
+                "another output"
+            )
         size = task.target.stat().st_size
         if size != manifest.bytes:
             raise UserError(
@@ -161,7 +175,10 @@ class Job:
         if not task.partial.exists():  # else another conversion is at work
             task.journal.unlink(missing_ok=True)
             task.spool.unlink(missing_ok=True)
-        task.reporter.say(f"{task.target}: converted already", "finished", file=str(task.target))
+        task.reporter.say(
+            f"{task.target}: converted already (fastil verify looks into it)", "finished", file=str(task.target),
+            sha256=manifest.sha256,
+        )  # fmt: skip
         return True
 
     def begin(self, stack: contextlib.ExitStack) -> bool:

@@ -189,8 +189,10 @@ def spooled(records: Records, path: Path, reporter: Reporter) -> Files:
     order = reading_order(records)
     needed, free = getattr(records, "total_bytes", 0), shutil.disk_usage(path.parent).free
     if needed > free:
-        gigabytes = f"{needed / 1e9:,.1f} GB are needed to unpack the images, {free / 1e9:,.1f} GB are free"
-        raise UserError(f"{path.parent}: {gigabytes}; free some")
+        raise UserError(
+            f"{path.parent}: {needed / 1e6:,.0f} MB are needed to unpack the images, {free / 1e6:,.0f} MB are free; "
+            "free some"
+        )
     offset, size = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
     reporter.begin("unpack", len(records))
     with open(path, "wb") as file:

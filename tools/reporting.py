@@ -49,7 +49,7 @@ class Reporter:
         else:
             print(
                 f"{self.stage}: {self.done:,} of {self.total:,}, {rate:,.0f} img/s, {speed:,.0f} MB/s, "
-                f"about {left / 60:.0f} min left",
+                f"about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left",
                 flush=True,
             )
 

@@ -8,14 +8,14 @@ from fastil.data.records import SAME, Listing, Records, Source
 from fastil.data.tar import Member, Tar
 from fastil.errors import UserError
 
-SPLITS = ("train", "val")
+SPLITS = ("train", *folder.VALS)
 DEEPEST = 8  # leading folders
 
 
 def open_folder_tar(path: Path, val: str | None) -> Source:
     """The same order and the same checks as of the unpacked folder. val: another archive, or a folder."""
     tree = _Tree(path)
-    at_top = val is not None and not tree.has("train")
+    at_top = not tree.has("train") and (val is not None or not tree.has("val"))
     if not at_top and not tree.has("train"):
         raise UserError(
             f"{path}: no train/ in it; an archive needs train/<class>/* and val/<class>/*, or --val as well"
@@ -23,8 +23,11 @@ def open_folder_tar(path: Path, val: str | None) -> Source:
     names, train = tree.split("" if at_top else "train")
     train_name = str(path) if at_top else f"{path}: train"
     found: tuple[str, list[str], Records] | None = None
-    if val is None and tree.has("val"):
-        found = (f"{path}: val", *tree.split("val"))
+    own_val = next(
+        (name for name in folder.VALS if tree.has(name) and (name == "val" or tree.classes(name) == names)), None
+    )
+    if val is None and own_val is not None and not at_top:
+        found = (f"{path}: {own_val}", *tree.split(own_val))
     elif val is not None and val != SAME:
         found = (val, *list_val(Path(val)))
     if found:
@@ -98,6 +101,9 @@ class _Tree:
     def has(self, split: str) -> bool:
         return f"{self.lead}{split}" in self.folders
 
+    def classes(self, split: str) -> list[str]:
+        return sorted(self._below(f"{self.lead}{split}/"))
+
     def split(self, split: str) -> tuple[list[str], Records]:
         """Sorted classes, and the samples by class and name. split: '' for class folders at the top."""
         lead = f"{self.lead}{split}/" if split else self.lead
@@ -107,7 +113,7 @@ class _Tree:
         for member in self.files:
             if member.name.startswith(lead):
                 name, slash, file = member.name[len(lead) :].partition("/")
-                if slash and "/" not in file:
+                if slash and "/" not in file and folder.is_image(file):
                     members[name].append(member)
         listing = Listing(self.path)
         for label, name in enumerate(names):

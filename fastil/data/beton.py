@@ -208,6 +208,12 @@ class Beton(ByClass):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"Beton({str(self.path)!r}, {len(self):,} images)"
+
+    def __reduce__(self) -> tuple[type["Beton"], tuple[Path]]:
+        return Beton, (self.path,)  # for a worker process, which maps the file anew
+
     @property
     def mode(self) -> Literal["jpeg", "raw", "mixed"]:
         if (self.modes == JPEG).all():
@@ -326,16 +332,27 @@ def records(beton: Beton) -> Records:
     return Files(folder, names, beton.labels, beton.lengths, beton.starts, archive, archives, crc32=known)
 
 
-def records_of(path: Path) -> Source:
-    """X.beton as a data set, with X.val.beton beside it for its validation images where there is one."""
+def check_same_classes(train: Beton, val: Beton) -> None:
+    """Raise UserError where the labels of two files do not mean the same, as far as their manifests tell."""
+    names = train.class_names
+    if train.manifest is not None and val.manifest is not None and val.class_names != names:
+        odd = [ours for ours, theirs in zip(names, val.class_names, strict=False) if ours != theirs]
+        what = (
+            f"other classes than {train.path.name} ({odd[0]} is not its own there)" if odd else "more or fewer classes"
+        )
+        raise UserError(f"{val.path}: has {what}; convert both from one source")
+    if val.labels.max() >= len(names):
+        raise UserError(f"{val.path}: has a label {val.labels.max()}, {train.path.name} only {len(names)} classes")
+
+
+def records_of(path: Path, val_path: Path | None = None) -> Source:
+    """X.beton as a data set, with another for its validation images, by default X.val.beton where there is one."""
     train = Beton(path)
-    val_path = val_path_of(path)
+    val_path = val_path_of(path) if val_path is None else val_path
     val = Beton(val_path) if val_path.exists() else None
     names, titles = train.class_names, train.manifest.titles if train.manifest else None
-    if val is not None and train.manifest is not None and val.manifest is not None and val.class_names != names:
-        raise UserError(f"{val_path}: has other classes than {path.name}; convert both from one source")
-    if val is not None and val.labels.max() >= len(names):
-        raise UserError(f"{val_path}: has a label {val.labels.max()}, {path.name} only {len(names)} classes")
+    if val is not None:
+        check_same_classes(train, val)
     notes = tuple(train.manifest.notes) if train.manifest else ()
     name = train.manifest.source["name"] if train.manifest else path.stem
     return Source("beton", name, names, records(train), None if val is None else records(val), titles, notes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastil.data import cifar, idx, shards
 from fastil.data.archives import open_folder_tar
-from fastil.data.folder import open_folder
+from fastil.data.folder import image_files, open_folder
 from fastil.data.imagenet import TRAIN, VAL, is_ilsvrc, open_ilsvrc, open_tiny_imagenet
 from fastil.data.parquet import open_parquet
 from fastil.data.records import SAME, Pixels, Source
@@ -17,7 +17,7 @@ from fastil.data.webdataset import looks_like_webdataset, open_webdataset
 from fastil.errors import UserError
 
 SMOKE_TEST = "validation images are the training images: a smoke test, not a result"
-BUILT_IN = "brings its own validation images; leave val out, or give val=same"
+BUILT_IN = "brings its own validation images; leave --val out, or give --val same"
 PACKED = (".zip", ".7z", ".rar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst")
 
 
@@ -68,7 +68,7 @@ def detect(path: Path, val: str | None = None) -> str:
         for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
             if shards.grouped(path, suffix):
                 return kind
-    if val is not None or (path / "train").is_dir() or (path / "val").is_dir():
+    if val is not None or (path / "train").is_dir() or (path / "val").is_dir() or _has_images(path):
         return "folder"
     packed = next((entry for entry in sorted(path.iterdir()) if entry.suffix in PACKED), None)
     raise _unknown(path, f"{packed.name} in it has to be unpacked first, if that is the data set" if packed else "")
@@ -101,6 +101,12 @@ def _has_class_folders(path: Path) -> bool:
     return any(entry.is_dir() for entry in entries) and not any(
         entry.suffix in (".parquet", ".tar") for entry in entries
     )
+
+
+def _has_images(path: Path) -> bool:
+    """Whether its first folder holds image files: then the class folders lie in it, without train/."""
+    first = next((entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] not in "._"), None)
+    return first is not None and any(Path(name).suffix for name, _ in itertools.islice(image_files(first), 100))
 
 
 def _unknown(path: Path, hint: str) -> UserError:
@@ -152,8 +158,11 @@ def _own_val_only(path: Path, val: str | None) -> None:
 def _open_beton(path: Path, val: str | None, verify: bool) -> Source:
     from fastil.data.beton import records_of
 
-    source = records_of(path)
-    return source if val in (None, SAME) else replace(source, val=records_of(Path(str(val))).train)
+    if val in (None, SAME):
+        return records_of(path)
+    if not str(val).endswith(".beton"):
+        raise UserError(f"{val}: the validation images of a .beton must be one, too; convert them")
+    return records_of(path, Path(str(val)))
 
 
 def _plain(opened: Callable[[Path, str | None], Source]) -> Callable[[Path, str | None, bool], Source]:
@@ -176,7 +185,7 @@ _SIGNS = (
     ("idx", f"{idx.TRAIN_IMAGES}.gz"),
 )
 KINDS = {
-    "folder": Kind("train/<class>/* and val/<class>/*", _plain(open_folder)),
+    "folder": Kind("train/<class>/* and val/<class>/*, or <class>/* alone", _plain(open_folder)),
     "folder-tar": Kind("the same in one .tar", _plain(open_folder_tar)),
     "ilsvrc": Kind(f"{TRAIN} with the val and devkit archives beside it", _plain(open_ilsvrc)),
     "tiny-imagenet": Kind("wnids.txt, train/<wnid>/images/*, val/val_annotations.txt", _plain(open_tiny_imagenet)),

@@ -187,7 +187,8 @@ def _unpickle(folder: Path, file: File, verify: bool) -> dict[bytes, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); download the data set again") from None
     if verify and hashlib.md5(raw, usedforsecurity=False).hexdigest() != file.md5:
         raise UserError(
-            f"{path}: damaged or changed, its md5 is not {file.md5}; download it again, or set verify=false"
+            f"{path}: damaged or changed, its md5 is not {file.md5}; download it again, or say that it is meant: "
+            "verify=false (fastil convert: --kind)"
         )
     try:
         content = RestrictedUnpickler(io.BytesIO(raw), encoding="bytes").load()

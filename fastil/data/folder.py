@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,36 +16,69 @@ from fastil.errors import UserError
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 Content = bytes | NDArray[np.uint8]
-MISSING = "no such folder; give --data with train/<class>/* and val/<class>/*, or --val as well"
+MISSING = "no such folder; train/<class>/* and val/<class>/* are needed, or --val as well"
+VALS = ("val", "validation", "valid", "test")  # folders of validation images, if they have the classes of train
+IMAGES = frozenset(  # endings; a file without one may be an image
+    (
+        "",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pnm",
+    )
+)
 NAMED = 3  # how many damaged files a message names before it counts the rest
 AT_ONCE = 256  # encoded images of a sequential source held while they wait for a thread
 
 
 def open_folder(path: Path, val: str | None) -> Source:
-    """train/<class>/* and val/<class>/*, or a folder of class folders and val. Files in sorted order, hidden ones left
-    out, links followed."""
-    train_root, val_root = path / "train", path / "val"
-    if val is not None and not train_root.is_dir():
+    """train/<class>/* and val/<class>/*, or class folders alone. Files in sorted order, hidden ones and those whose
+    ending is no image's left out, links followed."""
+    train_root, val_root = path / "train", path / VALS[0]
+    if not train_root.is_dir() and (val is not None or not val_root.is_dir()):
         train_root = path
+    names = _classes(train_root)
     if val not in (None, SAME):
         val_root = Path(str(val))
-    names = _classes(train_root)
+    elif train_root != path:
+        val_root = next((path / name for name in VALS if has_classes(path / name, names)), val_root)
     has_val = val != SAME and (val is not None or val_root.is_dir())
     if has_val:
         check_same_classes(str(train_root), names, str(val_root), _classes(val_root))
-    return Source(
-        "folder",
-        path.resolve().name,
-        names,
-        _listed(path, train_root, names),
-        _listed(val_root if val else path, val_root, names) if has_val else None,
-    )
+    notes = []
+    if has_val and val is None and val_root.name != VALS[0]:
+        notes.append(f"{val_root.name}/ is taken for the validation images")
+    train, others = _listed(path, train_root, names)
+    val_records = None
+    if has_val:
+        val_records, more = _listed(val_root if val else path, val_root, names)
+        others += more
+    if others:
+        notes.append(
+            f"{len(others):,} files or folders are left out, no images by their names or in no class, such as "
+            f"{others[0]}"
+        )
+    return Source("folder", path.resolve().name, names, train, val_records, notes=tuple(notes))
+
+
+def has_classes(root: Path, names: list[str]) -> bool:
+    return root.is_dir() and (root.name == VALS[0] or class_folders(root) == names)
 
 
 def list_split(root: Path) -> tuple[list[str], Records]:
     """Classes and samples of a folder of class folders."""
     names = _classes(root)
-    return names, _listed(root, root, names)
+    return names, _listed(root, root, names)[0]
 
 
 def check_same_classes(train: str, names: list[str], val: str, val_names: list[str]) -> None:
@@ -55,39 +88,58 @@ def check_same_classes(train: str, names: list[str], val: str, val_names: list[s
         raise UserError(f"class {odd} is in {where} but not in {missing}; both need the same class folders")
 
 
-def _listed(base: Path, root: Path, names: list[str]) -> Records:
-    """The files of root's class folders; their names are relative to base."""
+def _listed(base: Path, root: Path, names: list[str]) -> tuple[Records, list[str]]:
+    """The images in root's class folders, their names relative to base; and the files that are left out."""
     listing = Listing(base)
+    others = [f"{root}/{name}" for name, _ in sorted(entries(root)) if not name.endswith("/")]
     for label, name in enumerate(names):
         folder = root / name
-        found = sorted(image_files(folder))
-        if not found:
-            raise UserError(f"{folder}: no image in it; add some or remove the class folder")
-        prefix = folder.relative_to(base).as_posix()
-        for file, size in found:
-            listing.add(f"{prefix}/{file}", label, size)
-    return listing.files()
+        prefix, count = folder.relative_to(base).as_posix(), 0
+        for file, size in sorted(entries(folder)):
+            if is_image(file):
+                listing.add(f"{prefix}/{file}", label, size)
+                count += 1
+            else:
+                others.append(f"{folder}/{file}")
+        if not count:
+            below = next((other for other in others if other.startswith(f"{folder}/") and other.endswith("/")), None)
+            hint = f", only the folder {below}; move its images up" if below else "; add some"
+            raise UserError(f"{folder}: no image in it{hint}, or remove the class folder")
+    return listing.files(), others
 
 
-def image_files(folder: Path) -> Iterable[tuple[str, int]]:
-    """Names and sizes of the files of a folder, hidden ones left out."""
+def image_files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Names and sizes of the image files of a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; unpack the data set again")
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
+    return ((name, size) for name, size in entries(folder) if is_image(name))
+
+
+def entries(folder: Path) -> Iterator[tuple[str, int]]:
+    """Names and sizes of the files of a folder, hidden ones left out; of a folder in it the name ends in /."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            if is_hidden(entry.name):
                 continue
             try:
                 status = entry.stat()
-                if entry.is_file():
-                    yield entry.name, status.st_size
             except OSError as error:  # a link to nowhere, or to itself
                 raise UserError(f"{entry.path}: cannot be read ({error.strerror}); repair or remove it") from None
+            yield entry.name + "/" * entry.is_dir(), status.st_size
+
+
+def is_image(name: str) -> bool:
+    """By its ending; a file without one may be an image."""
+    return not name.endswith("/") and os.path.splitext(name)[1].lower() in IMAGES
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _classes(root: Path) -> list[str]:
     if not root.is_dir():
-        raise UserError(f"{root}: {MISSING}")
+        raise UserError(f"{root}: {'a file, not a folder of class folders' if root.exists() else MISSING}")
     return check_classes(str(root), class_folders(root))
 
 
@@ -95,7 +147,7 @@ def class_folders(root: Path) -> list[str]:
     """Sorted, hidden ones left out."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; unpack the data set again")
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
 
 
 def check_classes(where: str, found: Iterable[str]) -> list[str]:

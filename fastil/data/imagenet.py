@@ -69,7 +69,7 @@ def open_ilsvrc(path: Path, val: str | None) -> Source:
         if not devkit or not devkit_path:
             raise UserError(
                 f"{home / DEVKIT}: missing; it says which class each validation image is of; put it beside {TRAIN}, or "
-                "leave the validation images out with val=same"
+                "leave the validation images out with --val same"
             )
         val_records = _list_val_images(val_path, names, devkit, devkit_path)
     else:

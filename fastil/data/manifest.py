@@ -96,6 +96,8 @@ def read_manifest(path: Path) -> Manifest | None:
         raise UserError(f"{path}: damaged; remove it and convert again, or fetch another copy") from None
     same = manifest.images == len(manifest.crc32) == len(manifest.names) == sum(manifest.counts)
     classes = {len(part) for part in (manifest.class_names, manifest.counts, manifest.titles) if part is not None}
+    if len(set(manifest.class_names)) < len(manifest.class_names):
+        raise UserError(f"{path}: damaged, it names a class twice; convert again, or fetch another copy")
     if not same or len(classes) != 1 or min(manifest.counts, default=-1) < 0 or "name" not in manifest.source:
         raise UserError(f"{path}: damaged, its counts differ; remove it and convert again, or fetch another copy")
     return manifest

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.data import cifar, folder
-from fastil.data.beton import Beton, val_path_of
+from fastil.data.beton import Beton, check_same_classes, val_path_of
 from fastil.data.catalog import open_source
 from fastil.data.idx import read as read_idx_files
 from fastil.data.records import SAME, ByClass
@@ -246,8 +246,7 @@ def imagenet(config: DataConfig) -> Dataset:
         raise UserError(f"{val_path}: no such file; convert the validation images as well, or give --val FILE or same")
     train, val = Beton(path), Beton(val_path)
     names = train.class_names
-    if val.labels.max() >= len(names) or (None not in (train.manifest, val.manifest) and val.class_names != names):
-        raise UserError(f"{val_path}: has other classes than {path.name}; convert both from one source")
+    check_same_classes(train, val)
     notes = tuple(train.manifest.notes) if train.manifest else ()
     return Dataset(train.manifest.source["name"] if train.manifest else path.stem, names, train, val, notes)
 

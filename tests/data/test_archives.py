@@ -278,8 +278,21 @@ def test_class_folders_at_the_top_with_val_elsewhere(tmp_path):
         (tmp_path / "folder" / name).write_bytes(content)
     found = listed(open_source(path, val=str(tmp_path / "folder/val")), "val")
     assert found == [(name.removeprefix("val/"), *rest) for name, *rest in VAL]
-    refused("train/<class>", "--val", path=path)
     assert "smoke test" in open_source(path, val="same").notes[0]
+    alone = open_source(path)
+    assert ([name for name, _, _ in listed(alone, "train")], alone.val) == (
+        ["cat/a.PNG", "cat/b.png", "dog/10.jpg", "dog/2.JPEG"],
+        None,
+    )
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "test"])
+def test_validation_images_are_known_by_other_names_if_they_have_the_classes(tmp_path, name):
+    named = [(path.replace("val/", f"{name}/"), content) for path, content in TREE if not path.startswith("test")]
+    source = open_source(write_tar(tmp_path / "a.tar", named))
+    assert [label for _, label, _ in listed(source, "val")] == [label for _, label, _ in VAL]
+    others = [(path.replace(f"{name}/cat", f"{name}/images"), content) for path, content in named]
+    assert open_source(write_tar(tmp_path / "b.tar", others)).val is None
 
 
 def test_without_val_there_is_no_val(tmp_path):

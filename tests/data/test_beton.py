@@ -6,6 +6,7 @@ FFCV works in a process of its own (this file run as a script), for its writer a
 import io
 import json
 import os
+import pickle
 import resource
 import signal
 import struct
@@ -25,6 +26,7 @@ from PIL import Image
 
 from fastil.data import beton
 from fastil.data.beton import JPEG, RAW, Beton, records_of
+from fastil.data.catalog import open_source
 from fastil.data.manifest import Changed, Manifest, manifest_path, read_manifest
 from fastil.errors import UserError
 
@@ -802,3 +804,18 @@ def test_damaged_validation_images_are_named(tmp_path):
 
 if __name__ == "__main__":
     as_ffcv(Path(sys.argv[1]))
+
+
+def test_two_files_whose_labels_do_not_mean_the_same_are_no_data_set(tmp_path):
+    """By their names, which the manifests have; and a file says of itself what a process that it is sent to needs."""
+    write(tmp_path / "x.beton", [jpeg(np.zeros((8, 8, 3), np.uint8))] * 2, [0, 1], [(8, 8)] * 2, JPEG, SMALL)
+    manifest_path(tmp_path / "x.beton").write_text(manifest_of([0, 1], ["ant", "bee"]).dump())
+    write(tmp_path / "y.beton", [jpeg(np.zeros((8, 8, 3), np.uint8))] * 2, [0, 1], [(8, 8)] * 2, JPEG, SMALL)
+    manifest_path(tmp_path / "y.beton").write_text(manifest_of([0, 1], ["ant", "cat"]).dump())
+    with pytest.raises(UserError, match=r"y.beton: has other classes than x.beton \(bee is not its own there\)"):
+        open_source(tmp_path / "x.beton", val=str(tmp_path / "y.beton"))
+    assert len(open_source(tmp_path / "x.beton", val=str(tmp_path / "x.beton")).val) == 2
+    with pytest.raises(UserError, match="must be one, too"):
+        open_source(tmp_path / "x.beton", val=str(tmp_path))
+    sent = pickle.loads(pickle.dumps(Beton(tmp_path / "x.beton")))
+    assert (repr(sent), sent.labels.tolist()) == (f"Beton({str(tmp_path / 'x.beton')!r}, 2 images)", [0, 1])

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fastil.data import DataConfig, load_dataset
+from fastil.data.catalog import open_source
 from fastil.data.folder import decode
 from fastil.errors import UserError
 
@@ -162,7 +163,47 @@ def test_hidden_files_and_folders_and_what_is_no_class_are_left_out(tmp_path):
     plain(tmp_path, "train/cat/deeper/1.png", "extra/1.png")
     found = load(tmp_path)
     assert (found.class_names, found.train.sha256) == (expected.class_names, expected.train.sha256)
-    assert not found.notes
+    (note,) = found.notes
+    assert note.startswith("2 files or folders are left out")
+    assert note.endswith("train/README.txt")
+
+
+def test_class_folders_alone_are_training_images(tmp_path):
+    plain(tmp_path, "a/1.png", "b/1.png")
+    source = open_source(tmp_path)
+    assert (source.class_names, [source.train.name(i) for i in range(2)], source.val) == (
+        ["a", "b"],
+        ["a/1.png", "b/1.png"],
+        None,
+    )
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "test"])
+def test_validation_images_are_known_by_other_names_if_they_have_the_classes(tmp_path, name):
+    plain(tmp_path, "train/a/1.png", "train/b/1.png", f"{name}/a/2.png", f"{name}/b/2.png")
+    source = open_source(tmp_path)
+    assert [source.val.name(i) for i in range(2)] == [f"{name}/a/2.png", f"{name}/b/2.png"]
+    assert source.notes == (f"{name}/ is taken for the validation images",)
+    (tmp_path / name / "a").rename(tmp_path / name / "images")
+    assert open_source(tmp_path).val is None
+
+
+def test_images_in_folders_below_a_class_are_an_error_that_says_where_they_are(tmp_path):
+    plain(tmp_path, "train/a/images/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
+    with pytest.raises(
+        UserError, match=r"train/a: no image in it, only the folder .*train/a/images/; move its images up"
+    ):
+        open_source(tmp_path)
+
+
+def test_what_is_no_image_by_its_name_is_left_out(tmp_path):
+    plain(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/1.JPG", "train/__MACOSX/1.png")
+    (tmp_path / "train/a/2.png").rename(tmp_path / "train/a/2")
+    (tmp_path / "train/b/Thumbs.db").write_bytes(b"thumbs")
+    source = open_source(tmp_path, val="same")
+    assert [source.train.name(i) for i in range(3)] == ["train/a/1.png", "train/a/2", "train/b/1.JPG"]
+    assert "1 files or folders are left out" in source.notes[0]
+    assert "Thumbs.db" in source.notes[0]
 
 
 def test_a_dataset_given_as_the_current_folder_has_a_name(tmp_path, monkeypatch):

@@ -685,10 +685,10 @@ def test_a_file_of_another_conversion_is_never_overwritten(small, tmp_path):
     (small / "train/class0/0000.jpg").rename(small / "train/class0/0001.jpg")
     refused(small, tmp_path / "x.beton", "another conversion")
     (tmp_path / "y.beton").write_text("precious")
-    refused(small, tmp_path / "y.beton", "y.beton", "another conversion")
+    refused(small, tmp_path / "y.beton", "y.beton", "exists, without a manifest")
     assert (tmp_path / "y.beton").read_text() == "precious"
     manifest_path(tmp_path / "x.beton").unlink()
-    refused(small, tmp_path / "x.beton", "another conversion")
+    refused(small, tmp_path / "x.beton", "exists, without a manifest")
 
 
 def test_a_second_conversion_is_refused_while_the_first_is_at_work(small, tmp_path):
@@ -746,7 +746,7 @@ def test_a_lock_on_a_file_that_was_finished_meanwhile_is_no_lock(small, tmp_path
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small, tmp_path, monkeypatch):
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1_000_000))
-    refused(small, tmp_path / "x.beton", tmp_path, "0.0 GB are needed", "are free")
+    refused(small, tmp_path / "x.beton", tmp_path, "16.8 MB are needed", "1.0 MB are free")
     assert left(tmp_path) == {}
 
 
