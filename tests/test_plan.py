@@ -1,5 +1,6 @@
 """What an epoch visits: every random decision is a counter, so nothing but the counter may change it."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -229,3 +230,76 @@ def test_a_batch_size_of_one_drops_nothing_or_is_refused():
     except ValueError:
         return
     assert [row for part in batches for row in range(5)[part]] == [0, 1, 2, 3, 4]
+
+
+# Random resized crops
+
+RESIZED = Transform(224, 224, pad=0, flip=True, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), resized=True)
+
+
+def torchvision_crop(height, width, draws):
+    """torchvision's RandomResizedCrop.get_params, one image at a time. draws: four uniform numbers of a try."""
+    area = height * width
+    for attempt in range(10):
+        u_area, u_ratio, u_top, u_left = draws(attempt)
+        target = area * (0.08 + 0.92 * u_area)
+        ratio = math.exp(math.log(3 / 4) + u_ratio * (math.log(4 / 3) - math.log(3 / 4)))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return [int((height - h + 1) * u_top), int((width - w + 1) * u_left), h, w]
+    if width / height < 3 / 4:
+        w, h = width, round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w, h = round(height * (4 / 3)), height
+    else:
+        w, h = width, height
+    return [(height - h) // 2, (width - w) // 2, h, w]
+
+
+def test_resized_crops_are_torchvisions_for_the_same_draws():
+    random = np.random.default_rng(0)
+    sizes = np.concatenate([random.integers(1, 600, (300, 2)), [[1, 1], [1, 900], [900, 1], [3, 4], [40, 400]]])
+    key = Key(3, 2, "train", 7)
+    plan = training_plan(np.arange(len(sizes)), key, RESIZED, 16, sizes.astype(np.int32))
+    tall = 0
+    for i, box in zip(plan.ids, plan.boxes, strict=True):
+
+        def draws(attempt, i=i):
+            words = np.array([i]), np.array([attempt << 40])
+            return [counter_hash(key, stream, *words)[0] / 2.0**64 for stream in ("area", "ratio", "top", "left")]
+
+        assert box.tolist() == torchvision_crop(*sizes[i].tolist(), draws), i
+        top, left, height, width = box
+        assert top >= 0
+        assert left >= 0
+        assert top + height <= sizes[i][0]
+        assert left + width <= sizes[i][1]
+        tall += sizes[i].max() > 5 * sizes[i].min()
+    assert tall > 20  # where tries fail
+
+
+def test_resized_crops_have_even_areas_and_log_ratios_at_even_places():
+    sizes = np.full((20_000, 2), 1000, dtype=np.int32)
+    boxes = training_plan(np.arange(20_000), Key(0, 0), RESIZED, 16, sizes).boxes.astype(np.float64)
+    area, ratio = boxes[:, 2] * boxes[:, 3] / 1e6, np.log(boxes[:, 3] / boxes[:, 2])
+    small = area < 0.6  # of which every ratio fits
+    counts = np.histogram(area[small], 8, (0.08, 0.6))[0]
+    assert counts.min() > 0.85 * counts.mean()
+    assert np.histogram(ratio[small], 8, (math.log(3 / 4), math.log(4 / 3)))[0].min() > 0.85 * small.sum() / 8
+    for place, side in ((0, 2), (1, 3)):
+        parts = np.histogram(boxes[small, place] / (1001 - boxes[small, side]), 8, (0, 1))[0]
+        assert parts.min() > 0.85 * small.sum() / 8
+
+
+def test_the_crop_of_a_sample_depends_on_itself_alone():
+    sizes = np.random.default_rng(1).integers(20, 300, (50, 2)).astype(np.int32)
+    whole = training_plan(np.arange(50), Key(5, 1), RESIZED, 8, sizes)
+    some = training_plan(np.array([7, 30, 2]), Key(5, 1), RESIZED, 8, sizes)
+    of_image = dict(zip(whole.ids.tolist(), whole.boxes.tolist(), strict=True))
+    assert [of_image[i] for i in some.ids.tolist()] == some.boxes.tolist()
+
+
+def test_a_sequential_plan_of_images_of_many_sizes_is_all_of_each():
+    sizes = np.array([[3, 5], [7, 2], [4, 4]], dtype=np.int32)
+    plan = sequential_plan(np.array([2, 0, 1, 0]), RESIZED, 2, sizes=sizes)
+    assert plan.boxes.tolist() == [[0, 0, 4, 4], [0, 0, 3, 5], [0, 0, 7, 2], [0, 0, 3, 5]]

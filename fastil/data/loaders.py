@@ -77,12 +77,20 @@ def make_loader(dataset: Images, backend: str, transform: Transform, device: str
         library()  # before anything is started
         return Ffcv(dataset, transform, device)
     if backend == "dali":
-        if find_spec("nvidia.dali") is None:
+        if not installed("nvidia.dali"):
             raise UserError("loader=dali: DALI is not installed; pip install nvidia-dali-cuda130, or use threads")
         from fastil.data.dali import Dali
 
         return Dali(dataset, transform, device)
     raise UserError(f"loader={backend}: unknown; use one of {', '.join(BACKENDS)}")
+
+
+def installed(module: str) -> bool:
+    """Whether it could be imported; it is not."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would lie in
+        return False
 
 
 def choose(dataset: Images, device: torch.device) -> tuple[str, str]:

@@ -1,0 +1,294 @@
+"""Loaders: images per second of uint8 frames 224x224, random resized crops of ImageNet JPEGs, two workers each.
+
+python -m bench.loaders [--rounds N] [--images N] [--data FOLDER or TAR]
+
+Claim: loader=ffcv at least 0.95 of FFCV's Loader on the same file, loader=dali at least 0.95 of a plain DALI pipeline
+on the same files, loader=threads at least 1.5 times torch's DataLoader with Pillow and 0.8 of its own decode and resize
+without a loader. New ids are switched to in at most 0.5 s (to the first batch), where a new FFCV Loader takes seconds.
+
+Everybody has read the files before; FFCV has compiled its pipeline. Nobody normalises. Also: opening, indexing and
+planning an epoch of a file of 1.28 and 14 million samples (of which only the tables are there).
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bench.convert import DATA, spread_out
+from bench.harness import ratio, save, show, spread, take_turns
+from fastil.data import make_loader
+from fastil.data.beton import Beton
+from fastil.data.loaders import installed
+from fastil.data.streaming import Streaming
+from fastil.plan import Key, Transform, training_plan
+
+WORKERS, BATCH, SIDE = 2, 64, 224
+TRANSFORM = Transform(SIDE, SIDE, 0, True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resized=True)
+GOALS = {
+    ("ffcv", "FFCV Loader"): 0.95,
+    ("dali", "DALI pipeline"): 0.95,
+    ("threads", "DataLoader + PIL"): 1.5,
+    ("threads", "decode + resize alone"): 0.8,
+}
+Contestant = Callable[[], float]
+
+
+def convert(folder: Path, out: Path) -> Beton:
+    from fastil.tools.convert import convert as convert_source
+    from fastil.tools.convert import options_of
+    from fastil.tools.reporting import Reporter
+
+    options = options_of(
+        mode="jpeg", max_side=None, quality=95, check=False, on_corrupt="fail", workers=1, kind=None, val=None,
+        classes=None, per_class=None,
+    )  # fmt: skip
+    convert_source(folder, out, options, Reporter(as_json=True))
+    return Beton(out)
+
+
+class Fastil:
+    """One of fastil's backends, an epoch at a time."""
+
+    def __init__(self, name: str, beton: Beton) -> None:
+        loader = make_loader(beton, name, TRANSFORM, "cpu")
+        assert isinstance(loader, Streaming)
+        self.loader, self.sizes, self.epoch = loader, beton.sizes, 0
+
+    def frames(self, ids: np.ndarray[Any, Any]) -> Iterator[torch.Tensor]:
+        self.epoch += 1
+        return self.loader.frames(training_plan(ids, Key(0, 0, "train", self.epoch), TRANSFORM, BATCH, self.sizes), 0)
+
+    def rate(self, count: int) -> float:
+        began = time.perf_counter()
+        images = sum(len(frames) for frames in self.frames(np.arange(count)))
+        assert images == count
+        return count / (time.perf_counter() - began)
+
+    def switch(self, count: int, seed: int) -> float:
+        """Seconds from other ids to the first batch."""
+        ids = np.random.default_rng(seed).choice(count, count // 2, replace=False)
+        began = time.perf_counter()
+        frames = self.frames(ids)
+        next(frames)
+        found = time.perf_counter() - began
+        frames.close()  # type: ignore[attr-defined]
+        return found
+
+
+class Files(torch.utils.data.Dataset[torch.Tensor]):
+    """What DataLoader + PIL reads: torchvision's steps on Pillow's images."""
+
+    def __init__(self, files: list[Path], sizes: np.ndarray[Any, Any]) -> None:
+        self.files, self.sizes = files, sizes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        key = Key(0, 0, "train", int(time.time_ns()) & 0xFFFF)
+        top, left, height, width = training_plan(np.array([i]), key, TRANSFORM, 2, self.sizes).boxes[0].tolist()
+        with Image.open(self.files[i]) as opened:
+            image = opened.convert("RGB").crop((left, top, left + width, top + height))
+        return torch.from_numpy(np.array(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
+
+
+def dataloader(files: list[Path], sizes: np.ndarray[Any, Any]) -> Contestant:
+    loader = torch.utils.data.DataLoader(
+        Files(files, sizes), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True
+    )
+
+    def rate() -> float:
+        began = time.perf_counter()
+        return sum(len(batch) for batch in loader) / (time.perf_counter() - began)
+
+    rate()
+    return rate
+
+
+def stock_ffcv(path: Path) -> Any:
+    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+
+    return Loader(
+        str(path), BATCH, WORKERS, os_cache=True, order=OrderOption.RANDOM, drop_last=False,
+        pipelines={"image": [RandomResizedCropRGBImageDecoder((SIDE, SIDE)), ToTensor()], "label": None, "id": None},
+    )  # fmt: skip
+
+
+def ffcv(path: Path) -> Contestant:
+    loader = stock_ffcv(path)
+
+    def rate() -> float:
+        began = time.perf_counter()
+        return sum(len(batch) for (batch,) in loader) / (time.perf_counter() - began)
+
+    rate()  # compiles
+    return rate
+
+
+def new_ffcv(path: Path) -> float:
+    """Seconds to the first batch of another Loader."""
+    began = time.perf_counter()
+    batches = iter(stock_ffcv(path))
+    next(batches)
+    found = time.perf_counter() - began
+    for _ in batches:
+        pass
+    return found
+
+
+def dali(files: list[Path]) -> Contestant:
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(BATCH, WORKERS, None)
+    with pipeline:
+        encoded, _ = fn.readers.file(files=[str(file) for file in files], random_shuffle=True)
+        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, random_area=[0.08, 1.0])
+        pipeline.set_outputs(fn.resize(images, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True))
+    pipeline.build()
+    batches = -(-len(files) // BATCH)
+
+    def rate() -> float:
+        began = time.perf_counter()
+        for _ in range(batches):
+            pipeline.run()
+        return batches * BATCH / (time.perf_counter() - began)
+
+    rate()
+    return rate
+
+
+def alone(beton: Beton, *, resize: bool) -> Contestant:
+    """The decoder, and maybe the resize, of loader=threads in as many threads as it has, without a loader."""
+    import simplejpeg
+    import torch.nn.functional as F
+
+    contents = [beton.encoded(i) for i in range(len(beton))]
+    boxes = training_plan(np.arange(len(beton)), Key(0, 0), TRANSFORM, BATCH, beton.sizes)
+    of_image = dict(zip(boxes.ids.tolist(), boxes.boxes.tolist(), strict=True))
+
+    def work(first: int) -> None:
+        for i in range(first, len(contents), WORKERS):
+            image = simplejpeg.decode_jpeg(contents[i])
+            if resize:
+                top, left, height, width = of_image[i]
+                part = np.ascontiguousarray(image[top : top + height, left : left + width])
+                tensor = torch.from_numpy(part).permute(2, 0, 1)[None]
+                F.interpolate(tensor, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+
+    def rate() -> float:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(work, range(WORKERS)))
+        return len(contents) / (time.perf_counter() - began)
+
+    return rate
+
+
+def at_scale(samples: int) -> dict[str, float]:
+    """A file of so many samples without their bytes, in a process of its own: seconds and MiB."""
+    with tempfile.TemporaryDirectory() as name:
+        code = f"from bench.loaders import open_and_plan; open_and_plan({samples}, {name!r})"
+        line = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, mebibytes = map(float, line.split())
+    return {"seconds": seconds, "peak_mib": mebibytes}
+
+
+def open_and_plan(samples: int, folder: str) -> None:
+    """Print the seconds to open a file of so many samples and plan an epoch of all of it, and MiB at the peak."""
+    from fastil.data import beton
+
+    path = Path(folder) / "large.beton"
+    entries = np.zeros(samples, beton.ENTRY)
+    entries["size"], entries["width"], entries["height"] = 100_000, 500, 375
+    entries["label"] = np.arange(samples) * 1000 // samples
+    start = beton.data_start(samples, beton.PAGE)
+    in_page = beton.PAGE // 100_000
+    rows = np.arange(samples)
+    entries["ptr"] = start + rows // in_page * beton.PAGE + rows % in_page * 100_000
+    with open(path, "w+b") as file:
+        front = beton.front(entries, beton.JPEG, beton.PAGE, start)
+        beton.write_tables(file, entries, front, beton.PAGE)
+        beton.write_header(file, front)
+    del entries, rows, front
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    found = Beton(path)
+    ids = np.concatenate([found.of_class(label) for label in range(1000)])
+    training_plan(ids, Key(0, 1), TRANSFORM, BATCH, found.sizes)
+    print(time.perf_counter() - began, max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=2000, help="at least so many")
+    parser.add_argument("--data", type=Path, default=DATA)
+    arguments = parser.parse_args()
+    if not arguments.data.exists():
+        print(f"no images at {arguments.data}: give --data a folder or a tar of JPEGs", file=sys.stderr)
+        raise SystemExit(2)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:WORKERS])  # as many workers as cores for everybody
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count, different, _ = spread_out(arguments.data, folder / "images", arguments.images)
+        files = sorted((folder / "images").rglob("*.JPEG"))
+        beton = convert(folder / "images", folder / "x.beton")
+        backends = ["threads"] + [n for n, m in (("ffcv", "ffcv"), ("dali", "nvidia.dali")) if installed(m)]
+        fastil = {name: Fastil(name, beton) for name in backends}
+        for one in fastil.values():
+            one.rate(count)
+        contestants: dict[str, Contestant] = {
+            "DataLoader + PIL": dataloader(files, beton.sizes),
+            "decode alone": alone(beton, resize=False),
+            "decode + resize alone": alone(beton, resize=True),
+        }
+        if "ffcv" in backends:
+            contestants["FFCV Loader"] = ffcv(folder / "x.beton")
+        if "dali" in backends:
+            contestants["DALI pipeline"] = dali(files)
+        contestants |= {name: partial(one.rate, count) for name, one in fastil.items()}
+        print(f"images per second; {count} JPEGs, {different} different ones, {WORKERS} workers")
+        figures = take_turns(contestants, arguments.rounds)
+        switches = {
+            name: spread([one.switch(count, seed) for seed in range(arguments.rounds)]) for name, one in fastil.items()
+        }
+        if "ffcv" in backends:
+            switches["a new FFCV Loader"] = spread([new_ffcv(folder / "x.beton") for _ in range(2)])
+    for label, values in figures.items():
+        show(label, spread(values), "images/s")
+    ratios = {f"{a} / {b}": ratio(figures, a, b) for a, b in GOALS if a in figures and b in figures}
+    for (a, b), goal in GOALS.items():
+        if f"{a} / {b}" in ratios:
+            show(f"{a} / {b}", ratios[f"{a} / {b}"], f"goal {goal:g}")
+    for label, seconds in switches.items():
+        show(f"new ids to first batch, {label}", seconds, "s")
+    scale = {str(samples): at_scale(samples) for samples in (1_280_000, 14_000_000)}
+    for samples, found in scale.items():
+        print(f"open and plan {int(samples):,} samples: {found['seconds']:.2f} s, {found['peak_mib']:.0f} MiB")
+    content = {
+        "rounds": arguments.rounds, "images": count, "different": different, "workers": WORKERS, "batch": BATCH,
+        "images_per_second": {name: spread(values) for name, values in figures.items()},
+        "ratios": ratios, "goals": {f"{a} / {b}": goal for (a, b), goal in GOALS.items()},
+        "switch_seconds": switches, "scale": scale,
+    }  # fmt: skip
+    print(f"written to {save('loaders', torch.device('cpu'), content)}")
+
+
+if __name__ == "__main__":
+    main()
