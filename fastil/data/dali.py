@@ -5,6 +5,7 @@ upright already, so EXIF is ignored.
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from fastil.data.reference import render
 from fastil.data.streaming import Images, Streaming, central, default_workers
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
+
+HELD = 8  # batches; more than a pipeline has in work
 
 
 class Dali(Streaming):
@@ -35,6 +38,7 @@ class Dali(Streaming):
         self.pipeline: Any = None
         self.longest = 0  # batch that the pipeline has room for
         self.feed: Iterator[list[Any]] = iter(())
+        self.held: deque[list[Any]] = deque(maxlen=HELD)
 
     def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
         longest = min(len(plan.ids), plan.batch_size + 1)
@@ -64,8 +68,8 @@ class Dali(Streaming):
         self.pipeline = Pipeline(longest, self.workers, (self.device.index or 0) if gpu else None)
         with self.pipeline:
             image, anchor, shape, size, *of_resized = fn.external_source(
-                source=lambda: next(self.feed)[:count], num_outputs=count, batch=True,
-                dtype=[types.UINT8] + [types.INT32] * (count - 1),
+                source=self._next, num_outputs=count, batch=True,
+                dtype=[types.UINT8] + [types.INT32] * (count - 1), no_copy=not gpu,
             )  # fmt: skip
             if not self.encoded:
                 image = fn.slice(image.gpu() if gpu else image, anchor, shape, **outside)
@@ -78,20 +82,29 @@ class Dali(Streaming):
             self.pipeline.set_outputs(fn.slice(image, *of_resized, **outside) if of_resized else image)
         self.pipeline.build()
 
+    def _next(self) -> list[Any]:
+        """Inputs that are not copied, so those of the last batches are held until DALI is through with them."""
+        self.held.append(next(self.feed))
+        return self.held[-1]
+
     def _inputs(self, plan: EpochPlan, part: slice) -> list[Any]:
         """What the pipeline needs of a batch: encoded images or pixels, corner and size of the box, what it is resized
-        to, corner and size of the frame in that."""
-        contents, geometry = [], np.zeros((5, part.stop - part.start, 2), np.int32)
-        for at, (i, box) in enumerate(zip(plan.ids[part].tolist(), plan.boxes[part].tolist(), strict=True)):
-            if i in self.replaced:  # `_frames` puts it in place
-                box = (0, 0, *self.images.sizes[i].tolist())
-            content = self.stored(i)
-            contents.append(np.frombuffer(content, np.uint8) if isinstance(content, memoryview) else content)
-            size, frame = (self.transform.height, self.transform.width), (0, 0, 0, 0)
-            if self.transform.resize is not None:
-                size, frame = central((box[2], box[3]), self.transform)
-            geometry[:, at] = box[:2], box[2:], size, frame[:2], frame[2:]
-        return [contents, *geometry]
+        to, and with `resize` corner and size of the frame in that."""
+        ids, boxes = plan.ids[part], plan.boxes[part]
+        replaced = [at for at, i in enumerate(ids.tolist()) if i in self.replaced] if self.replaced else []
+        if replaced:  # `_frames` puts them in place
+            boxes = boxes.copy()
+            boxes[replaced, :2], boxes[replaced, 2:] = 0, self.images.sizes[ids[replaced]]
+        contents = [self.stored(i) for i in ids.tolist()]
+        if self.encoded:
+            contents = [np.frombuffer(content, np.uint8) for content in contents]
+        corners, sizes = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
+        frame = (self.transform.height, self.transform.width)
+        if self.transform.resize is None:
+            return [contents, corners, sizes, np.tile(np.array(frame, np.int32), (len(ids), 1))]
+        resized = [central((height, width), self.transform) for height, width in sizes.tolist()]
+        of_frame = [np.array([box[side : side + 2] for _, box in resized], np.int32) for side in (0, 2)]
+        return [contents, corners, sizes, np.array([size for size, _ in resized], np.int32), *of_frame]
 
     def _frames(self, output: Any, plan: EpochPlan, part: slice) -> Tensor:
         frames = torch.utils.dlpack.from_dlpack(output.as_tensor())

@@ -43,7 +43,7 @@ class Ffcv(Threads):
 
     def decode(self, i: int, content: memoryview) -> NDArray[np.uint8]:
         height, width = self.images.sizes[i].tolist()
-        encoded, pixels = np.frombuffer(content, np.uint8), self.scratch(i)
+        encoded, pixels = np.frombuffer(content, np.uint8), self.scratch("image", (height, width))
         failed = library().imdecode(
             encoded.ctypes.data,
             len(encoded),
@@ -61,16 +61,16 @@ class Ffcv(Threads):
         )
         if failed:
             return np.asarray(self.by_pillow(i, content))
-        return pixels.reshape(height, width, 3)
+        return pixels
 
     def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
         top, left, height, width = box
         if top < 0 or left < 0 or top + height > image.shape[0] or left + width > image.shape[1]:
-            inside = np.empty((height, width, 3), np.uint8)
+            inside = self.scratch("part", (height, width))
             cut(image, box, inside)
             image, top, left = inside, 0, 0
         image = np.ascontiguousarray(image)
-        new = np.empty((*size, 3), np.uint8)
+        new = self.scratch("resized", size)
         library().resize(
             0, image.ctypes.data, *image.shape[:2], top, top + height, left, left + width, new.ctypes.data, *size
         )

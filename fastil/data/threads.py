@@ -6,7 +6,7 @@ a third of its time. Both leave the interpreter to the other threads.
 
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -86,24 +86,28 @@ class Threads(Streaming):
     def decode(self, i: int, content: memoryview) -> NDArray[np.uint8]:
         """A JPEG's pixels [h, w, 3], in memory that the thread uses again for the next. UserError if it is damaged."""
         try:
-            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, buffer=self.scratch(i))
+            room = self.scratch("image", self.images.sizes[i])
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, buffer=room)
         except ValueError:  # a warning, which Pillow can live with, or an error, which it words better
             pixels = np.asarray(self.by_pillow(i, content))
         return pixels
 
-    def scratch(self, i: int) -> NDArray[np.uint8]:
-        """Room for the pixels of an image, the thread's own."""
-        height, width = self.images.sizes[i].tolist()
-        memory: NDArray[np.uint8] | None = getattr(self.local, "memory", None)
+    def scratch(self, use: str, size: Sequence[int]) -> NDArray[np.uint8]:
+        """[height, width, 3], the thread's own room for one use: new memory costs more than the copy into it."""
+        memory: NDArray[np.uint8] | None = getattr(self.local, use, None)
+        height, width = int(size[0]), int(size[1])
         if memory is None or len(memory) < height * width * 3:
-            memory = self.local.memory = np.empty(height * width * 3, np.uint8)
-        return memory[: height * width * 3]
+            memory = np.empty(height * width * 3, np.uint8)
+            setattr(self.local, use, memory)
+        return memory[: height * width * 3].reshape(height, width, 3)
 
     def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
         """A box of an image at this height and width, bilinear and antialiased."""
-        part = np.empty((box[2], box[3], 3), np.uint8)
+        height, width = box[2:]
+        part = self.scratch("part", (height, width))
         cut(image, box, part)
-        tensor = torch.from_numpy(part).permute(2, 0, 1)[None]  # channels-last as it is
+        # Channels-last by all its strides, or what comes out is not, and would have to be turned at some cost.
+        tensor = torch.from_numpy(part).as_strided((1, 3, height, width), (height * width * 3, 1, width * 3, 3))
         new = F.interpolate(tensor, size=size, mode="bilinear", antialias=True, align_corners=False)
         array: NDArray[np.uint8] = new[0].permute(1, 2, 0).numpy()
         return array
