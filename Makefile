@@ -2,7 +2,7 @@
 # make test    fresh clone to the passed test suite: ruff, mypy, pytest, and what the kernels compile to for three GPUs,
 #              with the newest Triton that is supported and with the oldest. FFCV, which the files of `fastil convert` are
 #              tested against, is built where Debian's libraries for it are there or can be installed (as root, by
-#              apt-get); where not, one line says so and its tests skip
+#              apt-get); where not, one line says so and its tests skip. The same goes for DALI, which comes by pip
 # make soak    the same tests with the full kill counts (FASTIL_SOAK=1)
 # make gpu     on a machine with an NVIDIA GPU: the kernels' tests on it, compute-sanitizer where there is one, the bench
 
@@ -21,7 +21,7 @@ demo: .venv/run
 	&& tail -n 2 runs/demo/logs/$$0-s$$1 | head -n 1 | sed "s/^/$$0 seed $$1: /" || { cat runs/demo/logs/$$0-s$$1; exit 255; }'
 	@$(BIN)/fastil report runs/demo/softmax-s* runs/demo/balanced-s* --out runs/demo/report
 
-test: .venv/dev .venv/ffcv
+test: .venv/dev .venv/ffcv .venv/dali
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -87,6 +87,11 @@ FFCV_PACKAGES := libturbojpeg0-dev libopencv-dev pkg-config
 	&& $(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation ffcv==1.0.2 \
 	&& $(BIN)/python -c 'import ffcv'; then touch $@; \
 	else echo "The tests against FFCV are skipped, it does not build or does not run: see .venv/ffcv.log" >&3; fi
+
+.venv/dali: .venv/dev
+	@if $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dali]' > .venv/dali.log 2>&1 \
+	&& $(BIN)/python -c 'import nvidia.dali'; then touch $@; \
+	else echo "The tests of DALI are skipped, it cannot be installed here: see .venv/dali.log" >&2; fi
 
 clean:
 	rm -rf .venv .venv-gpu runs/demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -11,6 +11,8 @@ planning an epoch of a file of 1.28 and 14 million samples (of which only the ta
 """
 
 import argparse
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -55,7 +57,8 @@ def convert(folder: Path, out: Path) -> Beton:
         mode="jpeg", max_side=None, quality=95, check=False, on_corrupt="fail", workers=1, kind=None, val=None,
         classes=None, per_class=None,
     )  # fmt: skip
-    convert_source(folder, out, options, Reporter(as_json=True))
+    with contextlib.redirect_stdout(io.StringIO()):
+        convert_source(folder, out, options, Reporter())
     return Beton(out)
 
 

@@ -62,13 +62,32 @@ class Streaming(ABC):
         whole = torch.tensor([0, 0, *size], dtype=torch.int32, device=self.device).repeat(longest, 1)
         parts = list(plan.batches())[first:]
         with closing(self.frames(plan, first)) as frames:
-            for part, pixels in zip(parts, frames, strict=True):
+            for part, pixels in zip(parts, self._sent(frames), strict=True):
                 count = part.stop - part.start
                 images = kernels.augment(
-                    pixels.to(self.device, non_blocking=True), rows[:count], whole[:count], flips[part], self.mean,
-                    self.std, self.dtype, size,
-                )  # fmt: skip
+                    pixels, rows[:count], whole[:count], flips[part], self.mean, self.std, self.dtype, size
+                )
                 yield Batch(images, self.labels[ids[part]], ids[part])
+
+    def _sent(self, frames: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The frames on the device: to a GPU one batch ahead, by a stream of its own, while the batch before is worked
+        on."""
+        if self.device.type != "cuda":
+            yield from frames
+            return
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        working = torch.cuda.current_stream(self.device)
+        ahead: tuple[Tensor, torch.cuda.Event] | None = None
+        for pixels in frames:
+            with torch.cuda.stream(stream):
+                sent = pixels.to(self.device, non_blocking=True, copy=True)
+                arrived = stream.record_event()
+            if ahead is not None:
+                yield _received(*ahead, working)
+            ahead = sent, arrived
+            arrived.synchronize()  # `pixels` may be overwritten now; the copy has had a batch's time
+        if ahead is not None:
+            yield _received(*ahead, working)
 
     def whole(self, ids: NDArray[np.int64]) -> Tensor:
         """The images by the test-time transform, normalised, [n, 3, H, W]."""
@@ -109,6 +128,13 @@ class Streaming(ABC):
     def close(self) -> None:
         self.closed = True
         self.replaced.clear()
+
+
+def _received(sent: Tensor, arrived: torch.cuda.Event, working: torch.cuda.Stream) -> Tensor:
+    """For use on the stream that the network works on."""
+    working.wait_event(arrived)
+    sent.record_stream(working)
+    return sent
 
 
 def default_workers() -> int:

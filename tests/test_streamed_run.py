@@ -1,0 +1,84 @@
+"""Runs on files that are streamed: dataset=imagenet, its transforms and its loaders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_user_error, encoded
+
+from fastil.data import DataConfig, load_dataset
+from fastil.data.beton import Beton
+from fastil.experiment import Experiment
+from fastil.recipe import load
+from fastil.tools.convert import convert, options_of
+from fastil.tools.reporting import Reporter
+
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200)]
+SETTINGS = [
+    "size=32", "order=alphabetical", "base_classes=4", "increment=1", "exemplars_per_class=4", "model=resnet8",
+    "epochs=6", "batch_size=16", "lr=0.05", "device=cpu", "compile=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Six colours, images of many sizes."""
+    folder, random = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 6)):
+        for label, colour in enumerate(COLOURS):
+            for i in range(count):
+                height, width = random.integers(30, 80, 2)
+                pixels = np.array(colour) + random.normal(0, 25, (height, width, 3))
+                path = folder / f"in/{split}/{label}/{i:02d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encoded(pixels.clip(0, 255).astype(np.uint8), quality=90))
+    options = options_of(
+        kind=None, val=None, classes=None, per_class=None, mode="jpeg", max_side=None, quality=95, check=True,
+        on_corrupt="fail", workers=1,
+    )  # fmt: skip
+    convert(folder / "in", folder / "x.beton", options, Reporter())
+    return folder / "x.beton"
+
+
+def run(file, out, *settings):
+    Experiment(load("imagenet_balanced_5", [f"data={file}", *SETTINGS, *settings]), out, resume=False).run()
+    return json.loads((out / "results.json").read_text())
+
+
+def test_a_streamed_run_learns_and_is_the_same_again(file, tmp_path):
+    first, second = (run(file, tmp_path / name, "loader=threads") for name in ("one", "two"))
+    assert first == second
+    assert first["steps"][0]["top1"] > 90
+    assert first["average_incremental_accuracy"] > 60
+    exemplars = [json.loads((tmp_path / name / "memory/step_2.json").read_text()) for name in ("one", "two")]
+    assert exemplars[0] == exemplars[1]
+    described = json.loads((tmp_path / "one/protocol.json").read_text())["dataset"]
+    with Beton(file) as beton:
+        assert described["train"] == {"sha256": beton.manifest.sha256, "images": len(beton)}
+
+
+def test_the_reference_loader_trains_the_same_to_a_rounding(file, tmp_path):
+    """Frames differ by 2 of 255 at most."""
+    weights = []
+    for name in ("threads", "reference"):
+        run(file, tmp_path / name, f"loader={name}", "epochs=1", "base_classes=6", "increment=0")
+        state = torch.load(tmp_path / name / "checkpoints/step_0.pt", weights_only=True)
+        weights.append(torch.cat([value.flatten().double() for value in state.values()]))
+    assert torch.linalg.norm(weights[0] - weights[1]) < 0.02 * torch.linalg.norm(weights[1])
+
+
+def test_what_a_run_prints_names_the_loader(fastil, file):
+    settings = [setting for setting in SETTINGS if not setting.startswith("epochs")] + ["epochs=1"]
+    process = fastil("run", "imagenet_balanced_5", *settings, "--data", file, "--out", "out")
+    assert process.returncode == 0, process.stderr
+    assert "loader threads: it is streamed" in process.stdout
+
+
+def test_a_source_that_is_no_file_or_has_no_validation_images_is_one_line(fastil, file, tmp_path):
+    assert_user_error(fastil("run", "imagenet_balanced_5", "--data", tmp_path), "fastil convert SOURCE imagenet.beton")
+    alone = tmp_path / "alone.beton"
+    alone.write_bytes(file.read_bytes())
+    assert_user_error(fastil("run", "imagenet_balanced_5", "--data", alone), "alone.val.beton: no such file", "--val")
+    same = load_dataset(DataConfig("imagenet", str(alone), val="same"))
+    assert len(same.val.labels) == len(same.train.labels)
