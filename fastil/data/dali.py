@@ -25,7 +25,7 @@ HELD = 8  # batches; more than a pipeline has in work
 
 
 class Dali(Streaming):
-    """See `Streaming`. workers: threads of the pipeline."""
+    """See `Streaming`. workers: threads of a pipeline. Plans that are read in turns have a pipeline each."""
 
     name = "dali"
 
@@ -35,63 +35,37 @@ class Dali(Streaming):
             raise UserError(f"{images.path}: holds JPEGs and pixels, which DALI cannot mix; use loader=threads")
         self.encoded = isinstance(images, Beton) and images.mode == "jpeg"
         self.workers = workers or default_workers()
-        self.pipeline: Any = None
-        self.longest = 0  # batch that the pipeline has room for
-        self.feed: Iterator[list[Any]] = iter(())
-        self.held: deque[list[Any]] = deque(maxlen=HELD)
+        self.idle: list[_Fed] = []
 
     def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
         longest = min(len(plan.ids), plan.batch_size + 1)
-        if self.pipeline is None or longest > self.longest:
-            self._build(longest)
+        found = next((fed for fed in self.idle if fed.longest >= longest), None)
+        if found is not None:
+            self.idle.remove(found)
+        fed = found or _Fed(longest, self.workers, self.transform, self.device, encoded=self.encoded)
         parts = list(plan.batches())[first:]
-        self.feed = (self._inputs(plan, part) for part in parts)
+        fed.feed = (self._inputs(plan, part) for part in parts)
+        whole = valid = True
         try:
             for part in parts:
+                whole = False
                 try:
-                    (output,) = self.pipeline.run()
-                except RuntimeError as error:
-                    self.pipeline = None  # DALI's words: no longer valid
+                    output = fed.run()
+                except RuntimeError as error:  # after which the pipeline is "no longer valid"
+                    valid = False
                     self._blame(plan, part, error)
                 yield self._frames(output, plan, part)
+            whole = True
         finally:
-            self._drain()
-
-    def _build(self, longest: int) -> None:
-        self.longest = longest
-        gpu = self.device.type == "cuda"
-        inside: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
-        outside = inside | {"out_of_bounds_policy": "pad", "fill_values": 0}
-        decoder: dict[str, Any] = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
-        decoder["adjust_orientation"] = False
-        count = 4 if self.transform.resize is None else 6
-        self.pipeline = Pipeline(longest, self.workers, (self.device.index or 0) if gpu else None)
-        with self.pipeline:
-            image, anchor, shape, size, *of_resized = fn.external_source(
-                source=self._next, num_outputs=count, batch=True,
-                dtype=[types.UINT8] + [types.INT32] * (count - 1), no_copy=not gpu,
-            )  # fmt: skip
-            if not self.encoded:
-                image = fn.slice(image.gpu() if gpu else image, anchor, shape, **outside)
-            elif self.transform.pad:
-                image = fn.slice(fn.decoders.image(image, **decoder), anchor, shape, **outside)
-            else:
-                image = fn.decoders.image_slice(image, anchor, shape, **inside, **decoder)
-            size = fn.cast(size, dtype=types.FLOAT)
-            image = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
-            self.pipeline.set_outputs(fn.slice(image, *of_resized, **outside) if of_resized else image)
-        self.pipeline.build()
-
-    def _next(self) -> list[Any]:
-        """Inputs that are not copied, so those of the last batches are held until DALI is through with them."""
-        self.held.append(next(self.feed))
-        return self.held[-1]
+            if valid and not self.closed:
+                fed.drain(whole)
+                self.idle.append(fed)
 
     def _inputs(self, plan: EpochPlan, part: slice) -> list[Any]:
         """What the pipeline needs of a batch: encoded images or pixels, corner and size of the box, what it is resized
         to, and with `resize` corner and size of the frame in that."""
         ids, boxes = plan.ids[part], plan.boxes[part]
-        replaced = [at for at, i in enumerate(ids.tolist()) if i in self.replaced] if self.replaced else []
+        replaced = self._replaced(plan, part)
         if replaced:  # `_frames` puts them in place
             boxes = boxes.copy()
             boxes[replaced, :2], boxes[replaced, 2:] = 0, self.images.sizes[ids[replaced]]
@@ -108,7 +82,7 @@ class Dali(Streaming):
 
     def _frames(self, output: Any, plan: EpochPlan, part: slice) -> Tensor:
         frames = torch.utils.dlpack.from_dlpack(output.as_tensor())
-        replaced = [at for at, i in enumerate(plan.ids[part].tolist()) if i in self.replaced]
+        replaced = self._replaced(plan, part)
         if replaced:
             frames = frames.clone()
         for at in replaced:
@@ -117,25 +91,69 @@ class Dali(Streaming):
             frames[at] = torch.from_numpy(frame).to(frames.device)
         return frames
 
+    def _replaced(self, plan: EpochPlan, part: slice) -> list[int]:
+        """Which of a batch an overlay shows."""
+        return [at for at, i in enumerate(plan.ids[part].tolist()) if i in self.replaced] if self.replaced else []
+
     def _blame(self, plan: EpochPlan, part: slice, error: RuntimeError) -> None:
         """Raise a UserError that names the image which does not decode."""
         for i in plan.ids[part].tolist():
-            content = self.content(i)
+            content = self.stored(i)
             if isinstance(content, memoryview):
                 self.by_pillow(i, content)
         raise UserError(f"loader=dali failed: {' '.join(str(error).split())[:300]}; use loader=threads") from None
 
-    def _drain(self) -> None:
-        """Drop what the pipeline has fetched ahead of a plan that was left early."""
-        self.feed = iter(())
-        if self.pipeline is None:
-            return
+    def close(self) -> None:
+        super().close()
+        self.idle.clear()
+
+
+class _Fed:
+    """A pipeline for batches up to a length, and the inputs of the plan that feeds it."""
+
+    def __init__(
+        self, longest: int, workers: int, transform: Transform, device: torch.device, *, encoded: bool
+    ) -> None:
+        self.longest = longest
+        self.feed: Iterator[list[Any]] = iter(())
+        self.held: deque[list[Any]] = deque(maxlen=HELD)
+        gpu = device.type == "cuda"
+        inside: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
+        outside = inside | {"out_of_bounds_policy": "pad", "fill_values": 0}
+        decoder: dict[str, Any] = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+        decoder["adjust_orientation"] = False
+        count = 4 if transform.resize is None else 6
+        self.pipeline = Pipeline(longest, workers, (device.index or 0) if gpu else None)
+        with self.pipeline:
+            image, anchor, shape, size, *of_resized = fn.external_source(
+                source=self._next, num_outputs=count, batch=True, no_copy=not gpu,
+                dtype=[types.UINT8] + [types.INT32] * (count - 1),
+            )  # fmt: skip
+            if not encoded:
+                image = fn.slice(image.gpu() if gpu else image, anchor, shape, **outside)
+            elif transform.pad:
+                image = fn.slice(fn.decoders.image(image, **decoder), anchor, shape, **outside)
+            else:
+                image = fn.decoders.image_slice(image, anchor, shape, **inside, **decoder)
+            size = fn.cast(size, dtype=types.FLOAT)
+            image = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+            self.pipeline.set_outputs(fn.slice(image, *of_resized, **outside) if of_resized else image)
+        self.pipeline.build()
+
+    def _next(self) -> list[Any]:
+        """Inputs that are not copied, so those of the last batches are held until DALI is through with them."""
+        self.held.append(next(self.feed))
+        return self.held[-1]
+
+    def run(self) -> Any:
+        (output,) = self.pipeline.run()
+        return output
+
+    def drain(self, whole: bool) -> None:
+        """Make ready for another plan. whole: the last one has been read to its end."""
+        if not whole:
+            self.feed = iter(())
         with contextlib.suppress(StopIteration):
             while True:
                 self.pipeline.run()
         self.pipeline.reset()
-
-    def close(self) -> None:
-        super().close()
-        self.pipeline = None
-        self.feed = iter(())
