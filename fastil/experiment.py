@@ -1,5 +1,6 @@
 """One run: for each step train, select exemplars, evaluate, save."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from fastil.data import Batch, Dataset, Split, load_dataset, make_loader
 from fastil.data.loaders import choose
 from fastil.data.sources import image_size
 from fastil.device import device_name, pick_device
+from fastil.errors import UserError
 from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
 from fastil.interrupt import Interrupt
 from fastil.methods import METHOD_PARTS, Images, Memory, MetaAlpha, StepContext, build_method
@@ -97,7 +99,9 @@ class Experiment:
         Raises trainer.Stopped on SIGTERM or SIGINT, with a checkpoint written.
         """
         self.directory.create()
-        with checkpoint.locked(self.directory.path), self.interrupt:
+        with checkpoint.locked(self.directory.path), self.interrupt, contextlib.ExitStack() as stack:
+            for loader in (self.train_loader, self.plain_loader, self.val_loader):
+                stack.callback(loader.close)
             position = self.restore(self.resume)
             if position.step < len(self.class_steps):
                 self.announce()
@@ -111,8 +115,6 @@ class Experiment:
                 self.save(Position(step + 1))  # last: only now is the step never done again
             results = self.directory.write_results(self.recipe, self.results)
             report.draw_run(self.directory.path)
-            for loader in (self.train_loader, self.plain_loader, self.val_loader):
-                loader.close()
             return results
 
     def run_step(self, step: int, resumed: Position) -> None:
@@ -420,6 +422,8 @@ def transforms(recipe: Recipe, dataset: Dataset) -> tuple[Transform, Transform]:
     plain = Transform(height, width, config.pad, config.flip, tuple(config.mean), tuple(config.std))
     if isinstance(dataset.train, Split):
         return plain, plain
+    if config.pad:
+        raise UserError(f"pad={config.pad}: images that are streamed are trained on in random resized crops; set pad=0")
     resize = round(height * RESIZE)
     return dataclasses.replace(plain, pad=0, resized=True), dataclasses.replace(plain, pad=0, resize=resize)
 

@@ -75,6 +75,11 @@ def test_what_a_run_prints_names_the_loader(fastil, file):
     assert "loader threads: it is streamed" in process.stdout
 
 
+def test_pad_has_no_meaning_for_streamed_images_and_is_refused(fastil, file):
+    process = fastil("run", "imagenet_balanced_5", *SETTINGS, "pad=4", "--data", file)
+    assert_user_error(process, "pad=4", "random resized crops", "pad=0")
+
+
 def test_a_source_that_is_no_file_or_has_no_validation_images_is_one_line(fastil, file, tmp_path):
     assert_user_error(fastil("run", "imagenet_balanced_5", "--data", tmp_path), "fastil convert SOURCE imagenet.beton")
     alone = tmp_path / "alone.beton"

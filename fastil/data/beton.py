@@ -169,6 +169,8 @@ class Beton(ByClass):
         self.starts: Ids = image["data_ptr"].astype(np.int64)
         if self.modes.max() > RAW:
             raise self.damaged(f"sample {int(self.modes.argmax())} is neither JPEG nor RAW")
+        if self.sizes.min() < 1:
+            raise self.damaged(f"sample {int(self.sizes.min(axis=1).argmin())} has no pixels")
         if self.labels.min() < 0:
             raise self.damaged(f"sample {int(self.labels.argmin())} has a negative label")
         if self.labels.max() >= MOST_CLASSES:
@@ -185,6 +187,8 @@ class Beton(ByClass):
         order = np.lexsort((places["size"], places["ptr"]))  # an empty one before what lies at the same place
         starts, lengths = (places[key][order].astype(np.int64) for key in ("ptr", "size"))
         found = np.searchsorted(starts, self.starts, side="right") - 1
+        if len(np.unique(self.starts)) < len(self):
+            raise self.damaged("two of its samples lie at the same place")
         missing = starts[found] != self.starts
         if missing.any():
             raise self.damaged(f"sample {int(missing.argmax())} is not in its table of places")

@@ -1,15 +1,16 @@
-"""The DALI loader: one pipeline for the whole run, fed by the plan over the mapped file (boxes are decoded alone).
+"""The DALI loader: a pipeline that lives for the whole run, fed by the plan over the mapped file; of an image only the
+box is decoded.
 
 On the CPU without a driver (`device_id=None`), or on a GPU by nvJPEG, which upsamples colour differently. Images are
 upright already, so EXIF is ignored.
 """
 
-import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image
@@ -22,6 +23,8 @@ from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
 HELD = 8  # batches; more than a pipeline has in work
+KEPT = 2  # idle pipelines: training and what is read in turns with it
+LONGEST_KEPT = 1024  # images of a batch
 
 
 class Dali(Streaming):
@@ -39,7 +42,7 @@ class Dali(Streaming):
 
     def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
         longest = min(len(plan.ids), plan.batch_size + 1)
-        found = next((fed for fed in self.idle if fed.longest >= longest), None)
+        found = min((fed for fed in self.idle if fed.longest >= longest), key=lambda fed: fed.longest, default=None)
         if found is not None:
             self.idle.remove(found)
         fed = found or _Fed(longest, self.workers, self.transform, self.device, encoded=self.encoded)
@@ -51,15 +54,22 @@ class Dali(Streaming):
                 whole = False
                 try:
                     output = fed.run()
+                except StopIteration:  # the inputs of this batch could not be had
+                    assert fed.failed is not None
+                    raise fed.failed from None
                 except RuntimeError as error:  # after which the pipeline is "no longer valid"
                     valid = False
                     self._blame(plan, part, error)
                 yield self._frames(output, plan, part)
             whole = True
         finally:
-            if valid and not self.closed:
-                fed.drain(whole)
+            if valid and not self.closed and fed.longest <= LONGEST_KEPT and fed.drain(whole):
                 self.idle.append(fed)
+                self.idle.sort(key=lambda fed: fed.longest)
+                while len(self.idle) > KEPT:
+                    self.idle.pop(0).close()
+            else:
+                fed.close()
 
     def _inputs(self, plan: EpochPlan, part: slice) -> list[Any]:
         """What the pipeline needs of a batch: encoded images or pixels, corner and size of the box, what it is resized
@@ -71,6 +81,7 @@ class Dali(Streaming):
             boxes[replaced, :2], boxes[replaced, 2:] = 0, self.images.sizes[ids[replaced]]
         contents = [self.stored(i) for i in ids.tolist()]
         if self.encoded:
+            self._check_sizes(ids.tolist(), contents)
             contents = [np.frombuffer(content, np.uint8) for content in contents]
         corners, sizes = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
         frame = (self.transform.height, self.transform.width)
@@ -87,13 +98,23 @@ class Dali(Streaming):
             frames = frames.clone()
         for at in replaced:
             image = Image.fromarray(self.replaced[int(plan.ids[part][at])])
-            frame = np.array(render(image, plan.boxes[part][at].tolist(), self.transform))
+            box = plan.boxes[part][at].tolist()
+            frame = np.array(render(image, box, self.transform_of(int(plan.ids[part][at]), box)))
             frames[at] = torch.from_numpy(frame).to(frames.device)
         return frames
 
     def _replaced(self, plan: EpochPlan, part: slice) -> list[int]:
         """Which of a batch an overlay shows."""
         return [at for at, i in enumerate(plan.ids[part].tolist()) if i in self.replaced] if self.replaced else []
+
+    def _check_sizes(self, ids: list[int], contents: list[Any]) -> None:
+        for i, content in zip(ids, contents, strict=True):
+            try:
+                height, width = simplejpeg.decode_jpeg_header(content)[:2]
+            except ValueError:
+                self.by_pillow(i, content)
+            else:
+                self.check_size(i, height, width)
 
     def _blame(self, plan: EpochPlan, part: slice, error: RuntimeError) -> None:
         """Raise a UserError that names the image which does not decode."""
@@ -105,6 +126,8 @@ class Dali(Streaming):
 
     def close(self) -> None:
         super().close()
+        for fed in self.idle:
+            fed.close()
         self.idle.clear()
 
 
@@ -117,13 +140,14 @@ class _Fed:
         self.longest = longest
         self.feed: Iterator[list[Any]] = iter(())
         self.held: deque[list[Any]] = deque(maxlen=HELD)
+        self.failed: UserError | None = None
         gpu = device.type == "cuda"
         inside: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
         outside = inside | {"out_of_bounds_policy": "pad", "fill_values": 0}
         decoder: dict[str, Any] = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
         decoder["adjust_orientation"] = False
         count = 4 if transform.resize is None else 6
-        self.pipeline = Pipeline(longest, workers, (device.index or 0) if gpu else None)
+        self.pipeline: Any = Pipeline(longest, workers, (device.index or 0) if gpu else None)
         with self.pipeline:
             image, anchor, shape, size, *of_resized = fn.external_source(
                 source=self._next, num_outputs=count, batch=True, no_copy=not gpu,
@@ -141,19 +165,34 @@ class _Fed:
         self.pipeline.build()
 
     def _next(self) -> list[Any]:
-        """Inputs that are not copied, so those of the last batches are held until DALI is through with them."""
-        self.held.append(next(self.feed))
+        """Inputs that are not copied, so those of the last batches are held until DALI is through with them. DALI asks
+        ahead: what goes wrong is told when its batch is asked for."""
+        try:
+            self.held.append(next(self.feed))
+        except UserError as error:
+            self.failed = error
+            raise StopIteration from None
         return self.held[-1]
 
     def run(self) -> Any:
         (output,) = self.pipeline.run()
         return output
 
-    def drain(self, whole: bool) -> None:
-        """Make ready for another plan. whole: the last one has been read to its end."""
+    def drain(self, whole: bool) -> bool:
+        """Make ready for another plan; whether that went well. whole: the last one has been read to its end."""
         if not whole:
             self.feed = iter(())
-        with contextlib.suppress(StopIteration):
+        try:
             while True:
                 self.pipeline.run()
-        self.pipeline.reset()
+        except StopIteration:
+            self.pipeline.reset()
+            return True
+        except RuntimeError:  # at an image that was fetched ahead and that nobody will ask for
+            return False
+
+    def close(self) -> None:
+        """Free the pipeline, which holds this through its source."""
+        self.pipeline = None
+        self.feed = iter(())
+        self.held.clear()

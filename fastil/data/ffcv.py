@@ -1,6 +1,6 @@
 """The FFCV loader: FFCV's own decoder and resize (libffcv), called by the threads of the threads loader.
 
-FFCV's Loader compiles its pipeline for 6 to 16 s, keeps a frame of the largest image for every slot of its ring, ends
+FFCV's Loader compiles its pipeline anew for 2 to 16 s, keeps room for the largest image in every slot of its ring, ends
 silently when a worker fails and draws its own crops. Its speed is that of the two functions that this file calls, which
 let go of the interpreter; so the plan, the order and the errors are those of the threads loader, and the pixels FFCV's:
 libjpeg-turbo's fast transform and OpenCV's INTER_AREA.
@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
 from fastil.data.streaming import Box
@@ -42,7 +43,11 @@ class Ffcv(Threads):
     name = "ffcv"
 
     def decode(self, i: int, content: memoryview) -> NDArray[np.uint8]:
-        height, width = self.images.sizes[i].tolist()
+        try:
+            height, width = simplejpeg.decode_jpeg_header(content)[:2]
+        except ValueError:
+            return np.asarray(self.by_pillow(i, content))
+        self.check_size(i, height, width)  # libjpeg-turbo would scale it to what it is told
         encoded, pixels = np.frombuffer(content, np.uint8), self.scratch("image", (height, width))
         failed = library().imdecode(
             encoded.ctypes.data,

@@ -65,7 +65,7 @@ def make_loader(dataset: Images, backend: str, transform: Transform, device: str
         backend = choose(dataset, device)[0]
     if backend == "resident":
         if isinstance(dataset, Beton):
-            raise UserError("loader=resident: a .beton is streamed; use threads, or dataset=folder to decode it once")
+            raise UserError("loader=resident: a .beton is streamed; use loader=threads")
         return Resident(dataset, transform, device)
     if backend == "threads":
         return Threads(dataset, transform, device)

@@ -21,7 +21,7 @@ class Reference(Streaming):
     def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
         for part in list(plan.batches())[first:]:
             images = [
-                np.asarray(render(self.decoded(i), box, self.transform))
+                np.asarray(render(self.decoded(i), box, self.transform_of(i, box)))
                 for i, box in zip(plan.ids[part].tolist(), plan.boxes[part].tolist(), strict=True)
             ]
             yield torch.from_numpy(np.stack(images))

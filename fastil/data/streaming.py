@@ -7,8 +7,9 @@ that does not depend on where it came from (mirror, normalisation, the cast) is 
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,12 +38,17 @@ class Streaming(ABC):
 
     def __init__(self, images: Images, transform: Transform, device: torch.device) -> None:
         self.images, self.transform, self.device = images, transform, device
+        self.unresized = replace(transform, resize=None)
+        self.where = str(images.path) if isinstance(images, Beton) else "the data set"
         self.dtype = torch.float32  # autocast casts inside the network, where it knows which layers want it
         self.sizes: NDArray[np.int32] = images.sizes.copy()
         self.labels = torch.as_tensor(images.labels, device=device)
         self.mean = torch.tensor(transform.mean, device=device)
         self.std = torch.tensor(transform.std, device=device)
         self.replaced: dict[int, NDArray[np.uint8]] = {}
+        self.copies = None
+        if device.type == "cuda":
+            self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.closed = False
 
     @abstractmethod
@@ -72,10 +78,10 @@ class Streaming(ABC):
     def _sent(self, frames: Iterator[Tensor]) -> Iterator[Tensor]:
         """The frames on the device: to a GPU one batch ahead, by a stream of its own, while the batch before is worked
         on."""
-        if self.device.type != "cuda":
+        stream = self.copies
+        if stream is None:
             yield from frames
             return
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         working = torch.cuda.current_stream(self.device)
         ahead: tuple[Tensor, torch.cuda.Event] | None = None
         for pixels in frames:
@@ -98,9 +104,23 @@ class Streaming(ABC):
         """Replace some images. ids: int64 [n]; images: uint8 [n, h, w, 3]. Their `sizes` are then those of these."""
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(ids) or images.shape[3] != 3:
             raise ValueError(f"images must be uint8 [{len(ids)}, h, w, 3], not {images.dtype} {[*images.shape]}")
-        for i, pixels in zip(ids.tolist(), images.cpu().numpy(), strict=True):
-            self.replaced[i] = pixels
+        for i, pixels in zip(ids.tolist(), images.cpu().numpy().copy(), strict=True):
             self.sizes[i] = pixels.shape[:2]
+            self.replaced[i] = pixels
+
+    def transform_of(self, i: int, box: Sequence[int]) -> Transform:
+        """Of an image: an overlay that is a frame already is shown as it is."""
+        whole = (0, 0, self.transform.height, self.transform.width)
+        return self.unresized if i in self.replaced and tuple(box) == whole else self.transform
+
+    def check_size(self, i: int, height: int, width: int) -> None:
+        """Raise UserError for an image that is not as high and wide as its row says: the boxes would mean nothing."""
+        expected = self.images.sizes[i].tolist()
+        if [height, width] != expected:
+            raise UserError(
+                f"{self.where}: sample {i} has {height}x{width} pixels, its row says {expected[0]}x{expected[1]}; see "
+                "fastil verify, and convert it again"
+            )
 
     def content(self, i: int) -> NDArray[np.uint8] | memoryview:
         """What is shown for an image: pixels [h, w, 3], or the bytes of a JPEG, not copied."""
@@ -118,12 +138,13 @@ class Streaming(ABC):
     def by_pillow(self, i: int, content: memoryview) -> Image.Image:
         """A JPEG as Pillow decodes it; a UserError that names it if it does not."""
         try:
-            return Image.open(io.BytesIO(content), formats=("JPEG",)).convert("RGB")
+            image = Image.open(io.BytesIO(content), formats=("JPEG",)).convert("RGB")
         except Exception as error:  # Pillow raises many kinds on damaged files
-            path = self.images.path if isinstance(self.images, Beton) else "the data set"
             raise UserError(
-                f"{path}: sample {i} does not decode ({error}); see fastil verify, and convert it again"
+                f"{self.where}: sample {i} does not decode ({error}); see fastil verify, and convert it again"
             ) from None
+        self.check_size(i, image.height, image.width)
+        return image
 
     def close(self) -> None:
         self.closed = True

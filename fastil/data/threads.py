@@ -36,37 +36,43 @@ class Threads(Streaming):
 
     def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
         parts = deque(list(plan.batches())[first:])
-        waiting: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        waiting: deque[tuple[Tensor, Tensor, list[Future[None]]]] = deque()
+        longest = max((part.stop - part.start for part in parts), default=0)
         try:
             while parts or waiting:
                 while parts and len(waiting) <= AHEAD:
-                    waiting.append(self._begin(plan, parts.popleft()))
-                frames, tasks = waiting.popleft()
+                    if self.closed:
+                        raise ValueError("this loader was closed")
+                    waiting.append(self._begin(plan, parts.popleft(), longest))
+                memory, frames, tasks = waiting.popleft()
                 for task in tasks:
                     task.result()
                 yield frames
-                self.free.append(frames)
+                if len(self.free) <= AHEAD + 1:
+                    self.free.append(memory)
         finally:
-            for _, tasks in waiting:
+            for _, _, tasks in waiting:
                 for task in tasks:
                     task.cancel()
 
-    def _begin(self, plan: EpochPlan, part: slice) -> tuple[Tensor, list[Future[None]]]:
+    def _begin(self, plan: EpochPlan, part: slice, longest: int) -> tuple[Tensor, Tensor, list[Future[None]]]:
         """Hand a batch to the pool."""
         ids, boxes = plan.ids[part].tolist(), plan.boxes[part].tolist()
-        frames = self._room(len(ids))
+        memory = self._room(longest)
+        frames = memory[: len(ids)]
         array = frames.numpy()
         tasks = [
             self.pool.submit(self._fill, array[at:], ids[at : at + TOGETHER], boxes[at : at + TOGETHER])
             for at in range(0, len(ids), TOGETHER)
         ]
-        return frames, tasks
+        return memory, frames, tasks
 
     def _room(self, count: int) -> Tensor:
-        """For a batch; memory that has been used before where there is some."""
-        fitting = next((i for i, frames in enumerate(self.free) if len(frames) == count), None)
-        if fitting is not None:
-            return self.free.pop(fitting)
+        """For so many frames or more; memory that has been used before where there is some."""
+        while self.free:
+            memory = self.free.pop()
+            if count <= len(memory) <= 2 * count:
+                return memory
         shape = (count, self.transform.height, self.transform.width, 3)
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
@@ -75,8 +81,9 @@ class Threads(Streaming):
         for frame, i, box in zip(frames, ids, boxes, strict=False):
             content = self.content(i)
             image = content if isinstance(content, np.ndarray) else self.decode(i, content)
-            if self.transform.resize is not None:
-                size, central_box = central((box[2], box[3]), self.transform)
+            transform = self.transform_of(i, box)
+            if transform.resize is not None:
+                size, central_box = central((box[2], box[3]), transform)
                 image, box = self.resize(image, box, size), central_box
             if (box[2], box[3]) == frame.shape[:2]:
                 cut(image, box, frame)
@@ -89,7 +96,8 @@ class Threads(Streaming):
             room = self.scratch("image", self.images.sizes[i])
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, buffer=room)
         except ValueError:  # a warning, which Pillow can live with, or an error, which it words better
-            pixels = np.asarray(self.by_pillow(i, content))
+            return np.asarray(self.by_pillow(i, content))
+        self.check_size(i, *pixels.shape[:2])
         return pixels
 
     def scratch(self, use: str, size: Sequence[int]) -> NDArray[np.uint8]:
