@@ -1,6 +1,7 @@
 """Every kind of data set that is read, and which kind a path is. Samples are listed here, not decoded."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -115,7 +116,10 @@ def _unknown(path: Path, hint: str) -> UserError:
 
 
 def _check_names(path: Path, source: Source) -> None:
-    """Of classes: they go to a text file and to people."""
+    """Of classes: they go to a text file and to people, and tell two files' classes apart."""
+    twice = [name for name, count in Counter(source.class_names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: two classes are called {twice[0][:80]!r}; rename one, or fetch it again")
     for name in source.class_names:
         try:
             name.encode()

@@ -306,3 +306,10 @@ def test_a_listing_may_be_taken_apart_and_relabelled():
     assert [taken.extent(i) for i in range(2)] == [("1.tar", 300, 30, None), ("0.tar", 400, 40, None)]
     assert taken.labels.tolist() == [8, 9]
     assert taken.where(0) == "1.tar: 3"
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path):
+    root = cifar_binary(tmp_path, False)
+    names = (root / "batches.meta.txt").read_text().split()
+    (root / "batches.meta.txt").write_text("\n".join([*names[:9], names[0]]))
+    refused(f"two classes are called {names[0]!r}", path=root)
