@@ -60,6 +60,8 @@ def run(
     except Stopped:
         print(f"stopped; the same command with --resume goes on ({folder})", file=sys.stderr)
         raise typer.Exit(128 + (experiment.interrupt.number or 0)) from None
+    finally:
+        experiment.close()
     average, final = results["average_incremental_accuracy"], results["final_top1"]
     print(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
     if loaded.published is not None and loaded.as_shipped():

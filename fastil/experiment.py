@@ -1,6 +1,5 @@
 """One run: for each step train, select exemplars, evaluate, save."""
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -99,9 +98,7 @@ class Experiment:
         Raises trainer.Stopped on SIGTERM or SIGINT, with a checkpoint written.
         """
         self.directory.create()
-        with checkpoint.locked(self.directory.path), self.interrupt, contextlib.ExitStack() as stack:
-            for loader in (self.train_loader, self.plain_loader, self.val_loader):
-                stack.callback(loader.close)
+        with checkpoint.locked(self.directory.path), self.interrupt:
             position = self.restore(self.resume)
             if position.step < len(self.class_steps):
                 self.announce()
@@ -116,6 +113,11 @@ class Experiment:
             results = self.directory.write_results(self.recipe, self.results)
             report.draw_run(self.directory.path)
             return results
+
+    def close(self) -> None:
+        """Free what the loaders hold."""
+        for loader in (self.train_loader, self.plain_loader, self.val_loader):
+            loader.close()
 
     def run_step(self, step: int, resumed: Position) -> None:
         """One step, from its beginning, or from the resumed position if that lies inside it."""

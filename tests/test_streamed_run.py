@@ -42,7 +42,9 @@ def file(tmp_path_factory):
 
 
 def run(file, out, *settings):
-    Experiment(load("imagenet_balanced_5", [f"data={file}", *SETTINGS, *settings]), out, resume=False).run()
+    experiment = Experiment(load("imagenet_balanced_5", [f"data={file}", *SETTINGS, *settings]), out, resume=False)
+    experiment.run()
+    experiment.close()
     return json.loads((out / "results.json").read_text())
 
 
