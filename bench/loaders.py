@@ -13,7 +13,9 @@ planning an epoch of a file of 1.28 and 14 million samples (of which only the ta
 import argparse
 import contextlib
 import io
+import math
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -35,7 +37,7 @@ from fastil.data import make_loader
 from fastil.data.beton import Beton
 from fastil.data.loaders import installed
 from fastil.data.streaming import Streaming
-from fastil.plan import Key, Transform, training_plan
+from fastil.plan import AREA, ATTEMPTS, RATIO, Key, Transform, training_plan
 
 WORKERS, BATCH, SIDE = 2, 64, 224
 TRANSFORM = Transform(SIDE, SIDE, 0, True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resized=True)
@@ -91,18 +93,28 @@ class Fastil:
         return found
 
 
+def torchvision_crop(height: int, width: int) -> tuple[int, int, int, int]:
+    """RandomResizedCrop.get_params, without the tensors that torchvision makes of its numbers."""
+    for _ in range(ATTEMPTS):
+        area = random.uniform(*AREA) * height * width
+        ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, height - h), random.randint(0, width - w), h, w
+    return 0, 0, height, width
+
+
 class Files(torch.utils.data.Dataset[torch.Tensor]):
     """What DataLoader + PIL reads: torchvision's steps on Pillow's images."""
 
-    def __init__(self, files: list[Path], sizes: np.ndarray[Any, Any]) -> None:
+    def __init__(self, files: list[Path], sizes: list[list[int]]) -> None:
         self.files, self.sizes = files, sizes
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        key = Key(0, 0, "train", int(time.time_ns()) & 0xFFFF)
-        top, left, height, width = training_plan(np.array([i]), key, TRANSFORM, 2, self.sizes).boxes[0].tolist()
+        top, left, height, width = torchvision_crop(*self.sizes[i])
         with Image.open(self.files[i]) as opened:
             image = opened.convert("RGB").crop((left, top, left + width, top + height))
         return torch.from_numpy(np.array(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)))
@@ -110,7 +122,7 @@ class Files(torch.utils.data.Dataset[torch.Tensor]):
 
 def dataloader(files: list[Path], sizes: np.ndarray[Any, Any]) -> Contestant:
     loader = torch.utils.data.DataLoader(
-        Files(files, sizes), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True
+        Files(files, sizes.tolist()), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True
     )
 
     def rate() -> float:
@@ -184,12 +196,16 @@ def alone(beton: Beton, *, resize: bool) -> Contestant:
     boxes = training_plan(np.arange(len(beton)), Key(0, 0), TRANSFORM, BATCH, beton.sizes)
     of_image = dict(zip(boxes.ids.tolist(), boxes.boxes.tolist(), strict=True))
 
+    largest = int(beton.sizes.prod(axis=1).max()) * 3
+
     def work(first: int) -> None:
+        decoded, cut = (np.empty(largest, np.uint8) for _ in range(2))
         for i in range(first, len(contents), WORKERS):
-            image = simplejpeg.decode_jpeg(contents[i])
+            image = simplejpeg.decode_jpeg(contents[i], buffer=decoded)
             if resize:
                 top, left, height, width = of_image[i]
-                part = np.ascontiguousarray(image[top : top + height, left : left + width])
+                part = cut[: height * width * 3].reshape(height, width, 3)
+                part[...] = image[top : top + height, left : left + width]
                 tensor = torch.from_numpy(part).as_strided((1, 3, height, width), (part.size, 1, width * 3, 3))
                 F.interpolate(tensor, size=(SIDE, SIDE), mode="bilinear", antialias=True)
 
@@ -200,6 +216,20 @@ def alone(beton: Beton, *, resize: bool) -> Contestant:
         return len(contents) / (time.perf_counter() - began)
 
     return rate
+
+
+def differences(beton: Beton, backends: list[str], different: int) -> dict[str, dict[str, float]]:
+    """Of frames from Pillow's, of 255, over one copy of each image."""
+    ids = np.arange(0, len(beton), len(beton) // different)
+    plan = training_plan(ids, Key(0, 0), TRANSFORM, BATCH, beton.sizes)
+    frames = {}
+    for name in ("reference", *backends):
+        loader = make_loader(beton, name, TRANSFORM, "cpu")
+        assert isinstance(loader, Streaming)
+        frames[name] = torch.cat([part.clone() for part in loader.frames(plan, 0)]).int()
+        loader.close()
+    apart = {name: (frames[name] - frames["reference"]).abs() for name in backends}
+    return {name: {"mean": float(d.float().mean()), "max": float(d.max())} for name, d in apart.items()}
 
 
 def at_scale(samples: int) -> dict[str, float]:
@@ -277,8 +307,13 @@ def main() -> None:
         }
         if "ffcv" in backends:
             switches["a new FFCV Loader"] = spread([new_ffcv(folder / "x.beton") for _ in range(2)])
+        apart = differences(beton, backends, different)
     for label, values in figures.items():
         show(label, spread(values), "images/s")
+    for label, values_apart in apart.items():
+        print(
+            f"{label}: pixels {values_apart['mean']:.3f} from Pillow's in the mean, {values_apart['max']:.0f} at most"
+        )
     ratios = {f"{a} / {b}": ratio(figures, a, b) for a, b in GOALS if a in figures and b in figures}
     for (a, b), goal in GOALS.items():
         if f"{a} / {b}" in ratios:
@@ -295,7 +330,7 @@ def main() -> None:
         "rounds": arguments.rounds, "images": count, "different": different, "workers": WORKERS, "batch": BATCH,
         "images_per_second": {name: spread(values) for name, values in figures.items()},
         "ratios": ratios, "goals": {f"{a} / {b}": goal for (a, b), goal in GOALS.items()},
-        "switch_seconds": switches, "scale": scale,
+        "pixels_from_pillow": apart, "switch_seconds": switches, "scale": scale,
     }  # fmt: skip
     print(f"written to {save('loaders', torch.device('cpu'), content)}")
 

@@ -398,7 +398,7 @@ class Experiment:
             f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
             f"seed {recipe.train.seed}, on {device_name(self.device)}",
             f"{self.dataset.name}, class list {self.protocol.class_hash(names)}, into {self.directory.path}",
-            f"loader {self.train_loader.name}: {choose(self.dataset.train, self.device)[1]}"
+            f"loader {self.train_loader.name}: {choose(self.dataset.train)[1]}"
             if recipe.data.loader == "auto"
             else f"loader {self.train_loader.name}, as asked for",
             summary.as_table(self.steps),

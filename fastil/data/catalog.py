@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastil.data import cifar, idx, shards
 from fastil.data.archives import open_folder_tar
-from fastil.data.folder import image_files, open_folder
+from fastil.data.folder import class_folders, image_files, open_folder
 from fastil.data.imagenet import TRAIN, VAL, is_ilsvrc, open_ilsvrc, open_tiny_imagenet
 from fastil.data.parquet import open_parquet
 from fastil.data.records import SAME, Pixels, Source
@@ -106,8 +106,8 @@ def _has_class_folders(path: Path) -> bool:
 
 def _has_images(path: Path) -> bool:
     """Whether its first folder holds image files: then the class folders lie in it, without train/."""
-    first = next((entry for entry in sorted(path.iterdir()) if entry.is_dir() and entry.name[0] not in "._"), None)
-    return first is not None and any(Path(name).suffix for name, _ in itertools.islice(image_files(first), 100))
+    first = next(iter(class_folders(path)), None)
+    return first is not None and any(Path(name).suffix for name, _ in itertools.islice(image_files(path / first), 100))
 
 
 def _unknown(path: Path, hint: str) -> UserError:

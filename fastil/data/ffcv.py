@@ -49,21 +49,8 @@ class Ffcv(Threads):
             return np.asarray(self.by_pillow(i, content))
         self.check_size(i, height, width)  # libjpeg-turbo would scale it to what it is told
         encoded, pixels = np.frombuffer(content, np.uint8), self.scratch("image", (height, width))
-        failed = library().imdecode(
-            encoded.ctypes.data,
-            len(encoded),
-            height,
-            width,
-            pixels.ctypes.data,
-            height,
-            width,
-            0,
-            0,
-            1,
-            1,
-            False,
-            False,
-        )
+        whole = (height, width, 0, 0, 1, 1, False, False)  # no crop, no scale, no mirror
+        failed = library().imdecode(encoded.ctypes.data, len(encoded), height, width, pixels.ctypes.data, *whole)
         if failed:
             return np.asarray(self.by_pillow(i, content))
         return pixels

@@ -18,25 +18,11 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 Content = bytes | NDArray[np.uint8]
 MISSING = "no such folder; train/<class>/* and val/<class>/* are needed, or --val as well"
 VALS = ("val", "validation", "valid", "test")  # folders of validation images, if they have the classes of train
-IMAGES = frozenset(  # endings; a file without one may be an image
-    (
-        "",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".mpo",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pnm",
-    )
-)
+# Endings of image files; a file without one may be an image.
+IMAGES = frozenset(
+    ("", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+     ".pnm")
+)  # fmt: skip
 NAMED = 3  # how many damaged files a message names before it counts the rest
 AT_ONCE = 256  # encoded images of a sequential source held while they wait for a thread
 

@@ -57,12 +57,12 @@ class Loader(Protocol):
 def make_loader(dataset: Images, backend: str, transform: Transform, device: str | torch.device) -> Loader:
     """A loader over one split, which lies in memory or in a .beton.
 
-    backend: "resident" (all pixels on the device; only for a split in memory), "threads", "reference", or "auto", which
-    `choose` decides. Raises UserError for another, or one that cannot be had.
+    backend: "resident" (all pixels on the device; only for a split in memory), "threads", "ffcv", "dali", "reference",
+    or "auto", which `choose` decides. Raises UserError for another, or one that cannot be had.
     """
     device = torch.device(device)
     if backend == "auto":
-        backend = choose(dataset, device)[0]
+        backend = choose(dataset)[0]
     if backend == "resident":
         if isinstance(dataset, Beton):
             raise UserError("loader=resident: a .beton is streamed; use loader=threads")
@@ -93,7 +93,7 @@ def installed(module: str) -> bool:
         return False
 
 
-def choose(dataset: Images, device: torch.device) -> tuple[str, str]:
+def choose(dataset: Images) -> tuple[str, str]:
     """The backend for a split, and why."""
     if isinstance(dataset, Split):
         return "resident", "its pixels are in memory already"
