@@ -74,7 +74,7 @@ class Fastil:
 
     def frames(self, ids: np.ndarray[Any, Any]) -> Iterator[torch.Tensor]:
         self.epoch += 1
-        return self.loader.frames(training_plan(ids, Key(0, 0, "train", self.epoch), TRANSFORM, BATCH, self.sizes), 0)
+        return self.loader.pixels(training_plan(ids, Key(0, 0, "train", self.epoch), TRANSFORM, BATCH, self.sizes))
 
     def rate(self, count: int) -> float:
         began = time.perf_counter()
@@ -226,7 +226,7 @@ def differences(beton: Beton, backends: list[str], different: int) -> dict[str, 
     for name in ("reference", *backends):
         loader = make_loader(beton, name, TRANSFORM, "cpu")
         assert isinstance(loader, Streaming)
-        frames[name] = torch.cat([part.clone() for part in loader.frames(plan, 0)]).int()
+        frames[name] = torch.cat([part.clone() for part in loader.pixels(plan)]).int()
         loader.close()
     apart = {name: (frames[name] - frames["reference"]).abs() for name in backends}
     return {name: {"mean": float(d.float().mean()), "max": float(d.max())} for name, d in apart.items()}

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastil import base, checkpoint, compiling, memory, report, rundir, summary
+from fastil import base, checkpoint, compiling, report, rundir, summary
 from fastil.clock import Clock, versions
 from fastil.data import Batch, Dataset, Split, load_dataset, make_loader
-from fastil.data.loaders import choose
+from fastil.data.loaders import check_room, choose
 from fastil.data.sources import image_size
 from fastil.device import device_name, pick_device
 from fastil.errors import UserError
@@ -22,10 +22,11 @@ from fastil.interrupt import Interrupt
 from fastil.methods import METHOD_PARTS, Images, Memory, MetaAlpha, StepContext, build_method
 from fastil.models import Output, build_network
 from fastil.phases import Phases
-from fastil.plan import Key, Transform
+from fastil.plan import Transform
 from fastil.progress import Progress
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
+from fastil.rehearsal import Rehearsal
 from fastil.rundir import Position, RunDirectory
 from fastil.trainer import EpochRecord, Stopped, Trainer
 
@@ -48,7 +49,6 @@ class Experiment:
         num_classes = len(self.dataset.class_names)
         self.protocol = build_protocol(recipe.protocol, num_classes)
         self.class_steps = self.protocol.steps
-        self.positions = self.protocol.positions(num_classes)
         train_counts = np.bincount(self.dataset.train.labels, minlength=num_classes)
         self.steps = summary.effective_steps(recipe, self.protocol, train_counts, self.dataset.class_names)
         self.base: base.BaseStep | None = None
@@ -57,13 +57,15 @@ class Experiment:
             self.base = base.read(base_run, self.device)
         self.base_step_of: str | None = None
         augmented, plain = transforms(recipe, self.dataset)
+        total = len(self.protocol.order)
+        if recipe.data.memory == "resident":
+            check_room(self.dataset.train, total * recipe.memory.quota(total), self.device)
         self.train_loader = make_loader(self.dataset.train, recipe.data.loader, augmented, self.device)
         # Training images as the frozen network sees them; a resident loader crops only what its plans ask for.
         self.plain_loader = self.train_loader
         if plain != augmented:
             self.plain_loader = make_loader(self.dataset.train, recipe.data.loader, plain, self.device)
         self.val_loader = make_loader(self.dataset.val, recipe.data.loader, plain, self.device)
-        total = len(self.protocol.order)
         student, teacher = (build_network(recipe.model, total, recipe.train.seed).to(self.device) for _ in range(2))
         parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
         self.method = build_method(
@@ -78,13 +80,16 @@ class Experiment:
             student,
             teacher,
             self.train_loader,
-            torch.from_numpy(self.positions).to(self.device),
+            torch.from_numpy(self.protocol.positions(num_classes)).to(self.device),
             save=self.save_in_training,
             report=self.report_epoch,
             tick=self.progress.tick,
             stop=self.interrupt.requested,
         )
-        self.memory = memory.RehearsalMemory()
+        self.rehearsal = Rehearsal(
+            recipe, self.protocol, self.dataset, lambda ids: self.frozen_output(ids).features, self.progress.say
+        )
+        self.memory = self.rehearsal.memory
         self.images = Images(self.frozen_output, lambda p: self.dataset.train.of_class(self.protocol.order[p]))
         self.overlay: dict[str, torch.Tensor] = {}  # "ids" and "images" of exemplars whose pixels were learned
         self.finetuning_ids = np.empty(0, dtype=np.int64)  # of the correction that is under way
@@ -100,6 +105,7 @@ class Experiment:
         self.directory.create()
         with checkpoint.locked(self.directory.path), self.interrupt:
             position = self.restore(self.resume)
+            self.keep_memory()
             if position.step < len(self.class_steps):
                 self.announce()
                 self.compile()
@@ -123,8 +129,7 @@ class Experiment:
         """One step, from its beginning, or from the resumed position if that lies inside it."""
         self.step = step
         position = resumed if resumed.step == step else Position(step)
-        num_old = sum(len(c) for c in self.class_steps[:step])
-        num_seen = num_old + len(self.class_steps[step])
+        num_old, num_seen = self.rehearsal.classes(step)
         if position == Position(step):
             self.trainer.begin_step()
             generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, step))
@@ -137,18 +142,19 @@ class Experiment:
             position = Position(step, "memory")
             if self.recipe.correction.epochs_of(step):
                 position = Position(step, "correct")
-                self.finetuning_ids = self.balanced_set(step, num_old, num_seen)
+                self.finetuning_ids = self.rehearsal.balanced_set(step)
             self.save(position)
         if position.phase == "correct":
             self.finetune(step, num_old, num_seen, position)
             self.save(Position(step, "memory"))
         began = time.perf_counter()
-        ids, held_out = self.training_set(step, num_old)
+        ids, held_out = self.rehearsal.training_set(step)
         self.begin(step, num_old, num_seen, ids, Position(step, "memory"))
         if step > 0:
             self.correct_bias(held_out)
-        self.select_exemplars(step, num_seen)
+        self.directory.write_exemplars(step, self.rehearsal.update(step))
         self.after_memory(step, ids)
+        self.keep_memory()
         selected = time.perf_counter()
         result = self.evaluate_step(step, num_old, num_seen)
         self.clock.set(step, memory=selected - began, evaluate=time.perf_counter() - selected)
@@ -158,31 +164,10 @@ class Experiment:
             f"step {step}: {num_seen} classes, top-1 {result.top1:.2f}{split}  ({self.clock.trained(step):.0f} s)"
         )
 
-    def training_set(self, step: int, num_old: int) -> tuple[Ids, Ids]:
-        """The images of the new classes and the exemplars of the old ones, and those of both that are held out."""
-        new = [self.dataset.train.of_class(c) for c in self.class_steps[step]]
-        ids, held_out = np.concatenate([*new, self.memory.ids()]), np.empty(0, dtype=np.int64)
-        if self.recipe.reserves:
-            num_seen = num_old + len(self.class_steps[step])
-            held_out = self.reserved(self.protocol.order[:num_seen], num_old or num_seen)
-            ids = ids[~np.isin(ids, held_out)]
-        elif step > 0 and self.recipe.holds_out:
-            per_class = self.recipe.held_out(self.recipe.memory.quota(num_old))
-            key = Key(self.recipe.train.seed, step, "meta")
-            ids, held_out = memory.hold_out(ids, self.positions_of(ids), per_class, key)
-        return ids, held_out
-
-    def reserved(self, classes: Ids, sharing: int) -> Ids:
-        """The images of these classes that are never trained on, once `sharing` classes share the memory."""
-        per_class = self.recipe.held_out(self.recipe.memory.quota(sharing))
-        key = Key(self.recipe.train.seed, 0, "meta")
-        drawn = [memory.select_at_random(self.dataset.train.of_class(c), per_class, key) for c in classes]
-        return np.concatenate(drawn)
-
     def train(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
-        ids, held_out = self.training_set(step, num_old)
+        ids, held_out = self.rehearsal.training_set(step)
         self.begin(step, num_old, num_seen, ids, position)
-        probabilities = self.recipe.sampler.probabilities(self.positions_of(ids), num_old)
+        probabilities = self.recipe.sampler.probabilities(self.rehearsal.positions_of(ids), num_old)
         phase = self.phases.training(step, ids, probabilities, held_out)
         done = position.epoch * len(ids) + position.batch * self.recipe.train.batch_size
         self.progress.begin(f"step {step}", self.steps[step].visits, done)
@@ -192,7 +177,7 @@ class Experiment:
     def correct_bias(self, held_out: Ids) -> None:
         """A method's own stage on the held-out images."""
         if self.method.holds_out and len(held_out):
-            targets = torch.from_numpy(self.positions_of(held_out)).to(self.device)
+            targets = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
             self.method.after_training(self.frozen_output(held_out), targets)
 
     def after_memory(self, step: int, trained: Ids) -> None:
@@ -210,12 +195,17 @@ class Experiment:
         visits = self.steps[step].memory_visits
         if visits:
             self.progress.begin(f"step {step}, exemplars", visits, 0)
-        context = Memory(ids, self.positions_of(ids), self.images, self.plain_loader, training)
+        context = Memory(ids, self.rehearsal.positions_of(ids), self.images, self.plain_loader, training)
         changed = self.method.after_memory(self.trainer.student, context)
         self.progress.end()
         if changed:
             self.overlay = changed
             self.show_overlay()
+
+    def keep_memory(self) -> None:
+        """The exemplars stay where they are trained on, if that was asked for."""
+        if self.recipe.data.memory == "resident":
+            self.train_loader.keep(self.memory.ids())
 
     def show_overlay(self) -> None:
         for loader in {id(loader): loader for loader in (self.train_loader, self.plain_loader)}.values():
@@ -223,14 +213,6 @@ class Experiment:
 
     def frozen_output(self, ids: Ids, mirrored: bool = False) -> Output:
         return forward(self.trainer.student, self.plain_loader, ids, self.trainer.autocast(), mirrored=mirrored)
-
-    def balanced_set(self, step: int, num_old: int, num_seen: int) -> Ids:
-        """As many exemplars of every class seen, none of them held out: the quota, or what the smallest class has."""
-        held_out = self.training_set(step, num_old)[1]
-        exemplars = [*self.memory.exemplars.values(), *self.choose_exemplars(step, num_seen).values()]
-        exemplars = [ids[~np.isin(ids, held_out)] for ids in exemplars]
-        size = min(self.rehearsed(num_seen), *map(len, exemplars))
-        return np.concatenate([ids[:size] for ids in exemplars])
 
     def finetune(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
         """Balanced finetuning on the exemplars of every class seen, herded for it."""
@@ -240,16 +222,13 @@ class Experiment:
 
     def begin(self, step: int, num_old: int, num_seen: int, ids: Ids, position: Position) -> None:
         """Set the method to what is trained on now; alpha starts anew or goes on from the checkpoint."""
-        counts = np.bincount(self.positions_of(ids), minlength=self.trainer.student.width)
+        counts = np.bincount(self.rehearsal.positions_of(ids), minlength=self.trainer.student.width)
         self.method.begin_step(StepContext(step, num_old, num_seen, counts))
         if self.meta is not None:
             if position.phase != "memory" and position.epoch == position.batch == 0:
                 self.meta.begin_step()
             else:
                 self.meta.refresh()
-
-    def positions_of(self, ids: Ids) -> Ids:
-        return self.positions[self.dataset.train.labels[ids]]
 
     def take_base(self, taken: base.BaseStep) -> None:
         """The base step of another run, where this one would train the same."""
@@ -259,44 +238,8 @@ class Experiment:
         self.base_step_of = taken.source
         self.progress.say(f"base step taken from {taken.source}")
 
-    def choose_exemplars(self, step: int, num_seen: int) -> dict[int, Ids]:
-        """The exemplars of each new class, best first, in one pass over its images."""
-        config, classes = self.recipe.memory, self.class_steps[step]
-        quota = self.rehearsed(num_seen)
-        ids = [self.dataset.train.of_class(c) for c in classes]
-        if self.recipe.reserves:
-            reserved = self.reserved(classes, num_seen - len(classes) or num_seen)
-            ids = [i[~np.isin(i, reserved)] for i in ids]
-        if config.exemplar_selection == "herding":
-            features = self.frozen_output(np.concatenate(ids)).features
-            ranks = memory.herd_classes(torch.split(features, [len(i) for i in ids]), quota)
-            chosen = [i[rank] for i, rank in zip(ids, ranks, strict=True)]
-        else:
-            key = Key(self.recipe.train.seed, step, "memory")
-            chosen = [memory.select_at_random(i, quota, key) for i in ids]
-        short = [self.dataset.class_names[c] for c, i in zip(classes, ids, strict=True) if len(i) < quota]
-        if short:
-            self.progress.say(f"step {step}: fewer than {quota} images in {', '.join(short)}; all of them are kept")
-        return {int(c): exemplars for c, exemplars in zip(classes, chosen, strict=True)}
-
-    def select_exemplars(self, step: int, num_seen: int) -> None:
-        """Take the exemplars of the new classes into the memory; the older ones keep a prefix of what they have."""
-        chosen = self.choose_exemplars(step, num_seen)
-        self.memory.reduce(self.rehearsed(num_seen))
-        for class_id, exemplars in chosen.items():
-            self.memory.add(class_id, exemplars)
-        kept = self.memory.exemplars
-        if self.recipe.reserves:  # they take a part of the memory as well
-            kept = {c: np.concatenate([ids, self.reserved(np.array([c]), num_seen)]) for c, ids in kept.items()}
-        self.directory.write_exemplars(step, kept)
-
-    def rehearsed(self, num_seen: int) -> int:
-        """Exemplars of a class that are trained on, once num_seen classes share the memory."""
-        quota = self.recipe.memory.quota(num_seen)
-        return quota - self.recipe.held_out(quota) if self.recipe.reserves else quota
-
     def evaluate_step(self, step: int, num_old: int, num_seen: int) -> StepResult:
-        positions = self.positions[self.dataset.val.labels]
+        positions = self.rehearsal.positions[self.dataset.val.labels]
         ids = np.flatnonzero((positions >= 0) & (positions < num_seen))
         out = forward(self.trainer.student, self.val_loader, ids, self.trainer.autocast())
         nme = self.recipe.evaluation.predictor == "nme"
@@ -319,7 +262,7 @@ class Experiment:
         ids = self.memory.ids()
         exemplars = self.frozen_output(ids).features
         mirrored = self.frozen_output(ids, mirrored=True).features if self.mirrors else exemplars
-        positions = torch.from_numpy(self.positions_of(ids)).to(self.device)
+        positions = torch.from_numpy(self.rehearsal.positions_of(ids)).to(self.device)
         return nearest_mean_scores(features, exemplars, mirrored, positions)
 
     def restore(self, resuming: bool) -> Position:
@@ -398,7 +341,7 @@ class Experiment:
             f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
             f"seed {recipe.train.seed}, on {device_name(self.device)}",
             f"{self.dataset.name}, class list {self.protocol.class_hash(names)}, into {self.directory.path}",
-            f"loader {self.train_loader.name}: {choose(self.dataset.train)[1]}"
+            f"loader {self.train_loader.name}: {choose(self.dataset.train, self.device)[1]}"
             if recipe.data.loader == "auto"
             else f"loader {self.train_loader.name}, as asked for",
             summary.as_table(self.steps),

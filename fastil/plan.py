@@ -72,6 +72,7 @@ class EpochPlan:
     boxes: NDArray[np.int32]  # [n, 4] top, left, height, width in source pixels; outside the image is black
     flips: NDArray[np.bool_]  # [n]
     batch_size: int
+    ends: NDArray[np.int64] | None = None  # of the batches, where they are those of a larger plan
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
@@ -80,10 +81,29 @@ class EpochPlan:
     def batches(self) -> Iterator[slice]:
         """Slices of the plan: full batches, then the rest; a rest of one joins the batch before it, for batch
         normalisation cannot train on a single image."""
-        count = len(self.ids)
-        total = num_batches(count, self.batch_size)
-        for number in range(total):
-            yield slice(number * self.batch_size, count if number == total - 1 else (number + 1) * self.batch_size)
+        ends = self.ends
+        if ends is None:
+            count = len(self.ids)
+            total = num_batches(count, self.batch_size)
+            ends = np.minimum(np.arange(1, total + 1) * self.batch_size, count)
+            ends[-1:] = count
+        start = 0
+        for end in ends.tolist():
+            yield slice(start, end)
+            start = end
+
+    def only(self, taken: NDArray[np.bool_]) -> "EpochPlan":
+        """These visits, in as many batches as before, of which some may be empty. taken: bool [n]."""
+        ends = np.array([part.stop for part in self.batches()], dtype=np.int64)
+        counted = np.concatenate([[0], np.cumsum(taken)])
+        return EpochPlan(self.ids[taken], self.boxes[taken], self.flips[taken], self.batch_size, counted[ends])
+
+    def of_rank(self, rank: int, ranks: int) -> "EpochPlan":
+        """What one of several processes reads: every batch is shared out, to within one image, and none is visited
+        twice to make shares equal. Crops and flips are those of the whole plan, however many processes there are."""
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank {rank} of {ranks}: must lie in [0, {ranks})")
+        return self.only(np.arange(len(self.ids)) % ranks == rank)
 
 
 def num_batches(count: int, batch_size: int) -> int:

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from fastil import compiling, summary
+from fastil.data.loaders import check_room, resident_bytes
 from fastil.data.sources import PUBLISHED, Split, image_size, load_dataset
+from fastil.data.streaming import Images
 from fastil.device import device_name, pick_device
 from fastil.errors import UserError
 from fastil.models import Network, build_network
@@ -23,6 +25,7 @@ def describe(recipe: Recipe) -> str:
     """The effective protocol as text. Without the files, a published shape of the data set is used."""
     try:
         dataset = load_dataset(recipe.data)
+        images: Images | None = dataset.train
         counts = np.bincount(dataset.train.labels)
         names, size = dataset.class_names, image_size(recipe.data, dataset)
         source = f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.val.labels):,} test images"
@@ -32,6 +35,7 @@ def describe(recipe: Recipe) -> str:
         shape = PUBLISHED.get(recipe.data.dataset)
         if shape is None or recipe.data.data is not None:
             raise
+        images = None
         counts, names, size = np.full(shape.classes, shape.train_per_class), None, (shape.size, shape.size)
         source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
         held = shape.classes * (shape.train_per_class + shape.val_per_class) * shape.size**2 * 3
@@ -40,6 +44,11 @@ def describe(recipe: Recipe) -> str:
     protocol = build_protocol(recipe.protocol, len(counts))
     steps = summary.effective_steps(recipe, protocol, counts)
     device = pick_device(recipe.train.device)
+    kept = ""
+    if recipe.data.memory == "resident" and images is not None:
+        exemplars = len(protocol.order) * recipe.memory.quota(len(protocol.order))
+        check_room(images, exemplars, device)
+        kept = f"; about {resident_bytes(images, exemplars) / 2**30:.1f} GiB decoded on {device}"
     student = build_network(recipe.model, len(protocol.order), 0).to(device)
     plain, distilled = speeds(recipe, size)
     meta = meta_cost(recipe)
@@ -67,7 +76,7 @@ def describe(recipe: Recipe) -> str:
         f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations"
         + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
         + (f", and {learned:,} to learn exemplars" if learned else ""),
-        f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}",
+        f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}{kept}",
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps",
     ]

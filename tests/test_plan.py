@@ -219,6 +219,30 @@ def test_batches_cover_every_entry_once_and_a_rest_of_one_joins_the_batch_before
         assert [rows[part] for part in plan.batches()] == wanted
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 30])
+def test_ranks_share_every_batch_to_within_one_image(count, ranks):
+    plan = training_plan(np.arange(count), Key(0, 0), TRANSFORM, 5)
+    shares = [plan.of_rank(rank, ranks) for rank in range(ranks)]
+    batches = [list(plan.batches()), *(list(share.batches()) for share in shares)]
+    for whole, *parts in zip(*batches, strict=True):
+        visits = []
+        for share, part in zip(shares, parts, strict=True):
+            visits += zip(share.ids[part], map(tuple, share.boxes[part]), share.flips[part], strict=True)
+        wanted = zip(plan.ids[whole], map(tuple, plan.boxes[whole]), plan.flips[whole], strict=True)
+        assert sorted(visits) == sorted(wanted)
+        lengths = [part.stop - part.start for part in parts]
+        assert max(lengths) - min(lengths) <= 1
+
+
+def test_ranks_of_ranks_and_ranks_that_are_none():
+    plan = sequential_plan(np.arange(23), TRANSFORM, 4)
+    assert plan.of_rank(1, 2).of_rank(1, 3).ids.tolist() == list(range(3, 23, 6))
+    for rank, ranks in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="rank"):
+            plan.of_rank(rank, ranks)
+
+
 def test_a_plan_of_nothing_has_no_batches():
     assert list(sequential_plan(np.empty(0, dtype=np.int64), TRANSFORM, 4).batches()) == []
 

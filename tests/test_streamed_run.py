@@ -9,6 +9,7 @@ from conftest import assert_user_error, encoded
 
 from fastil.data import DataConfig, load_dataset
 from fastil.data.beton import Beton
+from fastil.data.streaming import Streaming
 from fastil.experiment import Experiment
 from fastil.recipe import load
 from fastil.tools.convert import convert, options_of
@@ -60,6 +61,79 @@ def test_a_streamed_run_learns_and_is_the_same_again(file, tmp_path):
         assert described["train"] == {"sha256": beton.manifest.sha256, "images": len(beton)}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["method=mnemonics", "head=cosine", "last_relu=false", "mnemonics_epochs=1"],
+        ["correction=balanced_finetuning", "finetune_epochs=2"],
+    ],
+)
+def test_a_resident_memory_changes_nothing_but_what_is_read(file, tmp_path, monkeypatch, settings):
+    read, stored = [], Streaming.stored
+
+    def spy(loader, i):
+        if loader.transform.resized:
+            read.append(i)
+        return stored(loader, i)
+
+    monkeypatch.setattr(Streaming, "stored", spy)
+    seen = {}
+    for memory in ("streamed", "resident"):
+        read.clear()
+        settings_of_all = ["loader=threads", "epochs=2", *settings]
+        seen[memory] = run(file, tmp_path / memory, f"memory={memory}", *settings_of_all), np.array(read)
+    assert seen["streamed"][0] == seen["resident"][0]
+    exemplars = json.loads((tmp_path / "resident/memory/step_0.json").read_text())
+    for i in np.concatenate([*exemplars.values()]).tolist():
+        reads = {memory: int((ids == i).sum()) for memory, (_, ids) in seen.items()}
+        if not settings:  # two epochs of the base step, then once to be kept, or in two epochs of each of two steps
+            assert reads == {"streamed": 6, "resident": 3}
+        elif "method=mnemonics" not in settings:  # whose exemplars are an overlay
+            assert reads["resident"] < reads["streamed"]
+
+
+def test_a_resident_memory_is_held_again_after_a_resume(file, tmp_path, monkeypatch):
+    whole = run(file, tmp_path / "whole", "memory=resident", "epochs=2")
+    recipe = load("imagenet_balanced_5", [f"data={file}", *SETTINGS, "memory=resident", "epochs=2"])
+    stopped = Experiment(recipe, tmp_path / "run", resume=False)
+    train = stopped.train
+
+    def stop_in_the_last_step(step, *arguments):
+        if step == 2:
+            raise KeyboardInterrupt
+        train(step, *arguments)
+
+    monkeypatch.setattr(stopped, "train", stop_in_the_last_step)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    stopped.close()
+    resumed = Experiment(recipe, tmp_path / "run", resume=True)
+    held, train = [], resumed.train
+
+    def look(*arguments):
+        held.append(sorted(resumed.train_loader.held))
+        train(*arguments)
+
+    monkeypatch.setattr(resumed, "train", look)
+    resumed.run()
+    exemplars = json.loads((tmp_path / "run/memory/step_1.json").read_text())
+    assert held == [sorted(np.concatenate([*exemplars.values()]).tolist())]
+    resumed.close()
+    assert json.loads((tmp_path / "run/results.json").read_text()) == whole
+
+
+def test_a_resident_memory_that_cannot_be_is_refused_before_anything_is_trained(fastil, file):
+    process = fastil("run", "digits", "memory=resident")
+    assert_user_error(process, "memory=resident", "in memory already", "leave it out")
+    many = [setting for setting in SETTINGS if not setting.startswith("exemplars")] + ["exemplars_per_class=1000000000"]
+    for command in ("run", "plan"):
+        process = fastil(command, "imagenet_balanced_5", *many, "memory=resident", "--data", file)
+        assert_user_error(process, "memory=resident: 6,000,000,000 exemplars", "GiB", "leave it out")
+    process = fastil("plan", "imagenet_balanced_5", *SETTINGS, "memory=resident", "--data", file)
+    assert "GiB decoded on cpu" in process.stdout
+
+
 def test_the_reference_loader_trains_the_same_to_a_rounding(file, tmp_path):
     """Frames differ by 2 of 255 at most."""
     weights = []
@@ -74,7 +148,7 @@ def test_what_a_run_prints_names_the_loader(fastil, file):
     settings = [setting for setting in SETTINGS if not setting.startswith("epochs")] + ["epochs=1"]
     process = fastil("run", "imagenet_balanced_5", *settings, "--data", file, "--out", "out")
     assert process.returncode == 0, process.stderr
-    assert "loader threads: it is streamed" in process.stdout
+    assert "loader threads: on a CPU the fastest" in process.stdout
 
 
 def test_pad_has_no_meaning_for_streamed_images_and_is_refused(fastil, file):

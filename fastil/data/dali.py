@@ -13,12 +13,11 @@ import numpy as np
 import simplejpeg
 import torch
 from nvidia.dali import Pipeline, fn, types
-from PIL import Image
 from torch import Tensor
 
 from fastil.data.beton import Beton
-from fastil.data.reference import render
-from fastil.data.streaming import Images, Streaming, central, default_workers
+from fastil.data.frames import central
+from fastil.data.streaming import Images, Streaming, default_workers
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
@@ -37,16 +36,18 @@ class Dali(Streaming):
         if isinstance(images, Beton) and images.mode == "mixed":
             raise UserError(f"{images.path}: holds JPEGs and pixels, which DALI cannot mix; use loader=threads")
         self.encoded = isinstance(images, Beton) and images.mode == "jpeg"
+        self.reads_held = False
         self.workers = workers or default_workers()
         self.idle: list[_Fed] = []
 
-    def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
+    def frames(self, plan: EpochPlan, parts: list[slice]) -> Generator[Tensor, None, None]:
+        if not parts:
+            return
         longest = min(len(plan.ids), plan.batch_size + 1)
         found = min((fed for fed in self.idle if fed.longest >= longest), key=lambda fed: fed.longest, default=None)
         if found is not None:
             self.idle.remove(found)
         fed = found or _Fed(longest, self.workers, self.transform, self.device, encoded=self.encoded)
-        parts = list(plan.batches())[first:]
         fed.feed = (self._inputs(plan, part) for part in parts)
         whole = valid = True
         try:
@@ -60,7 +61,7 @@ class Dali(Streaming):
                 except RuntimeError as error:  # after which the pipeline is "no longer valid"
                     valid = False
                     self._blame(plan, part, error)
-                yield self._frames(output, plan, part)
+                yield torch.utils.dlpack.from_dlpack(output.as_tensor())
             whole = True
         finally:
             if valid and not self.closed and fed.longest <= LONGEST_KEPT and fed.drain(whole):
@@ -75,10 +76,6 @@ class Dali(Streaming):
         """What the pipeline needs of a batch: encoded images or pixels, corner and size of the box, what it is resized
         to, and with `resize` corner and size of the frame in that."""
         ids, boxes = plan.ids[part], plan.boxes[part]
-        replaced = self._replaced(plan, part)
-        if replaced:  # `_frames` puts them in place
-            boxes = boxes.copy()
-            boxes[replaced, :2], boxes[replaced, 2:] = 0, self.images.sizes[ids[replaced]]
         contents = [self.stored(i) for i in ids.tolist()]
         if self.encoded:
             self._check_sizes(ids.tolist(), contents)
@@ -90,22 +87,6 @@ class Dali(Streaming):
         resized = [central((height, width), self.transform) for height, width in sizes.tolist()]
         of_frame = [np.array([box[side : side + 2] for _, box in resized], np.int32) for side in (0, 2)]
         return [contents, corners, sizes, np.array([size for size, _ in resized], np.int32), *of_frame]
-
-    def _frames(self, output: Any, plan: EpochPlan, part: slice) -> Tensor:
-        frames = torch.utils.dlpack.from_dlpack(output.as_tensor())
-        replaced = self._replaced(plan, part)
-        if replaced:
-            frames = frames.clone()
-        for at in replaced:
-            image = Image.fromarray(self.replaced[int(plan.ids[part][at])])
-            box = plan.boxes[part][at].tolist()
-            frame = np.array(render(image, box, self.transform_of(int(plan.ids[part][at]), box)))
-            frames[at] = torch.from_numpy(frame).to(frames.device)
-        return frames
-
-    def _replaced(self, plan: EpochPlan, part: slice) -> list[int]:
-        """Which of a batch an overlay shows."""
-        return [at for at, i in enumerate(plan.ids[part].tolist()) if i in self.replaced] if self.replaced else []
 
     def _check_sizes(self, ids: list[int], contents: list[Any]) -> None:
         for i, content in zip(ids, contents, strict=True):

@@ -15,8 +15,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from fastil.data.streaming import Box
-from fastil.data.threads import Threads, cut
+from fastil.data.frames import Box, cut
+from fastil.data.threads import Threads, new
 from fastil.errors import UserError
 
 
@@ -55,15 +55,23 @@ class Ffcv(Threads):
             return np.asarray(self.by_pillow(i, content))
         return pixels
 
+    def keep(self, ids: NDArray[np.int64]) -> None:
+        if not self.reads_held:
+            raise UserError(
+                "memory=resident: exemplars would be resized on the GPU, not as loader=ffcv resizes other images; "
+                "use loader=threads or loader=dali"
+            )
+        super().keep(ids)
+
     def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
         top, left, height, width = box
+        if (height, width) == size:
+            return cut(image, box, new)
         if top < 0 or left < 0 or top + height > image.shape[0] or left + width > image.shape[1]:
-            inside = self.scratch("part", (height, width))
-            cut(image, box, inside)
-            image, top, left = inside, 0, 0
+            image, top, left = self.part(image, box), 0, 0
         image = np.ascontiguousarray(image)
-        new = self.scratch("resized", size)
+        resized = self.scratch("resized", size)
         library().resize(
-            0, image.ctypes.data, *image.shape[:2], top, top + height, left, left + width, new.ctypes.data, *size
+            0, image.ctypes.data, *image.shape[:2], top, top + height, left, left + width, resized.ctypes.data, *size
         )
-        return new
+        return resized

@@ -1,5 +1,6 @@
 """Which loader reads a split: all the same plan, all the same batches within what their decoders differ by."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Protocol
@@ -14,12 +15,15 @@ from fastil.data.beton import Beton
 from fastil.data.reference import Reference
 from fastil.data.resident import Resident
 from fastil.data.sources import Split
-from fastil.data.streaming import Images
+from fastil.data.streaming import Images, default_workers
 from fastil.data.threads import Threads
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
 BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")
+# Seconds of a core for a JPEG by loader=threads, whatever its size and for each of its pixels, and images per second
+# that a data centre's GPU trains a ResNet-18 on at 224x224, all rough: to say which of the two would wait.
+PER_IMAGE, PER_PIXEL, GPU_RATE = 0.3e-3, 7e-9, 7_000
 
 
 class Loader(Protocol):
@@ -45,6 +49,10 @@ class Loader(Protocol):
         """The images by the test-time transform, normalised, [n, 3, H, W]."""
         ...
 
+    def keep(self, ids: NDArray[np.int64]) -> None:
+        """Hold these images, and no others, decoded on the device (memory=resident)."""
+        ...
+
     def overlay(self, ids: Tensor, images: Tensor) -> None:
         """Replace the pixels of some samples. ids: int64 [n]; images: uint8 [n, h, w, 3]."""
         ...
@@ -62,7 +70,7 @@ def make_loader(dataset: Images, backend: str, transform: Transform, device: str
     """
     device = torch.device(device)
     if backend == "auto":
-        backend = choose(dataset)[0]
+        backend = choose(dataset, device)[0]
     if backend == "resident":
         if isinstance(dataset, Beton):
             raise UserError("loader=resident: a .beton is streamed; use loader=threads")
@@ -93,8 +101,46 @@ def installed(module: str) -> bool:
         return False
 
 
-def choose(dataset: Images) -> tuple[str, str]:
-    """The backend for a split, and why."""
+def choose(dataset: Images, device: torch.device) -> tuple[str, str]:
+    """The backend for a split whose batches are for this device, and why."""
     if isinstance(dataset, Split):
         return "resident", "its pixels are in memory already"
-    return "threads", "it is streamed"
+    if device.type == "cpu":
+        return "threads", "on a CPU the fastest"
+    if dataset.mode != "jpeg":
+        return "threads", "pixels are stored, not JPEGs only"
+    cores, rate = default_workers(), cpu_rate(float(dataset.sizes.prod(axis=1, dtype=np.int64).mean()))
+    cores_read = f"{cores} cores read about {rate:,.0f} images/s of this size"
+    if rate >= GPU_RATE:
+        return "threads", f"{cores_read}, as many as a GPU trains on"
+    if installed("nvidia.dali"):
+        return "dali", f"{cores_read}; the GPU decodes"
+    return "threads", f"{cores_read}; the GPU would decode with DALI: pip install nvidia-dali-cuda130"
+
+
+def cpu_rate(pixels: float) -> float:
+    """JPEGs of so many pixels that loader=threads reads per second on all cores, about."""
+    return float(f"{default_workers() / (PER_IMAGE + PER_PIXEL * pixels):.2g}")
+
+
+def resident_bytes(dataset: Images, exemplars: int) -> int:
+    """Of so many exemplars of average size on the device."""
+    return round(exemplars * 3 * float(dataset.sizes.prod(axis=1, dtype=np.int64).mean()))
+
+
+def check_room(dataset: Images, exemplars: int, device: torch.device) -> None:
+    """Raise UserError where memory=resident is no use or cannot be."""
+    if isinstance(dataset, Split):
+        raise UserError("memory=resident: all images are in memory already; leave it out")
+    needed = resident_bytes(dataset, exemplars)
+    cuda = device.type == "cuda"
+    there = (
+        torch.cuda.get_device_properties(device).total_memory
+        if cuda
+        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
+    if needed > there:
+        raise UserError(
+            f"memory=resident: {exemplars:,} exemplars take about {needed / 2**30:.1f} GiB, {device} has "
+            f"{there / 2**30:.1f}; leave it out, or convert with --max-side 400"
+        )

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastil.data.streaming import Box, Streaming, central
-from fastil.plan import EpochPlan, Transform
+from fastil.data.frames import Box, frame_of
+from fastil.data.streaming import Streaming
+from fastil.plan import EpochPlan
 
 BILINEAR = Image.Resampling.BILINEAR  # antialiased, as Pillow's filters are
 
@@ -18,27 +19,21 @@ class Reference(Streaming):
 
     name = "reference"
 
-    def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
-        for part in list(plan.batches())[first:]:
+    def frames(self, plan: EpochPlan, parts: list[slice]) -> Generator[Tensor, None, None]:
+        for part in parts:
             images = [
-                np.asarray(render(self.decoded(i), box, self.transform_of(i, box)))
+                np.asarray(frame_of(self.image(i), box, self.transform_of(i, box), resize))
                 for i, box in zip(plan.ids[part].tolist(), plan.boxes[part].tolist(), strict=True)
             ]
             yield torch.from_numpy(np.stack(images))
 
-    def decoded(self, i: int) -> Image.Image:
+    def image(self, i: int) -> Image.Image:
         content = self.content(i)
         return Image.fromarray(content) if isinstance(content, np.ndarray) else self.by_pillow(i, content)
 
 
-def render(image: Image.Image, box: Box, transform: Transform) -> Image.Image:
-    """A box of an image at the size of the output; outside the image is black."""
+def resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
+    """For `frame_of`."""
     top, left, height, width = box
     image = image.crop((left, top, left + width, top + height))
-    if transform.resize is not None:
-        size, box = central((height, width), transform)
-        image = image.resize(size[::-1], BILINEAR)
-        image = image.crop((box[1], box[0], box[1] + box[3], box[0] + box[2]))
-    elif (height, width) != (transform.height, transform.width):
-        image = image.resize((transform.width, transform.height), BILINEAR)
-    return image
+    return image if (height, width) == size else image.resize(size[::-1], BILINEAR)

@@ -58,6 +58,9 @@ class Resident:
         plan = sequential_plan(ids, self.transform, max(2, len(ids)))
         return next(self.batches(plan)).images
 
+    def keep(self, ids: NDArray[np.int64]) -> None:
+        """Nothing is to be done: all images are on the device."""
+
     def overlay(self, ids: Tensor, images: Tensor) -> None:
         """Replace the pixels of some samples. ids: int64 [n]; images: uint8 [n, h, w, 3]."""
         if self.images is None:

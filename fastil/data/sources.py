@@ -38,6 +38,7 @@ class DataConfig:
     val: str | None = None  # folder: path of the test images if not DATA/val, or same; --val sets it
     size: int = 32  # folder: images are resized once, short side, then centre-cropped to a square
     loader: str = "auto"  # auto | resident | threads | ffcv | dali | reference: what reads the images
+    memory: Literal["streamed", "resident"] = "streamed"  # resident: exemplars stay decoded on the device
     on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what a file that does not decode means
     verify: bool = True  # cifar: compare the md5 of the python version's files with the published ones
     pad: int = 4  # random crop after black padding of this many pixels

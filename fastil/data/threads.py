@@ -12,11 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import simplejpeg
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastil.data.streaming import Box, Images, Streaming, central, default_workers
+from fastil.data.frames import Box, cut, frame_of, scaled
+from fastil.data.streaming import Images, Streaming, default_workers
 from fastil.plan import EpochPlan, Transform
 
 AHEAD = 2  # batches that are in work beside the one that is asked for
@@ -34,16 +34,16 @@ class Threads(Streaming):
         self.free: list[Tensor] = []  # buffers of frames
         self.local = threading.local()
 
-    def frames(self, plan: EpochPlan, first: int) -> Generator[Tensor, None, None]:
-        parts = deque(list(plan.batches())[first:])
+    def frames(self, plan: EpochPlan, parts: list[slice]) -> Generator[Tensor, None, None]:
+        left = deque(parts)
         waiting: deque[tuple[Tensor, Tensor, list[Future[None]]]] = deque()
         longest = max((part.stop - part.start for part in parts), default=0)
         try:
-            while parts or waiting:
-                while parts and len(waiting) <= AHEAD:
+            while left or waiting:
+                while left and len(waiting) <= AHEAD:
                     if self.closed:
                         raise ValueError("this loader was closed")
-                    waiting.append(self._begin(plan, parts.popleft(), longest))
+                    waiting.append(self._begin(plan, left.popleft(), longest))
                 memory, frames, tasks = waiting.popleft()
                 for task in tasks:
                     task.result()
@@ -81,14 +81,11 @@ class Threads(Streaming):
         for frame, i, box in zip(frames, ids, boxes, strict=False):
             content = self.content(i)
             image = content if isinstance(content, np.ndarray) else self.decode(i, content)
-            transform = self.transform_of(i, box)
-            if transform.resize is not None:
-                size, central_box = central((box[2], box[3]), transform)
-                image, box = self.resize(image, box, size), central_box
-            if (box[2], box[3]) == frame.shape[:2]:
-                cut(image, box, frame)
-            else:
-                frame[...] = self.resize(image, box, frame.shape[:2])
+            frame[...] = frame_of(image, box, self.transform_of(i, box), self.resize)
+
+    def decoded(self, i: int) -> NDArray[np.uint8]:
+        content = self.stored(i)
+        return np.array(content if isinstance(content, np.ndarray) else self.decode(i, content))
 
     def decode(self, i: int, content: memoryview) -> NDArray[np.uint8]:
         """A JPEG's pixels [h, w, 3], in memory that the thread uses again for the next. UserError if it is damaged."""
@@ -109,15 +106,17 @@ class Threads(Streaming):
             setattr(self.local, use, memory)
         return memory[: height * width * 3].reshape(height, width, 3)
 
+    def part(self, image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
+        """A box of an image in memory that the thread uses again."""
+        part = self.scratch("part", box[2:])
+        part[...] = cut(image, box, new)
+        return part
+
     def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
         """A box of an image at this height and width, bilinear and antialiased."""
-        height, width = box[2:]
-        part = self.scratch("part", (height, width))
-        cut(image, box, part)
-        # Channels-last by all its strides, or what comes out is not, and would have to be turned at some cost.
-        tensor = torch.from_numpy(part).as_strided((1, 3, height, width), (height * width * 3, 1, width * 3, 3))
-        new = F.interpolate(tensor, size=size, mode="bilinear", antialias=True, align_corners=False)
-        array: NDArray[np.uint8] = new[0].permute(1, 2, 0).numpy()
+        if (box[2], box[3]) == size:
+            return cut(image, box, new)
+        array: NDArray[np.uint8] = scaled(torch.from_numpy(self.part(image, box)), size).numpy()
         return array
 
     def close(self) -> None:
@@ -126,11 +125,5 @@ class Threads(Streaming):
         self.free.clear()
 
 
-def cut(image: NDArray[np.uint8], box: Box, into: NDArray[np.uint8]) -> None:
-    """Copy a box of an image; outside the image is black."""
-    top, left, height, width = box
-    inside = image[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
-    if inside.shape != into.shape:
-        into[...] = 0
-    at = into[max(0, -top) :, max(0, -left) :]
-    at[: inside.shape[0], : inside.shape[1]] = inside
+def new(height: int, width: int) -> NDArray[np.uint8]:
+    return np.empty((height, width, 3), np.uint8)

@@ -3,6 +3,7 @@
 import gc
 import io
 import os
+import re
 import time
 
 import numpy as np
@@ -14,9 +15,9 @@ from PIL import Image
 from fastil.data import Split, make_loader
 from fastil.data import beton as beton_format
 from fastil.data.beton import Beton
-from fastil.data.loaders import installed
+from fastil.data.loaders import choose, installed
 from fastil.errors import UserError
-from fastil.plan import EpochPlan, Key, Transform, sequential_plan, training_plan
+from fastil.plan import Key, Transform, sequential_plan, training_plan
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
@@ -25,12 +26,9 @@ STATS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 RESIZED = Transform(SIDE, SIDE, 0, True, **STATS, resized=True)
 CENTRAL = Transform(SIDE, SIDE - 4, 0, False, **STATS, resize=37)
 PADDED = Transform(40, 40, 4, True, **STATS)
-BACKENDS = [
-    "reference",
-    "threads",
-    pytest.param("ffcv", marks=pytest.mark.skipif(not installed("ffcv"), reason="FFCV is not installed")),
-    pytest.param("dali", marks=pytest.mark.skipif(not installed("nvidia.dali"), reason="DALI is not installed")),
-]
+FFCV = pytest.param("ffcv", marks=pytest.mark.skipif(not installed("ffcv"), reason="FFCV is not installed"))
+DALI = pytest.param("dali", marks=pytest.mark.skipif(not installed("nvidia.dali"), reason="DALI is not installed"))
+BACKENDS = ["reference", "threads", FFCV, DALI]
 # Largest and mean difference from Pillow's frames, of 255. FFCV's fast inverse transform and INTER_AREA, which does not
 # smooth where one side grows, differ most at sharp edges.
 BOUNDS = {"reference": (0, 0.0), "threads": (2, 0.1), "dali": (16, 0.6), "ffcv": (255, 4.0)}
@@ -84,7 +82,7 @@ def opened(files):
 
 
 def frames_of(loader, plan, first=0):
-    return torch.cat([frames.clone() for frames in loader.frames(plan, first)]).numpy()
+    return torch.cat([frames.clone() for frames in loader.pixels(plan, first)]).numpy()
 
 
 # Order
@@ -109,14 +107,23 @@ def test_batches_are_those_of_the_plan_over_epochs_and_after_a_resume(opened, ba
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_slices_of_ranks_are_the_parts_of_the_whole(opened, backend, ranks):
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_what_ranks_read_are_the_parts_of_the_whole_batch_by_batch(opened, backend, ranks):
     loader = opened("jpeg", "different", backend, RESIZED)
-    plan = training_plan(np.arange(COUNT), Key(2, 1), RESIZED, 5, loader.sizes)
+    for epoch in range(3):
+        plan = training_plan(np.arange(COUNT), Key(2, 1, "train", epoch), RESIZED, 5, loader.sizes)  # the last has 4
+        for first in (0, 3):
+            of_ranks = [list(loader.batches(plan.of_rank(rank, ranks), first)) for rank in range(ranks)]
+            for number, batches in enumerate(zip(loader.batches(plan, first), *of_ranks, strict=True), first):
+                batch, *shares = batches
+                place = np.arange(COUNT)[list(plan.batches())[number]] % ranks
+                for rank, share in enumerate(shares):
+                    assert share.ids.tolist() == batch.ids[place == rank].tolist()
+                    assert share.labels.tolist() == batch.labels[place == rank].tolist()
+                    assert torch.equal(share.images, batch.images[place == rank])
     whole = frames_of(loader, plan)
     for rank in range(ranks):
-        part = EpochPlan(plan.ids[rank::ranks], plan.boxes[rank::ranks], plan.flips[rank::ranks], 5)
-        np.testing.assert_array_equal(frames_of(loader, part), whole[rank::ranks])
+        np.testing.assert_array_equal(frames_of(loader, plan.of_rank(rank, ranks)), whole[rank::ranks])
 
 
 # Pixels
@@ -218,6 +225,71 @@ def test_an_overlay_of_frames_stays_as_it_is(opened, backend):
     assert torch.equal(loader.whole(ids), before)
     mixed = frames_of(loader, sequential_plan(np.arange(COUNT), CENTRAL, 6, sizes=loader.sizes))
     np.testing.assert_array_equal(mixed[ids], pixels.numpy())
+
+
+# Images that are held on the device
+
+
+@pytest.mark.parametrize("mode", ["jpeg", "raw"])
+@pytest.mark.parametrize("transform", [RESIZED, CENTRAL])
+@pytest.mark.parametrize("backend", ["reference", "threads", FFCV])
+def test_held_images_look_as_before_and_are_not_read(opened, backend, mode, transform, monkeypatch):
+    check_held(opened(mode, "different", backend, transform), 0, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", ["jpeg", "raw"])
+@pytest.mark.parametrize("transform", [RESIZED, CENTRAL])
+@pytest.mark.parametrize("backend", ["reference", "threads", DALI])
+def test_so_they_do_where_they_are_made_frames_apart_from_the_rest(opened, backend, mode, transform, monkeypatch):
+    """As on a GPU, and always by DALI; they are what `threads` would make of them."""
+    loader = opened(mode, "different", backend, transform)
+    loader.reads_held = False
+    bounds = {"threads": 0, "reference": BOUNDS["threads"][0], "dali": BOUNDS["dali"][0]}
+    check_held(loader, bounds[backend], monkeypatch)
+
+
+def check_held(loader, largest, monkeypatch):
+    plan = plans(loader)
+    before = frames_of(loader, plan)
+    batches = [batch.tolist() for batch in (plan.ids[part] for part in plan.batches())]
+    held = [*batches[1], *batches[0][::2], batches[2][-1]]  # a batch whole, a batch in part, a batch but for its last
+    loader.keep(np.array(held))
+    stored = loader.stored
+
+    def only_others(i):
+        assert i not in held
+        return stored(i)
+
+    monkeypatch.setattr(loader, "stored", only_others)
+    difference = np.abs(frames_of(loader, plan).astype(np.int64) - before)
+    same = np.isin(plan.ids, held, invert=True)
+    assert difference[same].max() == 0
+    assert difference.max() <= largest
+    again = frames_of(loader, plan, first=1)
+    np.testing.assert_array_equal(again, frames_of(loader, plan)[list(plan.batches())[1].start :])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_more_is_held_than_was_asked_for(opened, backend, monkeypatch):
+    loader = opened("jpeg", "different", backend, RESIZED)
+    decoded, decode = [], loader.decoded
+    monkeypatch.setattr(loader, "decoded", lambda i: decoded.append(i) or decode(i))
+    new = photo(SIDE, SIDE, 99)
+    loader.overlay(torch.tensor([4]), torch.from_numpy(new[None]))
+    for ids, read in (([1, 2, 4], [1, 2]), ([2, 3], [3]), ([], [])):
+        decoded.clear()
+        loader.keep(np.array(ids, dtype=np.int64))
+        assert sorted(decoded) == read
+        assert sorted(loader.held) == sorted({*ids, 4})  # an overlay stays: its pixels are nowhere else
+    np.testing.assert_array_equal(loader.held[4].numpy(), new)
+
+
+def test_held_images_must_not_be_resized_otherwise_than_the_rest(opened):
+    pytest.importorskip("ffcv")
+    loader = opened("jpeg", "different", "ffcv", RESIZED)
+    loader.reads_held = False  # as on a GPU
+    with pytest.raises(UserError, match=r"memory=resident: .* use loader=threads or loader=dali"):
+        loader.keep(np.empty(0, dtype=np.int64))
 
 
 # What can go wrong
@@ -370,3 +442,37 @@ def test_what_is_decoded_is_what_the_bytes_say(opened, files):
         for i in range(COUNT):
             expected = np.asarray(Image.open(io.BytesIO(beton.encoded(i))))
             np.testing.assert_array_equal(loader.decode(i, beton.view(i)).reshape(expected.shape), expected)
+
+
+# Which loader
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "cores", "dali", "name", "why"),
+    [
+        ("cpu", "jpeg", 64, True, "threads", "on a CPU"),
+        ("cuda", "jpeg", 2, True, "dali", "2 cores read about .* the GPU decodes"),
+        ("cuda", "jpeg", 2, False, "threads", "pip install nvidia-dali-cuda130"),
+        ("cuda", "jpeg", 64, True, "threads", "64 cores read about .* as many as a GPU trains on"),
+        ("cuda", "raw", 2, True, "threads", "pixels are stored"),
+    ],
+)
+def test_auto_goes_by_the_device_the_cores_and_what_is_installed(
+    files, monkeypatch, device, mode, cores, dali, name, why
+):
+    monkeypatch.setattr("fastil.data.loaders.default_workers", lambda: cores)
+    monkeypatch.setattr("fastil.data.loaders.installed", lambda module: dali)
+    with Beton(files[mode, "different"]) as beton:
+        chosen, reason = choose(beton, torch.device(device))
+    assert chosen == name
+    assert re.search(why, reason)
+
+
+def test_auto_goes_by_the_size_of_the_images(files, monkeypatch):
+    """What many cores read of small images in time, they do not of large ones."""
+    monkeypatch.setattr("fastil.data.loaders.default_workers", lambda: 8)
+    monkeypatch.setattr("fastil.data.loaders.installed", lambda module: True)
+    with Beton(files["jpeg", "different"]) as beton:
+        assert choose(beton, torch.device("cuda"))[0] == "threads"
+        monkeypatch.setattr(beton, "sizes", beton.sizes * 10)
+        assert choose(beton, torch.device("cuda"))[0] == "dali"

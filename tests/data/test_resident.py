@@ -158,3 +158,13 @@ def test_images_of_another_form_are_refused(shape_and_type):
     split = Split(np.zeros(*shape_and_type), np.zeros(4, dtype=np.int64))
     with pytest.raises(ValueError, match="uint8"):
         make_loader(split, "auto", TRANSFORM, "cpu")
+
+
+def test_ranks_read_their_part_of_every_batch(split):
+    loader = make_loader(split, "resident", TRANSFORM, "cpu")
+    plan = training_plan(np.arange(COUNT), Key(7, 1), TRANSFORM, batch_size=4)  # 23: the last batch has 3
+    of_ranks = [list(loader.batches(plan.of_rank(rank, 4))) for rank in range(4)]
+    for batch, *shares in zip(loader.batches(plan), *of_ranks, strict=True):
+        found = {int(i): image for share in shares for i, image in zip(share.ids, share.images, strict=True)}
+        assert set(found) == set(batch.ids.tolist())
+        assert all(torch.equal(found[int(i)], image) for i, image in zip(batch.ids, batch.images, strict=True))

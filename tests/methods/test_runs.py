@@ -15,6 +15,7 @@ from fastil.errors import UserError
 from fastil.experiment import Experiment
 from fastil.methods import BiC
 from fastil.recipe import load
+from fastil.rehearsal import Rehearsal
 
 COSINE = ["head=cosine", "last_relu=false"]
 PROXIES = ["head=proxies", "proxies=3", "last_relu=false"]
@@ -108,13 +109,13 @@ def test_stopped_in_any_step_it_goes_on_to_the_same_end(finished, tmp_path, monk
 
 
 def test_reserved_images_are_the_same_in_every_step_and_never_trained_on(tmp_path, monkeypatch):
-    sets, training_set = [], Experiment.training_set
+    sets, training_set = [], Rehearsal.training_set
 
-    def spy(experiment, *arguments):
-        sets.append(training_set(experiment, *arguments))
+    def spy(rehearsal, step):
+        sets.append(training_set(rehearsal, step))
         return sets[-1]
 
-    monkeypatch.setattr(Experiment, "training_set", spy)
+    monkeypatch.setattr(Rehearsal, "training_set", spy)
     experiment = Experiment(load("digits", [*SHORT, *METHODS["bic_reserved"], "epochs=1"]), tmp_path / "run", False)
     experiment.run()
     labels = experiment.dataset.train.labels
@@ -133,17 +134,17 @@ def test_reserved_images_are_the_same_in_every_step_and_never_trained_on(tmp_pat
 def test_balanced_finetuning_never_sees_held_out_images(overrides, tmp_path, monkeypatch):
     """Many of them, so that herding would find some. As many images of every class are finetuned on."""
     sets, finetuned = {}, {}
-    training_set, finetune = Experiment.training_set, Experiment.finetune
+    training_set, finetune = Rehearsal.training_set, Experiment.finetune
 
-    def spy(experiment, step, num_old):
-        sets[step] = training_set(experiment, step, num_old)
+    def spy(rehearsal, step):
+        sets[step] = training_set(rehearsal, step)
         return sets[step]
 
     def spy_too(experiment, step, *arguments):
         finetuned[step] = experiment.finetuning_ids
         finetune(experiment, step, *arguments)
 
-    monkeypatch.setattr(Experiment, "training_set", spy)
+    monkeypatch.setattr(Rehearsal, "training_set", spy)
     monkeypatch.setattr(Experiment, "finetune", spy_too)
     share = "meta_share" if "loss=meta_balanced" in overrides else "bic_share"
     experiment = Experiment(load("digits", [*BRIEF, *FINETUNED, f"{share}=0.4", *overrides]), tmp_path / "run", False)
@@ -155,7 +156,7 @@ def test_balanced_finetuning_never_sees_held_out_images(overrides, tmp_path, mon
         assert len(held_out) == 4 * seen
         assert not np.isin(ids, held_out).any()
         assert np.isin(ids, trained).all()
-        assert np.bincount(experiment.positions_of(ids)).tolist() == [6] * seen
+        assert np.bincount(experiment.rehearsal.positions_of(ids)).tolist() == [6] * seen
 
 
 @pytest.mark.parametrize(("parameters", "moves"), [("weights", False), ("classifier", True)])
@@ -207,7 +208,7 @@ def test_class_means_take_in_mirror_images_where_training_has_them_and_they_are_
     assert (wanted.argmin(1) == predicted).all()
     assert (other.argmin(1) != predicted).any()
     assert results["steps"][0]["top1"] == pytest.approx(
-        100 * (wanted.argmin(1) == experiment.positions[val.labels]).mean()
+        100 * (wanted.argmin(1) == experiment.rehearsal.positions[val.labels]).mean()
     )
 
 
@@ -241,7 +242,7 @@ def ablated(tmp_path_factory):
 def changes(experiment):
     """How far training has taken the features of test images of old classes, and their maps, from the teacher's; and
     the topology loss among them, as TPCIL has it at the end of the step."""
-    positions = experiment.positions[experiment.dataset.val.labels]
+    positions = experiment.rehearsal.positions[experiment.dataset.val.labels]
     ids = np.flatnonzero(positions < 6)
     images = experiment.val_loader.whole(ids)
     with torch.no_grad():

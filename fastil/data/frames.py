@@ -1,0 +1,71 @@
+"""From an image to a frame: a box of it at the size of the output, by a transform's rules."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastil.plan import Transform
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+Image = TypeVar("Image")
+Pixels = TypeVar("Pixels", NDArray[np.uint8], Tensor)  # uint8 [h, w, 3]
+
+
+def frame_of(
+    image: Image, box: Box, transform: Transform, resize: Callable[[Image, Box, tuple[int, int]], Image]
+) -> Image:
+    """A box of an image at the size of the output; outside the image is black.
+
+    resize(image, box, size): that box at this height and width, untouched where it has them.
+    """
+    if transform.resize is not None:
+        size, middle = central((box[2], box[3]), transform)
+        image, box = resize(image, box, size), middle
+    return resize(image, box, (transform.height, transform.width))
+
+
+def central(size: tuple[int, int], transform: Transform) -> tuple[tuple[int, int], Box]:
+    """For an image of this height and width and a transform with `resize`: what it is resized to, and the central box
+    of the output's size in that; the rounding is torchvision's."""
+    assert transform.resize is not None
+    short, long = min(size), max(size)
+    longer = int(transform.resize * long / short)
+    new = (transform.resize, longer) if size[0] <= size[1] else (longer, transform.resize)
+    height, width = transform.height, transform.width
+    return new, (round((new[0] - height) / 2), round((new[1] - width) / 2), height, width)
+
+
+def cut(image: Pixels, box: Box, room: Callable[[int, int], Pixels]) -> Pixels:
+    """A box of an image; outside the image is black. A view where it lies inside, else in room(height, width)."""
+    top, left, height, width = box
+    inside = image[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
+    if inside.shape[:2] == (height, width):
+        return inside
+    whole = room(height, width)
+    whole[...] = 0
+    at = whole[max(0, -top) :, max(0, -left) :]
+    at[: inside.shape[0], : inside.shape[1]] = inside
+    return whole
+
+
+def scaled(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [h, w, 3], contiguous, at this height and width: bilinear, antialiased, on the device it lies on."""
+    height, width = image.shape[:2]
+    # Channels-last by all its strides, or what comes out is not, and would have to be turned at some cost.
+    tensor = image.as_strided((1, 3, height, width), (height * width * 3, 1, width * 3, 3))
+    if image.device.type == "cpu":  # in integers, which is faster, and within one of 255 of the other form
+        new = F.interpolate(tensor, size=size, mode="bilinear", antialias=True, align_corners=False)
+    else:
+        new = F.interpolate(tensor.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+        new = new.round_().clamp_(0, 255).byte()
+    return new[0].permute(1, 2, 0)
+
+
+def resized(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """For `frame_of`: uint8 [h, w, 3] by torch, where the pixels lie."""
+    part = cut(image, box, lambda height, width: image.new_empty(height, width, 3))
+    return part if part.shape[:2] == size else scaled(part.contiguous(), size)

@@ -1,0 +1,110 @@
+"""Which images a step trains on, holds out and keeps: new classes, exemplars of old ones, and how these are chosen."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastil import memory
+from fastil.data import Dataset
+from fastil.plan import Key
+from fastil.protocol import Protocol
+from fastil.recipe import Recipe
+
+Ids = NDArray[np.int64]
+
+
+class Rehearsal:
+    """The rehearsal memory of a run and the sets of images that are made with it.
+
+    features(ids): float [n, d], of the network as it is now, for herding. say: prints what the user should know.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        protocol: Protocol,
+        dataset: Dataset,
+        features: Callable[[Ids], Tensor],
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.protocol, self.dataset, self.features, self.say = recipe, protocol, dataset, features, say
+        self.steps = protocol.steps
+        self.positions = protocol.positions(len(dataset.class_names))
+        self.memory = memory.RehearsalMemory()
+
+    def positions_of(self, ids: Ids) -> Ids:
+        """Incremental positions of the classes of training images."""
+        return self.positions[self.dataset.train.labels[ids]]
+
+    def classes(self, step: int) -> tuple[int, int]:
+        """How many are old and how many are seen in a step."""
+        num_old = sum(len(c) for c in self.steps[:step])
+        return num_old, num_old + len(self.steps[step])
+
+    def training_set(self, step: int) -> tuple[Ids, Ids]:
+        """The images of the new classes and the exemplars of the old ones, and those of both that are held out."""
+        num_old, num_seen = self.classes(step)
+        new = [self.dataset.train.of_class(c) for c in self.steps[step]]
+        ids, held_out = np.concatenate([*new, self.memory.ids()]), np.empty(0, dtype=np.int64)
+        if self.recipe.reserves:
+            held_out = self.reserved(self.protocol.order[:num_seen], num_old or num_seen)
+            ids = ids[~np.isin(ids, held_out)]
+        elif step > 0 and self.recipe.holds_out:
+            per_class = self.recipe.held_out(self.recipe.memory.quota(num_old))
+            key = Key(self.recipe.train.seed, step, "meta")
+            ids, held_out = memory.hold_out(ids, self.positions_of(ids), per_class, key)
+        return ids, held_out
+
+    def reserved(self, classes: Ids, sharing: int) -> Ids:
+        """The images of these classes that are never trained on, once `sharing` classes share the memory."""
+        per_class = self.recipe.held_out(self.recipe.memory.quota(sharing))
+        key = Key(self.recipe.train.seed, 0, "meta")
+        drawn = [memory.select_at_random(self.dataset.train.of_class(c), per_class, key) for c in classes]
+        return np.concatenate(drawn)
+
+    def balanced_set(self, step: int) -> Ids:
+        """As many exemplars of every class seen, none of them held out: the quota, or what the smallest class has."""
+        held_out = self.training_set(step)[1]
+        exemplars = [*self.memory.exemplars.values(), *self.choose(step).values()]
+        exemplars = [ids[~np.isin(ids, held_out)] for ids in exemplars]
+        size = min(self.quota(self.classes(step)[1]), *map(len, exemplars))
+        return np.concatenate([ids[:size] for ids in exemplars])
+
+    def choose(self, step: int) -> dict[int, Ids]:
+        """The exemplars of each new class, best first, in one pass over its images."""
+        classes, (num_old, num_seen) = self.steps[step], self.classes(step)
+        quota = self.quota(num_seen)
+        ids = [self.dataset.train.of_class(c) for c in classes]
+        if self.recipe.reserves:
+            reserved = self.reserved(classes, num_old or num_seen)
+            ids = [i[~np.isin(i, reserved)] for i in ids]
+        if self.recipe.memory.exemplar_selection == "herding":
+            features = torch.split(self.features(np.concatenate(ids)), [len(i) for i in ids])
+            chosen = [i[rank] for i, rank in zip(ids, memory.herd_classes(features, quota), strict=True)]
+        else:
+            key = Key(self.recipe.train.seed, step, "memory")
+            chosen = [memory.select_at_random(i, quota, key) for i in ids]
+        short = [self.dataset.class_names[c] for c, i in zip(classes, ids, strict=True) if len(i) < quota]
+        if short:
+            self.say(f"step {step}: fewer than {quota} images in {', '.join(short)}; all of them are kept")
+        return {int(c): exemplars for c, exemplars in zip(classes, chosen, strict=True)}
+
+    def update(self, step: int) -> dict[int, Ids]:
+        """Take the exemplars of the new classes into the memory; the older ones keep a prefix of what they have.
+        Returns what is kept of every class, what is reserved included."""
+        chosen, num_seen = self.choose(step), self.classes(step)[1]
+        self.memory.reduce(self.quota(num_seen))
+        for class_id, exemplars in chosen.items():
+            self.memory.add(class_id, exemplars)
+        kept = self.memory.exemplars
+        if self.recipe.reserves:  # they take a part of the memory as well
+            kept = {c: np.concatenate([ids, self.reserved(np.array([c]), num_seen)]) for c, ids in kept.items()}
+        return kept
+
+    def quota(self, num_seen: int) -> int:
+        """Exemplars of a class that are trained on, once num_seen classes share the memory."""
+        quota = self.recipe.memory.quota(num_seen)
+        return quota - self.recipe.held_out(quota) if self.recipe.reserves else quota
