@@ -1,0 +1,204 @@
+"""Training on streamed images: whether the loop loses anything to the loader, or the loader to the loop.
+
+python -m bench.streamed [--rounds N] [--images N] [--data FOLDER or TAR]
+
+A network of one convolution on random resized crops of ImageNet JPEGs at 224x224, batch 64, by the trainer and
+loader=threads. On a CPU decoding and steps would share the cores, so each has one: a thread that decodes and a thread
+that steps. Beside it either of them alone: the loader whose frames nobody trains on, and the same steps on frames that
+lie in memory. With a stride of 4 steps are the slower, with one of 8 both take about as long. Two cores that are both
+busy are slower than one of them, so either is timed a second time while another process does the other's work.
+
+Claim: training takes at most 1.05 times the slower of the two. Also: an epoch half of whose images are exemplars,
+as with sampler=memory_oversampling, read by the loader with memory=streamed and with memory=resident.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count as count_up
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bench.convert import DATA, spread_out
+from bench.harness import ratio, save, show, spread, take_turns
+from bench.loaders import BATCH, SIDE, TRANSFORM, convert
+from fastil.data import Loader, Split
+from fastil.data.beton import Beton
+from fastil.data.resident import Resident
+from fastil.data.threads import Threads
+from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
+from fastil.models import ModelConfig, Network
+from fastil.plan import EpochPlan, Key, Transform, training_plan
+from fastil.trainer import Phase, TrainConfig, Trainer
+
+CLASSES, GOAL = 8, 1.05
+STRIDES = (4, 8)
+Ids = NDArray[np.int64]
+CPU = torch.device("cpu")
+FRAMES = Transform(SIDE, SIDE, 0, True, TRANSFORM.mean, TRANSFORM.std)
+
+
+class OneConvolution(nn.Module):
+    feature_dim = 16
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, self.feature_dim, 7, stride)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        features = torch.relu(self.convolution(images))
+        return features.mean((2, 3)), [features]
+
+
+class Training:
+    """The trainer on one loader, an epoch at a time."""
+
+    def __init__(self, loader: Loader, stride: int, plan: Callable[[], EpochPlan]) -> None:
+        torch.manual_seed(0)
+        student, teacher = (
+            Network(OneConvolution(stride), CLASSES, ModelConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for _ in range(2)
+        )
+        self.trainer = Trainer(
+            TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"), student, teacher, loader,
+            torch.arange(1000) % CLASSES, save=lambda phase, epoch, batch: None, report=lambda record: None,
+            tick=lambda count: None, stop=lambda: False,
+        )  # fmt: skip
+        method = ILBaseline(MethodConfig(), LossConfig(), student.width, CPU)
+        method.begin_step(StepContext(0, 0, CLASSES, np.full(student.width, 100)))
+        self.phase = Phase(
+            name="train", step=0, parameters=list(student.parameters()), plan=lambda epoch: plan(), epochs=1,
+            schedule=lambda epoch: 1e-3, backward=method.backward, weights=method.weights, teacher=False,
+        )  # fmt: skip
+
+    def seconds(self) -> float:
+        began = time.perf_counter()
+        self.trainer.fit(self.phase)
+        return time.perf_counter() - began
+
+
+def on_frames(frames: NDArray[np.uint8], stride: int) -> Training:
+    """The same steps on frames that lie in memory."""
+    count = len(frames)
+    ready = Resident(Split(frames, np.zeros(count, dtype=np.int64)), FRAMES, CPU)
+    return Training(ready, stride, lambda: training_plan(np.arange(count), Key(0, 0), FRAMES, BATCH))
+
+
+def decode_for_ever(path: str, _: int, began: Event) -> None:
+    torch.set_num_threads(1)
+    beton = Beton(path)
+    loader = Threads(beton, TRANSFORM, CPU, workers=1)
+    for epoch in count_up():
+        for _frames in loader.pixels(
+            training_plan(np.arange(len(beton)), Key(1, 0, "train", epoch), TRANSFORM, BATCH, beton.sizes)
+        ):
+            began.set()
+
+
+def step_for_ever(_: str, stride: int, began: Event) -> None:
+    torch.set_num_threads(1)
+    training = on_frames(np.zeros((8 * BATCH, SIDE, SIDE, 3), np.uint8), stride)
+    while True:
+        training.seconds()
+        began.set()
+
+
+def beside(other: Callable[[str, int, Event], None], path: Path, stride: int, work: Callable[[], float]) -> float:
+    """The figure of `work` while another process does `other`."""
+    spawn = multiprocessing.get_context("spawn")
+    began = spawn.Event()
+    process = spawn.Process(target=other, args=(str(path), stride, began), daemon=True)
+    process.start()
+    try:
+        if not began.wait(120):
+            raise RuntimeError("the other process does not begin")
+        return work()
+    finally:
+        process.kill()
+        process.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=4000, help="at least so many")
+    parser.add_argument("--data", type=Path, default=DATA)
+    arguments = parser.parse_args()
+    if not arguments.data.exists():
+        print(f"no images at {arguments.data}: give --data a folder or a tar of JPEGs", file=sys.stderr)
+        raise SystemExit(2)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count, _, _ = spread_out(arguments.data, folder / "images", arguments.images)
+        beton = convert(folder / "images", folder / "x.beton")
+        loader, epochs = Threads(beton, TRANSFORM, CPU, workers=1), count_up()
+
+        def streamed() -> EpochPlan:
+            key = Key(0, 0, "train", next(epochs))
+            return training_plan(np.arange(count), key, TRANSFORM, BATCH, beton.sizes)
+
+        def read(plan: EpochPlan) -> float:
+            began = time.perf_counter()
+            assert sum(len(frames) for frames in loader.pixels(plan)) == len(plan.ids)
+            return time.perf_counter() - began
+
+        frames = torch.cat([part.clone() for part in loader.pixels(streamed())]).numpy()
+        contestants: dict[str, Callable[[], float]] = {}
+        for stride in STRIDES:
+            training, steps = Training(loader, stride, streamed), on_frames(frames, stride)
+            alone = {"loader": lambda: read(streamed()), "steps": steps.seconds}
+            contestants |= {f"stride {stride}, training": training.seconds}
+            contestants |= {f"stride {stride}, {name}": work for name, work in alone.items()}
+            contestants |= {
+                f"stride {stride}, {name}, other core busy": partial(
+                    beside, other, folder / "x.beton", stride, alone[name]
+                )
+                for name, other in (("loader", step_for_ever), ("steps", decode_for_ever))
+            }
+            training.seconds()
+            steps.seconds()
+        print(f"seconds for {count} images, one thread decodes, one steps")
+        figures = take_turns(contestants, arguments.rounds)
+
+        def holding(held: Ids) -> float:
+            loader.keep(held)
+            return read(streamed())
+
+        nothing, half = np.empty(0, dtype=np.int64), np.arange(0, count, 2)
+        memories = take_turns(
+            {"memory=streamed": lambda: holding(nothing), "memory=resident": lambda: holding(half)}, arguments.rounds
+        )
+    ratios = {}
+    for stride in STRIDES:
+        for busy in ("", ", other core busy"):
+            names = [f"stride {stride}, {name}" for name in ("training", f"loader{busy}", f"steps{busy}")]
+            turns = zip(*(figures[name] for name in names), strict=True)
+            ratios[f"stride {stride}, training / slower{busy}"] = spread([a / max(b, c) for a, b, c in turns])
+    for label, values in figures.items():
+        show(label, spread(values), "s")
+    for label, found in ratios.items():
+        show(label, found, f"goal {GOAL:g}")
+    speedup = ratio(memories, "memory=streamed", "memory=resident")
+    show("memory=streamed / memory=resident", speedup)
+    content = {
+        "rounds": arguments.rounds, "images": count, "batch": BATCH,
+        "seconds": {name: spread(values) for name, values in (figures | memories).items()},
+        "ratios": ratios | {"memory=streamed / memory=resident": speedup}, "goal": GOAL,
+    }  # fmt: skip
+    print(f"written to {save('streamed', CPU, content)}")
+
+
+if __name__ == "__main__":
+    main()
