@@ -53,10 +53,7 @@ def fastil(folder: Path, out: Path, *, mode: str, check: bool) -> Work:
     from fastil.tools.convert import convert, options_of
     from fastil.tools.reporting import Reporter
 
-    options = options_of(
-        mode=mode, max_side=None, quality=90, check=check, on_corrupt="fail", workers=WORKERS, kind=None, val=None,
-        classes=None, per_class=None,
-    )  # fmt: skip
+    options = options_of(mode=mode, quality=90, check=check, workers=WORKERS)
     return lambda: convert(folder, out, options, Reporter())
 
 

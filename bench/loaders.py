@@ -55,10 +55,7 @@ def convert(folder: Path, out: Path) -> Beton:
     from fastil.tools.convert import options_of
     from fastil.tools.reporting import Reporter
 
-    options = options_of(
-        mode="jpeg", max_side=None, quality=95, check=False, on_corrupt="fail", workers=1, kind=None, val=None,
-        classes=None, per_class=None,
-    )  # fmt: skip
+    options = options_of(check=False, workers=1)
     with contextlib.redirect_stdout(io.StringIO()):
         convert_source(folder, out, options, Reporter())
     return Beton(out)

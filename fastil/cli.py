@@ -135,6 +135,9 @@ def convert(
         ),
     ] = "auto",
     max_side: Annotated[int | None, typer.Option(help="Longest side in pixels.", show_default="as it is")] = None,
+    squash: Annotated[
+        int | None, typer.Option(help="Width and height of all images, whatever their shape.", show_default="as it is")
+    ] = None,
     quality: Annotated[int, typer.Option(help="Of JPEGs that are encoded.")] = 95,
     on_corrupt: Annotated[str, typer.Option(help="fail or skip.")] = "fail",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Decode the JPEGs whose bytes are kept.")] = True,
@@ -151,8 +154,8 @@ def convert(
         from fastil.tools.reporting import Reporter
 
         options = options_of(
-            kind=kind, val=val, classes=classes, per_class=per_class, mode=mode, max_side=max_side, quality=quality,
-            on_corrupt=on_corrupt, check=check, workers=workers,
+            kind=kind, val=val, classes=classes, per_class=per_class, mode=mode, max_side=max_side, squash=squash,
+            quality=quality, on_corrupt=on_corrupt, check=check, workers=workers,
         )  # fmt: skip
         convert_source(source, out, options, Reporter(as_json), dry_run)
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from fastil.clock import Clock, versions
 from fastil.data import Batch, Dataset, Split, load_dataset, make_loader
 from fastil.data.loaders import check_room, choose
 from fastil.data.sources import image_size
-from fastil.device import device_name, pick_device
+from fastil.device import device_name, keep_freed_memory, pick_device
 from fastil.errors import UserError
 from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
 from fastil.interrupt import Interrupt
@@ -43,6 +43,8 @@ class Experiment:
         self.interrupt = Interrupt()
         self.progress = Progress()
         self.device = pick_device(recipe.train.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dataset: Dataset = load_dataset(recipe.data)
         for note in self.dataset.notes:
             self.progress.say(note)
@@ -289,6 +291,9 @@ class Experiment:
         if position.step == len(self.class_steps):
             self.progress.say(f"{self.directory.path}: finished already")
             return position
+        if state["loader"] != self.train_loader.name:  # of loader=auto, on another machine
+            before, now = state["loader"], self.train_loader.name
+            self.progress.say(f"read by loader={before} so far and by {now} from here on: pixels differ a little")
         self.progress.say(
             f"{self.directory.path}: going on at step {position.step}, phase {position.phase}, "
             f"epoch {position.epoch + 1}, batch {position.batch + 1}"
@@ -305,6 +310,7 @@ class Experiment:
                 "overlay": self.overlay,
                 "base_step_of": self.base_step_of,
                 "finetuning": self.finetuning_ids.tolist(),
+                "loader": self.train_loader.name,
                 "memory": {class_id: ids.tolist() for class_id, ids in self.memory.exemplars.items()},
                 "results": [dataclasses.asdict(result) for result in self.results],
                 "seconds": self.clock.state_dict(),

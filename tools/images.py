@@ -27,14 +27,25 @@ class Storage:
 
     mode: "jpeg" keeps the bytes of every upright RGB JPEG and encodes the others, "reencode" encodes all of them, "raw"
     stores pixels, "auto" is "raw" for a source of pixels and "jpeg" otherwise. quality: of what is encoded, 4:2:0.
-    max_side: longer sides are made so long, antialiased; None: kept.
+    max_side: longer sides are made so long, antialiased; None: kept. squash: every image is made so wide and high,
+    whatever its shape (LUCIR's code can train on such a copy of ImageNet, 256x256).
     check: decode the JPEGs that are kept, too.
     """
 
     mode: Mode = "auto"
     quality: int = 95
     max_side: int | None = None
+    squash: int | None = None
     check: bool = True
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height as stored."""
+        if self.squash is not None:
+            return self.squash, self.squash
+        longer = max(width, height)
+        if self.max_side is None or longer <= self.max_side:
+            return width, height
+        return max(1, round(width * self.max_side / longer)), max(1, round(height * self.max_side / longer))
 
 
 class Head(NamedTuple):
@@ -105,10 +116,9 @@ def _look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
 
 def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: list[str], storage: Storage) -> Head:
     """The Head of an image that is this wide and high when upright."""
-    width, height = size
-    if storage.max_side is not None and max(width, height) > storage.max_side:
-        reasons.append("larger than --max-side")
-        width, height = scaled(width, height, storage.max_side)
+    width, height = storage.size(*size)
+    if (width, height) != size:
+        reasons.append("larger than --max-side" if storage.squash is None else "of another size than --squash")
     problem = None
     longest = RAW_SIDE if storage.mode == "raw" else JPEG_SIDE
     if max(width, height) > longest:
@@ -130,8 +140,9 @@ def prepare(item: Item, storage: Storage) -> Prepared:
                 pixels.check_decodes(content)
             return Prepared(None, head.width, head.height, crc32(content), None)
         image = decoded(content)
-        if storage.max_side is not None and max(image.size) > storage.max_side:
-            image = image.resize(scaled(*image.size, storage.max_side), Image.Resampling.BILINEAR)
+        size = storage.size(*image.size)
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.BILINEAR)
         new = encode(image, storage)
         return Prepared(new, image.width, image.height, crc32(new), None)
     except MemoryError:
@@ -155,12 +166,6 @@ def encode(image: Image.Image, storage: Storage) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=storage.quality, subsampling="4:2:0")
     return file.getvalue()
-
-
-def scaled(width: int, height: int, side: int) -> tuple[int, int]:
-    """The size with its longer side made `side`."""
-    longer = max(width, height)
-    return max(1, round(width * side / longer)), max(1, round(height * side / longer))
 
 
 def describe(error: Exception) -> str:

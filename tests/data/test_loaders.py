@@ -58,10 +58,7 @@ def files(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded(photo(*size, i), quality=90))
         for mode in ("jpeg", "raw"):
-            options = options_of(
-                kind=None, val=None, classes=None, per_class=None, mode=mode, max_side=None, quality=95, check=True,
-                on_corrupt="fail", workers=1,
-            )  # fmt: skip
+            options = options_of(mode=mode, workers=1)
             convert(folder / "in", folder / f"{mode}.beton", options, Reporter())
             made[mode, kind] = folder / f"{mode}.beton"
     return made

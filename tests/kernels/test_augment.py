@@ -1,6 +1,6 @@
 """Crops, flips and normalisation against a loop over pixels and against PIL, bit for bit in float32.
 
-Both forms: the operator (on a CPU the plain form) and the Triton kernel, on a GPU or in Triton's interpreter.
+All forms: the operator (on a CPU by slices), the formula, and the Triton kernel, on a GPU or in Triton's interpreter.
 """
 
 import numpy as np
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastil.kernels import augment
+from fastil.kernels.augment import plain
 from fastil.plan import Key, Transform, training_plan
 
 MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023)
@@ -62,7 +63,12 @@ def jitted(images, ids, boxes, flips, mean, std, dtype=torch.float32, size=None)
     return launcher.augment(*tensors, *normal, dtype, *(size or images.shape[1:3])).cpu()
 
 
-both_forms = pytest.mark.parametrize("form", [augment, jitted], ids=["operator", "triton"])
+def formula(images, ids, boxes, flips, mean, std, dtype=torch.float32, size=None):
+    normal = [torch.as_tensor(v, dtype=torch.float32) for v in (mean, std)]
+    return plain(images, ids, boxes, flips, *normal, dtype, *(size or images.shape[1:3]))
+
+
+all_forms = pytest.mark.parametrize("form", [augment, formula, jitted], ids=["operator", "formula", "triton"])
 
 
 def run(form, images, ids, boxes, flips, mean=MEAN, std=STD, **keys):
@@ -77,7 +83,7 @@ def run(form, images, ids, boxes, flips, mean=MEAN, std=STD, **keys):
     )
 
 
-@both_forms
+@all_forms
 @given(
     st.integers(1, 4), st.integers(1, 6), st.integers(1, 7), st.integers(1, 6), st.integers(1, 7),
     st.integers(0, 2**32 - 1), st.data(),
@@ -97,7 +103,7 @@ def test_every_pixel_is_where_the_box_and_the_flip_put_it(
     np.testing.assert_array_equal(out.numpy(), pixel_by_pixel(images, ids, boxes, flips, (out_height, out_width)))
 
 
-@both_forms
+@all_forms
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 31)])
 def test_a_training_plan_is_cut_as_pil_cuts_it(form, height, width):
     images = random_images(20, height, width)
@@ -106,7 +112,7 @@ def test_a_training_plan_is_cut_as_pil_cuts_it(form, height, width):
     np.testing.assert_array_equal(out.numpy(), by_pil(images, plan.ids, plan.boxes.tolist(), plan.flips))
 
 
-@both_forms
+@all_forms
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("top", "left"), [(0, 0), (3, 5), (-2, 1), (7, -3), (9, 11)])
 def test_a_size_smaller_or_larger_than_the_images_is_cut_as_pil_cuts_it(form, top, left, flip):
@@ -118,7 +124,7 @@ def test_a_size_smaller_or_larger_than_the_images_is_cut_as_pil_cuts_it(form, to
         np.testing.assert_array_equal(out.numpy(), by_pil(images, [2, 0], boxes, [flip, not flip]))
 
 
-@both_forms
+@all_forms
 @pytest.mark.parametrize("offset", [-(2**31), -10_000, -8, 8, 10_000, 2**31 - 1])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_box_that_misses_the_image_is_black_before_normalisation(form, offset, axis):
@@ -130,7 +136,7 @@ def test_a_box_that_misses_the_image_is_black_before_normalisation(form, offset,
         assert (out[:, channel] == normalised(0, channel)).all()
 
 
-@both_forms
+@all_forms
 def test_every_value_of_a_pixel_is_normalised_bit_for_bit(form):
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
     out = run(form, images, [0], [[0, 0, 16, 16]], [False]).numpy()
@@ -139,7 +145,7 @@ def test_every_value_of_a_pixel_is_normalised_bit_for_bit(form):
             assert out[0, channel, value // 16, value % 16] == normalised(value, channel)
 
 
-@both_forms
+@all_forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_the_float32_result_rounded_once(form, dtype):
     images = random_images(4, 9, 7)
@@ -152,7 +158,7 @@ def test_half_precision_is_the_float32_result_rounded_once(form, dtype):
     assert torch.equal(out, wanted.to(dtype))
 
 
-@both_forms
+@all_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [None, (5, 3)])
 def test_the_batch_is_laid_out_channels_last(form, dtype, size):
@@ -163,7 +169,7 @@ def test_the_batch_is_laid_out_channels_last(form, dtype, size):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-@both_forms
+@all_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mean_and_std_may_be_lists_or_tensors(form, dtype):
     images = random_images(3, 6, 6)
@@ -173,7 +179,7 @@ def test_mean_and_std_may_be_lists_or_tensors(form, dtype):
     assert torch.equal(lists, tensors)
 
 
-@both_forms
+@all_forms
 def test_boxes_of_any_integer_type_are_the_same(form):
     images = random_images(2, 6, 6)
     arguments = ([0, 1], [[-1, 1, 6, 6], [2, -3, 6, 6]], [True, False])
@@ -238,7 +244,7 @@ def test_the_operator_works_under_fake_tensors_and_follows_its_schema():
     torch.library.opcheck(torch.ops.fastil.augment.default, arguments)
 
 
-@both_forms
+@all_forms
 def test_an_empty_batch_has_no_images(form):
     none = torch.empty(0, dtype=torch.int64)
     images = torch.from_numpy(random_images(3, 6, 5))

@@ -20,8 +20,8 @@ from fastil.tools.reporting import Reporter
 
 COMMIT = 1 << 14  # bytes; small, so that short conversions have many commits
 DEFAULTS = {
-    "kind": None, "val": None, "classes": None, "per_class": None, "mode": "auto", "max_side": None, "quality": 95,
-    "check": True, "on_corrupt": "fail", "workers": 1,
+    "kind": None, "val": None, "classes": None, "per_class": None, "mode": "auto", "max_side": None,
+    "squash": None, "quality": 95, "check": True, "on_corrupt": "fail", "workers": 1,
 }  # fmt: skip
 
 

@@ -173,6 +173,43 @@ def test_longer_sides_are_made_so_long_antialiased(tmp_path, side):
             assert "larger than --max-side" in reasons[row]
 
 
+@pytest.mark.parametrize("side", [1, 30, 64])
+def test_squashed_images_are_as_wide_as_high_whatever_their_shape(tmp_path, side):
+    source = zoo_folder(tmp_path / "in")
+    run(source, tmp_path / "x.beton", mode="raw", squash=side)
+    run(source, tmp_path / "y.beton", squash=side)
+    jpegs = stored(tmp_path / "y.beton")
+    reasons = {changed.id: changed.reason for changed in manifest_of(tmp_path / "y.beton").reencoded}
+    with Beton(tmp_path / "x.beton") as file:
+        assert (file.sizes == side).all()
+        for i in range(len(file)):
+            kind = ZOO[Path(file.name(i)).name]
+            row, content = jpegs[Path(file.name(i)).name]
+            squashed = np.asarray(Image.fromarray(kind.pixels).resize((side, side), Image.Resampling.BILINEAR))
+            np.testing.assert_array_equal(file.image(i), squashed)
+            if kind.pixels.shape[:2] == (side, side) and kind.reason is None:
+                assert content == kind.content
+            else:
+                assert content == as_stored(squashed)
+                assert kind.pixels.shape[:2] == (side, side) or "of another size than --squash" in reasons[row]
+
+
+def test_a_squashed_copy_is_what_lucirs_script_makes(tmp_path):
+    """gen_resized_imagenet.py: convert to RGB, resize to (256, 256) by Pillow's bilinear filter; stored here without
+    its loss by mode=raw."""
+    image = np.random.default_rng(0).integers(0, 256, (300, 500, 3), np.uint8)
+    content = encoded(image, quality=90)
+    run(
+        write(tmp_path / "in", {f"train/{c}/1.jpg": content for c in "ab"}),
+        tmp_path / "x.beton",
+        mode="raw",
+        squash=256,
+    )
+    by_script = Image.open(io.BytesIO(content)).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
+    with Beton(tmp_path / "x.beton") as file:
+        np.testing.assert_array_equal(file.image(0), np.asarray(by_script))
+
+
 def test_a_checkerboard_made_smaller_is_grey(tmp_path):
     """Antialiasing, seen: every second pixel white gives grey, not white or black."""
     board = np.where(np.indices((64, 64)).sum(0) % 2, 255, 0).astype(np.uint8)
@@ -375,6 +412,8 @@ def test_per_class_takes_the_first_training_images_of_each(tmp_path):
         ({"classes": "/dev/null"}, ["no class /dev/null"]),
         ({"per_class": 0}, ["--per-class 0"]),
         ({"max_side": 0}, ["--max-side 0"]),
+        ({"squash": 0}, ["--squash 0"]),
+        ({"max_side": 9, "squash": 9}, ["--max-side and --squash", "drop one"]),
         ({"quality": 0}, ["--quality 0"]),
         ({"quality": 101}, ["--quality 101"]),
         ({"workers": 0}, ["--workers 0"]),
@@ -676,7 +715,8 @@ def test_a_file_of_another_conversion_is_never_overwritten(small, tmp_path):
     before = {path: path.stat() for path in tmp_path.iterdir()}
     other = write(tmp_path / "elsewhere/in", photos(7))
     for source, options in (
-        (small, {"quality": 94}), (small, {"mode": "raw"}), (small, {"max_side": 9}), (small, {"per_class": 1}),
+        (small, {"quality": 94}), (small, {"mode": "raw"}), (small, {"max_side": 9}), (small, {"squash": 9}),
+        (small, {"per_class": 1}),
         (small, {"on_corrupt": "skip"}), (other, {}),
     ):  # fmt: skip
         refused(source, tmp_path / "x.beton", tmp_path / "x.beton", "another conversion", **options)
@@ -1006,8 +1046,8 @@ def test_options_of_another_run_do_not_go_on_with_what_is_there(small, tmp_path)
     partial = tmp_path / "x.beton.partial"
     before = sha256(partial)
     for key, value in (
-        ("quality", 50), ("mode", "raw"), ("max_side", 9), ("check", False), ("val", "same"), ("per_class", 1),
-        ("classes", "class1,class0"),
+        ("quality", 50), ("mode", "raw"), ("max_side", 9), ("squash", 9), ("check", False), ("val", "same"),
+        ("per_class", 1), ("classes", "class1,class0"),
     ):  # fmt: skip
         name = f"(other --{key.replace('_', '-')})"
         refused(small, tmp_path / "x.beton", partial, "another conversion", name, "remove it", **{key: value})

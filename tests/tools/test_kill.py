@@ -42,8 +42,7 @@ class Stages(Reporter):
         print("stage", stage, flush=True)
 
 if __name__ == "__main__":
-    options = options_of(kind=None, val="same", classes=None, per_class=None, mode="auto", max_side=None, quality=95,
-                         check=True, on_corrupt="fail", workers=2)
+    options = options_of(val="same", workers=2)
     print("stage begin", flush=True)
     convert(Path(sys.argv[1]), Path(sys.argv[2]), options, Stages(), commit_bytes=1 << 16)
 """
