@@ -15,6 +15,7 @@ from fastil.clock import Clock, versions
 from fastil.data import Batch, Dataset, Split, load_dataset, make_loader
 from fastil.data.loaders import check_room, choose
 from fastil.data.sources import image_size
+from fastil.data.streaming import Streaming
 from fastil.device import device_name, keep_freed_memory, pick_device
 from fastil.errors import UserError
 from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
@@ -329,7 +330,7 @@ class Experiment:
         self.progress.epoch(
             f"{'' if record.phase == 'train' else 'finetuning, '}epoch {record.epoch}/{record.epochs}  "
             f"lr {record.lr:.3g}  loss {record.loss:.4f}  train top-1 {record.train_top1:.2f}{shown}  "
-            f"{record.images / record.seconds:,.0f} img/s{waiting(record)}",
+            f"{record.images / record.seconds:,.0f} img/s{waiting(record, isinstance(self.train_loader, Streaming))}",
             last=record.epoch == record.epochs,
         )
 
@@ -379,12 +380,13 @@ def transforms(recipe: Recipe, dataset: Dataset) -> tuple[Transform, Transform]:
     return dataclasses.replace(plain, pad=0, resized=True), dataclasses.replace(plain, pad=0, resize=resize)
 
 
-def waiting(record: EpochRecord) -> str:
-    """For an epoch's line, what the loop has waited for data, if that was more than a twentieth of it."""
-    share = record.data_seconds / record.seconds
-    if share < 0.05:
+def waiting(record: EpochRecord, streamed: bool) -> str:
+    """For an epoch's line: how long the loop has waited for data that is streamed, and which of the two is slower: the
+    loader works ahead, so the loop waits, but for the first batch, only if it is the faster one."""
+    if not streamed:
         return ""
-    return f", {record.data_seconds:.1f} s waiting for data" + (", which is the bottleneck" if share > 0.5 else "")
+    slower = "loader" if record.data_seconds > record.seconds / 10 else "network"
+    return f", {record.data_seconds:.1f} s waiting for data: the {slower} is the bottleneck"
 
 
 def init_seed(seed: int, step: int) -> int:

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import TINY, assert_user_error, make_folder
 
@@ -98,6 +99,12 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(fastil):
     for line in process.stdout.splitlines():
         if "missing" in line:
             assert "install" in line
+    speed = re.search(r"streaming +about ([\d,]+) JPEGs of 500x375 per second", process.stdout)
+    smaller = re.search(r"streaming +faster: about ([\d,]+) of 256x256; fastil convert --squash 256", process.stdout)
+    assert speed
+    assert smaller
+    assert 0 < int(speed[1].replace(",", "")) < int(smaller[1].replace(",", ""))
+    assert "nothing that could be installed is faster on a CPU" in process.stdout or torch.cuda.is_available()
 
 
 def test_report_groups_seeds_and_pairs_losses(fastil, tmp_path):

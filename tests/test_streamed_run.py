@@ -1,6 +1,7 @@
 """Runs on files that are streamed: dataset=imagenet, its transforms and its loaders."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -145,6 +146,8 @@ def test_what_a_run_prints_names_the_loader(fastil, file):
     process = fastil("run", "imagenet_balanced_5", *settings, "--data", file, "--out", "out")
     assert process.returncode == 0, process.stderr
     assert "loader threads: on a CPU the fastest" in process.stdout
+    line = r"img/s, \d+\.\d s waiting for data: the (loader|network) is the bottleneck$"
+    assert len(re.findall(line, process.stdout, re.MULTILINE)) == 3  # an epoch of each step
 
 
 def test_pad_has_no_meaning_for_streamed_images_and_is_refused(fastil, file):
