@@ -48,12 +48,14 @@ def run(
     ] = None,
 ) -> None:
     """Train one recipe."""
+    from fastil.device import keep_freed_memory
     from fastil.experiment import Experiment
     from fastil.recipe import load
     from fastil.trainer import Stopped
 
     loaded = load(recipe, overrides or [], data=data, val=val)
     folder = out or Path("runs") / f"{loaded.name}-s{loaded.train.seed}"
+    keep_freed_memory()
     experiment = Experiment(loaded, folder, resume, base)
     try:
         results = experiment.run()

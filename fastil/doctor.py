@@ -63,18 +63,18 @@ def _line(name: str, use: str, fix: str) -> str:
 
 def _streaming(gpu: bool) -> list[str]:
     """How fast these cores read images from a .beton, and what would be faster."""
-    from fastil.data.loaders import GPU_RATE, installed
+    from fastil.data.loaders import GPU_RATE, cpu_rate, installed
     from fastil.data.streaming import default_workers
 
     large, small = (f"{_images_per_second(*size):.2g}" for size in ((375, 500), (256, 256)))
     large_rate, small_rate = float(large), float(small)
     lines = [
         f"about {large_rate:,.0f} JPEGs of 500x375 per second by loader=threads on {default_workers()} cores (timed)",
-        f"faster: about {small_rate:,.0f} of 256x256; fastil convert --squash 256 or --max-side 400 makes smaller ones",
+        f"faster: about {small_rate:,.0f} of 256x256 (fastil convert --squash 256, which changes their shapes)",
     ]
     if not gpu:
         lines.append("nothing that could be installed is faster on a CPU")
-    elif large_rate >= GPU_RATE:
+    elif cpu_rate(500 * 375) >= GPU_RATE:  # as loader=auto decides
         lines.append(f"a GPU trains a ResNet-18 on about {GPU_RATE:,} images per second: these cores keep up")
     elif installed("nvidia.dali"):
         lines.append("loader=auto takes DALI, so the GPU decodes")

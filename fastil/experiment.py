@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from fastil import base, checkpoint, compiling, report, rundir, summary
 from fastil.clock import Clock, versions
 from fastil.data import Batch, Dataset, Split, load_dataset, make_loader
-from fastil.data.loaders import check_room, choose
+from fastil.data.loaders import check_resident, choose
 from fastil.data.sources import image_size
 from fastil.data.streaming import Streaming
-from fastil.device import device_name, keep_freed_memory, pick_device
+from fastil.device import device_name, pick_device
 from fastil.errors import UserError
 from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
 from fastil.interrupt import Interrupt
@@ -32,6 +32,7 @@ from fastil.rundir import Position, RunDirectory
 from fastil.trainer import EpochRecord, Stopped, Trainer
 
 Ids = NDArray[np.int64]
+LONG_ENOUGH = 5.0  # seconds of an epoch that says what the bottleneck is
 RESIZE = 256 / 224  # short side before the central crop, over the side of the crop
 
 
@@ -44,8 +45,6 @@ class Experiment:
         self.interrupt = Interrupt()
         self.progress = Progress()
         self.device = pick_device(recipe.train.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.dataset: Dataset = load_dataset(recipe.data)
         for note in self.dataset.notes:
             self.progress.say(note)
@@ -61,9 +60,10 @@ class Experiment:
         self.base_step_of: str | None = None
         augmented, plain = transforms(recipe, self.dataset)
         total = len(self.protocol.order)
-        if recipe.data.memory == "resident":
-            check_room(self.dataset.train, total * recipe.memory.quota(total), self.device)
         self.train_loader = make_loader(self.dataset.train, recipe.data.loader, augmented, self.device)
+        if recipe.data.memory == "resident":
+            exemplars = recipe.memory.total(train_counts[self.protocol.order])
+            check_resident(self.dataset.train, exemplars, self.train_loader.name, self.device)
         # Training images as the frozen network sees them; a resident loader crops only what its plans ask for.
         self.plain_loader = self.train_loader
         if plain != augmented:
@@ -108,7 +108,6 @@ class Experiment:
         self.directory.create()
         with checkpoint.locked(self.directory.path), self.interrupt:
             position = self.restore(self.resume)
-            self.keep_memory()
             if position.step < len(self.class_steps):
                 self.announce()
                 self.compile()
@@ -157,7 +156,6 @@ class Experiment:
             self.correct_bias(held_out)
         self.directory.write_exemplars(step, self.rehearsal.update(step))
         self.after_memory(step, ids)
-        self.keep_memory()
         selected = time.perf_counter()
         result = self.evaluate_step(step, num_old, num_seen)
         self.clock.set(step, memory=selected - began, evaluate=time.perf_counter() - selected)
@@ -172,6 +170,7 @@ class Experiment:
         self.begin(step, num_old, num_seen, ids, position)
         probabilities = self.recipe.sampler.probabilities(self.rehearsal.positions_of(ids), num_old)
         phase = self.phases.training(step, ids, probabilities, held_out)
+        self.keep_memory()
         done = position.epoch * len(ids) + position.batch * self.recipe.train.batch_size
         self.progress.begin(f"step {step}", self.steps[step].visits, done)
         self.trainer.fit(phase, position.epoch, position.batch)
@@ -221,6 +220,7 @@ class Experiment:
         """Balanced finetuning on the exemplars of every class seen, herded for it."""
         ids = self.finetuning_ids
         self.begin(step, num_old, num_seen, ids, position)
+        self.keep_memory()
         self.trainer.fit(self.phases.finetuning(step, ids), position.epoch, position.batch)
 
     def begin(self, step: int, num_old: int, num_seen: int, ids: Ids, position: Position) -> None:
@@ -292,8 +292,8 @@ class Experiment:
         if position.step == len(self.class_steps):
             self.progress.say(f"{self.directory.path}: finished already")
             return position
-        if state["loader"] != self.train_loader.name:  # of loader=auto, on another machine
-            before, now = state["loader"], self.train_loader.name
+        before, now = state.get("loader", self.train_loader.name), self.train_loader.name
+        if before != now:  # by loader=auto, on another machine
             self.progress.say(f"read by loader={before} so far and by {now} from here on: pixels differ a little")
         self.progress.say(
             f"{self.directory.path}: going on at step {position.step}, phase {position.phase}, "
@@ -348,9 +348,9 @@ class Experiment:
             f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
             f"seed {recipe.train.seed}, on {device_name(self.device)}",
             f"{self.dataset.name}, class list {self.protocol.class_hash(names)}, into {self.directory.path}",
-            f"loader {self.train_loader.name}: {choose(self.dataset.train, self.device)[1]}"
-            if recipe.data.loader == "auto"
-            else f"loader {self.train_loader.name}, as asked for",
+            f"loader {self.train_loader.name}: "
+            + (choose(self.dataset.train, self.device)[1] if recipe.data.loader == "auto" else "as asked for")
+            + ("; exemplars stay decoded" if recipe.data.memory == "resident" else ""),
             summary.as_table(self.steps),
         ]
         self.progress.say("\n".join(lines))
@@ -381,12 +381,14 @@ def transforms(recipe: Recipe, dataset: Dataset) -> tuple[Transform, Transform]:
 
 
 def waiting(record: EpochRecord, streamed: bool) -> str:
-    """For an epoch's line: how long the loop has waited for data that is streamed, and which of the two is slower: the
-    loader works ahead, so the loop waits, but for the first batch, only if it is the faster one."""
+    """For an epoch's line: how long the loop has waited for data that is streamed. The loader works ahead, so but for
+    the first batch, which is much of a short epoch, the loop waits only if it is the faster of the two."""
     if not streamed:
         return ""
-    slower = "loader" if record.data_seconds > record.seconds / 10 else "network"
-    return f", {record.data_seconds:.1f} s waiting for data: the {slower} is the bottleneck"
+    waited = f", {record.data_seconds:.1f} s waiting for data"
+    if record.seconds < LONG_ENOUGH:
+        return waited
+    return f"{waited}: the {'loader' if record.data_seconds > record.seconds / 5 else 'network'} is the bottleneck"
 
 
 def init_seed(seed: int, step: int) -> int:

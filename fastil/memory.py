@@ -44,6 +44,10 @@ class MemoryConfig:
             )
         return self.memory_budget // classes_seen
 
+    def total(self, counts: Ids) -> int:
+        """Exemplars once all classes are seen. counts: int64 [classes], training images of each."""
+        return int(np.minimum(counts, self.quota(len(counts))).sum())
+
 
 class RehearsalMemory:
     """Exemplar ids per class in rank order; a smaller quota keeps the prefix."""

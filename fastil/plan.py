@@ -100,7 +100,8 @@ class EpochPlan:
 
     def of_rank(self, rank: int, ranks: int) -> "EpochPlan":
         """What one of several processes reads: every batch is shared out, to within one image, and none is visited
-        twice to make shares equal. Crops and flips are those of the whole plan, however many processes there are."""
+        twice to make shares equal: of a short batch a rank may get one image or none. Crops and flips are those of the
+        whole plan, however many processes there are."""
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks}: must lie in [0, {ranks})")
         return self.only(np.arange(len(self.ids)) % ranks == rank)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from fastil import compiling, summary
-from fastil.data.loaders import check_room, resident_bytes
+from fastil.data.beton import Beton
+from fastil.data.loaders import check_resident, choose, cpu_rate, resident_bytes
 from fastil.data.sources import PUBLISHED, Split, image_size, load_dataset
 from fastil.data.streaming import Images
 from fastil.device import device_name, pick_device
@@ -44,10 +45,14 @@ def describe(recipe: Recipe) -> str:
     protocol = build_protocol(recipe.protocol, len(counts))
     steps = summary.effective_steps(recipe, protocol, counts)
     device = pick_device(recipe.train.device)
-    kept = ""
+    kept = reading = ""
+    if isinstance(images, Beton) and images.mode == "jpeg":
+        rate = cpu_rate(float(images.sizes.prod(axis=1, dtype=np.int64).mean()))
+        reading = f"; without reading, which these cores alone do at about {rate:,.0f} images/s"
     if recipe.data.memory == "resident" and images is not None:
-        exemplars = len(protocol.order) * recipe.memory.quota(len(protocol.order))
-        check_room(images, exemplars, device)
+        exemplars = recipe.memory.total(counts[protocol.order])
+        backend = choose(images, device)[0] if recipe.data.loader == "auto" else recipe.data.loader
+        check_resident(images, exemplars, backend, device)
         kept = f"; about {resident_bytes(images, exemplars) / 2**30:.1f} GiB decoded on {device}"
     student = build_network(recipe.model, len(protocol.order), 0).to(device)
     plain, distilled = speeds(recipe, size)
@@ -78,7 +83,7 @@ def describe(recipe: Recipe) -> str:
         + (f", and {learned:,} to learn exemplars" if learned else ""),
         f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}{kept}",
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
-        f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps",
+        f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps{reading}",
     ]
     return "\n".join(lines)
 

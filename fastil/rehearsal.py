@@ -14,6 +14,7 @@ from fastil.protocol import Protocol
 from fastil.recipe import Recipe
 
 Ids = NDArray[np.int64]
+NAMED = 5  # classes in a message
 
 
 class Rehearsal:
@@ -89,7 +90,8 @@ class Rehearsal:
             chosen = [memory.select_at_random(i, quota, key) for i in ids]
         short = [self.dataset.class_names[c] for c, i in zip(classes, ids, strict=True) if len(i) < quota]
         if short:
-            self.say(f"step {step}: fewer than {quota} images in {', '.join(short)}; all of them are kept")
+            named = ", ".join(short[:NAMED]) + (f" and {len(short) - NAMED} more" if len(short) > NAMED else "")
+            self.say(f"step {step}: fewer than {quota} images in {named}; all of them are kept")
         return {int(c): exemplars for c, exemplars in zip(classes, chosen, strict=True)}
 
     def update(self, step: int) -> dict[int, Ids]:

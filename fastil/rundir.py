@@ -23,7 +23,7 @@ from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
 from fastil.summary import StepPlan
 
-FORMAT = 3  # of the checkpoint
+FORMAT = 2  # of the checkpoint
 FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
 
 

@@ -100,7 +100,7 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(fastil):
         if "missing" in line:
             assert "install" in line
     speed = re.search(r"streaming +about ([\d,]+) JPEGs of 500x375 per second", process.stdout)
-    smaller = re.search(r"streaming +faster: about ([\d,]+) of 256x256; fastil convert --squash 256", process.stdout)
+    smaller = re.search(r"streaming +faster: about ([\d,]+) of 256x256 \(fastil convert --squash 256", process.stdout)
     assert speed
     assert smaller
     assert 0 < int(speed[1].replace(",", "")) < int(smaller[1].replace(",", ""))

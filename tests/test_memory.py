@@ -179,3 +179,9 @@ def test_a_random_selection_favours_no_image():
         counts[select_at_random(ids, 20, KEY._replace(seed=seed))] += 1
     # Drawing without replacement makes the counts vary by 1 - 20/100 of what independent draws would.
     assert ((counts - 200) ** 2 / 200).sum() / 0.8 < 148.2
+
+
+def test_a_class_gives_no_more_exemplars_than_it_has_images():
+    counts = np.array([3, 50, 7, 20])
+    assert MemoryConfig(exemplars_per_class=10).total(counts) == 3 + 10 + 7 + 10
+    assert MemoryConfig(exemplars_per_class=None, memory_budget=30).total(counts) == 3 + 7 + 7 + 7

@@ -10,11 +10,14 @@ from conftest import assert_user_error, encoded
 
 from fastil.data import DataConfig, load_dataset
 from fastil.data.beton import Beton
+from fastil.data.loaders import check_resident
 from fastil.data.streaming import Streaming
-from fastil.experiment import Experiment
+from fastil.errors import UserError
+from fastil.experiment import Experiment, waiting
 from fastil.recipe import load
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
+from fastil.trainer import EpochRecord
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200)]
 SETTINGS = [
@@ -106,13 +109,13 @@ def test_a_resident_memory_is_held_again_after_a_resume(file, tmp_path, monkeypa
         stopped.run()
     stopped.close()
     resumed = Experiment(recipe, tmp_path / "run", resume=True)
-    held, train = [], resumed.train
+    held, fit = [], resumed.trainer.fit
 
     def look(*arguments):
         held.append(sorted(resumed.train_loader.held))
-        train(*arguments)
+        fit(*arguments)
 
-    monkeypatch.setattr(resumed, "train", look)
+    monkeypatch.setattr(resumed.trainer, "fit", look)
     resumed.run()
     exemplars = json.loads((tmp_path / "run/memory/step_1.json").read_text())
     assert held == [sorted(np.concatenate([*exemplars.values()]).tolist())]
@@ -123,12 +126,12 @@ def test_a_resident_memory_is_held_again_after_a_resume(file, tmp_path, monkeypa
 def test_a_resident_memory_that_cannot_be_is_refused_before_anything_is_trained(fastil, file):
     process = fastil("run", "digits", "memory=resident")
     assert_user_error(process, "memory=resident", "in memory already", "leave it out")
-    many = [setting for setting in SETTINGS if not setting.startswith("exemplars")] + ["exemplars_per_class=1000000000"]
-    for command in ("run", "plan"):
-        process = fastil(command, "imagenet_balanced_5", *many, "memory=resident", "--data", file)
-        assert_user_error(process, "memory=resident: 6,000,000,000 exemplars", "GiB", "leave it out")
     process = fastil("plan", "imagenet_balanced_5", *SETTINGS, "memory=resident", "--data", file)
-    assert "GiB decoded on cpu" in process.stdout
+    assert "about 0.0 GiB decoded on cpu" in process.stdout
+    with Beton(file) as beton:
+        check_resident(beton, 1000, "threads", torch.device("cpu"))
+        with pytest.raises(UserError, match=r"memory=resident: 6,000,000,000 exemplars .* GiB, .* or leave it out"):
+            check_resident(beton, 6 * 10**9, "threads", torch.device("cpu"))
 
 
 def test_the_reference_loader_trains_the_same_to_a_rounding(file, tmp_path):
@@ -146,8 +149,21 @@ def test_what_a_run_prints_names_the_loader(fastil, file):
     process = fastil("run", "imagenet_balanced_5", *settings, "--data", file, "--out", "out")
     assert process.returncode == 0, process.stderr
     assert "loader threads: on a CPU the fastest" in process.stdout
-    line = r"img/s, \d+\.\d s waiting for data: the (loader|network) is the bottleneck$"
+    line = r"img/s, \d+\.\d s waiting for data$"
     assert len(re.findall(line, process.stdout, re.MULTILINE)) == 3  # an epoch of each step
+
+
+@pytest.mark.parametrize(
+    ("seconds", "waited", "streamed", "line"),
+    [
+        (10.0, 0.5, True, ", 0.5 s waiting for data: the network is the bottleneck"),
+        (10.0, 3.0, True, ", 3.0 s waiting for data: the loader is the bottleneck"),
+        (4.0, 3.0, True, ", 3.0 s waiting for data"), (10.0, 3.0, False, ""),
+    ],
+)  # fmt: skip
+def test_who_is_the_bottleneck(seconds, waited, streamed, line):
+    record = EpochRecord(0, "train", 1, 1, 0.1, 1.0, 50.0, 100, seconds, waited, {})
+    assert waiting(record, streamed) == line
 
 
 def test_pad_has_no_meaning_for_streamed_images_and_is_refused(fastil, file):
@@ -160,5 +176,15 @@ def test_a_source_that_is_no_file_or_has_no_validation_images_is_one_line(fastil
     alone = tmp_path / "alone.beton"
     alone.write_bytes(file.read_bytes())
     assert_user_error(fastil("run", "imagenet_balanced_5", "--data", alone), "alone.val.beton: no such file", "--val")
+    assert_user_error(
+        fastil("plan", "imagenet_balanced_5", "--data", "none.beton"), "none.beton: no such file", "--data"
+    )
     same = load_dataset(DataConfig("imagenet", str(alone), val="same"))
     assert len(same.val.labels) == len(same.train.labels)
+    assert same.notes == ("validation images are the training images: a smoke test, not a result",)
+
+
+def test_an_unknown_loader_is_refused_by_whatever_reads_the_recipe(fastil, file):
+    for command in ("run", "plan"):
+        process = fastil(command, "imagenet_balanced_5", *SETTINGS, "loader=dalli", "--data", file)
+        assert_user_error(process, "loader=dalli: unknown; use one of auto, resident, threads")

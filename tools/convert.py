@@ -23,7 +23,7 @@ from fastil.errors import UserError
 from fastil.tools.audit import Audit, amount, audit, check_classes, describe, shortfall, some_of, summary
 from fastil.tools.choice import choose
 from fastil.tools.files import full_disk, opened, reading_order, spooled
-from fastil.tools.images import Mode, Storage
+from fastil.tools.images import JPEG_SIDE, Mode, Storage
 from fastil.tools.pool import Pool, default_workers
 from fastil.tools.reporting import Reporter
 from fastil.tools.writing import OnCorrupt, Task, Writing
@@ -49,6 +49,8 @@ class Options:
         for option, side in (("--max-side", self.storage.max_side), ("--squash", self.storage.squash)):
             if side is not None and side < 1:
                 raise UserError(f"{option} {side}: must be at least 1 pixel")
+        if self.storage.squash is not None and self.storage.squash > JPEG_SIDE:
+            raise UserError(f"--squash {self.storage.squash}: must be at most {JPEG_SIDE:,} pixels")
         if self.storage.max_side is not None and self.storage.squash is not None:
             raise UserError("--max-side and --squash both say how large images become; drop one of the two")
 
@@ -56,6 +58,8 @@ class Options:
         """Those that decide what is written."""
         keys = asdict(self)
         del keys["workers"], keys["kind"]
+        if self.storage.squash is None:  # as files have it that are older than this option
+            del keys["storage"]["squash"]
         return keys
 
 
@@ -165,10 +169,11 @@ class Job:
         if manifest is None:
             raise UserError(f"{task.target}: exists, without a manifest; remove it or choose another output")
         names = Counter(manifest.names + [one.source for one in manifest.skipped])
+        ours, theirs = (parameters | parameters["storage"] for parameters in (task.parameters, manifest.parameters))
         different = [
             f"--{key.replace('_', '-')}"
-            for key in task.parameters
-            if task.parameters[key] != manifest.parameters.get(key)
+            for key in sorted((ours | theirs).keys() - {"storage"})
+            if ours.get(key) != theirs.get(key)
         ]
         different += [f"SOURCE ({manifest.source['path']})"] * (manifest.source != task.origin)
         different += ["classes"] * (manifest.class_names != task.source.class_names)

@@ -55,14 +55,6 @@ class Ffcv(Threads):
             return np.asarray(self.by_pillow(i, content))
         return pixels
 
-    def keep(self, ids: NDArray[np.int64]) -> None:
-        if not self.reads_held:
-            raise UserError(
-                "memory=resident: exemplars would be resized on the GPU, not as loader=ffcv resizes other images; "
-                "use loader=threads or loader=dali"
-            )
-        super().keep(ids)
-
     def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
         top, left, height, width = box
         if (height, width) == size:

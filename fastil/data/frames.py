@@ -54,15 +54,22 @@ def cut(image: Pixels, box: Box, room: Callable[[int, int], Pixels]) -> Pixels:
 
 def scaled(image: Tensor, size: tuple[int, int]) -> Tensor:
     """uint8 [h, w, 3], contiguous, at this height and width: bilinear, antialiased, on the device it lies on."""
-    height, width = image.shape[:2]
-    # Channels-last by all its strides, or what comes out is not, and would have to be turned at some cost.
-    tensor = image.as_strided((1, 3, height, width), (height * width * 3, 1, width * 3, 3))
-    if image.device.type == "cpu":  # in integers, which is faster, and within one of 255 of the other form
-        new = F.interpolate(tensor, size=size, mode="bilinear", antialias=True, align_corners=False)
-    else:
-        new = F.interpolate(tensor.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-        new = new.round_().clamp_(0, 255).byte()
+    if image.device.type != "cpu":
+        return in_floats(image, size)
+    new = F.interpolate(channels_last(image), size=size, mode="bilinear", antialias=True, align_corners=False)
     return new[0].permute(1, 2, 0)
+
+
+def in_floats(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """`scaled` where torch resizes no bytes, on a GPU; within one of 255."""
+    new = F.interpolate(channels_last(image).float(), size=size, mode="bilinear", antialias=True, align_corners=False)
+    return new.round_().clamp_(0, 255).byte()[0].permute(1, 2, 0)
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """[1, 3, h, w] by all its strides, or what comes out of a resize is not, and would have to be turned."""
+    height, width = image.shape[:2]
+    return image.as_strided((1, 3, height, width), (height * width * 3, 1, width * 3, 3))
 
 
 def resized(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,13 +15,12 @@ from fastil.data.batch import Batch
 from fastil.data.beton import Beton
 from fastil.data.reference import Reference
 from fastil.data.resident import Resident
-from fastil.data.sources import Split
+from fastil.data.sources import BACKENDS, Split
 from fastil.data.streaming import Images, default_workers
 from fastil.data.threads import Threads
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
-BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")
 # Seconds of a core for a JPEG by loader=threads, whatever its size and for each of its pixels, and images per second
 # that a data centre's GPU trains a ResNet-18 on at 224x224, all rough: to say which of the two would wait.
 PER_IMAGE, PER_PIXEL, GPU_RATE = 0.3e-3, 7e-9, 7_000
@@ -128,19 +128,29 @@ def resident_bytes(dataset: Images, exemplars: int) -> int:
     return round(exemplars * 3 * float(dataset.sizes.prod(axis=1, dtype=np.int64).mean()))
 
 
-def check_room(dataset: Images, exemplars: int, device: torch.device) -> None:
-    """Raise UserError where memory=resident is no use or cannot be."""
+def check_resident(dataset: Images, exemplars: int, backend: str, device: torch.device) -> None:
+    """Raise UserError where memory=resident is no use or cannot be. backend: not "auto"."""
     if isinstance(dataset, Split):
         raise UserError("memory=resident: all images are in memory already; leave it out")
-    needed = resident_bytes(dataset, exemplars)
-    cuda = device.type == "cuda"
-    there = (
-        torch.cuda.get_device_properties(device).total_memory
-        if cuda
-        else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
-    if needed > there:
+    if device.type == "cuda" and backend in ("ffcv", "dali"):
         raise UserError(
-            f"memory=resident: {exemplars:,} exemplars take about {needed / 2**30:.1f} GiB, {device} has "
-            f"{there / 2**30:.1f}; leave it out, or convert with --max-side 400"
+            f"memory=resident: exemplars would be decoded and resized otherwise than loader={backend} does with new "
+            "images; use loader=threads, or leave it out"
         )
+    needed, there = resident_bytes(dataset, exemplars), memory_of(device)
+    if needed > there / 2:  # the other half for the network, and for what else runs
+        raise UserError(
+            f"memory=resident: {exemplars:,} exemplars take about {needed / 2**30:.1f} GiB, more than half of the "
+            f"{there / 2**30:.1f} that {device} has; keep fewer, or leave it out"
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU, or that this process may use of the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return total

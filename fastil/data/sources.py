@@ -23,6 +23,7 @@ from fastil.data.idx import read as read_idx_files
 from fastil.data.records import SAME, ByClass
 from fastil.errors import UserError
 
+BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")  # what reads the images of a split
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 FASHION_CLASSES = [
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -51,6 +52,8 @@ class DataConfig:
             near = difflib.get_close_matches(self.dataset, SOURCES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SOURCES)}"
             raise UserError(f"dataset={self.dataset}: unknown; {hint}")
+        if self.loader not in BACKENDS:
+            raise UserError(f"loader={self.loader}: unknown; use one of {', '.join(BACKENDS)}")
         numbers = self.mean + self.std
         if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, numbers)) or min(self.std) <= 0:
             raise UserError("mean and std: give three finite numbers each, std above 0")
@@ -242,6 +245,8 @@ def imagenet(config: DataConfig) -> Dataset:
             "dataset=imagenet is streamed from a file: fastil convert SOURCE imagenet.beton, then --data imagenet.beton"
         )
     path = Path(config.data)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give --data the file that fastil convert wrote")
     val_path = path if config.val == SAME else Path(config.val) if config.val else val_path_of(path)
     if not val_path.exists():
         raise UserError(f"{val_path}: no such file; convert the validation images as well, or give --val FILE or same")
@@ -249,6 +254,10 @@ def imagenet(config: DataConfig) -> Dataset:
     names = train.class_names
     check_same_classes(train, val)
     notes = tuple(train.manifest.notes) if train.manifest else ()
+    if config.val:  # given now, whatever was missing then
+        notes = tuple(note for note in notes if not note.startswith("no validation images"))
+    if config.val == SAME:
+        notes += ("validation images are the training images: a smoke test, not a result",)
     return Dataset(train.manifest.source["name"] if train.manifest else path.stem, names, train, val, notes)
 
 

@@ -28,6 +28,7 @@ from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform, sequential_plan
 
 Images = Beton | Split
+TOGETHER = 256  # images that are decoded to be held
 
 
 class Streaming(ABC):
@@ -78,7 +79,8 @@ class Streaming(ABC):
                 yield Batch(images, self.labels[ids[part]], ids[part])
 
     def pixels(self, plan: EpochPlan, first: int = 0) -> Generator[Tensor, None, None]:
-        """The frames of the batches from number `first` on, on the device, those of held images among them."""
+        """The frames of the batches from number `first` on, on the device, those of held images among them. They may
+        be overwritten when the next are asked for."""
         if self.closed:
             raise ValueError("this loader was closed")
         apart = np.zeros(len(plan.ids), dtype=np.bool_)
@@ -134,21 +136,24 @@ class Streaming(ABC):
         return next(iter(self.batches(plan))).images
 
     def keep(self, ids: NDArray[np.int64]) -> None:
-        """Hold these images as pixels on the device, and no others: they are not read again. int64 [n]."""
+        """Hold these images as pixels on the device, so that they are not read again, and let go of all others but
+        those of an overlay, whose pixels are nowhere else. ids: int64 [n]."""
         wanted = set(ids.tolist()) | self.replaced
         self.held = {i: pixels for i, pixels in self.held.items() if i in wanted}
         missing = sorted(wanted - self.held.keys())
         with ThreadPoolExecutor(default_workers(), thread_name_prefix="fastil-keep") as pool:
-            for i, pixels in zip(missing, pool.map(self.decoded, missing), strict=True):
-                self.held[i] = torch.from_numpy(pixels).to(self.device)
+            for start in range(0, len(missing), TOGETHER):  # not all of them at once on their way to a GPU
+                some = missing[start : start + TOGETHER]
+                for i, pixels in zip(some, pool.map(self.decoded, some), strict=True):
+                    self.held[i] = torch.from_numpy(pixels).to(self.device)
 
     def overlay(self, ids: Tensor, images: Tensor) -> None:
         """Replace some images. ids: int64 [n]; images: uint8 [n, h, w, 3]. Their `sizes` are then those of these."""
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(ids) or images.shape[3] != 3:
             raise ValueError(f"images must be uint8 [{len(ids)}, h, w, 3], not {images.dtype} {[*images.shape]}")
-        for i, pixels in zip(ids.tolist(), images.to(self.device, copy=True), strict=True):
+        for i, pixels in zip(ids.tolist(), images.to(self.device), strict=True):
             self.sizes[i] = pixels.shape[:2]
-            self.held[i] = pixels
+            self.held[i] = pixels.clone()  # a view would keep all of them
             self.replaced.add(i)
 
     def transform_of(self, i: int, box: Box) -> Transform:

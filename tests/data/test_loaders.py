@@ -15,7 +15,8 @@ from PIL import Image
 from fastil.data import Split, make_loader
 from fastil.data import beton as beton_format
 from fastil.data.beton import Beton
-from fastil.data.loaders import choose, installed
+from fastil.data.frames import in_floats, scaled
+from fastil.data.loaders import check_resident, choose, installed
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, sequential_plan, training_plan
 from fastil.tools.convert import convert, options_of
@@ -281,12 +282,20 @@ def test_no_more_is_held_than_was_asked_for(opened, backend, monkeypatch):
     np.testing.assert_array_equal(loader.held[4].numpy(), new)
 
 
-def test_held_images_must_not_be_resized_otherwise_than_the_rest(opened):
-    pytest.importorskip("ffcv")
-    loader = opened("jpeg", "different", "ffcv", RESIZED)
-    loader.reads_held = False  # as on a GPU
-    with pytest.raises(UserError, match=r"memory=resident: .* use loader=threads or loader=dali"):
-        loader.keep(np.empty(0, dtype=np.int64))
+@pytest.mark.parametrize("backend", ["ffcv", "dali"])
+def test_held_images_must_not_be_made_otherwise_than_the_rest(files, backend):
+    with Beton(files["jpeg", "different"]) as beton:
+        check_resident(beton, 10, backend, torch.device("cpu"))
+        with pytest.raises(UserError, match=rf"memory=resident: .* loader={backend} .* use loader=threads"):
+            check_resident(beton, 10, backend, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (37, 90), (8, 8)])
+def test_frames_that_a_gpu_makes_are_within_one_of_those_of_a_cpu(size):
+    image = torch.from_numpy(photo(60, 97, 5))
+    difference = in_floats(image, size).int() - scaled(image, size).int()
+    assert difference.shape == (*size, 3)
+    assert difference.abs().max() <= 1
 
 
 # What can go wrong

@@ -112,6 +112,17 @@ def test_a_training_plan_is_cut_as_pil_cuts_it(form, height, width):
     np.testing.assert_array_equal(out.numpy(), by_pil(images, plan.ids, plan.boxes.tolist(), plan.flips))
 
 
+@pytest.mark.parametrize(("batch", "side"), [(70, 32), (66, 32), (65, 32), (2, 300), (5, 150)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_images_than_are_worked_on_together(batch, side, dtype):
+    images = torch.from_numpy(random_images(9, side, side))
+    plan = training_plan(np.arange(batch) % 9, Key(0, 0), Transform(side, side, 4, True, MEAN, STD), batch)
+    ids, boxes, flips = (torch.from_numpy(a) for a in (plan.ids, plan.boxes, plan.flips))
+    found = augment(images, ids, boxes, flips, MEAN, STD, dtype)
+    assert torch.equal(found, formula(images, ids, boxes, flips, MEAN, STD, dtype))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 @all_forms
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("top", "left"), [(0, 0), (3, 5), (-2, 1), (7, -3), (9, 11)])

@@ -413,6 +413,7 @@ def test_per_class_takes_the_first_training_images_of_each(tmp_path):
         ({"per_class": 0}, ["--per-class 0"]),
         ({"max_side": 0}, ["--max-side 0"]),
         ({"squash": 0}, ["--squash 0"]),
+        ({"squash": 70_000}, ["--squash 70000", "at most 65,500"]),
         ({"max_side": 9, "squash": 9}, ["--max-side and --squash", "drop one"]),
         ({"quality": 0}, ["--quality 0"]),
         ({"quality": 101}, ["--quality 101"]),
@@ -708,6 +709,20 @@ def test_a_folder_that_cannot_be_written_to_is_refused(small, tmp_path):
     if os.geteuid():
         (tmp_path / "locked").mkdir(mode=0o500)
         refused(small, tmp_path / "locked/x.beton", "cannot be written (Permission denied)")
+
+
+def test_a_file_from_before_there_was_squash_is_known_again(small, tmp_path, capsys):
+    run(small, tmp_path / "x.beton")
+    before = (tmp_path / "x.beton").stat().st_mtime_ns
+    path = manifest_path(tmp_path / "x.beton")
+    manifest = json.loads(path.read_text())
+    manifest["parameters"]["storage"].pop("squash", None)
+    path.write_text(json.dumps(manifest))
+    run(small, tmp_path / "x.beton")
+    assert "converted already" in capsys.readouterr().out
+    assert (tmp_path / "x.beton").stat().st_mtime_ns == before
+    refused(small, tmp_path / "x.beton", "another conversion (other --squash)", squash=9)
+    refused(small, tmp_path / "x.beton", "another conversion (other --quality)", quality=9)
 
 
 def test_a_file_of_another_conversion_is_never_overwritten(small, tmp_path):
