@@ -88,7 +88,7 @@ def by_slices(
     out_height: int,
     out_width: int,
 ) -> Tensor:
-    """`plain` on a CPU, 2 to 7 times as fast from 32x32 on (python -m bench.cpu): no index per pixel, no pass over the
+    """`plain` on a CPU, 2 to 6 times as fast from 32x32 on (python -m bench.cpu): no index per pixel, no pass over the
     batch in main memory. By numpy: torch would share each row out to threads, beside those of the loader."""
     if ids.numel() and not 0 <= ids.min() <= ids.max() < len(images):
         raise IndexError(f"ids must lie in [0, {len(images)})")
