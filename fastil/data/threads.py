@@ -30,7 +30,12 @@ class Threads(Streaming):
 
     def __init__(self, images: Images, transform: Transform, device: torch.device, workers: int | None = None) -> None:
         super().__init__(images, transform, device)
-        self.pool = ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="fastil-threads")
+        # A resize must not be shared out to threads again, beside those of the pool and the network: with two of each
+        # it took twice as long. torch counts by thread, but takes the last count set for threads that never asked.
+        torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(
+            workers or default_workers(), "fastil-threads", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self.free: list[Tensor] = []  # buffers of frames
         self.local = threading.local()
 

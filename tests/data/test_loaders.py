@@ -4,6 +4,8 @@ import gc
 import io
 import os
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -439,6 +441,26 @@ def test_a_loader_that_cannot_be_had_says_what_to_do(files, monkeypatch):
     monkeypatch.setattr("fastil.data.loaders.installed", lambda module: False)
     with pytest.raises(UserError, match="DALI is not installed; pip install"):
         make_loader(beton, "dali", RESIZED, "cpu")
+
+
+def test_the_pool_resizes_by_one_thread_each_and_leaves_the_others_alone(files):
+    """In a process of its own, whose main thread has not asked for its number yet."""
+    code = f"""
+import numpy, torch
+from fastil.data import make_loader
+from fastil.data.beton import Beton
+from fastil.plan import Transform, sequential_plan
+transform = Transform(32, 32, 0, False, (0.5,) * 3, (0.5,) * 3, resized=True)
+loader = make_loader(Beton({str(files["jpeg", "different"])!r}), "threads", transform, "cpu")
+list(loader.pixels(sequential_plan(numpy.arange({COUNT}), transform, 8, sizes=loader.sizes)))
+print(loader.pool.submit(torch.get_num_threads).result(), torch.get_num_threads())
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    alone, process = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        for code in ("import torch; print(torch.get_num_threads())", code)
+    )
+    assert process.stdout.split() == ["1", *alone.stdout.split()], process.stderr
 
 
 def test_what_is_decoded_is_what_the_bytes_say(opened, files):
