@@ -10,7 +10,6 @@ Everybody has read the files before; FFCV has compiled its pipeline. Nobody norm
 planning an epoch of a file of 1.28 and 14 million samples (of which only the tables are there).
 """
 
-import argparse
 import contextlib
 import io
 import math
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.convert import DATA, spread_out
+from bench.convert import read_arguments, spread_out
 from bench.convert_contestants import own_peak
 from bench.harness import ratio, save, show, spread, take_turns
 from fastil.data import make_loader
@@ -268,14 +267,7 @@ def open_and_plan(samples: int, path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=6000, help="at least so many")
-    parser.add_argument("--data", type=Path, default=DATA)
-    arguments = parser.parse_args()
-    if not arguments.data.exists():
-        print(f"no images at {arguments.data}: give --data a folder or a tar of JPEGs", file=sys.stderr)
-        raise SystemExit(2)
+    arguments = read_arguments(__doc__, rounds=5, images=6000)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:WORKERS])  # as many workers as cores for everybody
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

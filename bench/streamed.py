@@ -12,10 +12,8 @@ Claim: training takes at most 1.05 times the slower of the two. Also: an epoch h
 as with sampler=memory_oversampling, read by the loader with memory=streamed and with memory=resident.
 """
 
-import argparse
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench.convert import DATA, spread_out
+from bench.convert import read_arguments, spread_out
 from bench.harness import ratio, save, show, spread, take_turns
 from bench.loaders import BATCH, SIDE, TRANSFORM, convert
 from fastil.data import Loader, Split
@@ -131,14 +129,7 @@ def beside(other: Callable[[str, int, Event], None], path: Path, stride: int, wo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=3000, help="at least so many")
-    parser.add_argument("--data", type=Path, default=DATA)
-    arguments = parser.parse_args()
-    if not arguments.data.exists():
-        print(f"no images at {arguments.data}: give --data a folder or a tar of JPEGs", file=sys.stderr)
-        raise SystemExit(2)
+    arguments = read_arguments(__doc__, rounds=3, images=3000)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     torch.set_num_threads(1)
     keep_freed_memory()  # as in a run

@@ -66,11 +66,10 @@ def _streaming(gpu: bool) -> list[str]:
     from fastil.data.loaders import GPU_RATE, cpu_rate, installed
     from fastil.data.streaming import default_workers
 
-    large, small = (f"{_images_per_second(*size):.2g}" for size in ((375, 500), (256, 256)))
-    large_rate, small_rate = float(large), float(small)
+    large, small = (float(f"{_images_per_second(*size):.2g}") for size in ((375, 500), (256, 256)))
     lines = [
-        f"about {large_rate:,.0f} JPEGs of 500x375 per second by loader=threads on {default_workers()} cores (timed)",
-        f"faster: about {small_rate:,.0f} of 256x256 (fastil convert --squash 256, which changes their shapes)",
+        f"about {large:,.0f} JPEGs of 500x375 per second by loader=threads on {default_workers()} cores (timed)",
+        f"faster: about {small:,.0f} of 256x256 (fastil convert --squash 256, which changes their shapes)",
     ]
     if not gpu:
         lines.append("nothing that could be installed is faster on a CPU")

@@ -7,7 +7,7 @@ import torch
 
 from fastil import compiling, summary
 from fastil.data.beton import Beton
-from fastil.data.loaders import check_resident, choose, cpu_rate, resident_bytes
+from fastil.data.loaders import check_resident, choose, cpu_rate, mean_pixels, resident_bytes
 from fastil.data.sources import PUBLISHED, Split, image_size, load_dataset
 from fastil.data.streaming import Images
 from fastil.device import device_name, pick_device
@@ -47,7 +47,7 @@ def describe(recipe: Recipe) -> str:
     device = pick_device(recipe.train.device)
     kept = reading = ""
     if isinstance(images, Beton) and images.mode == "jpeg":
-        rate = cpu_rate(float(images.sizes.prod(axis=1, dtype=np.int64).mean()))
+        rate = cpu_rate(mean_pixels(images))
         reading = f"; without reading, which these cores alone do at about {rate:,.0f} images/s"
     if recipe.data.memory == "resident" and images is not None:
         exemplars = recipe.memory.total(counts[protocol.order])

@@ -109,7 +109,7 @@ def choose(dataset: Images, device: torch.device) -> tuple[str, str]:
         return "threads", "on a CPU the fastest"
     if dataset.mode != "jpeg":
         return "threads", "pixels are stored, not JPEGs only"
-    cores, rate = default_workers(), cpu_rate(float(dataset.sizes.prod(axis=1, dtype=np.int64).mean()))
+    cores, rate = default_workers(), cpu_rate(mean_pixels(dataset))
     cores_read = f"{cores} cores read about {rate:,.0f} images/s of this size"
     if rate >= GPU_RATE:
         return "threads", f"{cores_read}, as many as a GPU trains on"
@@ -125,7 +125,12 @@ def cpu_rate(pixels: float) -> float:
 
 def resident_bytes(dataset: Images, exemplars: int) -> int:
     """Of so many exemplars of average size on the device."""
-    return round(exemplars * 3 * float(dataset.sizes.prod(axis=1, dtype=np.int64).mean()))
+    return round(exemplars * 3 * mean_pixels(dataset))
+
+
+def mean_pixels(dataset: Images) -> float:
+    """Of an image."""
+    return float(dataset.sizes.prod(axis=1, dtype=np.int64).mean())
 
 
 def check_resident(dataset: Images, exemplars: int, backend: str, device: torch.device) -> None:

@@ -31,7 +31,7 @@ class Threads(Streaming):
     def __init__(self, images: Images, transform: Transform, device: torch.device, workers: int | None = None) -> None:
         super().__init__(images, transform, device)
         # A resize must not be shared out to threads again, beside those of the pool and the network: with two of each
-        # it took twice as long. torch counts by thread, but takes the last count set for threads that never asked.
+        # an epoch took a quarter longer. torch counts by thread; one that never asked takes the last count set by any.
         torch.get_num_threads()
         self.pool = ThreadPoolExecutor(
             workers or default_workers(), "fastil-threads", initializer=torch.set_num_threads, initargs=(1,)
