@@ -26,7 +26,7 @@ test: .venv/dev .venv/ffcv .venv/dali
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	$(BIN)/python -m fastil.tools.aot --check
 	$(MAKE) --no-print-directory test-oldest-triton
 

@@ -16,7 +16,17 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 SOAK = bool(os.environ.get("FASTIL_SOAK"))  # `make soak`: full counts
+# Files of minutes, which begin first, so that the processes of the suite end together.
+SLOWEST = (
+    "test_runs", "test_reproduce", "test_parts", "test_crash_safety", "test_kill", "test_fuzz", "test_trainer",
+    "test_cli", "test_herd", "test_pod_spatial", "test_convert", "test_incremental_loss", "test_page",
+)  # fmt: skip
 TINY = ["epochs=2", "base_epochs=2", "batch_size=64"]  # seconds instead of minutes; the digits recipe otherwise
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def environment():

@@ -43,7 +43,7 @@ METHODS = {
     "tpcil": ["method=tpcil", "loss=softmax", *COSINE],
 }  # fmt: skip
 SHORT = [
-    "base_classes=6", "increment=2", "base_epochs=8", "epochs=4", "batch_size=32", "exemplars_per_class=10",
+    "base_classes=6", "increment=2", "base_epochs=5", "epochs=4", "batch_size=32", "exemplars_per_class=10",
     "compile=false", "checkpoint_every=1",
 ]  # fmt: skip
 

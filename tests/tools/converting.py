@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-import os
-import signal
 import struct
 import time
 import zlib
@@ -14,7 +12,6 @@ import numpy as np
 from conftest import encoded
 from PIL import Image
 
-from fastil.errors import UserError
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
@@ -184,17 +181,6 @@ def outputs(folder, name="x"):
     """What a conversion leaves, by file name: bytes of the manifests, checksums of the rest."""
     files = sorted(path for path in Path(folder).iterdir() if path.name.startswith(f"{name}."))
     return {path.name: path.read_text() if path.suffix == ".json" else sha256(path) for path in files}
-
-
-def die_at(item):
-    """Work for a pool of workers, which import it from here; the tests would bring torch."""
-    if item == 11:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if item == 12:
-        raise KeyError("twelve")
-    if item == 13:
-        raise UserError("thirteen is wrong")
-    return item
 
 
 def left_of(process, seconds=10):

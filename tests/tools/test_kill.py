@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from conftest import SOAK, environment
-from converting import die_at, encoded, left_of, outputs, photo, photos, run, session_of, write
+from converting import encoded, left_of, outputs, photo, photos, run, session_of, write
+from dying import die_at
 
 from fastil.errors import UserError
 from fastil.tools import files as tool_files
