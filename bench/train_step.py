@@ -168,10 +168,7 @@ def main() -> None:
         trainer.student.train()
         began = time.perf_counter()
         for _ in range(STEPS):
-            teacher_out = None
-            if phase.teacher:
-                with torch.no_grad():
-                    teacher_out = trainer.fast_teacher(one.images)
+            teacher_out = trainer.folded_teacher(one.images) if phase.teacher else None
             phase.backward(one, trainer.fast_student(one.images), teacher_out, trainer.meter)
             update.apply()
             trainer.student.zero_grad()

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pydantic
+import torch
 import yaml
 
 from fastil.data import DataConfig
+from fastil.device import Precision, settle_precision
 from fastil.errors import UserError
 from fastil.evaluation import EvaluationConfig
 from fastil.memory import MemoryConfig
@@ -134,6 +136,18 @@ class Recipe:
         share = self.meta.meta_share if self.loss.loss == "meta_balanced" else self.bic.bic_share
         return min(quota - 1, max(1, round(share * quota)))
 
+    def settled(self, device: torch.device, before: Precision | None = None) -> "Recipe":
+        """The recipe with the precision that `precision=auto` means on this device, or in a run that has begun.
+
+        before: the precision that its run directory holds; a run keeps it wherever it is resumed.
+        """
+        precision = self.train.precision
+        if before is None:
+            precision = settle_precision(precision, device)
+        elif precision == "auto":  # another one is refused with the other settings that changed
+            precision = before
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, precision=precision))
+
     def keys(self) -> dict[str, Any]:
         """Every key with its value, flat."""
         return {key: getattr(getattr(self, part), key) for key, part in KEYS.items()}
@@ -206,6 +220,8 @@ def read_effective(path: Path) -> Recipe:
         name = values.pop("recipe")
         if not text.endswith("\n") or "checkpoint_every" not in values:  # cut off: defaults must not fill it up
             raise KeyError
+        if values["precision"] == "auto":  # older ones, from before it was settled when a run starts
+            values["precision"] = "bf16" if str(values["device"]).startswith("cuda") else "fp32"
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
     return _build(name, values)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fastil import checkpoint
 from fastil.data import Dataset
+from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.evaluation import StepResult
 from fastil.protocol import Protocol
@@ -56,6 +57,15 @@ class RunDirectory:
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
+
+    def precision(self) -> Precision | None:
+        """What a run that is here already computes in; None before its recipe.yaml is written."""
+        path = self.path / "recipe.yaml"
+        if not path.exists():
+            return None
+        precision = read_effective(path).train.precision
+        assert precision != "auto", "read_effective says what an older file means"
+        return precision
 
     def claim(self, recipe: Recipe, protocol: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
         """Write recipe.yaml and protocol.json and return the last checkpoint, if there is one.

@@ -31,7 +31,7 @@ STEMS = {name: (3, 1, 1, False) for name in (*CIFAR, "resnet32_rebuffi")} | {
 
 
 def build(name, num_classes=10, seed=0, **config):
-    return build_network(ModelConfig(name, **config), num_classes, seed)
+    return build_network(ModelConfig(name, **config), num_classes, seed, keeps_maps=True)
 
 
 def images_for(name, rows=2, seed=0):
