@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import platform
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from fastil.errors import UserError
 # bf16: matrix products and convolutions of training in bfloat16, the weights in float32 (autocast). tf32: float32
 # tensors, which CUDA multiplies with 10 bits of mantissa. fp32: IEEE float32 everywhere.
 Precision = Literal["fp32", "tf32", "bf16"]
+BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # instruction sets that multiply in bfloat16
 
 
 def pick_device(name: str) -> torch.device:
@@ -50,13 +52,19 @@ def keep_freed_memory() -> bool:
     return bool(set_option(trim_threshold, 2**31 - 1))
 
 
-def cpu_has(*flags: str) -> bool:
-    """Whether the processor has all of these instruction sets, by torch's names for them, such as "amx_bf16"."""
-    capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if capabilities is None:  # older torch, which tells a few of them only
-        return flags == ("amx_bf16",) and torch.cpu._is_amx_tile_supported()
-    found = capabilities()
-    return all(found.get(flag, False) for flag in flags)
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of the processor: instruction sets as booleans ("amx_bf16"), and its "cpu_name"."""
+    try:
+        return torch.cpu.get_capabilities()
+    except AttributeError:  # an older torch, which tells a few of them only
+        return {"amx_bf16": torch.cpu._is_amx_tile_supported()}
+
+
+def processor_name() -> str:
+    """The processor and what it has for bfloat16, such as "AMD EPYC (no bfloat16)"."""
+    found = cpu_capabilities()
+    flags = [flag for flag in BF16_FLAGS if found.get(flag)]
+    return f"{found.get('cpu_name') or platform.machine()} ({', '.join(flags) or 'no bfloat16'})"
 
 
 def fastest_precision(device: torch.device) -> Precision:
@@ -67,7 +75,7 @@ def fastest_precision(device: torch.device) -> Precision:
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if cpu_has("amx_bf16") else "fp32"
+    return "bf16" if cpu_capabilities().get("amx_bf16") else "fp32"
 
 
 def settle_precision(wanted: Literal["auto", "fp32", "tf32", "bf16"], device: torch.device) -> Precision:
@@ -88,7 +96,7 @@ def precision_note(precision: Precision, device: torch.device) -> str | None:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = cpu_has("amx_bf16") or cpu_has("avx512_bf16")
+        native = any(cpu_capabilities().get(flag) for flag in BF16_FLAGS)
     return None if native else "precision=bf16: this device only emulates it, so training will be several times slower"
 
 
