@@ -55,7 +55,7 @@ def keep_freed_memory() -> bool:
 def cpu_capabilities() -> dict[str, Any]:
     """What torch knows of the processor: instruction sets as booleans ("amx_bf16"), and its "cpu_name"."""
     try:
-        return torch.cpu.get_capabilities()
+        return dict(torch.cpu.get_capabilities())
     except AttributeError:  # an older torch, which tells a few of them only
         return {"amx_bf16": torch.cpu._is_amx_tile_supported()}
 
