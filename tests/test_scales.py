@@ -179,3 +179,6 @@ def test_a_scale_from_the_command_line_to_the_table(tmp_path, monkeypatch, capsy
     assert [(line["step"], line["epochs"]) for line in lines] == [(0, 2), (0, 2), (1, 1)]
     assert (tmp_path / "small-short.md").exists()
     assert torch.load(run / "checkpoints/step_1.pt", weights_only=True)
+    for scale, base in (("short", run), ("cpu", None)):  # for a row of another table
+        work = WorkList(tables.table_of(CONTENT, "more", scale).entries, [4], tmp_path, None)
+        assert work.donor(work.jobs[0]) == base
