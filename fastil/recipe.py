@@ -59,7 +59,7 @@ KEYS = {field.name: part for part, config in PARTS.items() for field in dataclas
 assert len(KEYS) == sum(len(dataclasses.fields(config)) for config in PARTS.values()), "two parts share a key"
 
 # What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
-RUNTIME_KEYS = {"data", "val", "verify", "memory", "device", "compile", "checkpoint_every"}
+RUNTIME_KEYS = {"data", "val", "verify", "memory", "device", "compile", "checkpoint_every", "checkpoint_minutes"}
 
 
 Keys = dict[str, Any]

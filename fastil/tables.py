@@ -45,9 +45,10 @@ class Entry:
     label: str
     against: str | None  # the row that the paired difference is taken from
     published: dict[str, float]
+    scale_folder: str = ""  # of the runs of its scale, in `out`; older scales have none
 
     def folder(self, out: Path, seed: int) -> Path:
-        return out / self.recipe / f"{self.row}-s{seed}"
+        return out / self.scale_folder / self.recipe / f"{self.row}-s{seed}"
 
     def load(self, seed: int, data: str | None = None) -> Recipe:
         return recipe.load(self.recipe, [*self.overrides, f"seed={seed}"], data=data)
@@ -60,6 +61,8 @@ class Table:
     scale: str
     seeds: int  # unless asked for otherwise
     over: str | None  # the key that the figure draws curves over; None: bars
+    theirs: str | None  # what the published numbers are of, where that is not what this scale trains
+    note: str | None  # what this scale trains and how the published numbers are to be read there
     entries: list[Entry]
 
 
@@ -73,19 +76,22 @@ def read_tables() -> dict[str, Any]:
 
 
 def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
-    """A table at a scale, "cpu" or "paper"."""
+    """A table at one of the scales of `content`."""
     if name not in content["tables"]:
         raise UserError(f"unknown table {name}: use one of {', '.join(content['tables'])}")
     if scale not in content["scales"]:
         raise UserError(f"--scale {scale}: unknown; use one of {', '.join(content['scales'])}")
-    recipes, rows, methods = content["scales"][scale], content["rows"], content.get("methods", {})
-    own = content.get("own_recipes", {}).get(scale)
+    lines_of = content["scales"][scale].get("like", scale)
+    settings = content["scales"][lines_of] | content["scales"][scale]
+    rows, methods = content["rows"], content.get("methods", {})
 
     def trained(row: str, steps: int) -> tuple[str, tuple[str, ...]]:
         """Recipe and overrides."""
-        if row in methods and own is not None:
-            return own.format(row=row, steps=steps), ()
-        return recipes[steps], tuple(f"{key}={value}" for key, value in (rows | methods)[row].items())
+        own = row in methods and "own_recipes" in settings
+        name = settings["own_recipes"].format(row=row, steps=steps) if own else settings["recipes"][steps]
+        keys = {} if own else (rows | methods)[row]
+        keys = keys | settings.get("overrides", {}) | settings.get("row_overrides", {}).get(row, {})
+        return name, tuple(f"{key}={value}" for key, value in keys.items())
 
     entries = [
         Entry(
@@ -96,24 +102,41 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
             label=line["label"],
             against=line.get("against"),
             published={key: line[key] for key in ("average", "base", "final") if key in line},
+            scale_folder=settings.get("folder", ""),
         )
         for line in content["tables"][name]["entries"]
-        if scale in line.get("scales", [scale])
+        if lines_of in line.get("scales", [lines_of])
     ]
     head = content["tables"][name]
-    return Table(name, head["title"], scale, content["seeds"][scale], head.get("over"), entries)
+    return Table(
+        name=name,
+        title=head["title"],
+        scale=scale,
+        seeds=settings["seeds"],
+        over=head.get("over"),
+        theirs=settings.get("theirs"),
+        note=settings.get("note"),
+        entries=entries,
+    )
 
 
-def only(table: Table, wanted: list[str]) -> list[Entry]:
-    """The entries of the rows whose names are, or begin with, one of `wanted`; all of them without any."""
-    rows = list(dict.fromkeys(entry.row for entry in table.entries))
+def only(table: Table, wanted: list[str], steps: int | None = None) -> list[Entry]:
+    """The entries of the rows whose names are, or begin with, one of `wanted`, with so many incremental steps; all of
+    them where neither is given."""
+    entries = [entry for entry in table.entries if steps in (None, entry.steps)]
+    if not entries:
+        there = " or ".join(str(number) for number in sorted({entry.steps for entry in table.entries}))
+        raise UserError(f"--steps {steps}: no rows with so many at --scale {table.scale}; use {there}")
+    rows = list(dict.fromkeys(entry.row for entry in entries))
     chosen: list[str] = []
     for name in wanted:
         found = [name] if name in rows else [row for row in rows if row.startswith(name)]
         if not found or not name:
             raise UserError(f"--only {name}: no such row in {table.name}; its rows are {', '.join(rows)}")
+        if wanted.count(name) > 1:
+            raise UserError(f"--only {name}: given twice; leave one out")
         chosen += found
-    return [entry for entry in table.entries if entry.row in chosen or not wanted]
+    return [entry for entry in entries if entry.row in chosen or not wanted]
 
 
 def finished_run(folder: Path, wanted: Recipe) -> Run | None:
@@ -128,7 +151,7 @@ def finished_runs(table: Table, out: Path) -> Found:
     """Of every entry, each seed there is."""
     found: Found = {}
     for entry in table.entries:
-        folders = {path.name.rpartition("-s")[2]: path for path in (out / entry.recipe).glob(f"{entry.row}-s*")}
+        folders = {path.name.rpartition("-s")[2]: path for path in entry.folder(out, 0).parent.glob(f"{entry.row}-s*")}
         runs = {
             int(seed): finished_run(path, entry.load(int(seed)))
             for seed, path in folders.items()
@@ -227,12 +250,8 @@ def notes(table: Table, paired: set[int]) -> list[str]:
             + ("Two or three seeds say little about the spread between seeds." if paired != {1} else "")
             + (" Where there is one seed only test images are drawn: that spread is left out." if 1 in paired else "")
         )
-    if table.scale != "paper":
-        shape = recipe.load(table.entries[0].recipe)
-        lines.append(
-            f'Scale "{table.scale}": {shape.description}. This is not the paper\'s data set nor its schedule; its '
-            "numbers stand beside ours for their order only."
-        )
+    if table.note is not None:
+        lines.append(f'Scale "{table.scale}": {table.note}')
     return lines
 
 
@@ -240,7 +259,7 @@ def draw(table: Table, found: Found, path: Path) -> None:
     """Ours, the mean over seeds with their range, beside the published numbers; a panel per number of steps."""
     groups = sorted({entry.steps for entry in table.entries})
     figure, axes = new_figure(len(groups))
-    theirs = "published" + ("" if table.scale == "paper" else " (CIFAR-100)")
+    theirs = "published" if table.theirs is None else f"published ({table.theirs})"
     for axis, steps in zip(axes, groups, strict=True):
         entries = [entry for entry in table.entries if entry.steps == steps]
         runs = {entry.row: list(found[entry.row, steps].values()) for entry in entries}

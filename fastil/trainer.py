@@ -40,10 +40,11 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
     compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
-    checkpoint_every: int = 10  # epochs between checkpoints within a step
+    checkpoint_every: int = 10  # epochs between checkpoints within a step, ...
+    checkpoint_minutes: float = 10.0  # ... and the longest time between them, in the middle of an epoch too
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "lr", "checkpoint_every"):
+        for key in ("epochs", "batch_size", "lr", "checkpoint_every", "checkpoint_minutes"):
             if not 0 < getattr(self, key) < float("inf"):
                 raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
         if self.base_epochs is not None and self.base_epochs < 1:
@@ -193,6 +194,7 @@ class Trainer:
             update.reset()
             self.forget_epoch()
         self.student.train(phase.bn_mode == "train")
+        saved = time.monotonic()  # what is behind us is in a checkpoint, or costs nothing to do again
         for epoch in range(first_epoch, phase.epochs):
             self.lr.fill_(phase.schedule(epoch))
             plan = next(plans)
@@ -201,10 +203,13 @@ class Trainer:
             started, before = time.perf_counter(), self.seconds
             batches = self.loader.batches(plan, first_batch, self.pixels)
             for number, (batch, waited) in enumerate(timed(batches), first_batch):
-                if self.stop():
+                stop = self.stop()
+                if stop or time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
                     self.seconds = before + time.perf_counter() - started
                     self.save(phase.name, epoch, number)
-                    raise Stopped
+                    if stop:
+                        raise Stopped
+                    saved = time.monotonic()
                 self.waited += waited
                 meta = phase.before_update is not None and (done + number) % phase.before_update.every == 0
                 self.train_step(phase, update, batch, next(held_out) if meta else None)
@@ -237,6 +242,7 @@ class Trainer:
             self.forget_epoch()
             if (epoch + 1) % self.config.checkpoint_every == 0 and epoch + 1 < phase.epochs:
                 self.save(phase.name, epoch + 1, 0)
+                saved = time.monotonic()
 
     def held_out(self, phase: Phase, first: int, last: int) -> Iterator[Batch]:
         """A batch of held-out images for each occasion of `before_update` among the updates first to last."""

@@ -80,7 +80,7 @@ class WorkList:
     ) -> None:
         self.data = data
         self.jobs: list[Job] = []
-        self.bases: dict[str, Path] = {}  # by base group, a run in `out` that had the base step before
+        self.bases: dict[str, Path] = {}  # by base group, a run of this scale that had the base step before
         for seed in seeds:
             for entry in entries:
                 folder = entry.folder(out, seed)
@@ -98,9 +98,9 @@ class WorkList:
             dataset = datasets[key]
             if job.finished and dataset is not None and read_run(job.folder).images != hashes(dataset):
                 raise UserError(f"{job.folder}: was trained on other images than those of --data; choose another --out")
-            self._measure(job, dataset, out)
+            self._measure(job, dataset)
 
-    def _measure(self, job: Job, dataset: Dataset | None, out: Path) -> None:
+    def _measure(self, job: Job, dataset: Dataset | None) -> None:
         """Fill in what depends on the images."""
         counts, job.size = _shape(job.recipe, dataset)
         protocol = build_protocol(job.recipe.protocol, len(counts))
@@ -111,7 +111,8 @@ class WorkList:
         job.base_group = f"{base.base_identity(job.recipe)}{protocol.steps[0].tolist()}{own_loss}"
         job.had_base = job.has_base
         if job.base_group not in self.bases:
-            for found in sorted(out.glob(f"*/*-s{job.seed}/checkpoints/step_0.pt")):
+            of_scale = job.folder.parent.parent
+            for found in sorted(of_scale.glob(f"*/*-s{job.seed}/checkpoints/step_0.pt")):
                 if _same_base(found.parent.parent, job.recipe, protocol, dataset, counts):
                     self.bases[job.base_group] = found.parent.parent
                     break

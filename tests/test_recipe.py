@@ -207,6 +207,7 @@ WRONG = [
     "schedule=linear", "milestones=0.5", "milestones=[0.8, 0.4]", "milestones=[0, 0.5]", "milestones=[0.5, 1]",
     "milestones=[a]", "momentum=1", "momentum=-0.1", "momentum=.nan", "weight_decay=-1", "seed=-1", "seed=x",
     "device=0", "precision=fp16", "compile=maybe", "compile=2", "checkpoint_every=0",
+    "checkpoint_minutes=0", "checkpoint_minutes=-1", "checkpoint_minutes=.inf", "checkpoint_minutes=",
 ]  # fmt: skip
 
 
@@ -381,6 +382,13 @@ def test_a_dump_holds_every_key_so_that_later_defaults_cannot_change_it():
     assert set(values) == {"recipe", "description", "published", "fidelity", *load("digits").keys()}
 
 
+def test_an_effective_recipe_from_before_checkpoints_by_time_is_read(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(re.sub(r"^checkpoint_minutes: .*\n", "", load("digits").dump(), flags=re.MULTILINE))
+    assert "checkpoint_minutes" not in path.read_text()
+    assert read_effective(path) == load("digits")
+
+
 @pytest.mark.parametrize("name", ["mine.yaml", "1e3.yaml", "no.yaml", "ä ö.yaml"])
 def test_a_recipe_of_the_users_own_keeps_its_name(tmp_path, name):
     loaded = load(write(tmp_path, name, "base: digits\ndescription: 'yes: # no'\n"))
@@ -416,6 +424,7 @@ def test_a_wrong_value_in_an_effective_recipe_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [["seed=5"], ["device=cpu"], ["data=/somewhere"], ["val=/else"], ["compile=false"], ["checkpoint_every=1"],
+     ["checkpoint_minutes=0.5"],
      ["verify=false"], ["seed=1", "device=cuda", "data=x"], ["epochs=250", "lr=1e-1", "loss=balanced"]],
 )  # fmt: skip
 def test_where_and_how_fast_it_runs_leave_a_recipe_as_shipped(overrides):

@@ -11,8 +11,11 @@ from fastil import recipe, tables
 from fastil.errors import UserError
 
 CONTENT = {
-    "scales": {"cpu": {5: "digits"}, "paper": {5: "digits"}},
-    "seeds": {"cpu": 2, "paper": 3},
+    "scales": {
+        "paper": {"recipes": {5: "digits"}, "seeds": 3},
+        "cpu": {"recipes": {5: "digits"}, "seeds": 2, "note": "This is not the paper's data set."},
+        "short": {"like": "paper", "overrides": {"epochs": 9}, "folder": "short", "note": "9 epochs, not 40."},
+    },
     "rows": {
         "softmax": {"loss": "softmax"},
         "balanced": {"loss": "balanced"},
@@ -109,6 +112,19 @@ def test_the_distance_to_the_paper_stands_at_its_own_scale_only(tmp_path):
     assert "minus published" not in rows["ours"]
     assert rows["ours"]["published average"] == "62.22"
     assert "not the paper's data set" in text
+
+
+def test_a_scale_with_a_folder_of_its_own_has_its_own_runs_and_no_distance_to_the_paper(tmp_path):
+    """Rows of the same name and seed in one --out: each table counts those of its scale."""
+    full = make_run(tmp_path, "balanced", 0, 0.6)["average_incremental_accuracy"]
+    fewer = make_run(tmp_path / "short", "balanced", 0, 0.4, settings=["epochs=9"])["average_incremental_accuracy"]
+    make_run(tmp_path / "short", "balanced", 1, 0.5)  # not this scale's settings
+    for scale, average in (("paper", full), ("short", fewer)):
+        text, rows = written(tmp_path, scale=scale)
+        assert (rows["ours"]["seeds"], rows["ours"]["average incremental"]) == ("1", f"{average:.2f}")
+        assert rows["ours"]["published average"] == "62.22"
+        assert ("minus published" in rows["ours"]) == (scale == "paper")
+        assert ('Scale "short": 9 epochs, not 40.' in text) == (scale == "short")
 
 
 def test_the_text_says_what_the_interval_is_over(tmp_path):
