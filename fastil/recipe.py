@@ -151,12 +151,23 @@ class Recipe:
                 return None if reads(self.keys()) else advice
         return None
 
+    def differences(self) -> dict[str, Any] | None:
+        """The settings that differ from those of fastil's own recipe of this name, but for the seed, the runtime keys
+        and the precision, which is the machine's. None: no such recipe comes with it."""
+        if self.name not in names():
+            return None
+        shipped = load(self.name)
+        ours, theirs, written = self.identity(seed=False), shipped.identity(seed=False), shipped.keys()
+        # A key may only be read, or not be read any more, because of another one that was changed.
+        return {
+            key: value
+            for key, value in self.keys().items()
+            if key in ours and key != "precision" and ours[key] != theirs[key] and value != written[key]
+        }
+
     def as_shipped(self) -> bool:
-        """Whether nothing but the seed and the runtime keys was overridden, so that `published` may stand beside it."""
-        try:
-            return self.identity(seed=False) == load(self.name).identity(seed=False)
-        except UserError:
-            return False
+        """Whether nothing but those was overridden."""
+        return self.differences() == {}
 
     def dump(self) -> str:
         """The recipe as YAML, every default filled in."""

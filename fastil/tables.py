@@ -14,6 +14,7 @@ import yaml
 
 from fastil import recipe
 from fastil.errors import UserError
+from fastil.fidelity import on_published_data
 from fastil.recipe import Recipe
 from fastil.report import Run, new_figure, read_run, save_figure, spread
 from fastil.statistics import Predictions, paired_interval
@@ -175,7 +176,8 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
             gain, interval, pairs = difference(runs, found[entry.against, entry.steps])
             paired |= {pairs} - {0}
         distance = "-"
-        if table.scale == "paper" and averages and "average" in published:
+        comparable = table.scale == "paper" and all(on_paper_data(run) for run in runs.values())
+        if comparable and averages and "average" in published:
             distance = f"{statistics.mean(averages) - published['average']:+.2f}"
         known = [f"{published[key]:.2f}" if key in published else "-" for key in ("average", "final", "base")]
         lines.append(
@@ -196,7 +198,8 @@ def write(table: Table, out: Path) -> str:
     rows, paired = rows_of(table, found)
     shown = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in rows)]  # no columns of dashes
     header, rows = tuple(HEADER[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
-    text = "\n\n".join([*notes(table, paired), format_table(header, rows)])
+    theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
+    text = "\n\n".join([*notes(table, paired, theirs), format_table(header, rows)])
     stem = out / f"{table.name}-{table.scale}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -210,8 +213,13 @@ def write(table: Table, out: Path) -> str:
     return text + f"\n\nwritten: {stem}.md, .csv, .png"
 
 
-def notes(table: Table, paired: set[int]) -> list[str]:
-    """What the columns mean, and what they do not say."""
+def on_paper_data(run: Run) -> bool:
+    """Whether the images of a run are those of the paper's tables."""
+    return on_published_data("cifar100", run.protocol)
+
+
+def notes(table: Table, paired: set[int], paper_data: bool = True) -> list[str]:
+    """What the columns mean, and what they do not say. paper_data: all runs are on the images of the paper's tables."""
     references = {entry.against for entry in table.entries if entry.against}
     labels = list(dict.fromkeys(e.label.partition(",")[0] for e in table.entries if e.row in references))
     lines = [
@@ -233,6 +241,11 @@ def notes(table: Table, paired: set[int]) -> list[str]:
             f'Scale "{table.scale}": {shape.description}. This is not the paper\'s data set nor its schedule; its '
             "numbers stand beside ours for their order only."
         )
+    elif not paper_data:
+        lines.append(
+            "The images are not known to be CIFAR-100 as published: the paper's numbers are of other data and stand "
+            "beside ours for their order only."
+        )
     return lines
 
 
@@ -240,7 +253,8 @@ def draw(table: Table, found: Found, path: Path) -> None:
     """Ours, the mean over seeds with their range, beside the published numbers; a panel per number of steps."""
     groups = sorted({entry.steps for entry in table.entries})
     figure, axes = new_figure(len(groups))
-    theirs = "published" + ("" if table.scale == "paper" else " (CIFAR-100)")
+    on_theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
+    theirs = "published" + ("" if table.scale == "paper" and on_theirs else " (CIFAR-100)")
     for axis, steps in zip(axes, groups, strict=True):
         entries = [entry for entry in table.entries if entry.steps == steps]
         runs = {entry.row: list(found[entry.row, steps].values()) for entry in entries}

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fastil import base, recipe, summary, tables
 from fastil.data import Dataset, load_dataset
-from fastil.data.sources import PUBLISHED, image_size
+from fastil.data.published import table
+from fastil.data.sources import image_size
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
 from fastil.report import read_run
@@ -168,7 +169,7 @@ def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
     try:
         return load_dataset(loaded.data)
     except UserError:
-        if not preview or loaded.data.dataset not in PUBLISHED or loaded.data.data is not None:
+        if not preview or loaded.data.dataset not in table() or loaded.data.data is not None:
             raise
         return None
 
@@ -178,8 +179,8 @@ def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.i
     if dataset is not None:
         counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
         return counts, image_size(loaded.data, dataset)
-    shape = PUBLISHED[loaded.data.dataset]
-    return np.full(shape.classes, shape.train_per_class), (shape.size, shape.size)
+    known = table()[loaded.data.dataset]
+    return np.full(known.classes, known.per_class), known.shape[:2]
 
 
 def _same_base(
