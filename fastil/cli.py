@@ -138,7 +138,7 @@ def convert(
         str,
         typer.Option(
             help="jpeg: keep the bytes of JPEGs, encode the others; reencode: all; raw: pixels.",
-            show_default="jpeg, or raw for a source of pixels (CIFAR, idx)",
+            show_default="jpeg, or raw for a source of pixels (CIFAR, idx) or of small lossless images",
         ),
     ] = "auto",
     max_side: Annotated[int | None, typer.Option(help="Longest side in pixels.", show_default="as it is")] = None,
