@@ -50,7 +50,9 @@ def run(
     """Train one recipe."""
     from fastil.device import keep_freed_memory
     from fastil.experiment import Experiment
+    from fastil.fidelity import had_published
     from fastil.recipe import load
+    from fastil.report import read_run
     from fastil.trainer import Stopped
 
     loaded = load(recipe, overrides or [], data=data, val=val)
@@ -66,8 +68,11 @@ def run(
         experiment.close()
     average, final = results["average_incremental_accuracy"], results["final_top1"]
     print(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
-    if loaded.published is not None and loaded.as_shipped():
-        print(f"published: average incremental accuracy {loaded.published:.2f}")
+    shown = read_run(folder).recipe
+    if shown.published is not None:
+        print(f"published: average incremental accuracy {shown.published:.2f}")
+    elif had_published(shown):
+        print(f"{shown.fidelity}; the paper's number is of another experiment")
     print(f"results, figures and checkpoints: {folder}")
 
 
@@ -133,7 +138,7 @@ def convert(
         str,
         typer.Option(
             help="jpeg: keep the bytes of JPEGs, encode the others; reencode: all; raw: pixels.",
-            show_default="jpeg, or raw for a source of pixels (CIFAR, idx)",
+            show_default="jpeg, or raw for a source of pixels (CIFAR, idx) or of small lossless images",
         ),
     ] = "auto",
     max_side: Annotated[int | None, typer.Option(help="Longest side in pixels.", show_default="as it is")] = None,

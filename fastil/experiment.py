@@ -350,10 +350,10 @@ class Experiment:
     def announce(self) -> None:
         """The effective protocol, so that no one has to guess what was trained."""
         recipe, names = self.recipe, self.dataset.class_names
-        slow = precision_note(self.trainer.precision, self.device)
+        slow = precision_note(recipe.precision, self.device)
         lines = [
             f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
-            f"seed {recipe.train.seed}, on {device_name(self.device)}, {recipe.train.precision}",
+            f"seed {recipe.train.seed}, on {device_name(self.device)}, {recipe.precision}",
             f"{self.dataset.name}, class list {self.protocol.class_hash(names)}, into {self.directory.path}",
             f"loader {self.train_loader.name}: "
             + (choose(self.dataset.train, self.device)[1] if recipe.data.loader == "auto" else "as asked for")

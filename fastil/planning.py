@@ -1,5 +1,6 @@
 """`fastil plan`: what a recipe would do, what it would hold in memory and how long it would take here."""
 
+import math
 import time
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from fastil import compiling, summary
 from fastil.data.beton import Beton
 from fastil.data.loaders import check_resident, choose, cpu_rate, mean_pixels, resident_bytes
-from fastil.data.sources import PUBLISHED, Split, image_size, load_dataset
+from fastil.data.published import table
+from fastil.data.sources import Split, image_size, load_dataset
 from fastil.data.streaming import Images
 from fastil.device import (
     autocast,
@@ -40,13 +42,13 @@ def describe(recipe: Recipe) -> str:
         held = sum(split.images.nbytes for split in (dataset.train, dataset.val) if isinstance(split, Split))
         place = f"{held / 2**20:,.0f} MiB resident as uint8" if held else "streamed"
     except UserError as error:
-        shape = PUBLISHED.get(recipe.data.dataset)
-        if shape is None or recipe.data.data is not None:
+        known = table().get(recipe.data.dataset)
+        if known is None or recipe.data.data is not None:
             raise
         images = None
-        counts, names, size = np.full(shape.classes, shape.train_per_class), None, (shape.size, shape.size)
+        counts, names, size = np.full(known.classes, known.per_class), None, known.shape[:2]
         source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
-        held = shape.classes * (shape.train_per_class + shape.val_per_class) * shape.size**2 * 3
+        held = known.images * math.prod(known.shape)
         streamed = recipe.data.dataset == "imagenet"
         place = "streamed" if streamed else f"{held / 2**20:,.0f} MiB resident as uint8"
     protocol = build_protocol(recipe.protocol, len(counts))

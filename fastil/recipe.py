@@ -143,9 +143,18 @@ class Recipe:
         """
         precision = self.train.precision
         if before is None:
-            precision = settle_precision(precision, device)
-        elif precision == "auto":  # another one is refused with the other settings that changed
-            precision = before
+            return self.in_precision(settle_precision(precision, device))
+        # One that was asked for and differs is refused with the other settings that changed.
+        return self.in_precision(before) if precision == "auto" else self
+
+    @property
+    def precision(self) -> Precision:
+        """What a run of this recipe computes in: of one that is settled, or was read from a run directory."""
+        assert self.train.precision != "auto"
+        return self.train.precision
+
+    def in_precision(self, precision: Precision) -> "Recipe":
+        """The recipe, trained in this precision."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, precision=precision))
 
     def keys(self) -> dict[str, Any]:
@@ -165,12 +174,23 @@ class Recipe:
                 return None if reads(self.keys()) else advice
         return None
 
+    def differences(self) -> dict[str, Any] | None:
+        """The settings that differ from those of fastil's own recipe of this name, but for the seed, the runtime keys
+        and the precision, which is the machine's. None: no such recipe comes with it."""
+        if self.name not in names():
+            return None
+        shipped = load(self.name)
+        ours, theirs, written = self.identity(seed=False), shipped.identity(seed=False), shipped.keys()
+        # A key may only be read, or not be read any more, because of another one that was changed.
+        return {
+            key: value
+            for key, value in self.keys().items()
+            if key in ours and key != "precision" and ours[key] != theirs[key] and value != written[key]
+        }
+
     def as_shipped(self) -> bool:
-        """Whether nothing but the seed and the runtime keys was overridden, so that `published` may stand beside it."""
-        try:
-            return self.identity(seed=False) == load(self.name).identity(seed=False)
-        except UserError:
-            return False
+        """Whether nothing but those was overridden."""
+        return self.differences() == {}
 
     def dump(self) -> str:
         """The recipe as YAML, every default filled in."""

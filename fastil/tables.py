@@ -3,7 +3,7 @@
 import csv
 import io
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +13,9 @@ import numpy as np
 import yaml
 
 from fastil import recipe
+from fastil.device import Precision
 from fastil.errors import UserError
+from fastil.fidelity import on_published_data
 from fastil.recipe import Recipe
 from fastil.report import Run, new_figure, read_run, save_figure, spread
 from fastil.statistics import Predictions, paired_interval
@@ -144,7 +146,25 @@ def finished_run(folder: Path, wanted: Recipe) -> Run | None:
     if not (folder / "results.json").exists():
         return None
     run = read_run(folder)
+    if wanted.train.precision == "auto":  # it took what its machine had
+        wanted = wanted.in_precision(run.recipe.precision)
     return run if len(run.curve) == run.total_steps and run.recipe.identity() == wanted.identity() else None
+
+
+def precision_of(entries: Sequence[Entry], out: Path) -> Precision | None:
+    """What the runs of these entries that are in `out` compute in, finished or not; None where there is none. Raises
+    UserError where they compute in several, for what a table compares must differ in its rows alone."""
+    first: tuple[Path, Precision] | None = None
+    for entry in entries:
+        for path in sorted(entry.folder(out, 0).parent.glob(f"{entry.row}-s*/recipe.yaml")):
+            precision = recipe.read_effective(path).precision
+            if first is not None and precision != first[1]:
+                raise UserError(
+                    f"{first[0].parent} computes in {first[1]} and {path.parent} in {precision}, which one table "
+                    "cannot hold; move one set of runs to another --out"
+                )
+            first = first or (path, precision)
+    return None if first is None else first[1]
 
 
 def finished_runs(table: Table, out: Path) -> Found:
@@ -158,6 +178,7 @@ def finished_runs(table: Table, out: Path) -> Found:
             if seed.isdecimal() and path.is_dir()
         }
         found[entry.row, entry.steps] = {seed: run for seed, run in sorted(runs.items()) if run is not None}
+    precision_of(table.entries, out)
     everything = [run for of_row in found.values() for run in of_row.values()]
     for run in everything:
         if run.images != everything[0].images:
@@ -198,7 +219,8 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
             gain, interval, pairs = difference(runs, found[entry.against, entry.steps])
             paired |= {pairs} - {0}
         distance = "-"
-        if table.scale == "paper" and averages and "average" in published:
+        comparable = table.scale == "paper" and all(on_paper_data(run) for run in runs.values())
+        if comparable and averages and "average" in published:
             distance = f"{statistics.mean(averages) - published['average']:+.2f}"
         known = [f"{published[key]:.2f}" if key in published else "-" for key in ("average", "final", "base")]
         lines.append(
@@ -219,7 +241,8 @@ def write(table: Table, out: Path) -> str:
     rows, paired = rows_of(table, found)
     shown = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in rows)]  # no columns of dashes
     header, rows = tuple(HEADER[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
-    text = "\n\n".join([*notes(table, paired), format_table(header, rows)])
+    theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
+    text = "\n\n".join([*notes(table, paired, theirs), format_table(header, rows)])
     stem = out / f"{table.name}-{table.scale}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -233,8 +256,13 @@ def write(table: Table, out: Path) -> str:
     return text + f"\n\nwritten: {stem}.md, .csv, .png"
 
 
-def notes(table: Table, paired: set[int]) -> list[str]:
-    """What the columns mean, and what they do not say."""
+def on_paper_data(run: Run) -> bool:
+    """Whether the images of a run are those of the paper's tables."""
+    return on_published_data("cifar100", run.protocol)
+
+
+def notes(table: Table, paired: set[int], paper_data: bool = True) -> list[str]:
+    """What the columns mean, and what they do not say. paper_data: all runs are on the images of the paper's tables."""
     references = {entry.against for entry in table.entries if entry.against}
     labels = list(dict.fromkeys(e.label.partition(",")[0] for e in table.entries if e.row in references))
     lines = [
@@ -252,6 +280,11 @@ def notes(table: Table, paired: set[int]) -> list[str]:
         )
     if table.note is not None:
         lines.append(f'Scale "{table.scale}": {table.note}')
+    elif not paper_data:
+        lines.append(
+            "The images are not known to be CIFAR-100 as published: the paper's numbers are of other data and stand "
+            "beside ours for their order only."
+        )
     return lines
 
 
@@ -259,7 +292,9 @@ def draw(table: Table, found: Found, path: Path) -> None:
     """Ours, the mean over seeds with their range, beside the published numbers; a panel per number of steps."""
     groups = sorted({entry.steps for entry in table.entries})
     figure, axes = new_figure(len(groups))
-    theirs = "published" if table.theirs is None else f"published ({table.theirs})"
+    on_theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
+    theirs = table.theirs or (None if on_theirs else "CIFAR-100")
+    theirs = "published" if theirs is None else f"published ({theirs})"
     for axis, steps in zip(axes, groups, strict=True):
         entries = [entry for entry in table.entries if entry.steps == steps]
         runs = {entry.row: list(found[entry.row, steps].values()) for entry in entries}

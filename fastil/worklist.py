@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from fastil import base, recipe, summary, tables
 from fastil.data import Dataset, load_dataset
-from fastil.data.sources import PUBLISHED, image_size
+from fastil.data.published import table
+from fastil.data.sources import image_size
+from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
 from fastil.report import read_run
@@ -81,11 +83,13 @@ class WorkList:
         self.data = data
         self.jobs: list[Job] = []
         self.bases: dict[str, Path] = {}  # by base group, a run of this scale that had the base step before
+        precision = tables.precision_of(entries, out)  # of what is there; on another machine all go on in that
         for seed in seeds:
             for entry in entries:
                 folder = entry.folder(out, seed)
                 if all(job.folder != folder for job in self.jobs):
                     loaded = entry.load(seed, data)
+                    loaded = loaded.settled(pick_device(loaded.train.device), precision)
                     finished = tables.finished_run(folder, loaded) is not None
                     self.jobs.append(Job(entry, seed, folder, loaded, finished, had_base=False))
         if not self.missing and data is None:  # then the table can be written again without its images
@@ -141,7 +145,7 @@ class WorkList:
 
     def command(self, job: Job) -> list[str]:
         command = [sys.executable, "-m", "fastil.cli", "run", job.entry.recipe, *job.entry.overrides]
-        command += [f"seed={job.seed}", "--out", str(job.folder)]
+        command += [f"seed={job.seed}", f"precision={job.recipe.precision}", "--out", str(job.folder)]
         command += ["--data", self.data] if self.data is not None else []
         donor = self.donor(job)
         command += ["--resume"] if job.folder.exists() else []
@@ -169,7 +173,7 @@ def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
     try:
         return load_dataset(loaded.data)
     except UserError:
-        if not preview or loaded.data.dataset not in PUBLISHED or loaded.data.data is not None:
+        if not preview or loaded.data.dataset not in table() or loaded.data.data is not None:
             raise
         return None
 
@@ -179,8 +183,8 @@ def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.i
     if dataset is not None:
         counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
         return counts, image_size(loaded.data, dataset)
-    shape = PUBLISHED[loaded.data.dataset]
-    return np.full(shape.classes, shape.train_per_class), (shape.size, shape.size)
+    known = table()[loaded.data.dataset]
+    return np.full(known.classes, known.per_class), known.shape[:2]
 
 
 def _same_base(

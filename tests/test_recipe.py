@@ -424,8 +424,8 @@ def test_a_wrong_value_in_an_effective_recipe_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [["seed=5"], ["device=cpu"], ["data=/somewhere"], ["val=/else"], ["compile=false"], ["checkpoint_every=1"],
-     ["checkpoint_minutes=0.5"],
-     ["verify=false"], ["seed=1", "device=cuda", "data=x"], ["epochs=250", "lr=1e-1", "loss=balanced"]],
+     ["checkpoint_minutes=0.5"], ["verify=false"], ["precision=bf16"], ["seed=1", "device=cuda", "data=x"],
+     ["epochs=250", "lr=1e-1", "loss=balanced"]],
 )  # fmt: skip
 def test_where_and_how_fast_it_runs_leave_a_recipe_as_shipped(overrides):
     assert load("cifar100_balanced_5", overrides).as_shipped()
@@ -434,7 +434,7 @@ def test_where_and_how_fast_it_runs_leave_a_recipe_as_shipped(overrides):
 @pytest.mark.parametrize(
     "override",
     ["loss=softmax", "alpha=0.5", "temperature=1", "epochs=249", "base_epochs=10", "batch_size=64", "lr=0.2",
-     "schedule=cosine", "milestones=[0.5]", "momentum=0", "weight_decay=0", "precision=bf16", "order=icarl",
+     "schedule=cosine", "milestones=[0.5]", "momentum=0", "weight_decay=0", "order=icarl",
      "base_classes=60", "increment=5", "exemplars_per_class=10", "exemplar_selection=random", "model=resnet20",
      "last_relu=false", "dataset=cifar10", "pad=0", "flip=false", "mean=[0, 0, 0]", "std=[1, 1, 1]"],
 )  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from fastil import recipe, tables
+from fastil.data import published
 from fastil.errors import UserError
 
 CONTENT = {
@@ -43,9 +44,13 @@ CONTENT = {
 }
 
 
+def folder_of(out, row, seed):
+    return out / f"digits/{row}-s{seed}"
+
+
 def make_run(out, row, seed, skill, steps=6, images="a", settings=()):
     """A run on digits, base 5 + 5 x 1, that gets a share of `skill` of its 10 test images per class right."""
-    folder = out / f"digits/{row}-s{seed}"
+    folder = folder_of(out, row, seed)
     for name in ("predictions", "checkpoints"):
         (folder / name).mkdir(parents=True)
     overrides = [f"{key}={value}" for key, value in CONTENT["rows"][row].items()]
@@ -102,8 +107,29 @@ def test_mean_deviation_and_paired_difference(tmp_path):
     assert rows["ours"]["base step"] == f"{bases.mean():.2f} ± {bases.std(ddof=1):.2f}"
 
 
+def on_cifar100(folder):
+    """Make it a run on the published images."""
+    expected = published.table()["cifar100"]
+    protocol = json.loads((folder / "protocol.json").read_text()) | {"class_names": expected.class_names}
+    for split in ("train", "val"):
+        protocol["dataset"][split]["identity"] = getattr(expected, split).identity
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+
+
+def test_no_distance_to_the_paper_stands_beside_other_images(tmp_path):
+    make_run(tmp_path, "balanced", 0, 0.6)
+    make_run(tmp_path, "softmax", 0, 0.6)
+    on_cifar100(folder_of(tmp_path, "balanced", 0))
+    text, rows = written(tmp_path, scale="paper")
+    assert rows["ours"]["minus published"] != "-"
+    assert rows["plain"]["minus published"] == "-"
+    assert "not known to be CIFAR-100" in text
+
+
 def test_the_distance_to_the_paper_stands_at_its_own_scale_only(tmp_path):
     averages = [make_run(tmp_path, "balanced", seed, 0.6)["average_incremental_accuracy"] for seed in (0, 1)]
+    for seed in (0, 1):
+        on_cifar100(folder_of(tmp_path, "balanced", seed))
     text, rows = written(tmp_path, scale="paper")
     assert rows["ours"]["minus published"] == f"{np.mean(averages) - 62.22:+.2f}"
     assert rows["plain"]["minus published"] == "-"
