@@ -178,10 +178,9 @@ def drawn_ahead(plan: Callable[[int], EpochPlan], epochs: Sequence[int]) -> Iter
 
         def in_turn() -> Generator[EpochPlan, None, None]:
             pending = [pool.submit(plan, epoch) for epoch in epochs[:1]]
-            for coming in (*epochs[1:], None):
+            for number in range(len(epochs)):
                 current = pending.pop().result()
-                if coming is not None:
-                    pending.append(pool.submit(plan, coming))
+                pending += [pool.submit(plan, epoch) for epoch in epochs[number + 1 : number + 2]]
                 yield current
 
         plans = in_turn()

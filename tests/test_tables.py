@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from fastil import recipe, tables
 from fastil.data import published
 from fastil.errors import UserError
+from fastil.worklist import WorkList
 
 CONTENT = {
     "scales": {
@@ -216,3 +217,21 @@ def test_runs_on_different_images_never_share_a_table(tmp_path):
     make_run(tmp_path, "balanced", 0, 0.7, images="b")
     with pytest.raises(UserError, match="different images"):
         written(tmp_path)
+
+
+def test_runs_of_two_precisions_never_share_a_table(tmp_path):
+    make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=bf16"])
+    assert written(tmp_path)[1]["plain"]["seeds"] == "1"  # whatever this machine would take itself
+    table = tables.table_of(CONTENT, "bars", "cpu")
+    assert tables.precision_of(table.entries, tmp_path) == "bf16"
+    make_run(tmp_path, "balanced", 0, 0.6, settings=["precision=fp32"])
+    with pytest.raises(UserError, match=r"computes in bf16 and .* in fp32, which one table cannot hold"):
+        written(tmp_path)
+
+
+def test_what_is_missing_goes_on_in_the_precision_of_what_is_there(tmp_path):
+    make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=bf16"])
+    table = tables.table_of(CONTENT, "bars", "cpu")
+    work = WorkList(table.entries, [0], tmp_path, None)
+    assert [job.entry.row for job in work.missing] == ["balanced"]
+    assert all("precision=bf16" in work.command(job) for job in work.missing)

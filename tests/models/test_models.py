@@ -402,3 +402,13 @@ def test_the_stem_is_the_one_asked_for(name, stem, side):
         out = network.eval()(images_for(name))
     assert [m.shape[-1] for m in out.maps] == [64 // (2 * stride * k) for k in (1, 2, 4, 8)]
     assert out.features.isfinite().all()
+
+
+def test_maps_leave_the_network_only_where_they_are_asked_for():
+    images = torch.randn(2, 3, 16, 16)
+    without, with_maps = build_network(ModelConfig("resnet8"), 10, 0), build("resnet8")
+    out, wanted = without(images), with_maps(images)
+    assert out.maps == []
+    assert len(wanted.maps) == 3
+    assert torch.equal(out.features, wanted.features)
+    assert torch.equal(out.logits, wanted.logits)
