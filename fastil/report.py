@@ -279,9 +279,8 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
         curves = np.array([run.curve[:length] for run in runs])
         classes = [step["classes_seen"] for step in runs[0].results["steps"][:length]]
         mean = curves.mean(axis=0)
-        (line,) = axes[0].plot(
-            classes, mean, marker="o", linestyle=("-", "--", ":")[i // 10 % 3], label=f"{label} ({curves.mean():.1f})"
-        )
+        shown = textwrap.fill(f"{label} ({curves.mean():.1f})", 60)  # all that was modified can be long
+        (line,) = axes[0].plot(classes, mean, marker="o", linestyle=("-", "--", ":")[i // 10 % 3], label=shown)
         if len(runs) > 1:
             deviation = curves.std(axis=0, ddof=1)
             axes[0].fill_between(classes, mean - deviation, mean + deviation, alpha=0.2, color=line.get_color())
