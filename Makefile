@@ -1,9 +1,10 @@
 # make demo    fresh clone to a trained, plotted comparison on real images; needs Python 3.11+ and the package registry
-# make test    fresh clone to the passed test suite: ruff, mypy, pytest, and what the kernels compile to for three GPUs,
-#              with the newest Triton that is supported and with the oldest. FFCV, which the files of `fastil convert` are
-#              tested against, is built where Debian's libraries for it are there or can be installed (as root, by
-#              apt-get); where not, one line says so and its tests skip. The same goes for DALI, which comes by pip
-# make soak    the same tests with the full kill counts (FASTIL_SOAK=1)
+# make test    fresh clone to the passed test suite, 12 minutes on two cores: ruff, mypy, pytest, what the kernels compile
+#              to for three GPUs, and a launch of each with the oldest Triton that is supported. FFCV, which the files of
+#              `fastil convert` are tested against, is built where Debian's libraries for it are there or can be installed
+#              (as root, by apt-get); where not, one line says so and its tests skip. The same goes for DALI, by pip
+# make soak    the same, hours long (FASTIL_SOAK=1): full counts of kills, damaged files and drawn examples, and all
+#              tests and GPUs with the oldest Triton, too
 # make gpu     on a machine with an NVIDIA GPU: the kernels' tests on it, compute-sanitizer where there is one, the bench
 
 PYTHON ?= python3
@@ -29,12 +30,13 @@ test: .venv/dev .venv/ffcv .venv/dali
 	$(BIN)/python -m fastil.tools.aot --check
 	$(MAKE) --no-print-directory test-oldest-triton
 
-# The kernels' tests and what they compile to once more, with the oldest Triton that they support and the numpy it needs.
-# Both lie in a folder in front of the environment.
+# The kernels once more, with the oldest Triton that they support and the numpy it needs, which lie in a folder in front of
+# the environment: every kernel is launched and compiled for one GPU. `make soak` runs all tests and compiles for all GPUs.
 OLDEST := build/triton-3.6.0
+LAUNCHES := tests/kernels/test_sanitized.py tests/kernels/test_registration.py
 test-oldest-triton: .venv/dev $(OLDEST)/done
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(BIN)/pytest -n auto --dist loadfile tests/kernels
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastil.tools.aot --check
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(BIN)/pytest $(if $(FASTIL_SOAK),-n auto --dist loadfile tests/kernels,$(LAUNCHES))
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastil.tools.aot --check $(if $(FASTIL_SOAK),,--arch 90)
 
 $(OLDEST)/done:
 	$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) triton==3.6.0 'numpy<2.4'

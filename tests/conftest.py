@@ -2,13 +2,12 @@
 
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
@@ -16,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
+SOAK = bool(os.environ.get("FASTIL_SOAK"))  # `make soak`: full counts
 TINY = ["epochs=2", "base_epochs=2", "batch_size=64"]  # seconds instead of minutes; the digits recipe otherwise
 
 
@@ -31,34 +31,39 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session")
+def forks():
+    processes = Forks(environment())
+    yield processes
+    processes.close()
+
+
 @pytest.fixture
-def fastil(tmp_path):
+def fastil(forks, tmp_path):
     """Run `fastil ...` in an empty folder; returns the finished process."""
-
-    def run(*arguments, **options):
-        command = [sys.executable, "-m", "fastil.cli", *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, **options)
-
-    return run
+    return lambda *arguments: forks.run(["-m", "fastil.cli", *arguments], tmp_path, environment())
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(forks, tmp_path):
     """Start `fastil ...` without waiting for it."""
     processes = []
 
     def begin(*arguments):
-        command = [sys.executable, "-m", "fastil.cli", *map(str, arguments)]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        processes.append(process)
-        return process
+        processes.append(forks.start(["-m", "fastil.cli", *arguments], tmp_path, environment(), merged=True))
+        return processes[-1]
 
     yield begin
     for process in processes:
-        process.kill()
-        process.wait()
+        process.close()
+
+
+@pytest.fixture(scope="module")
+def without_figures():
+    """Runs in this process draw none, which takes them a quarter of their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastil.report.draw_run", lambda folder: None)
+        yield
 
 
 def encoded(image, kind="JPEG", **options):

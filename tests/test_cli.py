@@ -110,7 +110,8 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(fastil):
 def test_report_groups_seeds_and_pairs_losses(fastil, tmp_path):
     for seed in (0, 1):
         for loss in ("softmax", "balanced"):
-            process = fastil("run", "digits", *TINY, f"loss={loss}", f"seed={seed}", "--out", f"{loss}{seed}")
+            settings = [*TINY, "increment=5", f"loss={loss}", f"seed={seed}"]
+            process = fastil("run", "digits", *settings, "--out", f"{loss}{seed}")
             assert process.returncode == 0, process.stderr
     process = fastil("report", "softmax0", "softmax1", "balanced0", "balanced1", "--out", "report", "--html")
     assert process.returncode == 0, process.stderr

@@ -14,6 +14,8 @@ from fastil.plan import sequential_plan
 from fastil.recipe import load
 from fastil.report import group_runs, paired_gain, read_run
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 QUICK = ["epochs=12", "base_epochs=8", "batch_size=16", "base_classes=5", "increment=5", "device=cpu"]
 
 

@@ -2,6 +2,7 @@
 they write, what they refuse."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ from fastil.errors import UserError
 from fastil.evaluation import nearest_mean_scores
 from fastil.experiment import Experiment
 from fastil.recipe import load
+from fastil.report import draw_run
 from fastil.trainer import Stopped
+
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 QUICK = ["epochs=3", "base_epochs=2", "batch_size=16", "base_classes=6", "increment=2", "exemplars_per_class=6"]
 META = ["loss=meta_balanced", "meta_every=3", "meta_lr=20", "meta_share=0.3"]
@@ -86,6 +90,7 @@ def test_alpha_is_logged_in_incremental_steps_and_plotted(meta):
     lines = lines_of(meta)
     assert all(("alpha" in line) == (line["step"] > 0) for line in lines)
     assert len({line["alpha"] for line in lines if line["step"] > 0}) > 3
+    draw_run(meta)
     assert (meta / "figures/alpha.png").exists()
 
 
@@ -235,14 +240,21 @@ def folder(tmp_path_factory):
 
 
 SMALL = [
-    "size=8",
-    "base_classes=2",
-    "increment=1",
-    "epochs=2",
-    "base_epochs=3",
-    "model=resnet8",
-    "exemplars_per_class=4",
-]
+    "size=8", "base_classes=2", "increment=1", "epochs=2", "base_epochs=3", "model=resnet8", "exemplars_per_class=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def donor(folder, tmp_path_factory):
+    """A run that base steps are taken from. Who changes it takes a copy."""
+    path = tmp_path_factory.mktemp("donor") / "run"
+    Experiment(load("folder", SMALL, data=str(folder)), path, resume=False).run()
+    return path
+
+
+@pytest.fixture
+def own_donor(donor, tmp_path):
+    return shutil.copytree(donor, tmp_path / "donor")
 
 
 @pytest.mark.parametrize(
@@ -250,9 +262,7 @@ SMALL = [
     [["loss=softmax"], ["loss=rescaled"], ["loss=separated", "sampler=memory_oversampling"], ["loss=meta_balanced"],
      ["alpha=0.2", "exemplars_per_class=2"], ["loss=softmax", "correction=balanced_finetuning", "finetune_epochs=1"]],
 )  # fmt: skip
-def test_a_base_step_taken_from_another_run_is_the_same_run(folder, tmp_path, settings):
-    donor = tmp_path / "donor"
-    Experiment(load("folder", SMALL, data=str(folder)), donor, resume=False).run()
+def test_a_base_step_taken_from_another_run_is_the_same_run(folder, donor, tmp_path, settings):
     recipe = load("folder", [*SMALL, *settings], data=str(folder))
     Experiment(recipe, tmp_path / "own", resume=False).run()
     Experiment(recipe, tmp_path / "taken", resume=False, base_run=donor).run()
@@ -262,48 +272,41 @@ def test_a_base_step_taken_from_another_run_is_the_same_run(folder, tmp_path, se
     assert timings["steps"]["0"]["images_per_second"] is None
 
 
-def test_a_taken_base_step_is_remembered_over_a_resume_and_its_run_may_go(folder, tmp_path):
-    donor, out = tmp_path / "donor", tmp_path / "taken"
+def test_a_taken_base_step_is_remembered_over_a_resume_and_its_run_may_go(folder, own_donor, tmp_path):
+    out = tmp_path / "taken"
     recipe = load("folder", SMALL, data=str(folder))
-    Experiment(recipe, donor, resume=False).run()
-    experiment = Experiment(recipe, out, resume=False, base_run=donor)
+    experiment = Experiment(recipe, out, resume=False, base_run=own_donor)
     experiment.trainer.stop = lambda: experiment.step == 1
     with pytest.raises(Stopped):
         experiment.run()
-    donor.rename(tmp_path / "gone")
-    Experiment(recipe, out, resume=True, base_run=donor).run()
-    assert json.loads((out / "timings.json").read_text())["base_step_of"] == str(donor)
+    own_donor.rename(tmp_path / "gone")
+    Experiment(recipe, out, resume=True, base_run=own_donor).run()
+    assert json.loads((out / "timings.json").read_text())["base_step_of"] == str(own_donor)
 
 
 @pytest.mark.parametrize("damage", ["no metrics", "damaged metrics", "damaged weights"])
-def test_a_damaged_run_gives_no_base_step_and_leaves_nothing_behind(folder, tmp_path, damage):
-    donor = tmp_path / "donor"
+def test_a_damaged_run_gives_no_base_step_and_leaves_nothing_behind(folder, own_donor, tmp_path, damage):
     recipe = load("folder", SMALL, data=str(folder))
-    Experiment(recipe, donor, resume=False).run()
     if damage == "no metrics":
-        (donor / "metrics.jsonl").unlink()
+        (own_donor / "metrics.jsonl").unlink()
     elif damage == "damaged metrics":
-        (donor / "metrics.jsonl").write_text("{\n")
+        (own_donor / "metrics.jsonl").write_text("{\n")
     else:
-        (donor / "checkpoints/step_0.pt").write_bytes(b"PK")
+        (own_donor / "checkpoints/step_0.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"--base .*donor: give another run, or leave --base out"):
-        Experiment(recipe, tmp_path / "new", resume=False, base_run=donor)
+        Experiment(recipe, tmp_path / "new", resume=False, base_run=own_donor)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_checkpoint_of_another_version_is_refused_in_one_line(folder, tmp_path):
-    recipe = load("folder", SMALL, data=str(folder))
-    Experiment(recipe, tmp_path / "run", resume=False).run()
-    last = tmp_path / "run/checkpoints/last.pt"
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(folder, own_donor):
+    last = own_donor / "checkpoints/last.pt"
     state = torch.load(last, weights_only=True)
     torch.save({key: value for key, value in state.items() if key != "format"}, last)
     with pytest.raises(UserError, match="another version of fastil"):
-        Experiment(recipe, tmp_path / "run", resume=True).run()
+        Experiment(load("folder", SMALL, data=str(folder)), own_donor, resume=True).run()
 
 
-def test_a_base_step_that_would_be_another_is_refused(folder, tmp_path, meta, fastil):
-    donor = tmp_path / "donor"
-    Experiment(load("folder", SMALL, data=str(folder)), donor, resume=False).run()
+def test_a_base_step_that_would_be_another_is_refused(folder, donor, tmp_path, meta, fastil):
     common = ["run", "folder", *SMALL, "--data", folder, "--base", donor, "--out", tmp_path / "new"]
     assert_user_error(fastil(*common, "lr=0.2"), "lr is 0.1 there and 0.2 here")
     assert_user_error(fastil(*common, "base_epochs=4"), "epochs of the base step is 3 there and 4 here")

@@ -353,7 +353,6 @@ def test_a_recipe_file_that_is_missing_a_folder_or_no_text_is_named(tmp_path):
 
 
 OVERRIDES = [
-    [],
     ["lr=1e-5", "weight_decay=0", "seed=4294967295", "compile=true", "device=cuda:0"],
     [
         "order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]",
@@ -365,8 +364,11 @@ OVERRIDES = [
 ]
 
 
-@pytest.mark.parametrize("overrides", OVERRIDES)
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [(name, []) for name in SHIPPED]
+    + [(name, o) for name in ("digits", "cifar100_balanced_5", "imagenet_podnet_5") for o in OVERRIDES],
+)
 def test_an_effective_recipe_is_read_back_as_it_was_written(tmp_path, name, overrides):
     loaded = load(name, overrides, val="a folder: with # signs").in_precision("bf16")
     path = tmp_path / "recipe.yaml"

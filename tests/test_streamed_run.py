@@ -19,6 +19,8 @@ from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 from fastil.trainer import EpochRecord
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200)]
 SETTINGS = [
     "size=32", "order=alphabetical", "base_classes=4", "increment=1", "exemplars_per_class=4", "model=resnet8",

@@ -1,14 +1,13 @@
 """From encoded images to upright RGB pixels: bounds, orientation, colour, and the check that a JPEG decodes."""
 
 import io
-import os
 import struct
 import warnings
 import zlib
 
 import numpy as np
 import pytest
-from conftest import encoded
+from conftest import SOAK, encoded
 from PIL import Image, ImageCms
 
 from fastil.data.pixels import (
@@ -24,7 +23,7 @@ from fastil.data.pixels import (
     upright,
 )
 
-DAMAGED = 2000 if os.environ.get("FASTIL_SOAK") else 200  # images of each kind
+DAMAGED = 2000 if SOAK else 200  # images of each kind
 
 
 def noise(height, width, channels=3, seed=0):

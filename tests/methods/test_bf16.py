@@ -8,7 +8,7 @@ from test_runs import BRIEF, COSINE, FINETUNED, METHODS, run
 
 from fastil import checkpoint
 
-BF16 = [*BRIEF, "precision=bf16", "base_classes=8"]  # one incremental step
+BF16 = [*BRIEF, "precision=bf16", "base_classes=8", "base_epochs=1"]  # one incremental step
 COMBINATIONS = METHODS | {
     "softmax": ["loss=softmax"],
     "balanced": ["loss=balanced", "alpha=0.5"],

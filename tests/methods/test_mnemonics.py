@@ -23,6 +23,8 @@ from fastil.models.heads import CosineHead
 from fastil.recipe import load
 from fastil.trainer import Stopped
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 D, SIDE, OLD, SEEN = 4, 2, 3, 5
 POSITIONS = np.repeat(np.arange(SEEN), [3, 2, 4, 3, 2])  # old classes first, best exemplars first
 RANKS = np.array([0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2, 0, 1])

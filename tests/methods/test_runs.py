@@ -1,7 +1,9 @@
 """Every method from its first step to its last on digits: it learns, it resumes exactly, memory and head have the right
 shapes, and any of them takes alpha, Meta or a correction."""
 
+import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from fastil.experiment import Experiment
 from fastil.methods import BiC
 from fastil.recipe import load
 from fastil.rehearsal import Rehearsal
+
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 COSINE = ["head=cosine", "last_relu=false"]
 PROXIES = ["head=proxies", "proxies=3", "last_relu=false"]
@@ -44,6 +48,7 @@ SHORT = [
 ]  # fmt: skip
 
 
+STOPS = {"train": [2, "train", 2, 0], "memory": [2, "memory", 0, 0]}  # where a run is killed that goes on
 BRIEF = [*SHORT, "base_epochs=2", "epochs=1"]
 FINETUNED = ["correction=balanced_finetuning", "finetune_epochs=1"]
 
@@ -52,10 +57,33 @@ def run(overrides, out, resume=False, base=None):
     return Experiment(load("digits", [*SHORT, *overrides]), out, resume, base).run()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A method's run by its name, made once: the experiment, its folder and its results. Beside the folder lies what a
+    process that was killed at each of STOPS would have left of it."""
+
+    @functools.cache
+    def of(name):
+        folder = tmp_path_factory.mktemp(name) / "run"
+        save = checkpoint.save
+
+        def save_and_copy(path, state):
+            save(path, state)
+            for stop, position in STOPS.items():
+                if state.get("position") == position:
+                    shutil.copytree(folder, folder.with_name(stop))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save", save_and_copy)
+            experiment = Experiment(load("digits", [*SHORT, *METHODS[name]]), folder, False)
+            return experiment, folder, experiment.run()
+
+    return of
+
+
 @pytest.fixture(scope="module", params=METHODS)
-def finished(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param) / "run"
-    return request.param, folder, run(METHODS[request.param], folder)
+def finished(request, trained):
+    return request.param, *trained(request.param)[1:]
 
 
 def test_it_learns(finished):
@@ -79,33 +107,18 @@ def test_memory_and_head_have_the_right_shapes(finished):
     assert ("head.scale" in weights) == (name not in ("icarl", "icarl_bce", "bic", "bic_all", "bic_reserved"))
 
 
-def test_stopped_in_any_step_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
-    """Killed with the checkpoint of the middle of the second incremental step, and before its memory is chosen."""
+@pytest.mark.parametrize("stop", STOPS)
+def test_killed_in_any_step_it_goes_on_to_the_same_end(finished, stop):
+    """With the checkpoint of the middle of the second incremental step, and before its memory is chosen."""
     name, folder, results = finished
-    kept = []
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: (save(path, state), kept.append((path, state))))
-
-    class Killed(Exception):
-        pass
-
-    for position in ([2, "train", 2, 0], [2, "memory", 0, 0]):
-        out = tmp_path / f"{position[1]}"
-
-        def until(path, state, position=position):
-            save(path, state)
-            if state.get("position") == position:
-                raise Killed
-
-        monkeypatch.setattr(checkpoint, "save", until)
-        with pytest.raises(Killed):
-            run(METHODS[name], out)
-        monkeypatch.setattr(checkpoint, "save", save)
-        assert run(METHODS[name], out, resume=True) == results
-        for file in ("results.json", "metrics.jsonl", "memory/step_2.json"):
-            assert (out / file).read_bytes() == (folder / file).read_bytes()
-        ours, theirs = (torch.load(d / "checkpoints/step_2.pt", weights_only=True) for d in (out, folder))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    out = folder.with_name(stop)
+    left = torch.load(out / "checkpoints/last.pt", weights_only=True)
+    assert left["position"] == STOPS[stop]
+    assert run(METHODS[name], out, resume=True) == results
+    for file in ("results.json", "metrics.jsonl", "memory/step_2.json"):
+        assert (out / file).read_bytes() == (folder / file).read_bytes()
+    ours, theirs = (torch.load(d / "checkpoints/step_2.pt", weights_only=True) for d in (out, folder))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_reserved_images_are_the_same_in_every_step_and_never_trained_on(tmp_path, monkeypatch):
@@ -298,24 +311,22 @@ def test_bics_second_stage_lowers_the_cross_entropy_of_held_out_images(validatio
 
 
 @pytest.mark.parametrize("name", ["lucir", "podnet_balanced", "mnemonics_released"])
-def test_old_rows_of_the_head_stay_as_they_were(name, tmp_path):
-    run(METHODS[name], tmp_path / "run")
-    before, after = (
-        torch.load(tmp_path / f"run/checkpoints/step_{k}.pt", weights_only=True)["head.weight"] for k in (1, 2)
-    )
+def test_old_rows_of_the_head_stay_as_they_were(name, trained):
+    folder = trained(name)[1]
+    before, after = (torch.load(folder / f"checkpoints/step_{k}.pt", weights_only=True)["head.weight"] for k in (1, 2))
     assert torch.equal(before[:8], after[:8])
     assert not torch.equal(before[8:10], after[8:10])
 
 
-def test_finetuning_moves_the_old_proxies_too_but_not_the_scale(tmp_path):
-    run(METHODS["podnet"], tmp_path / "run")
-    before, after = (torch.load(tmp_path / f"run/checkpoints/step_{k}.pt", weights_only=True) for k in (1, 2))
+def test_finetuning_moves_the_old_proxies_too_but_not_the_scale(trained):
+    folder = trained("podnet")[1]
+    before, after = (torch.load(folder / f"checkpoints/step_{k}.pt", weights_only=True) for k in (1, 2))
     assert (before["head.weight"][:8] != after["head.weight"][:8]).all()
 
 
-def test_weight_transfer_trains_factors_of_frozen_filters(tmp_path):
-    run(METHODS["mnemonics_released"], tmp_path / "run")
-    base, last = (torch.load(tmp_path / f"run/checkpoints/step_{k}.pt", weights_only=True) for k in (0, 2))
+def test_weight_transfer_trains_factors_of_frozen_filters(trained):
+    folder = trained("mnemonics_released")[1]
+    base, last = (torch.load(folder / f"checkpoints/step_{k}.pt", weights_only=True) for k in (0, 2))
     filters = [key for key in base if key.endswith("original")]
     factors = [key for key in base if key.endswith("factor")]
     assert len(filters) == len(factors) > 5
@@ -324,9 +335,8 @@ def test_weight_transfer_trains_factors_of_frozen_filters(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnemonics", "mnemonics_released"])
-def test_mnemonics_change_the_pixels_of_the_memory_and_of_nothing_else(name, tmp_path):
-    experiment = Experiment(load("digits", [*SHORT, *METHODS[name]]), tmp_path / "run", False)
-    experiment.run()
+def test_mnemonics_change_the_pixels_of_the_memory_and_of_nothing_else(name, trained):
+    experiment = trained(name)[0]
     original = torch.from_numpy(experiment.dataset.train.images)
     changed = (experiment.train_loader.images.cpu() != original).flatten(1).any(1).numpy()
     memory = experiment.memory.ids()
@@ -356,9 +366,9 @@ def test_any_method_takes_alpha_meta_or_a_correction(overrides, tmp_path):
 
 
 def test_a_base_step_of_another_training_is_named(tmp_path):
-    run(["method=il_baseline", "loss=balanced", *COSINE], tmp_path / "donor")
+    run([*BRIEF, "method=il_baseline", "loss=balanced", *COSINE], tmp_path / "donor")
     with pytest.raises(UserError, match="loss of the base step is cross-entropy there and nca here"):
-        run(["method=il_baseline", "loss=nca", *COSINE], tmp_path / "run", base=tmp_path / "donor")
+        run([*BRIEF, "method=il_baseline", "loss=nca", *COSINE], tmp_path / "run", base=tmp_path / "donor")
 
 
 def test_a_falling_decay_makes_another_base_step_whatever_the_increment():
@@ -368,7 +378,5 @@ def test_a_falling_decay_makes_another_base_step_whatever_the_increment():
     assert base_identity(constant) != base_identity(falling)
 
 
-def test_methods_with_the_same_base_step_share_it_bit_for_bit(tmp_path):
-    run(METHODS["lucir"], tmp_path / "lucir")
-    own = run(METHODS["tpcil"], tmp_path / "own")
-    assert run(METHODS["tpcil"], tmp_path / "shared", base=tmp_path / "lucir") == own
+def test_methods_with_the_same_base_step_share_it_bit_for_bit(trained, tmp_path):
+    assert run(METHODS["tpcil"], tmp_path / "shared", base=trained("lucir")[1]) == trained("tpcil")[2]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, environment
+from conftest import SOAK, assert_user_error, environment
 from converting import (
     as_stored,
     decoded,
@@ -49,7 +49,6 @@ from fastil.tools.files import ReadBack
 from fastil.tools.journal import Journal
 from fastil.tools.reporting import Reporter
 
-SOAK = bool(os.environ.get("FASTIL_SOAK"))
 INTERRUPTED = 20 if SOAK else 2
 ZOO = zoo()
 PSNR = 30  # dB, of a JPEG of quality 95 with 4:2:0 chroma against the pixels it was made of

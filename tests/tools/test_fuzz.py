@@ -20,6 +20,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from conftest import SOAK
 from converting import as_stored, encoded, grey_of, photo, rgb_of_cmyk, run, turned, write, zoo
 from PIL import Image
 from scipy.io import savemat
@@ -31,7 +32,7 @@ from fastil.errors import UserError
 from fastil.tools.reporting import Reporter
 from fastil.tools.verify import verify
 
-CASES = 1000 if os.environ.get("FASTIL_SOAK") else 60
+CASES = 1000 if SOAK else 60
 SECONDS = 20  # of a processor, for a case
 ZOO = {name: kind.content for name, kind in zoo().items()}
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import environment
+from conftest import SOAK, environment
 from converting import die_at, encoded, left_of, outputs, photo, photos, run, session_of, write
 
 from fastil.errors import UserError
@@ -24,7 +24,6 @@ from fastil.tools import journal as tool_journal
 from fastil.tools.pool import Pool, WorkerDied
 from fastil.tools.reporting import Reporter
 
-SOAK = bool(os.environ.get("FASTIL_SOAK"))
 KILLS = 20 if SOAK else 4
 EVERY = 1 if SOAK else 5  # of the places between two calls of the system where a run is killed
 JOURNALS = 2000 if SOAK else 60

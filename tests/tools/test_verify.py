@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_user_error
+from conftest import SOAK, assert_user_error
 from converting import decoded, encoded, photo, photos, run, write
 
 from fastil.data.beton import Beton
@@ -24,7 +24,6 @@ from fastil.tools.export import as_text, export, info
 from fastil.tools.reporting import Reporter
 from fastil.tools.verify import verify
 
-SOAK = bool(os.environ.get("FASTIL_SOAK"))
 FLIPS = 60  # of each file; every byte but the padding and some of the samples in a soak
 SAMPLE_FLIPS = 2000
 CUTS = 1000 if SOAK else 30
