@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -144,7 +145,8 @@ def as_parquet(images, root):
 
 
 def run(data, out):
-    cli.run("cifar100_balanced_5", list(SETTINGS), data=str(data), out=out)
+    with mock.patch("fastil.report.draw_run"):  # figures take as long as the training
+        cli.run("cifar100_balanced_5", list(SETTINGS), data=str(data), out=out)
     return out
 
 
