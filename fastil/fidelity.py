@@ -31,7 +31,7 @@ def modifications(recipe: Recipe, protocol: Mapping[str, Any]) -> Sequence[str]:
     differences = recipe.differences()
     if differences is None:
         return ["a recipe that does not come with fastil"]
-    changes = [f"{key}={_shown(value)}" for key, value in differences.items()]
+    changes = [f"{key}={_shown(value)}" for key, value in sorted(differences.items())]
     expected = load(recipe.name).data.dataset
     if expected in table() and not on_published_data(expected, protocol):
         known = all(protocol["dataset"][split].get("identity") for split in ("train", "val"))

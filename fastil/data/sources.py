@@ -34,7 +34,7 @@ class DataConfig:
 
     dataset: str = "digits"  # digits | fashion-mnist | idx | cifar10 | cifar100 | folder | imagenet
     data: str | None = None  # path of the data set; --data sets it
-    val: str | None = None  # folder: path of the test images if not DATA/val, or same; --val sets it
+    val: str | None = None  # path of the test images if DATA has none, or same; --val sets it
     size: int = 32  # folder: images are resized once, short side, then centre-cropped to a square
     loader: str = "auto"  # auto | resident | threads | ffcv | dali | reference: what reads the images
     memory: Literal["streamed", "resident"] = "streamed"  # resident: exemplars stay decoded on the device

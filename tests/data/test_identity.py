@@ -189,6 +189,29 @@ def test_the_same_images_are_the_same_data_set_in_every_container(tmp_path):
         assert not [note for note in dataset.notes if "Fruit" in note]
 
 
+def test_the_binary_archive_is_known_by_its_pixels_and_keeps_its_order(tmp_path, monkeypatch):
+    """No md5 sums of its files are published."""
+    splits = {"train": noise(TRAIN, size=32), "val": noise(VAL, size=32)}
+    monkeypatch.setattr(published, "table", lambda: {"cifar100": entry(splits)})
+    orders = {}
+    for split, file in (("train", "train.bin"), ("val", "test.bin")):
+        images, labels = splits[split]
+        order = orders[split] = RANDOM.permutation(len(labels))
+        planes = images[order].transpose(0, 3, 1, 2).reshape(len(labels), -1)
+        fine = labels[order, None].astype(np.uint8)
+        (tmp_path / file).write_bytes(np.concatenate([fine % 2, fine, planes], axis=1).tobytes())
+    (tmp_path / "fine_label_names.txt").write_text("\n".join(NAMES))
+    dataset = load(tmp_path)
+    np.testing.assert_array_equal(dataset.train.images, splits["train"][0][orders["train"]])
+    assert dataset.train.identity == of_pixels(*splits["train"])
+    raw = bytearray((tmp_path / "test.bin").read_bytes())
+    raw[2] ^= 1  # the first pixel of the first image
+    (tmp_path / "test.bin").write_bytes(raw)
+    name = NAMES[splits["val"][1][orders["val"][0]]]
+    with pytest.raises(UserError, match=f"pixels of val differ in {name}"):
+        load(tmp_path)
+
+
 def test_rows_without_names_keep_their_order_within_a_class(tmp_path):
     dataset = load(parquet(tmp_path / "parquet", paths=False))
     rows = np.random.default_rng(2).permutation(sum(TRAIN))

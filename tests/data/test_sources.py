@@ -282,7 +282,7 @@ def test_other_digits_are_refused_unless_asked_for(monkeypatch):
         return replace(dataset, train=Split(images, dataset.train.labels))
 
     monkeypatch.setitem(sources.SOURCES, "digits", changed)
-    with pytest.raises(UserError, match="digits: not scikit-learn's digits .*: pixels of train differ in 5.*verify"):
+    with pytest.raises(UserError, match=r"digits: not scikit-learn's digits .*: pixels of train differ in 5.*verify"):
         load_dataset(DataConfig(dataset="digits"))
     assert len(load_dataset(DataConfig(dataset="digits", verify=False)).train.labels) == 1442
 
