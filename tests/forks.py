@@ -1,9 +1,10 @@
 """Python processes that begin at once: each is a fork of one that has imported torch and other packages already.
 
 Importing them takes seconds, which is more than most commands take. What a process does after that is its own: it
-imports every module of fastil itself, has the environment and the folder it is given, and ends as any other does.
+imports every module of fastil itself and has the environment and the folder it is given.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -12,10 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 import types
 from pathlib import Path
 
-# What fastil's modules import in the end. Triton is not among them: it reads its environment when it is imported.
+# What fastil's modules import in the end. torch._dynamo brings Triton, so TRITON_INTERPRET is what it is here.
 PACKAGES = (
     "numpy", "PIL.Image", "pydantic", "simplejpeg", "sklearn.datasets", "torch._dynamo", "tqdm", "typer", "yaml",
     "matplotlib.backends.backend_agg",
@@ -113,7 +116,7 @@ def serve():
 
 
 def work(arguments, folder, environment, *outputs):
-    """Become the process that was asked for."""
+    """Become the process that was asked for, until it ends."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -126,11 +129,24 @@ def work(arguments, folder, environment, *outputs):
     option, code, *rest = arguments
     sys.path[0] = folder
     sys.argv = [option, *rest]
-    if option == "-m":
-        runpy.run_module(code, run_name="__main__", alter_sys=True)
-    else:
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(code, sys.modules["__main__"].__dict__)
+    status = 0
+    try:
+        if option == "-m":
+            runpy.run_module(code, run_name="__main__", alter_sys=True)
+        else:
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(code, sys.modules["__main__"].__dict__)
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Not by the interpreter's end, which takes two seconds to free every object of the packages.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

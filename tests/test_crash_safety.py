@@ -38,7 +38,8 @@ def undisturbed(tmp_path_factory):
     than in those it is compared with."""
     folder = tmp_path_factory.mktemp("undisturbed")
     command = [sys.executable, "-m", "fastil.cli", "run", *SETTINGS, "--out", "run"]
-    subprocess.run(command, cwd=folder, env=environment(), check=True, capture_output=True)
+    process = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
     return folder / "run"
 
 
