@@ -45,17 +45,20 @@ def fastil(forks, tmp_path):
 
 
 @pytest.fixture
-def start(forks, tmp_path):
+def start(forks, tmp_path, tmp_path_factory):
     """Start `fastil ...` without waiting for it."""
     processes = []
 
     def begin(*arguments):
-        processes.append(forks.start(["-m", "fastil.cli", *arguments], tmp_path, environment(), merged=True))
+        output = tmp_path_factory.mktemp("output") / "text"
+        output.touch()
+        processes.append(forks.start(["-m", "fastil.cli", *arguments], tmp_path, environment(), output))
         return processes[-1]
 
     yield begin
     for process in processes:
-        process.close()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")

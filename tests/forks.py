@@ -38,21 +38,17 @@ class Forks:
         self.server.stdin.write(json.dumps(request) + "\n")
         return json.loads(self.server.stdout.readline())
 
-    def start(self, arguments, folder, environment, merged=False):
-        """arguments: as of Python's command line, from -m or -c on. merged: stderr goes where stdout goes."""
-        outputs = []
-        for _ in range(1 if merged else 2):
-            descriptor, path = tempfile.mkstemp()
-            os.close(descriptor)
-            outputs.append(path)
-        pid = self.ask("start", [*map(str, arguments)], str(folder), environment, outputs[0], outputs[-1])
+    def start(self, arguments, folder, environment, *outputs):
+        """arguments: as of Python's command line, from -m or -c on. outputs: files to append to, for stdout and stderr;
+        one for both."""
+        pid = self.ask("start", [*map(str, arguments)], str(folder), environment, str(outputs[0]), str(outputs[-1]))
         return Process(self, pid, outputs)
 
     def run(self, arguments, folder, environment):
         """The finished process, as subprocess.run(..., capture_output=True, text=True) returns it."""
-        process = self.start(arguments, folder, environment)
-        stdout, stderr = process.communicate()
-        process.close()
+        with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+            process = self.start(arguments, folder, environment, out.name, err.name)
+            stdout, stderr = process.communicate()
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
     def close(self):
@@ -79,20 +75,17 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
     def kill(self):
         self.send_signal(signal.SIGKILL)
 
     def communicate(self):
-        """What it wrote to stdout and stderr (None where they are merged), once it has ended."""
+        """What it wrote to stdout and stderr (None where they are one), once it has ended."""
         self.wait()
         texts = [Path(path).read_text() for path in self.outputs]
         return texts[0], texts[1] if len(texts) > 1 else None
-
-    def close(self):
-        self.kill()
-        self.wait()
-        for path in self.outputs:
-            Path(path).unlink(missing_ok=True)
 
 
 def serve():
