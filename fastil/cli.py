@@ -278,7 +278,7 @@ def reproduce(
     entries = tables.only(chosen, only or [], steps)
     numbers = reproduction.seeds_of(str(chosen.seeds) if seeds is None else seeds)
     if dry_run:
-        print(reproduction.preview(WorkList(entries, numbers, out, data, preview=True), jobs))
+        print(reproduction.preview(WorkList(entries, numbers, out, data, preview=True, table=chosen.entries), jobs))
         return
     text, status = reproduction.reproduce(chosen, entries, numbers, out, data, jobs)
     print(text)

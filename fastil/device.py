@@ -112,8 +112,10 @@ def pixel_dtype(precision: Precision) -> torch.dtype:
 
 @contextlib.contextmanager
 def multiplying_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """How CUDA multiplies float32 tensors inside: in TF32 where that is the precision, otherwise as IEEE says (torch
-    itself takes TF32 for convolutions). Nothing changes on a CPU."""
+    """Set how CUDA multiplies float32 tensors inside: in TF32 where that is the precision, otherwise as IEEE says.
+
+    Torch itself takes TF32 for convolutions. Its older switches (`allow_tf32`) raise inside. Nothing changes on a CPU.
+    """
     if device.type != "cuda":
         yield
         return

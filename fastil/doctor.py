@@ -69,12 +69,13 @@ def _precision() -> list[str]:
     from fastil.device import fastest_precision, pick_device, precision_note, processor_name
 
     device = pick_device("auto")
-    lines = [f"{processor_name()}: precision=auto is {fastest_precision(device)} on {device}"]
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    lines = [f"{place}: precision=auto is {fastest_precision(device)}"]
     slow = precision_note("bf16", device)
     if slow is not None:
         lines.append(slow)
     elif fastest_precision(device) == "fp32":
-        lines.append("precision=bf16 computes natively; python -m bench.cpu says whether it is faster here")
+        lines.append("precision=bf16 computes natively here, too; whether it is faster has not been measured")
     if torch.cuda.is_available():
         lines.append("precision=fp32 is IEEE float32 on the GPU; precision=tf32 is faster and rounds to 10 bits")
     return lines

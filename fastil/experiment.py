@@ -373,7 +373,11 @@ class Experiment:
             if note is None and flops * self.frozen_visits() >= compiling.REPAID_BY[self.device.type]:
                 example = torch.zeros(BATCH, 3, size.height, size.width, device=self.device)
                 example = example.to(memory_format=torch.channels_last)
-                self.frozen.fast, note = compiling.compile_network(self.frozen.plain, example, train=False)
+                self.frozen.fast, slower = compiling.compile_network(
+                    self.frozen.plain, example, train=False, use="evaluation"
+                )
+                if slower:
+                    self.progress.say(slower)
             note = note or f"compiled in {time.perf_counter() - began:.0f} s"
         if note:
             self.progress.say(note)
@@ -385,8 +389,11 @@ class Experiment:
 
 
 def transforms(recipe: Recipe, dataset: Dataset) -> tuple[Transform, Transform]:
-    """Of training images and of all others. Images that are streamed are trained on in random resized crops and seen
-    otherwise by their centre, as ImageNet's (resize to 256, crop 224, and so in proportion for another size)."""
+    """The transforms of training images and of all others.
+
+    Images that are streamed are trained on in random resized crops and seen otherwise by their centre, as ImageNet's
+    (resize to 256, crop 224, and so in proportion for another size).
+    """
     config = recipe.data
     height, width = image_size(config, dataset)
     plain = Transform(height, width, config.pad, config.flip, tuple(config.mean), tuple(config.std))
@@ -410,5 +417,5 @@ def waiting(record: EpochRecord, streamed: bool) -> str:
 
 
 def init_seed(seed: int, step: int) -> int:
-    """Of the generator that initialises the head's rows of a step."""
+    """The seed of the generator that initialises the head's rows of a step."""
     return seed * 10_000 + step + 1

@@ -188,10 +188,6 @@ class Recipe:
             if key in ours and key != "precision" and ours[key] != theirs[key] and value != written[key]
         }
 
-    def as_shipped(self) -> bool:
-        """Whether nothing but those was overridden."""
-        return self.differences() == {}
-
     def dump(self) -> str:
         """The recipe as YAML, every default filled in."""
         head = {

@@ -30,7 +30,7 @@ MOST_SEEDS = 1000  # of a row; a larger number is a seed that was meant
 
 
 class Scheduler:
-    """Runs a work list, so many runs at once, and shows how far it is."""
+    """Runs a work list, several runs at once, and shows how far it is."""
 
     def __init__(self, work: WorkList, at_once: int) -> None:
         self.work, self.at_once = work, at_once
@@ -191,7 +191,7 @@ def usual_jobs(work: WorkList) -> int:
 
 
 def crowd(at_once: int, usual: int) -> str:
-    """How many runs at once, in words that say where those are many."""
+    """The number of runs at once as text, with the usual one where it is smaller."""
     usually = f" ({usual} by default: one per core, or one on a GPU)"
     return f"{at_once} at once" + (usually if at_once > usual else "")
 
@@ -200,11 +200,12 @@ def reproduce(
     table: Table, entries: Sequence[Entry], seeds: Sequence[int], out: Path, data: str | None, jobs: int | None = None
 ) -> tuple[str, int]:
     """Train what is missing and write the table. jobs: runs at once. Returns its text and an exit status."""
-    work = WorkList(entries, seeds, out, data)
+    work = WorkList(entries, seeds, out, data, table=table.entries)
     usual = usual_jobs(work)
     scheduler = Scheduler(work, jobs or usual)
     if work.missing:
         missing = f"{len(work.missing)} of {len(work.jobs)} runs to train"
+        missing += f", in {work.precision} as those that are there" if work.precision else ""
         scheduler.say(f"{missing}, {crowd(scheduler.at_once, usual)}, into {out}")
         scheduler.run()
     text = tables.write(table, out)

@@ -63,6 +63,7 @@ class Table:
     scale: str
     seeds: int  # unless asked for otherwise
     over: str | None  # the key that the figure draws curves over; None: bars
+    on_paper_data: bool  # whether this scale is meant to be trained on the images of the paper
     theirs: str | None  # what the published numbers are of, where that is not what this scale trains
     note: str | None  # what this scale trains and how the published numbers are to be read there
     entries: list[Entry]
@@ -116,6 +117,7 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
         scale=scale,
         seeds=settings["seeds"],
         over=head.get("over"),
+        on_paper_data=lines_of == "paper",
         theirs=settings.get("theirs"),
         note=settings.get("note"),
         entries=entries,
@@ -152,12 +154,16 @@ def finished_run(folder: Path, wanted: Recipe) -> Run | None:
 
 
 def precision_of(entries: Sequence[Entry], out: Path) -> Precision | None:
-    """What the runs of these entries that are in `out` compute in, finished or not; None where there is none. Raises
-    UserError where they compute in several, for what a table compares must differ in its rows alone."""
+    """The precision of the runs of these entries that are in `out`, finished or not; None where there is none. Raises
+    UserError where they have several, for what a table compares must differ in its rows alone. Runs of other settings
+    do not count, as they do not in the table."""
     first: tuple[Path, Precision] | None = None
     for entry in entries:
         for path in sorted(entry.folder(out, 0).parent.glob(f"{entry.row}-s*/recipe.yaml")):
-            precision = recipe.read_effective(path).precision
+            loaded = recipe.read_effective(path)
+            precision = loaded.precision
+            if loaded.identity(seed=False) != entry.load(0).in_precision(precision).identity(seed=False):
+                continue
             if first is not None and precision != first[1]:
                 raise UserError(
                     f"{first[0].parent} computes in {first[1]} and {path.parent} in {precision}, which one table "
@@ -168,7 +174,7 @@ def precision_of(entries: Sequence[Entry], out: Path) -> Precision | None:
 
 
 def finished_runs(table: Table, out: Path) -> Found:
-    """Of every entry, each seed there is."""
+    """The finished runs of every entry, by seed."""
     found: Found = {}
     for entry in table.entries:
         folders = {path.name.rpartition("-s")[2]: path for path in entry.folder(out, 0).parent.glob(f"{entry.row}-s*")}
@@ -280,7 +286,7 @@ def notes(table: Table, paired: set[int], paper_data: bool = True) -> list[str]:
         )
     if table.note is not None:
         lines.append(f'Scale "{table.scale}": {table.note}')
-    elif not paper_data:
+    if not paper_data and table.on_paper_data:
         lines.append(
             "The images are not known to be CIFAR-100 as published: the paper's numbers are of other data and stand "
             "beside ours for their order only."
@@ -293,7 +299,8 @@ def draw(table: Table, found: Found, path: Path) -> None:
     groups = sorted({entry.steps for entry in table.entries})
     figure, axes = new_figure(len(groups))
     on_theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
-    theirs = table.theirs or (None if on_theirs else "CIFAR-100")
+    other_data = None if on_theirs or not table.on_paper_data else "CIFAR-100"
+    theirs = ", ".join(filter(None, (other_data, table.theirs))) or None
     theirs = "published" if theirs is None else f"published ({theirs})"
     for axis, steps in zip(axes, groups, strict=True):
         entries = [entry for entry in table.entries if entry.steps == steps]

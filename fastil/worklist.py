@@ -55,7 +55,7 @@ class Job:
         return self.process is not None and self.process.poll() is None
 
     def lines(self) -> list[dict[str, Any]]:
-        """Of metrics.jsonl; the last one may be half written."""
+        """The lines of metrics.jsonl; the last one may be half written."""
         try:
             return read_metrics(self.folder)
         except UserError:
@@ -74,22 +74,30 @@ class Job:
 class WorkList:
     """The runs behind some entries of a table, each once, and the command that trains each.
 
-    preview: take the published shape of a data set whose files are not here, instead of raising UserError.
+    preview: take the published shape of a data set whose files are not here, instead of raising UserError. table: the
+    entries that these are compared with, which decide the precision.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], seeds: Sequence[int], out: Path, data: str | None, preview: bool = False
+        self,
+        entries: Sequence[Entry],
+        seeds: Sequence[int],
+        out: Path,
+        data: str | None,
+        preview: bool = False,
+        table: Sequence[Entry] = (),
     ) -> None:
         self.data = data
         self.jobs: list[Job] = []
         self.bases: dict[str, Path] = {}  # by base group, a run of this scale that had the base step before
-        precision = tables.precision_of(entries, out)  # of what is there; on another machine all go on in that
+        # Of what is there: on another machine all go on in that.
+        self.precision = tables.precision_of(table or entries, out)
         for seed in seeds:
             for entry in entries:
                 folder = entry.folder(out, seed)
                 if all(job.folder != folder for job in self.jobs):
                     loaded = entry.load(seed, data)
-                    loaded = loaded.settled(pick_device(loaded.train.device), precision)
+                    loaded = loaded.settled(pick_device(loaded.train.device), self.precision)
                     finished = tables.finished_run(folder, loaded) is not None
                     self.jobs.append(Job(entry, seed, folder, loaded, finished, had_base=False))
         if not self.missing and data is None:  # then the table can be written again without its images
@@ -164,7 +172,7 @@ class WorkList:
 
 
 def hashes(dataset: Dataset) -> tuple[str, str]:
-    """Of its splits, as `Run.images`."""
+    """The hashes of its splits, as `Run.images` has them."""
     return dataset.train.sha256, dataset.val.sha256
 
 

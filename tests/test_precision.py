@@ -6,6 +6,7 @@ import torch
 import yaml
 from conftest import TINY
 
+from fastil import compiling
 from fastil import device as devices
 from fastil.data import Split, make_loader
 from fastil.device import fastest_precision, multiplying_in, precision_note, settle_precision
@@ -182,3 +183,29 @@ def test_runs_of_two_precisions_are_rows_of_their_own_and_never_paired(tmp_path)
     assert len(paired_gain(groups)) == 2
     mixed = [read_run(runs["fp32", "softmax"]), read_run(runs["bf16", "balanced"])]
     assert paired_gain(group_runs(mixed)) == []
+
+
+def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def compile_network(network, example, *, train, use="training"):
+        asked.append((use, tuple(example.shape), example.dtype))
+        return (network, f"no header: {use} runs uncompiled") if use == "evaluation" else (network.forward, None)
+
+    monkeypatch.setattr(compiling, "compile_network", compile_network)
+    monkeypatch.setattr("fastil.trainer.compile_network", compile_network)
+    monkeypatch.setitem(compiling.REPAID_BY, "cpu", 0)
+    experiment = Experiment(load("digits", [*BRIEF, "compile=true", "precision=bf16"]), tmp_path / "run", False)
+    experiment.compile()
+    batch = experiment.recipe.train.batch_size
+    assert asked == [
+        ("training", (batch, 3, 8, 8), torch.bfloat16),
+        ("training", (batch, 3, 8, 8), torch.bfloat16),
+        ("evaluation", (256, 3, 8, 8), torch.float32),
+    ]
+    out = capsys.readouterr().out
+    assert "evaluation runs uncompiled" in out
+    assert "compiled in" in out
+    counts = np.bincount(experiment.dataset.val.labels)[experiment.protocol.order]
+    trained = np.bincount(experiment.dataset.train.labels)
+    assert experiment.frozen_visits() == trained.sum() + counts[:6].sum() + counts.sum()

@@ -194,7 +194,7 @@ def test_a_stopped_table_goes_on_to_the_same_results(trained, tmp_path, number):
     assert "the same command goes on" in said
     assert "Traceback" not in said
     _, table, _, _ = trained
-    assert reproduce.reproduce(table, table.entries, 1, tmp_path, None)[1] == 0
+    assert reproduce.reproduce(table, table.entries, [0], tmp_path, None)[1] == 0
     for row in ("softmax", "balanced", "alpha_0.5"):
         for name in ("results.json", "metrics.jsonl", "memory/step_2.json"):
             path = f"digits/{row}-s0/{name}"

@@ -229,9 +229,24 @@ def test_runs_of_two_precisions_never_share_a_table(tmp_path):
         written(tmp_path)
 
 
-def test_what_is_missing_goes_on_in_the_precision_of_what_is_there(tmp_path):
+def test_what_is_missing_goes_on_in_the_precision_of_the_whole_table(tmp_path):
+    """Whichever rows were chosen: a table that cannot be written must not be trained for."""
     make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=bf16"])
     table = tables.table_of(CONTENT, "bars", "cpu")
-    work = WorkList(table.entries, [0], tmp_path, None)
+    work = WorkList(tables.only(table, ["balanced"]), [0], tmp_path, None, table=table.entries)
     assert [job.entry.row for job in work.missing] == ["balanced"]
     assert all("precision=bf16" in work.command(job) for job in work.missing)
+
+
+def test_runs_of_other_settings_do_not_decide_the_precision(tmp_path):
+    make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=fp32"])
+    make_run(tmp_path, "softmax", 1, 0.5, settings=["precision=bf16", "epochs=3"])
+    table = tables.table_of(CONTENT, "bars", "cpu")
+    assert tables.precision_of(table.entries, tmp_path) == "fp32"
+    assert written(tmp_path)[1]["plain"]["seeds"] == "1"
+
+
+def test_a_scale_of_the_papers_data_says_where_the_images_are_others(tmp_path):
+    for scale, warned in (("paper", True), ("short", True), ("cpu", False)):
+        table = tables.table_of(CONTENT, "bars", scale)
+        assert ("not known to be CIFAR-100" in " ".join(tables.notes(table, set(), paper_data=False))) == warned

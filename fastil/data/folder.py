@@ -26,7 +26,7 @@ IMAGES = frozenset(
 )  # fmt: skip
 NAMED = 3  # how many damaged files a message names before it counts the rest
 TOGETHER = 64  # images that a thread takes in one go: small ones decode in less time than they are handed over
-AT_ONCE = 256  # encoded images of a sequential source held while they wait for a thread
+AT_ONCE = 2 * TOGETHER * (os.cpu_count() or 1)  # encoded images of a sequential source that wait for a thread
 
 
 def open_folder(path: Path, val: str | None) -> Source:
@@ -208,8 +208,8 @@ def _decode_all(
 
     def work(rows: Sequence[int], contents: Sequence[Content | UserError] | None) -> None:
         for k, row in enumerate(rows):
+            content = fetch(row) if contents is None else contents[k]
             try:
-                content = records.content(row) if contents is None else contents[k]
                 if isinstance(content, UserError):
                     raise content
                 pixels = decode(content, size)

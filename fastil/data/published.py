@@ -20,8 +20,11 @@ WNID = len("n01440764")
 
 @dataclass(frozen=True)
 class PublishedSplit:
-    """images: how many in all. counts: of each class; identity: as `Identity.text`; classes: the first digits of each
-    class's digest. None: not known."""
+    """The counts and digests of a published split.
+
+    images: how many in all. counts: of each class; identity: as `Identity.text`; classes: the first digits of each
+    class's digest. None: not known.
+    """
 
     images: int
     counts: tuple[int, ...] | None

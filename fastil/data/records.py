@@ -260,7 +260,7 @@ def canonical(records: Records) -> Ids:
 
 
 def _sort_key(name: str) -> tuple[str, int]:
-    """Of a name, or of a row that has none (train-00000-of-00001:17)."""
+    """The sort key of a sample's name; rows without one (train-00000-of-00001:17) sort by their number."""
     stem, _, row = name.rpartition(":")
     return (stem, int(row)) if stem and row.isdecimal() and len(row) < 20 else (name, 0)
 

@@ -154,7 +154,7 @@ class MetaAlpha:
         """The derivative of the training batch's logits along the direction, [B, W].
 
         In float32 whatever the precision of training: under autocast batch normalisation gives a bfloat16 output a
-        float32 tangent, which the next convolution refuses, and the passes before it cost three times as much.
+        float32 tangent, which the next convolution refuses.
         """
         network, images = context.network, as_wide(context.batch.images, context.network)
         parameters = {name: p.detach() for name, p in network.named_parameters()}

@@ -30,7 +30,7 @@ class Folded:
         self.refresh()
 
     def __call__(self, images: Tensor) -> Output:
-        """images: [B, 3, H, W] of `dtype`. Rows of the output are of that dtype, too."""
+        """Features and logits of a batch, images [B, 3, H, W] in `dtype`; the output is in it, too."""
         with torch.no_grad():
             return (self.fast if len(images) == self.full else self.plain)(images)
 
