@@ -146,6 +146,8 @@ def test_a_scale_with_a_folder_of_its_own_has_its_own_runs_and_no_distance_to_th
     full = make_run(tmp_path, "balanced", 0, 0.6)["average_incremental_accuracy"]
     fewer = make_run(tmp_path / "short", "balanced", 0, 0.4, settings=["epochs=9"])["average_incremental_accuracy"]
     make_run(tmp_path / "short", "balanced", 1, 0.5)  # not this scale's settings
+    for out in (tmp_path, tmp_path / "short"):
+        on_cifar100(folder_of(out, "balanced", 0))
     for scale, average in (("paper", full), ("short", fewer)):
         text, rows = written(tmp_path, scale=scale)
         assert (rows["ours"]["seeds"], rows["ours"]["average incremental"]) == ("1", f"{average:.2f}")
