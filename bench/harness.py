@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastil.device import device_name
+from fastil.device import device_name, processor_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -49,6 +49,7 @@ def save(name: str, device: torch.device, content: dict[str, Any]) -> Path:
     """Write bench/results/NAME.json."""
     machine = {
         "device": device_name(device),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -15,7 +15,7 @@ from fastil import memory
 from fastil.data import make_loader
 from fastil.device import pick_device
 from fastil.evaluation import BATCH, forward
-from fastil.models import ModelConfig, build_network
+from fastil.models import Folded, ModelConfig, build_network
 from fastil.plan import Transform, sequential_plan
 
 CLASSES, IMAGES, EXEMPLARS = 50, 500, 20
@@ -29,7 +29,7 @@ def main() -> None:
     device = pick_device("auto")
     loader = make_loader(digits_at(32, CLASSES * IMAGES), "auto", TRANSFORM, device)
     network = build_network(ModelConfig("resnet32"), 100, 0).to(device).eval()
-    autocast = torch.autocast(device.type, enabled=False)
+    frozen = Folded(network, torch.float32, BATCH)
     ids = np.arange(CLASSES * IMAGES)
     ready = [batch.images for batch in loader.batches(sequential_plan(ids, TRANSFORM, BATCH))]
 
@@ -39,11 +39,11 @@ def main() -> None:
                 network(images)
 
     def features_and_herding() -> None:
-        features = forward(network, loader, ids, autocast).features
+        features = forward(frozen, loader, ids).features
         picks = memory.herd_classes(torch.split(features, IMAGES), EXEMPLARS)
         assert [len(p) for p in picks] == [EXEMPLARS] * CLASSES
 
-    features = forward(network, loader, ids, autocast).features
+    features = forward(frozen, loader, ids).features
     print(f"seconds, {CLASSES} classes of {IMAGES} images")
     figures = take_turns(
         {

@@ -22,7 +22,7 @@ from bench.harness import ratio, save, spread, take_turns
 from bench.train_step import BATCH, CLASSES, COUNTS, NUM_OLD, TRANSFORM, compiled_trainer
 from fastil.data import Batch, Split
 from fastil.device import pick_device
-from fastil.methods import METHOD_PARTS, MetaAlpha, StepContext, Tpcil, build_method
+from fastil.methods import METHOD_PARTS, METHODS, MetaAlpha, StepContext, Tpcil, build_method
 from fastil.methods.meta import UpdateContext
 from fastil.models import Output, build_network
 from fastil.plan import EpochPlan, Key, training_plan
@@ -99,8 +99,7 @@ class Contestant:
         trainer.student.train()
         began = time.perf_counter()
         for number in range(self.steps):
-            with torch.no_grad():
-                trainer.fast_teacher(batch.images)
+            trainer.folded_teacher(batch.images)
             if phase.before_update is not None and number % phase.before_update.every == 0:
                 self.passes(batch)  # the virtual step
                 self.passes(batch)  # as many held-out images
@@ -139,7 +138,7 @@ def contestants(device: torch.device) -> dict[str, Contestant]:
     found = {}
     for row, overrides in ROWS.items():
         recipe = load(f"cifar100_{row.split()[0]}_5", overrides)
-        key = str(recipe.model)
+        key = f"{recipe.model} {METHODS[recipe.method.method].reads_maps}"
         if key not in trainers:
             trainers[key] = make_trainer(recipe, device)
         found[row] = Contestant(recipe, trainers[key], device)
@@ -147,7 +146,8 @@ def contestants(device: torch.device) -> dict[str, Contestant]:
 
 
 def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
-    student, teacher = (build_network(recipe.model, CLASSES, seed).to(device) for seed in (0, 1))
+    maps = METHODS[recipe.method.method].reads_maps
+    student, teacher = (build_network(recipe.model, CLASSES, seed, keeps_maps=maps).to(device) for seed in (0, 1))
     for network in (student, teacher):
         network.head.open_rows(0, CLASSES, torch.Generator().manual_seed(0))
     pixels = np.random.default_rng(0).integers(0, 256, (STEPS * BATCH, 32, 32, 3), dtype=np.uint8)

@@ -1,17 +1,20 @@
-"""Training throughput: fastil's loop beside its ceiling and beside the usual loop.
+"""Training throughput: fastil's loop beside its ceiling and beside the usual loop, in float32 and in bfloat16.
 
-python -m bench.train_step [--rounds N]
+python -m bench.train_step [--rounds N] [--precision fp32 --precision bf16]
 
-(a) fastil: resident loader, compiled channels-last network, one read per epoch.
+(a) fastil: resident loader, compiled channels-last network, folded teacher, one read per epoch.
 (b) ceiling: the same compiled network and loss on one batch that is already there, and nothing else in the loop.
-(c) usual: Dataset with PIL transforms, DataLoader with two workers, eager NCHW network, `.item()` in every step.
+(c) usual: Dataset with PIL transforms, DataLoader with two workers, eager NCHW network in float32, `.item()` in every
+step.
 ResNet-32 at 32x32, batch 128, with and without a teacher; (c)'s pixels are first checked to be (a)'s. (c)'s workers are
-started once and stay ahead between its turns, as they would in a long epoch.
+started once and stay ahead between its turns, as they would in a long epoch. Where the device only emulates bfloat16 a
+turn in it is one batch.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -22,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench.harness import digits_at, ratio, save, show, spread, take_turns
 from fastil.data import Batch, Split, make_loader
-from fastil.device import pick_device
+from fastil.device import Precision, pick_device, precision_note
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
 from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
 from fastil.models import ModelConfig, Network, build_network
@@ -31,6 +34,7 @@ from fastil.trainer import Phase, TrainConfig, Trainer
 
 BATCH, STEPS, CLASSES, NUM_OLD = 128, 8, 60, 50
 TRANSFORM = Transform(32, 32, pad=4, flip=True, mean=(0.5071, 0.4866, 0.4409), std=(0.2009, 0.1984, 0.2023))
+PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
 COUNTS = np.array([20] * NUM_OLD + [500] * (CLASSES - NUM_OLD) + [0] * 4)
 
 
@@ -55,10 +59,12 @@ class PilDataset(Dataset[tuple[Tensor, int]]):
         return (tensor - self.mean) / self.std, int(self.split.labels[self.plan.ids[row]])
 
 
-def compiled_trainer(student: Network, teacher: Network, split: Split, device: torch.device) -> Trainer:
+def compiled_trainer(
+    student: Network, teacher: Network, split: Split, device: torch.device, precision: Precision = "fp32"
+) -> Trainer:
     """That keeps nothing and reports nothing."""
     trainer = Trainer(
-        TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"),
+        TrainConfig(batch_size=BATCH, epochs=1, precision=precision),
         student,
         teacher,
         make_loader(split, "auto", TRANSFORM, device),
@@ -75,12 +81,16 @@ def compiled_trainer(student: Network, teacher: Network, split: Split, device: t
 
 
 def build(
-    split: Split, device: torch.device, images: int, loss: LossConfig | None = None
+    split: Split,
+    device: torch.device,
+    images: int,
+    loss: LossConfig | None = None,
+    precision: Precision = "fp32",
 ) -> tuple[Trainer, ILBaseline, Phase, Phase]:
     """A compiled trainer in the middle of an incremental step, its method, its phase with a teacher and the one
     without."""
     student, teacher = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
-    trainer = compiled_trainer(student, teacher, split, device)
+    trainer = compiled_trainer(student, teacher, split, device, precision)
     method = ILBaseline(MethodConfig(), loss or LossConfig(), student.width, device)
     method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
 
@@ -145,65 +155,79 @@ def check_pixels(split: Split, plan: EpochPlan, trainer: Trainer) -> None:
     print(f"pixels of (a) and (c) are equal on {len(plan.ids)} augmented images")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=11)
-    rounds = parser.parse_args().rounds
-    device = pick_device("auto")
-    images = BATCH * STEPS
-    split = digits_at(32, images)
-    trainer, _, with_teacher, without = build(split, device, images)
-    plan = without.plan(0)
-    check_pixels(split, plan, trainer)
-    long_plan = training_plan(np.tile(np.arange(images), rounds + 1), Key(0, 2), TRANSFORM, BATCH)
-    one: Batch = next(trainer.loader.batches(plan))
+class Contestant:
+    """fastil's loop and its ceiling in one precision."""
 
-    def fastil(phase: Phase) -> float:
+    def __init__(self, split: Split, device: torch.device, precision: Precision) -> None:
+        self.steps = STEPS if precision_note(precision, device) is None else 1
+        self.trainer, _, *phases = build(split, device, BATCH * self.steps, precision=precision)
+        self.phases: dict[bool, Phase] = {phase.teacher: phase for phase in phases}
+        plan = phases[0].plan(0)
+        self.one: Batch = next(iter(self.trainer.loader.batches(plan, 0, self.trainer.pixels)))
+        for phase in phases:
+            self.trainer.fit(phase)  # warm-up
+
+    def loop(self, teacher: bool) -> float:
+        """Images per second of (a)."""
         began = time.perf_counter()
-        trainer.fit(phase)
-        return images / (time.perf_counter() - began)
+        self.trainer.fit(self.phases[teacher])
+        return BATCH * self.steps / (time.perf_counter() - began)
 
-    def ceiling(phase: Phase) -> float:
+    def ceiling(self, teacher: bool) -> float:
+        """Images per second of (b)."""
+        trainer, phase, one = self.trainer, self.phases[teacher], self.one
         update = trainer.update(phase)
         trainer.student.train()
         began = time.perf_counter()
-        for _ in range(STEPS):
-            teacher_out = None
-            if phase.teacher:
-                with torch.no_grad():
-                    teacher_out = trainer.fast_teacher(one.images)
-            phase.backward(one, trainer.fast_student(one.images), teacher_out, trainer.meter)
+        for _ in range(self.steps):
+            teacher_out = trainer.folded_teacher(one.images) if teacher else None
+            with trainer.autocast():
+                out = trainer.fast_student(one.images)
+            phase.backward(one, out, teacher_out, trainer.meter)
             update.apply()
             trainer.student.zero_grad()
         trainer.meter.rows.sum(0).tolist()  # the end of the queue
-        return images / (time.perf_counter() - began)
+        return BATCH * self.steps / (time.perf_counter() - began)
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all that the device has")
+    arguments = parser.parse_args()
+    rounds, device = arguments.rounds, pick_device("auto")
+    precisions = arguments.precision or [p for p in PRECISIONS if p != "tf32" or device.type == "cuda"]
+    images = BATCH * STEPS
+    split = digits_at(32, images)
+    contestants = {precision: Contestant(split, device, precision) for precision in precisions}
+    first = next(iter(contestants.values())).trainer
+    check_pixels(split, training_plan(np.arange(images), Key(0, 1), TRANSFORM, BATCH), first)
+    long_plan = training_plan(np.tile(np.arange(images), rounds + 1), Key(0, 2), TRANSFORM, BATCH)
     results = {}
-    for label, phase in (("without a teacher", without), ("with a teacher", with_teacher)):
-        usual = UsualLoop(split, long_plan, device, phase.teacher)
+    for teacher, label in ((False, "without a teacher"), (True, "with a teacher")):
+        turns: dict[str, Callable[[], float]] = {}
+        for precision, contestant in contestants.items():
+            turns[f"a fastil, {precision}"] = partial(contestant.loop, teacher)
+            turns[f"b ceiling, {precision}"] = partial(contestant.ceiling, teacher)
+        usual = UsualLoop(split, long_plan, device, teacher)
+        turns["c usual"] = usual.images_per_second
         print(f"{label}, images per second, {STEPS} batches of {BATCH} a turn")
-        fastil(phase)  # warm-up
-        figures = take_turns(
-            {
-                "a fastil": lambda phase=phase: fastil(phase),  # type: ignore[misc]
-                "b ceiling": lambda phase=phase: ceiling(phase),  # type: ignore[misc]
-                "c usual": usual.images_per_second,
-            },
-            rounds,
-        )
+        figures = take_turns(turns, rounds)
+        ratios = {}
+        for precision in precisions:
+            ours = f"a fastil, {precision}"
+            ratios[f"{precision}: a / b"] = ratio(figures, ours, f"b ceiling, {precision}")
+            ratios[f"{precision}: a / c"] = ratio(figures, ours, "c usual")
+            if precision != "fp32" and "fp32" in precisions:
+                ratios[f"{precision} / fp32"] = ratio(figures, ours, "a fastil, fp32")
         rates = {name: spread(values) for name, values in figures.items()}
-        ratios = {f"a / {other[0]}": ratio(figures, "a fastil", other) for other in ("b ceiling", "c usual")}
         for name, values in rates.items():
             show(f"{label}: {name}", values, "img/s")
         for name, values in ratios.items():
             show(f"{label}: {name}", values)
         results[label] = {"images_per_second": rates, "ratios": ratios}
-    path = save(
-        "train_step",
-        device,
-        {"rounds": rounds, "batch": BATCH, "model": "resnet32", "precision": "fp32", "results": results},
-    )
-    print(f"written to {path}")
+    content = {"rounds": rounds, "batch": BATCH, "model": "resnet32", "precisions": precisions, "results": results}
+    print(f"written to {save('train_step', device, content)}")
 
 
 if __name__ == "__main__":

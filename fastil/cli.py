@@ -50,7 +50,9 @@ def run(
     """Train one recipe."""
     from fastil.device import keep_freed_memory
     from fastil.experiment import Experiment
+    from fastil.fidelity import had_published
     from fastil.recipe import load
+    from fastil.report import read_run
     from fastil.trainer import Stopped
 
     loaded = load(recipe, overrides or [], data=data, val=val)
@@ -66,8 +68,11 @@ def run(
         experiment.close()
     average, final = results["average_incremental_accuracy"], results["final_top1"]
     print(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
-    if loaded.published is not None and loaded.as_shipped():
-        print(f"published: average incremental accuracy {loaded.published:.2f}")
+    shown = read_run(folder).recipe
+    if shown.published is not None:
+        print(f"published: average incremental accuracy {shown.published:.2f}")
+    elif had_published(shown):
+        print(f"{shown.fidelity}; the paper's number is of another experiment")
     print(f"results, figures and checkpoints: {folder}")
 
 
@@ -133,7 +138,7 @@ def convert(
         str,
         typer.Option(
             help="jpeg: keep the bytes of JPEGs, encode the others; reencode: all; raw: pixels.",
-            show_default="jpeg, or raw for a source of pixels (CIFAR, idx)",
+            show_default="jpeg, or raw for a source of pixels (CIFAR, idx) or of small lossless images",
         ),
     ] = "auto",
     max_side: Annotated[int | None, typer.Option(help="Longest side in pixels.", show_default="as it is")] = None,
@@ -233,9 +238,33 @@ def report(
 @app.command()
 def reproduce(
     table: Annotated[str, typer.Argument(metavar="TABLE", help="table1, table2, table3 or table4.")],
-    scale: Annotated[str, typer.Option(help="cpu: a small protocol for two cores; paper: CIFAR-100.")] = "cpu",
-    seeds: Annotated[int | None, typer.Option(help="Runs per row.", show_default="2 for cpu, 3 for paper")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Rows to train (repeatable); the beginning will do.")] = None,
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="cpu: a small protocol for two cores; short: CIFAR-100 with 30 epochs a step; paper: CIFAR-100."
+        ),
+    ] = "cpu",
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|A,B,...",
+            help="Runs per row (3: seeds 0, 1 and 2), or the seeds with commas (0,2; one alone: 2,).",
+            show_default="2 for cpu, 1 for short, 3 for paper",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROW", help="Rows to train (repeatable); the beginning will do.", show_default="all"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Only rows with so many incremental steps, 5 or 10.", show_default="all")
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Runs at once; if several, with one thread each.", show_default="one per core, on a GPU one"
+        ),
+    ] = None,
     data: Data = None,
     out: Annotated[Path, typer.Option(help="Where runs and tables go.")] = Path("runs/tables"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; train nothing.")] = False,
@@ -243,18 +272,15 @@ def reproduce(
     """Train the runs that a table of the paper needs, and write it."""
     from fastil import reproduce as reproduction
     from fastil import tables
-    from fastil.errors import UserError
     from fastil.worklist import WorkList
 
     chosen = tables.table_of(tables.read_tables(), table, scale)
-    entries = tables.only(chosen, only or [])
-    count = chosen.seeds if seeds is None else seeds
-    if count < 1:
-        raise UserError(f"--seeds {count}: must be at least 1")
+    entries = tables.only(chosen, only or [], steps)
+    numbers = reproduction.seeds_of(str(chosen.seeds) if seeds is None else seeds)
     if dry_run:
-        print(reproduction.preview(WorkList(entries, range(count), out, data, preview=True)))
+        print(reproduction.preview(WorkList(entries, numbers, out, data, preview=True, table=chosen.entries), jobs))
         return
-    text, status = reproduction.reproduce(chosen, entries, count, out, data)
+    text, status = reproduction.reproduce(chosen, entries, numbers, out, data, jobs)
     print(text)
     raise typer.Exit(status)
 

@@ -46,9 +46,11 @@ def decide(wanted: Literal["auto", True, False], device: torch.device, run_flops
     return True, None
 
 
-def compile_network(network: Network, example: Tensor, *, train: bool) -> tuple[Callable[[Tensor], Output], str | None]:
+def compile_network(
+    network: Network, example: Tensor, *, train: bool, use: str = "training"
+) -> tuple[Callable[[Tensor], Output], str | None]:
     """The compiled network, warmed up on the example without a trace in its weights or statistics, and None; or, when
-    compilation fails, the network itself and why, in one line."""
+    compilation fails, the network itself and why, in one line. use: what it is compiled for, in that line."""
     compiled = cast(Callable[[Tensor], Output], torch.compile(network, dynamic=False))
     before = {name: value.clone() for name, value in network.named_buffers()}
     network.train(train)
@@ -59,7 +61,7 @@ def compile_network(network: Network, example: Tensor, *, train: bool) -> tuple[
                 out.scaled.sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # a missing header or a broken compiler surfaces as one of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return network, f"torch.compile failed ({reason}): training runs uncompiled"
+        return network, f"torch.compile failed ({reason}): {use} runs uncompiled"
     finally:
         network.zero_grad()
         for name, value in network.named_buffers():

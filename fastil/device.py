@@ -1,10 +1,19 @@
-"""The device a run computes on."""
+"""The device a run computes on, and the precision it computes in."""
 
+import contextlib
 import ctypes
+import platform
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 
 from fastil.errors import UserError
+
+# bf16: matrix products and convolutions of training in bfloat16, the weights in float32 (autocast). tf32: float32
+# tensors, which CUDA multiplies with 10 bits of mantissa. fp32: IEEE float32 everywhere.
+Precision = Literal["fp32", "tf32", "bf16"]
+BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # instruction sets that multiply in bfloat16
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,3 +50,81 @@ def keep_freed_memory() -> bool:
     if not (set_option(mmap_threshold, 2**30) or set_option(mmap_threshold, 2**25)):
         return False
     return bool(set_option(trim_threshold, 2**31 - 1))
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of the processor: instruction sets as booleans ("amx_bf16"), and its "cpu_name"."""
+    try:
+        return dict(torch.cpu.get_capabilities())
+    except AttributeError:  # an older torch, which tells a few of them only
+        return {"amx_bf16": torch.cpu._is_amx_tile_supported()}
+
+
+def processor_name() -> str:
+    """The processor and what it has for bfloat16, such as "AMD EPYC (no bfloat16)"."""
+    found = cpu_capabilities()
+    flags = [flag for flag in BF16_FLAGS if found.get(flag)]
+    return f"{found.get('cpu_name') or platform.machine()} ({', '.join(flags) or 'no bfloat16'})"
+
+
+def fastest_precision(device: torch.device) -> Precision:
+    """What `precision=auto` means: bf16 where the device computes in it faster than in float32, otherwise fp32.
+
+    Told by what the device is, never by timing it, so that the same machine always trains the same. Of processors those
+    with AMX gain (python -m bench.cpu); AVX-512 has bfloat16 products too, but nobody has measured a gain there yet.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if cpu_capabilities().get("amx_bf16") else "fp32"
+
+
+def settle_precision(wanted: Literal["auto", "fp32", "tf32", "bf16"], device: torch.device) -> Precision:
+    """The precision of a run that starts on this device. Raises UserError where the device has no such thing."""
+    if wanted == "auto":
+        return fastest_precision(device)
+    if wanted == "tf32" and device.type != "cuda":
+        raise UserError("precision=tf32: only CUDA multiplies in TF32; use fp32, or bf16")
+    return wanted
+
+
+def precision_note(precision: Precision, device: torch.device) -> str | None:
+    """A line for the user where this device is slow in the precision, or lacks it (a run may be resumed anywhere)."""
+    if precision == "tf32" and device.type != "cuda":
+        return "precision=tf32: this device has none and computes in float32"
+    if precision != "bf16":
+        return None
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = any(cpu_capabilities().get(flag) for flag in BF16_FLAGS)
+    return None if native else "precision=bf16: this device only emulates it, so training will be several times slower"
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """The autocast context of training in this precision: on in bf16, otherwise without effect."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def pixel_dtype(precision: Precision) -> torch.dtype:
+    """What the network takes in training and the loaders write: in bf16 a float32 image would only be cast again."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@contextlib.contextmanager
+def multiplying_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Set how CUDA multiplies float32 tensors inside: in TF32 where that is the precision, otherwise as IEEE says.
+
+    Torch itself takes TF32 for convolutions. Its older switches (`allow_tf32`) raise inside. Nothing changes on a CPU.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    places: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value

@@ -48,6 +48,7 @@ def diagnose() -> str:
     else:
         gpu = "this torch is a CPU build; training runs on the CPU"
     lines.append(f"{'GPU':<22}{gpu}")
+    lines += [f"{'precision':<22}{line}" for line in _precision()]
     fashion = str(FASHION_MNIST) if FASHION_MNIST.is_dir() else "missing; apt-get install dataset-fashion-mnist"
     lines.append(f"{'Fashion-MNIST':<22}{fashion}")
     lines += [f"{'streaming':<22}{line}" for line in _streaming(torch.cuda.is_available())]
@@ -59,6 +60,25 @@ def _line(name: str, use: str, fix: str) -> str:
         return f"{name:<22}{importlib.metadata.version(name)}  ({use})"
     except importlib.metadata.PackageNotFoundError:
         return f"{name:<22}missing  ({use}); {fix}"
+
+
+def _precision() -> list[str]:
+    """What precision=auto takes here, and why."""
+    import torch
+
+    from fastil.device import fastest_precision, pick_device, precision_note, processor_name
+
+    device = pick_device("auto")
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    lines = [f"{place}: precision=auto is {fastest_precision(device)}"]
+    slow = precision_note("bf16", device)
+    if slow is not None:
+        lines.append(slow)
+    elif fastest_precision(device) == "fp32":
+        lines.append("precision=bf16 computes natively here, too; whether it is faster has not been measured")
+    if torch.cuda.is_available():
+        lines.append("precision=fp32 is IEEE float32 on the GPU; precision=tf32 is faster and rounds to 10 bits")
+    return lines
 
 
 def _streaming(gpu: bool) -> list[str]:

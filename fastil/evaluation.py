@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil.data import Loader
+from fastil.device import multiplying_in
 from fastil.errors import UserError
-from fastil.models import Network, Output
+from fastil.models import Folded, Output
 from fastil.plan import sequential_plan
 
 BATCH = 256  # images of a forward without gradients
@@ -39,20 +40,20 @@ class StepResult:
     nme_top1: float | None = None  # of the nearest-mean-of-exemplars classifier, for methods that use one
 
 
-def forward(
-    network: Network, loader: Loader, ids: NDArray[np.int64], autocast: torch.autocast, *, mirrored: bool = False
-) -> Output:
+def forward(network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored: bool = False) -> Output:
     """Features and logits of the images `ids`, in that order, by the test-time transform, maybe mirrored; no maps.
 
-    Rows are float32 on the loader's device.
+    network: in float32, at the weights that its student has now. Whatever the precision of training, this is IEEE
+    float32: exemplars, class means and accuracies then depend on the weights alone. Rows are float32 on the loader's
+    device.
     """
-    network.eval()
+    network.refresh()
     features, logits = [], []
-    with torch.inference_mode(), autocast:
+    with torch.no_grad(), multiplying_in("fp32", loader.device):
         for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH, mirrored, loader.sizes)):
             out = network(batch.images)
-            features.append(out.features.float())
-            logits.append(out.scaled.float())
+            features.append(out.features)
+            logits.append(out.scaled)
     return Output(torch.cat(features), [], torch.cat(logits))
 
 

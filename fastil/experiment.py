@@ -16,12 +16,12 @@ from fastil.data import Batch, Dataset, Split, load_dataset, make_loader
 from fastil.data.loaders import check_resident, choose
 from fastil.data.sources import image_size
 from fastil.data.streaming import Streaming
-from fastil.device import device_name, pick_device
+from fastil.device import device_name, multiplying_in, pick_device, precision_note
 from fastil.errors import UserError
-from fastil.evaluation import StepResult, evaluate, forward, nearest_mean_scores
+from fastil.evaluation import BATCH, StepResult, evaluate, forward, nearest_mean_scores
 from fastil.interrupt import Interrupt
-from fastil.methods import METHOD_PARTS, Images, Memory, MetaAlpha, StepContext, build_method
-from fastil.models import Output, build_network
+from fastil.methods import METHOD_PARTS, METHODS, Images, Memory, MetaAlpha, StepContext, build_method
+from fastil.models import Folded, Output, build_network
 from fastil.phases import Phases
 from fastil.plan import Transform
 from fastil.progress import Progress
@@ -40,11 +40,12 @@ class Experiment:
     """The state of a run. Its directory is made only when everything that can be wrong has been checked."""
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None) -> None:
-        self.recipe, self.resume = recipe, resume
+        self.resume = resume
         self.directory = RunDirectory(out, resume)
         self.interrupt = Interrupt()
         self.progress = Progress()
         self.device = pick_device(recipe.train.device)
+        self.recipe = recipe = recipe.settled(self.device, self.directory.precision())
         self.dataset: Dataset = load_dataset(recipe.data)
         for note in self.dataset.notes:
             self.progress.say(note)
@@ -69,7 +70,10 @@ class Experiment:
         if plain != augmented:
             self.plain_loader = make_loader(self.dataset.train, recipe.data.loader, plain, self.device)
         self.val_loader = make_loader(self.dataset.val, recipe.data.loader, plain, self.device)
-        student, teacher = (build_network(recipe.model, total, recipe.train.seed).to(self.device) for _ in range(2))
+        maps = METHODS[recipe.method.method].reads_maps
+        student, teacher = (
+            build_network(recipe.model, total, recipe.train.seed, keeps_maps=maps).to(self.device) for _ in range(2)
+        )
         parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
         self.method = build_method(
             recipe.method, recipe.loss, parts, width=student.width, num_classes=total, device=self.device
@@ -89,6 +93,8 @@ class Experiment:
             tick=self.progress.tick,
             stop=self.interrupt.requested,
         )
+        self.frozen = Folded(student, torch.float32, BATCH)  # the student between two trainings
+        self.frozen.plain.keeps_maps = False
         self.rehearsal = Rehearsal(
             recipe, self.protocol, self.dataset, lambda ids: self.frozen_output(ids).features, self.progress.say
         )
@@ -106,7 +112,7 @@ class Experiment:
         Raises trainer.Stopped on SIGTERM or SIGINT, with a checkpoint written.
         """
         self.directory.create()
-        with checkpoint.locked(self.directory.path), self.interrupt:
+        with checkpoint.locked(self.directory.path), self.interrupt, multiplying_in("fp32", self.device):
             position = self.restore(self.resume)
             if position.step < len(self.class_steps):
                 self.announce()
@@ -214,7 +220,7 @@ class Experiment:
             loader.overlay(**self.overlay)
 
     def frozen_output(self, ids: Ids, mirrored: bool = False) -> Output:
-        return forward(self.trainer.student, self.plain_loader, ids, self.trainer.autocast(), mirrored=mirrored)
+        return forward(self.frozen, self.plain_loader, ids, mirrored=mirrored)
 
     def finetune(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
         """Balanced finetuning on the exemplars of every class seen, herded for it."""
@@ -244,7 +250,7 @@ class Experiment:
     def evaluate_step(self, step: int, num_old: int, num_seen: int) -> StepResult:
         positions = self.rehearsal.positions[self.dataset.val.labels]
         ids = np.flatnonzero((positions >= 0) & (positions < num_seen))
-        out = forward(self.trainer.student, self.val_loader, ids, self.trainer.autocast())
+        out = forward(self.frozen, self.val_loader, ids)
         nme = self.recipe.evaluation.predictor == "nme"
         scores = self.nearest_mean_scores(out.features) if nme else self.method.predict(out.logits)
         true = torch.from_numpy(positions[ids]).to(self.device)
@@ -344,13 +350,15 @@ class Experiment:
     def announce(self) -> None:
         """The effective protocol, so that no one has to guess what was trained."""
         recipe, names = self.recipe, self.dataset.class_names
+        slow = precision_note(recipe.precision, self.device)
         lines = [
             f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
-            f"seed {recipe.train.seed}, on {device_name(self.device)}",
+            f"seed {recipe.train.seed}, on {device_name(self.device)}, {recipe.precision}",
             f"{self.dataset.name}, class list {self.protocol.class_hash(names)}, into {self.directory.path}",
             f"loader {self.train_loader.name}: "
             + (choose(self.dataset.train, self.device)[1] if recipe.data.loader == "auto" else "as asked for")
             + ("; exemplars stay decoded" if recipe.data.memory == "resident" else ""),
+            *([] if slow is None else [slow]),
             summary.as_table(self.steps),
         ]
         self.progress.say("\n".join(lines))
@@ -361,14 +369,31 @@ class Experiment:
         wanted, note = compiling.decide(config.compile, self.device, summary.run_flops(self.steps, flops))
         if wanted:
             began = time.perf_counter()
-            note = self.trainer.compile() or f"compiled in {time.perf_counter() - began:.0f} s"
+            note = self.trainer.compile()
+            if note is None and flops * self.frozen_visits() >= compiling.REPAID_BY[self.device.type]:
+                example = torch.zeros(BATCH, 3, size.height, size.width, device=self.device)
+                example = example.to(memory_format=torch.channels_last)
+                self.frozen.fast, slower = compiling.compile_network(
+                    self.frozen.plain, example, train=False, use="evaluation"
+                )
+                if slower:
+                    self.progress.say(slower)
+            note = note or f"compiled in {time.perf_counter() - began:.0f} s"
         if note:
             self.progress.say(note)
 
+    def frozen_visits(self) -> int:
+        """Images that the run passes through the frozen network: to select exemplars and to evaluate."""
+        per_class = np.bincount(self.dataset.val.labels)[self.protocol.order].cumsum()
+        return sum(plan.new_images + int(per_class[plan.classes_seen - 1]) for plan in self.steps)
+
 
 def transforms(recipe: Recipe, dataset: Dataset) -> tuple[Transform, Transform]:
-    """Of training images and of all others. Images that are streamed are trained on in random resized crops and seen
-    otherwise by their centre, as ImageNet's (resize to 256, crop 224, and so in proportion for another size)."""
+    """The transforms of training images and of all others.
+
+    Images that are streamed are trained on in random resized crops and seen otherwise by their centre, as ImageNet's
+    (resize to 256, crop 224, and so in proportion for another size).
+    """
     config = recipe.data
     height, width = image_size(config, dataset)
     plain = Transform(height, width, config.pad, config.flip, tuple(config.mean), tuple(config.std))
@@ -392,5 +417,5 @@ def waiting(record: EpochRecord, streamed: bool) -> str:
 
 
 def init_seed(seed: int, step: int) -> int:
-    """Of the generator that initialises the head's rows of a step."""
+    """The seed of the generator that initialises the head's rows of a step."""
     return seed * 10_000 + step + 1

@@ -1,5 +1,6 @@
 """`fastil plan`: what a recipe would do, what it would hold in memory and how long it would take here."""
 
+import math
 import time
 
 import numpy as np
@@ -8,14 +9,22 @@ import torch
 from fastil import compiling, summary
 from fastil.data.beton import Beton
 from fastil.data.loaders import check_resident, choose, cpu_rate, mean_pixels, resident_bytes
-from fastil.data.sources import PUBLISHED, Split, image_size, load_dataset
+from fastil.data.published import table
+from fastil.data.sources import Split, image_size, load_dataset
 from fastil.data.streaming import Images
-from fastil.device import device_name, pick_device
+from fastil.device import (
+    autocast,
+    device_name,
+    multiplying_in,
+    pick_device,
+    pixel_dtype,
+    precision_note,
+    settle_precision,
+)
 from fastil.errors import UserError
-from fastil.models import Network, build_network
+from fastil.models import Folded, Network, build_network
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
-from fastil.trainer import mixed_precision
 
 TIMED_STEPS = 3
 TIMED_PIXELS = 2**18  # of a batch that is timed on a CPU
@@ -33,18 +42,19 @@ def describe(recipe: Recipe) -> str:
         held = sum(split.images.nbytes for split in (dataset.train, dataset.val) if isinstance(split, Split))
         place = f"{held / 2**20:,.0f} MiB resident as uint8" if held else "streamed"
     except UserError as error:
-        shape = PUBLISHED.get(recipe.data.dataset)
-        if shape is None or recipe.data.data is not None:
+        known = table().get(recipe.data.dataset)
+        if known is None or recipe.data.data is not None:
             raise
         images = None
-        counts, names, size = np.full(shape.classes, shape.train_per_class), None, (shape.size, shape.size)
+        counts, names, size = np.full(known.classes, known.per_class), None, known.shape[:2]
         source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
-        held = shape.classes * (shape.train_per_class + shape.val_per_class) * shape.size**2 * 3
+        held = known.images * math.prod(known.shape)
         streamed = recipe.data.dataset == "imagenet"
         place = "streamed" if streamed else f"{held / 2**20:,.0f} MiB resident as uint8"
     protocol = build_protocol(recipe.protocol, len(counts))
     steps = summary.effective_steps(recipe, protocol, counts)
     device = pick_device(recipe.train.device)
+    precision = settle_precision(recipe.train.precision, device)
     kept = reading = ""
     if isinstance(images, Beton) and images.mode == "jpeg":
         rate = cpu_rate(mean_pixels(images))
@@ -68,6 +78,7 @@ def describe(recipe: Recipe) -> str:
     parameters = sum(p.numel() for p in student.parameters())
     flops = compiling.flops_per_image(student, *size)
     method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
+    slow = precision_note(precision, device)
     lines = [
         f"{recipe.name}: {recipe.description}",
         f"data         {source}, {size[0]}x{size[1]}, {place}",
@@ -76,7 +87,8 @@ def describe(recipe: Recipe) -> str:
         f"loss         {method.method}, loss={loss.loss}, T={method.temperature:g}, alpha={loss.alpha:g}",
         f"parts        sampler={recipe.sampler.sampler}, correction={recipe.correction.correction}, "
         f"predictor={recipe.evaluation.predictor}",
-        f"optimiser    SGD, momentum {train.momentum:g}, weight decay {train.weight_decay:g}, batch {train.batch_size}",
+        f"optimiser    SGD, momentum {train.momentum:g}, weight decay {train.weight_decay:g}, "
+        f"batch {train.batch_size}, {precision}",
         summary.as_table(steps),
         f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations"
         + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
@@ -85,7 +97,7 @@ def describe(recipe: Recipe) -> str:
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps{reading}",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines if slow is None else [*lines, slow])
 
 
 def meta_cost(recipe: Recipe) -> float:
@@ -97,30 +109,31 @@ def speeds(recipe: Recipe, size: tuple[int, int]) -> tuple[float, float]:
     """Images per second of training on the recipe's device, uncompiled, without and with a teacher."""
     device = pick_device(recipe.train.device)
     student, teacher = (build_network(recipe.model, 100, 0).to(device) for _ in range(2))
-    teacher.eval()
+    folded = Folded(teacher, pixel_dtype(settle_precision(recipe.train.precision, device)), 0)
     return (
         _images_per_second(recipe, student, None, size, device),
-        _images_per_second(recipe, student, teacher, size, device),
+        _images_per_second(recipe, student, folded, size, device),
     )
 
 
 def _images_per_second(
-    recipe: Recipe, student: Network, teacher: Network | None, size: tuple[int, int], device: torch.device
+    recipe: Recipe, student: Network, teacher: Folded | None, size: tuple[int, int], device: torch.device
 ) -> float:
     """Of an uncompiled training step on one resident batch, which is what bounds a run."""
-    batch = recipe.train.batch_size
+    batch, precision = recipe.train.batch_size, settle_precision(recipe.train.precision, device)
     if device.type == "cpu":  # a large one takes minutes and says the same
         batch = min(batch, max(2, TIMED_PIXELS // (size[0] * size[1])))
-    images = torch.zeros(batch, 3, *size, device=device).to(memory_format=torch.channels_last)
+    images = torch.zeros(batch, 3, *size, dtype=pixel_dtype(precision), device=device)
+    images = images.to(memory_format=torch.channels_last)
     took = []
     for _ in range(TIMED_STEPS + 1):  # the first one warms up
         began = time.perf_counter()
-        with mixed_precision(recipe.train, device):
+        with multiplying_in(precision, device):
             if teacher is not None:
-                with torch.no_grad():
-                    teacher(images)
-            loss = student(images).scaled.float().sum()
-        loss.backward()
+                teacher(images)
+            with autocast(precision, device):
+                loss = student(images).scaled.float().sum()
+            loss.backward()
         student.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

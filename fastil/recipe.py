@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pydantic
+import torch
 import yaml
 
 from fastil.data import DataConfig
+from fastil.device import Precision, settle_precision
 from fastil.errors import UserError
 from fastil.evaluation import EvaluationConfig
 from fastil.memory import MemoryConfig
@@ -57,7 +59,7 @@ KEYS = {field.name: part for part, config in PARTS.items() for field in dataclas
 assert len(KEYS) == sum(len(dataclasses.fields(config)) for config in PARTS.values()), "two parts share a key"
 
 # What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
-RUNTIME_KEYS = {"data", "val", "verify", "memory", "device", "compile", "checkpoint_every"}
+RUNTIME_KEYS = {"data", "val", "verify", "memory", "device", "compile", "checkpoint_every", "checkpoint_minutes"}
 
 
 Keys = dict[str, Any]
@@ -134,6 +136,27 @@ class Recipe:
         share = self.meta.meta_share if self.loss.loss == "meta_balanced" else self.bic.bic_share
         return min(quota - 1, max(1, round(share * quota)))
 
+    def settled(self, device: torch.device, before: Precision | None = None) -> "Recipe":
+        """The recipe with the precision that `precision=auto` means on this device, or in a run that has begun.
+
+        before: the precision that its run directory holds; a run keeps it wherever it is resumed.
+        """
+        precision = self.train.precision
+        if before is None:
+            return self.in_precision(settle_precision(precision, device))
+        # One that was asked for and differs is refused with the other settings that changed.
+        return self.in_precision(before) if precision == "auto" else self
+
+    @property
+    def precision(self) -> Precision:
+        """What a run of this recipe computes in: of one that is settled, or was read from a run directory."""
+        assert self.train.precision != "auto"
+        return self.train.precision
+
+    def in_precision(self, precision: Precision) -> "Recipe":
+        """The recipe, trained in this precision."""
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, precision=precision))
+
     def keys(self) -> dict[str, Any]:
         """Every key with its value, flat."""
         return {key: getattr(getattr(self, part), key) for key, part in KEYS.items()}
@@ -151,12 +174,19 @@ class Recipe:
                 return None if reads(self.keys()) else advice
         return None
 
-    def as_shipped(self) -> bool:
-        """Whether nothing but the seed and the runtime keys was overridden, so that `published` may stand beside it."""
-        try:
-            return self.identity(seed=False) == load(self.name).identity(seed=False)
-        except UserError:
-            return False
+    def differences(self) -> dict[str, Any] | None:
+        """The settings that differ from those of fastil's own recipe of this name, but for the seed, the runtime keys
+        and the precision, which is the machine's. None: no such recipe comes with it."""
+        if self.name not in names():
+            return None
+        shipped = load(self.name)
+        ours, theirs, written = self.identity(seed=False), shipped.identity(seed=False), shipped.keys()
+        # A key may only be read, or not be read any more, because of another one that was changed.
+        return {
+            key: value
+            for key, value in self.keys().items()
+            if key in ours and key != "precision" and ours[key] != theirs[key] and value != written[key]
+        }
 
     def dump(self) -> str:
         """The recipe as YAML, every default filled in."""
@@ -206,6 +236,8 @@ def read_effective(path: Path) -> Recipe:
         name = values.pop("recipe")
         if not text.endswith("\n") or "checkpoint_every" not in values:  # cut off: defaults must not fill it up
             raise KeyError
+        if values["precision"] == "auto":  # older ones, from before it was settled when a run starts
+            values["precision"] = "bf16" if str(values["device"]).startswith("cuda") else "fp32"
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
     return _build(name, values)

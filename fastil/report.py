@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fastil import checkpoint
 from fastil.errors import UserError
+from fastil.fidelity import MODIFIED, had_published, labelled
 from fastil.recipe import Recipe, load, read_effective
 from fastil.summary import format_table
 
@@ -24,7 +25,7 @@ class Run:
     """A run directory with at least one finished step."""
 
     path: Path
-    recipe: Recipe
+    recipe: Recipe  # with a published number only if that may stand beside the run: see fastil.fidelity
     results: dict[str, Any]  # results.json
     protocol: dict[str, Any]  # protocol.json
 
@@ -54,7 +55,8 @@ def read_run(path: Path) -> Run:
     recipe = read_effective(path / "recipe.yaml")
     try:
         results = json.loads((path / "results.json").read_text())
-        run = Run(path, recipe, results, json.loads((path / "protocol.json").read_text()))
+        protocol = json.loads((path / "protocol.json").read_text())
+        run = Run(path, labelled(recipe, protocol), results, protocol)
         # Everything that a report reads without looking.
         _ = run.curve[0], run.images[0][:6], run.dataset, results["seed"], results["loss"]
         _ = f"{results['average_incremental_accuracy']:.2f}"
@@ -87,8 +89,9 @@ def read_confusion(run: Run, step: int) -> NDArray[np.int64]:
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but the seed, under a label that says what sets the group apart: of the keys in which
-    runs of a recipe differ, those that are not as the recipe has them."""
+    """Runs that differ in nothing but the seed, under a label that says what sets the group apart: all that was
+    modified, if a number was published for the recipe, and otherwise, of the keys in which runs of a recipe differ,
+    those that are not as the recipe has them."""
     groups: dict[str, list[Run]] = {}
     identities = [run.recipe.identity(seed=False) | {"images": f"{run.dataset} {run.images[0][:6]}"} for run in runs]
     for run, identity in zip(runs, identities, strict=True):
@@ -102,7 +105,11 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
             and any(i[key] != value for i in same_recipe)
             and (key not in usual or usual[key] != value)
         ]
-        label = ", ".join([run.recipe.name, run.results["loss"], *(f"{key}={identity[key]}" for key in differing)])
+        parts = [run.recipe.name, run.results["loss"]]
+        if run.recipe.fidelity.startswith(MODIFIED) and had_published(run.recipe):
+            parts.append(run.recipe.fidelity)
+            differing = [key for key in differing if key not in (run.recipe.differences() or {})]
+        label = ", ".join([*parts, *(f"{key}={identity[key]}" for key in differing)])
         group = groups.setdefault(label, [])
         twin = next((other for other in group if other.results["seed"] == run.results["seed"]), None)
         if twin is not None:
@@ -127,7 +134,7 @@ def rows(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str,
     for label, runs in groups.items():
         last = [run.results["steps"][-1] for run in runs]
         unfinished = [run for run in runs if len(run.curve) < run.total_steps]
-        published = runs[0].recipe.published if runs[0].recipe.as_shipped() else None
+        published = runs[0].recipe.published
         lines.append(
             (
                 label + (f" (unfinished: {len(unfinished)})" if unfinished else ""),
@@ -272,9 +279,8 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
         curves = np.array([run.curve[:length] for run in runs])
         classes = [step["classes_seen"] for step in runs[0].results["steps"][:length]]
         mean = curves.mean(axis=0)
-        (line,) = axes[0].plot(
-            classes, mean, marker="o", linestyle=("-", "--", ":")[i // 10 % 3], label=f"{label} ({curves.mean():.1f})"
-        )
+        shown = textwrap.fill(f"{label} ({curves.mean():.1f})", 60)  # all that was modified can be long
+        (line,) = axes[0].plot(classes, mean, marker="o", linestyle=("-", "--", ":")[i // 10 % 3], label=shown)
         if len(runs) > 1:
             deviation = curves.std(axis=0, ddof=1)
             axes[0].fill_between(classes, mean - deviation, mean + deviation, alpha=0.2, color=line.get_color())

@@ -5,6 +5,7 @@ that train the same base step take it from the first run of their group (fastil.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,10 +26,11 @@ from fastil.worklist import Job, WorkList
 
 POLL = 1.0  # seconds
 LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
+MOST_SEEDS = 1000  # of a row; a larger number is a seed that was meant
 
 
 class Scheduler:
-    """Runs a work list, as many runs at once as there are cores (on a GPU one), and shows how far it is."""
+    """Runs a work list, several runs at once, and shows how far it is."""
 
     def __init__(self, work: WorkList, at_once: int) -> None:
         self.work, self.at_once = work, at_once
@@ -125,11 +127,31 @@ def last_line(log: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
-def preview(work: WorkList) -> str:
-    """The work list and what it costs, timed on this machine; trains nothing."""
-    rows, hours = [], 0.0
+def seeds_of(text: str) -> list[int]:
+    """The seeds that --seeds names: "3" is 0, 1, 2; "0,2" these two; "2," seed 2 alone."""
+    parts = text.removesuffix(",").split(",")
+    if not all(re.fullmatch("[0-9]{1,10}", part) for part in parts):
+        raise UserError(f"--seeds {text}: give a number of runs, such as 3, or the seeds with commas, such as 0,2")
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {text}: a seed stands there twice")
+    if "," in text:
+        return numbers
+    if not 1 <= numbers[0] <= MOST_SEEDS:
+        raise UserError(
+            f"--seeds {text}: a number of runs must be at least 1 and at most {MOST_SEEDS}; one seed alone is "
+            f"written {numbers[0]},"
+        )
+    return list(range(numbers[0]))
+
+
+def preview(work: WorkList, jobs: int | None = None) -> str:
+    """The work list and what it costs, timed on this machine; trains nothing. jobs: runs at once."""
+    rows: list[tuple[str, ...]] = []
+    costs: list[float] = []
     speeds: dict[str, tuple[float, float]] = {}
-    at_once, threads = runs_at_once(work), torch.get_num_threads()
+    usual, threads = usual_jobs(work), torch.get_num_threads()
+    at_once = jobs or usual
     torch.set_num_threads(1 if at_once > 1 else threads)  # as the runs will
     for job in work.jobs:
         cost, shared = 0.0, ""
@@ -139,15 +161,17 @@ def preview(work: WorkList) -> str:
                 speeds[key] = planning.speeds(job.recipe, job.size)
             cost = _hours(work, job, *speeds[key])
             shared = "trains its own" if work.trains_base(job) else "" if job.has_base else "shared"
-        hours += cost
+        costs.append(cost)
         rows.append((job.name, job.state(), shared, f"{work.left(job):,}", f"{cost:.2f}"))
     torch.set_num_threads(threads)
     text = summary.format_table(("run", "state", "base step", "image visits left", "hours"), rows)
     total = sum(work.left(job) for job in work.jobs)
     at_once = max(1, min(at_once, len(work.missing)))
+    # More at once than usual are no faster together, and no run is faster for it.
+    hours = max(sum(costs) / min(at_once, usual), *costs, 0.0)
     return (
         f"{text}\n\n{len(work.missing)} of {len(work.jobs)} runs to train, {total:,} image visits: about "
-        f"{hours / at_once:.2f} hours with {at_once} at once, {hours:.2f} one by one, timed now over a few steps"
+        f"{hours:.2f} hours with {crowd(at_once, usual)}, {sum(costs):.2f} one by one, timed now over a few steps"
     )
 
 
@@ -159,19 +183,30 @@ def _hours(work: WorkList, job: Job, plain: float, distilled: float) -> float:
     return (of_base / plain + (left - of_base) * (1 + meta) / distilled) / 3600
 
 
-def runs_at_once(work: WorkList) -> int:
+def usual_jobs(work: WorkList) -> int:
     """On a CPU a run per core, each with one thread: small networks gain less from a second thread than from that."""
     if any(pick_device(job.recipe.train.device).type == "cuda" for job in work.jobs):
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def reproduce(table: Table, entries: Sequence[Entry], seeds: int, out: Path, data: str | None) -> tuple[str, int]:
-    """Train what is missing and write the table. Returns its text and an exit status."""
-    work = WorkList(entries, range(seeds), out, data)
-    scheduler = Scheduler(work, runs_at_once(work))
+def crowd(at_once: int, usual: int) -> str:
+    """The number of runs at once as text, with the usual one where it is smaller."""
+    usually = f" ({usual} by default: one per core, or one on a GPU)"
+    return f"{at_once} at once" + (usually if at_once > usual else "")
+
+
+def reproduce(
+    table: Table, entries: Sequence[Entry], seeds: Sequence[int], out: Path, data: str | None, jobs: int | None = None
+) -> tuple[str, int]:
+    """Train what is missing and write the table. jobs: runs at once. Returns its text and an exit status."""
+    work = WorkList(entries, seeds, out, data, table=table.entries)
+    usual = usual_jobs(work)
+    scheduler = Scheduler(work, jobs or usual)
     if work.missing:
-        scheduler.say(f"{len(work.missing)} of {len(work.jobs)} runs to train, {scheduler.at_once} at once, into {out}")
+        missing = f"{len(work.missing)} of {len(work.jobs)} runs to train"
+        missing += f", in {work.precision} as those that are there" if work.precision else ""
+        scheduler.say(f"{missing}, {crowd(scheduler.at_once, usual)}, into {out}")
         scheduler.run()
     text = tables.write(table, out)
     failed = [job for job in work.jobs if job.failure]

@@ -16,9 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from fastil import checkpoint
-from fastil.data import Dataset
+from fastil.data import Dataset, Split
+from fastil.data.beton import Beton
+from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.evaluation import StepResult
+from fastil.fidelity import labelled
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
 from fastil.summary import StepPlan
@@ -57,6 +60,11 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
 
+    def precision(self) -> Precision | None:
+        """What a run that is here already computes in; None before its recipe.yaml is written."""
+        path = self.path / "recipe.yaml"
+        return read_effective(path).precision if path.exists() else None
+
     def claim(self, recipe: Recipe, protocol: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
         """Write recipe.yaml and protocol.json and return the last checkpoint, if there is one.
 
@@ -83,7 +91,7 @@ class RunDirectory:
         length = 0 if state is None else state["metrics_bytes"]
         if length and (not self.metrics.exists() or self.metrics.stat().st_size < length):
             raise UserError(f"{self.metrics}: shorter than the checkpoint says; choose another --out")
-        checkpoint.write_text(recipe_path, recipe.dump())
+        checkpoint.write_text(recipe_path, labelled(recipe, protocol).dump())
         checkpoint.write_json(protocol_path, protocol)
         with checkpoint.written(self.metrics), open(self.metrics, "ab") as file:
             file.truncate(length)
@@ -138,8 +146,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _images_in(protocol: dict[str, Any]) -> list[Any]:
-    """What must not change between a run and its resume."""
-    return [protocol["dataset"]["train"], protocol["dataset"]["val"], protocol["class_order"], protocol["class_names"]]
+    """What must not change between a run and its resume: the images in their order, and the classes."""
+    splits = [[protocol["dataset"][split][key] for key in ("sha256", "images")] for split in ("train", "val")]
+    return [*splits, protocol["class_order"], protocol["class_names"]]
 
 
 def _images_of(path: Path) -> list[Any]:
@@ -151,13 +160,16 @@ def _images_of(path: Path) -> list[Any]:
 
 def describe(dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan]) -> dict[str, Any]:
     """The content of protocol.json."""
-    splits = {"train": dataset.train, "val": dataset.val}
+
+    def described(split: Split | Beton) -> dict[str, Any]:
+        identity = None if split.identity is None else split.identity.text
+        return {"sha256": split.sha256, "images": len(split.labels), "identity": identity}
+
     return {
         "class_order": protocol.order.tolist(),
         "class_names": dataset.class_names,
         "class_list_hash": protocol.class_hash(dataset.class_names),
         "steps": [classes.tolist() for classes in protocol.steps],
-        "dataset": {"name": dataset.name}
-        | {name: {"sha256": split.sha256, "images": len(split.labels)} for name, split in splits.items()},
+        "dataset": {"name": dataset.name, "train": described(dataset.train), "val": described(dataset.val)},
         "effective": [dataclasses.asdict(plan) for plan in steps],
     }

@@ -3,7 +3,7 @@
 import csv
 import io
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +13,9 @@ import numpy as np
 import yaml
 
 from fastil import recipe
+from fastil.device import Precision
 from fastil.errors import UserError
+from fastil.fidelity import on_published_data
 from fastil.recipe import Recipe
 from fastil.report import Run, new_figure, read_run, save_figure, spread
 from fastil.statistics import Predictions, paired_interval
@@ -45,9 +47,10 @@ class Entry:
     label: str
     against: str | None  # the row that the paired difference is taken from
     published: dict[str, float]
+    scale_folder: str = ""  # of the runs of its scale, in `out`; older scales have none
 
     def folder(self, out: Path, seed: int) -> Path:
-        return out / self.recipe / f"{self.row}-s{seed}"
+        return out / self.scale_folder / self.recipe / f"{self.row}-s{seed}"
 
     def load(self, seed: int, data: str | None = None) -> Recipe:
         return recipe.load(self.recipe, [*self.overrides, f"seed={seed}"], data=data)
@@ -60,6 +63,9 @@ class Table:
     scale: str
     seeds: int  # unless asked for otherwise
     over: str | None  # the key that the figure draws curves over; None: bars
+    on_paper_data: bool  # whether this scale is meant to be trained on the images of the paper
+    theirs: str | None  # what the published numbers are of, where that is not what this scale trains
+    note: str | None  # what this scale trains and how the published numbers are to be read there
     entries: list[Entry]
 
 
@@ -73,19 +79,22 @@ def read_tables() -> dict[str, Any]:
 
 
 def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
-    """A table at a scale, "cpu" or "paper"."""
+    """A table at one of the scales of `content`."""
     if name not in content["tables"]:
         raise UserError(f"unknown table {name}: use one of {', '.join(content['tables'])}")
     if scale not in content["scales"]:
         raise UserError(f"--scale {scale}: unknown; use one of {', '.join(content['scales'])}")
-    recipes, rows, methods = content["scales"][scale], content["rows"], content.get("methods", {})
-    own = content.get("own_recipes", {}).get(scale)
+    lines_of = content["scales"][scale].get("like", scale)
+    settings = content["scales"][lines_of] | content["scales"][scale]
+    rows, methods = content["rows"], content.get("methods", {})
 
     def trained(row: str, steps: int) -> tuple[str, tuple[str, ...]]:
         """Recipe and overrides."""
-        if row in methods and own is not None:
-            return own.format(row=row, steps=steps), ()
-        return recipes[steps], tuple(f"{key}={value}" for key, value in (rows | methods)[row].items())
+        own = row in methods and "own_recipes" in settings
+        name = settings["own_recipes"].format(row=row, steps=steps) if own else settings["recipes"][steps]
+        keys = {} if own else (rows | methods)[row]
+        keys = keys | settings.get("overrides", {}) | settings.get("row_overrides", {}).get(row, {})
+        return name, tuple(f"{key}={value}" for key, value in keys.items())
 
     entries = [
         Entry(
@@ -96,24 +105,42 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
             label=line["label"],
             against=line.get("against"),
             published={key: line[key] for key in ("average", "base", "final") if key in line},
+            scale_folder=settings.get("folder", ""),
         )
         for line in content["tables"][name]["entries"]
-        if scale in line.get("scales", [scale])
+        if lines_of in line.get("scales", [lines_of])
     ]
     head = content["tables"][name]
-    return Table(name, head["title"], scale, content["seeds"][scale], head.get("over"), entries)
+    return Table(
+        name=name,
+        title=head["title"],
+        scale=scale,
+        seeds=settings["seeds"],
+        over=head.get("over"),
+        on_paper_data=lines_of == "paper",
+        theirs=settings.get("theirs"),
+        note=settings.get("note"),
+        entries=entries,
+    )
 
 
-def only(table: Table, wanted: list[str]) -> list[Entry]:
-    """The entries of the rows whose names are, or begin with, one of `wanted`; all of them without any."""
-    rows = list(dict.fromkeys(entry.row for entry in table.entries))
+def only(table: Table, wanted: list[str], steps: int | None = None) -> list[Entry]:
+    """The entries of the rows whose names are, or begin with, one of `wanted`, with so many incremental steps; all of
+    them where neither is given."""
+    entries = [entry for entry in table.entries if steps in (None, entry.steps)]
+    if not entries:
+        there = " or ".join(str(number) for number in sorted({entry.steps for entry in table.entries}))
+        raise UserError(f"--steps {steps}: no rows with so many at --scale {table.scale}; use {there}")
+    rows = list(dict.fromkeys(entry.row for entry in entries))
     chosen: list[str] = []
     for name in wanted:
         found = [name] if name in rows else [row for row in rows if row.startswith(name)]
         if not found or not name:
             raise UserError(f"--only {name}: no such row in {table.name}; its rows are {', '.join(rows)}")
+        if wanted.count(name) > 1:
+            raise UserError(f"--only {name}: given twice; leave one out")
         chosen += found
-    return [entry for entry in table.entries if entry.row in chosen or not wanted]
+    return [entry for entry in entries if entry.row in chosen or not wanted]
 
 
 def finished_run(folder: Path, wanted: Recipe) -> Run | None:
@@ -121,20 +148,43 @@ def finished_run(folder: Path, wanted: Recipe) -> Run | None:
     if not (folder / "results.json").exists():
         return None
     run = read_run(folder)
+    if wanted.train.precision == "auto":  # it took what its machine had
+        wanted = wanted.in_precision(run.recipe.precision)
     return run if len(run.curve) == run.total_steps and run.recipe.identity() == wanted.identity() else None
 
 
+def precision_of(entries: Sequence[Entry], out: Path) -> Precision | None:
+    """The precision of the runs of these entries that are in `out`, finished or not; None where there is none. Raises
+    UserError where they have several, for what a table compares must differ in its rows alone. Runs of other settings
+    do not count, as they do not in the table."""
+    first: tuple[Path, Precision] | None = None
+    for entry in entries:
+        for path in sorted(entry.folder(out, 0).parent.glob(f"{entry.row}-s*/recipe.yaml")):
+            loaded = recipe.read_effective(path)
+            precision = loaded.precision
+            if loaded.identity(seed=False) != entry.load(0).in_precision(precision).identity(seed=False):
+                continue
+            if first is not None and precision != first[1]:
+                raise UserError(
+                    f"{first[0].parent} computes in {first[1]} and {path.parent} in {precision}, which one table "
+                    "cannot hold; move one set of runs to another --out"
+                )
+            first = first or (path, precision)
+    return None if first is None else first[1]
+
+
 def finished_runs(table: Table, out: Path) -> Found:
-    """Of every entry, each seed there is."""
+    """The finished runs of every entry, by seed."""
     found: Found = {}
     for entry in table.entries:
-        folders = {path.name.rpartition("-s")[2]: path for path in (out / entry.recipe).glob(f"{entry.row}-s*")}
+        folders = {path.name.rpartition("-s")[2]: path for path in entry.folder(out, 0).parent.glob(f"{entry.row}-s*")}
         runs = {
             int(seed): finished_run(path, entry.load(int(seed)))
             for seed, path in folders.items()
             if seed.isdecimal() and path.is_dir()
         }
         found[entry.row, entry.steps] = {seed: run for seed, run in sorted(runs.items()) if run is not None}
+    precision_of(table.entries, out)
     everything = [run for of_row in found.values() for run in of_row.values()]
     for run in everything:
         if run.images != everything[0].images:
@@ -175,7 +225,8 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
             gain, interval, pairs = difference(runs, found[entry.against, entry.steps])
             paired |= {pairs} - {0}
         distance = "-"
-        if table.scale == "paper" and averages and "average" in published:
+        comparable = table.scale == "paper" and all(on_paper_data(run) for run in runs.values())
+        if comparable and averages and "average" in published:
             distance = f"{statistics.mean(averages) - published['average']:+.2f}"
         known = [f"{published[key]:.2f}" if key in published else "-" for key in ("average", "final", "base")]
         lines.append(
@@ -196,7 +247,8 @@ def write(table: Table, out: Path) -> str:
     rows, paired = rows_of(table, found)
     shown = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in rows)]  # no columns of dashes
     header, rows = tuple(HEADER[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
-    text = "\n\n".join([*notes(table, paired), format_table(header, rows)])
+    theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
+    text = "\n\n".join([*notes(table, paired, theirs), format_table(header, rows)])
     stem = out / f"{table.name}-{table.scale}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -210,8 +262,13 @@ def write(table: Table, out: Path) -> str:
     return text + f"\n\nwritten: {stem}.md, .csv, .png"
 
 
-def notes(table: Table, paired: set[int]) -> list[str]:
-    """What the columns mean, and what they do not say."""
+def on_paper_data(run: Run) -> bool:
+    """Whether the images of a run are those of the paper's tables."""
+    return on_published_data("cifar100", run.protocol)
+
+
+def notes(table: Table, paired: set[int], paper_data: bool = True) -> list[str]:
+    """What the columns mean, and what they do not say. paper_data: all runs are on the images of the paper's tables."""
     references = {entry.against for entry in table.entries if entry.against}
     labels = list(dict.fromkeys(e.label.partition(",")[0] for e in table.entries if e.row in references))
     lines = [
@@ -227,11 +284,12 @@ def notes(table: Table, paired: set[int]) -> list[str]:
             + ("Two or three seeds say little about the spread between seeds." if paired != {1} else "")
             + (" Where there is one seed only test images are drawn: that spread is left out." if 1 in paired else "")
         )
-    if table.scale != "paper":
-        shape = recipe.load(table.entries[0].recipe)
+    if table.note is not None:
+        lines.append(f'Scale "{table.scale}": {table.note}')
+    if not paper_data and table.on_paper_data:
         lines.append(
-            f'Scale "{table.scale}": {shape.description}. This is not the paper\'s data set nor its schedule; its '
-            "numbers stand beside ours for their order only."
+            "The images are not known to be CIFAR-100 as published: the paper's numbers are of other data and stand "
+            "beside ours for their order only."
         )
     return lines
 
@@ -240,7 +298,10 @@ def draw(table: Table, found: Found, path: Path) -> None:
     """Ours, the mean over seeds with their range, beside the published numbers; a panel per number of steps."""
     groups = sorted({entry.steps for entry in table.entries})
     figure, axes = new_figure(len(groups))
-    theirs = "published" + ("" if table.scale == "paper" else " (CIFAR-100)")
+    on_theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
+    other_data = None if on_theirs or not table.on_paper_data else "CIFAR-100"
+    theirs = ", ".join(filter(None, (other_data, table.theirs))) or None
+    theirs = "published" if theirs is None else f"published ({theirs})"
     for axis, steps in zip(axes, groups, strict=True):
         entries = [entry for entry in table.entries if entry.steps == steps]
         runs = {entry.row: list(found[entry.row, steps].values()) for entry in entries}

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fastil.compiling import compile_network
 from fastil.data import Batch, Loader
+from fastil.device import Precision, autocast, fastest_precision, multiplying_in, pixel_dtype
 from fastil.errors import UserError
 from fastil.methods import Meter
 from fastil.methods.meta import UpdateContext
-from fastil.models import Network, Output
-from fastil.plan import EpochPlan, num_batches
+from fastil.models import Folded, Network, Output
+from fastil.plan import EpochPlan, drawn_ahead, num_batches
 from fastil.update import Update
 
 
@@ -37,12 +38,13 @@ class TrainConfig:
     weight_decay: float = 2e-4
     seed: int = 0  # of initialisation, shuffling, crops and flips; the class order is fixed by `order`
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device computes in it
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
     compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
-    checkpoint_every: int = 10  # epochs between checkpoints within a step
+    checkpoint_every: int = 10  # epochs between checkpoints within a step, ...
+    checkpoint_minutes: float = 10.0  # ... and the longest time between them, in the middle of an epoch too
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "lr", "checkpoint_every"):
+        for key in ("epochs", "batch_size", "lr", "checkpoint_every", "checkpoint_minutes"):
             if not 0 < getattr(self, key) < float("inf"):
                 raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
         if self.base_epochs is not None and self.base_epochs < 1:
@@ -118,13 +120,6 @@ class EpochRecord:
     observed: dict[str, Any]  # by the method: alpha
 
 
-def mixed_precision(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The autocast context of a run: bf16 if asked for, or by default where the GPU computes in it natively."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    enabled = config.precision == "bf16" or (config.precision == "auto" and native)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
 class Stopped(Exception):
     """A signal asked for a stop; the checkpoint has been written."""
 
@@ -153,9 +148,12 @@ class Trainer:
         self.loader, self.table = loader, table
         self.save, self.report, self.tick, self.stop = save, report, tick, stop
         self.device = table.device
+        wanted = config.precision
+        self.precision: Precision = fastest_precision(self.device) if wanted == "auto" else wanted
+        self.pixels = pixel_dtype(self.precision)
         self.teacher.eval().requires_grad_(False)
         self.fast_student: Callable[[Tensor], Output] = student
-        self.fast_teacher: Callable[[Tensor], Output] = teacher
+        self.folded_teacher = Folded(teacher, self.pixels, config.batch_size)
         self.lr = torch.zeros((), device=self.device)
         # Running sums per row of the batch (a rest of one image joins the batch before it): cross-entropy,
         # distillation, hits, margin ranking. The loss kernel adds to them; nothing else touches them in an epoch.
@@ -168,38 +166,50 @@ class Trainer:
     def compile(self) -> str | None:
         """Compile both networks for the full batch. Returns why not, in one line, if that failed."""
         size = (self.loader.transform.height, self.loader.transform.width)
-        example = torch.zeros(self.config.batch_size, 3, *size, device=self.device)
+        example = torch.zeros(self.config.batch_size, 3, *size, dtype=self.pixels, device=self.device)
         example = example.to(memory_format=torch.channels_last)
-        with self.autocast():
-            student, why_not = compile_network(self.student, example, train=True)
+        with multiplying_in(self.precision, self.device):
+            with self.autocast():
+                student, why_not = compile_network(self.student, example, train=True)
             if why_not is None:
-                teacher, why_not = compile_network(self.teacher, example, train=False)
+                teacher, why_not = compile_network(self.folded_teacher.plain, example, train=False)
         if why_not is None:
-            self.fast_student, self.fast_teacher = student, teacher
+            self.fast_student, self.folded_teacher.fast = student, teacher
         return why_not
 
     def autocast(self) -> torch.autocast:
-        return mixed_precision(self.config, self.device)
+        return autocast(self.precision, self.device)
 
     def fit(self, phase: Phase, first_epoch: int = 0, first_batch: int = 0) -> None:
         """Run a phase, from its beginning or from where a checkpoint stopped."""
+        with (
+            multiplying_in(self.precision, self.device),
+            drawn_ahead(phase.plan, range(first_epoch, phase.epochs)) as plans,
+        ):
+            self._fit(phase, first_epoch, first_batch, plans)
+
+    def _fit(self, phase: Phase, first_epoch: int, first_batch: int, plans: Iterator[EpochPlan]) -> None:
         update = self.update(phase)
         if first_epoch == first_batch == 0:
             update.reset()
             self.forget_epoch()
         self.student.train(phase.bn_mode == "train")
+        saved = time.monotonic()  # what is behind us is in a checkpoint, or costs nothing to do again
         for epoch in range(first_epoch, phase.epochs):
             self.lr.fill_(phase.schedule(epoch))
-            plan = phase.plan(epoch)
+            plan = next(plans)
             done = epoch * num_batches(len(plan.ids), plan.batch_size)  # updates of earlier epochs
             held_out = self.held_out(phase, done + first_batch, done + num_batches(len(plan.ids), plan.batch_size))
             started, before = time.perf_counter(), self.seconds
-            batches = self.loader.batches(plan, first_batch)
+            batches = self.loader.batches(plan, first_batch, self.pixels)
             for number, (batch, waited) in enumerate(timed(batches), first_batch):
-                if self.stop():
+                stop = self.stop()
+                if stop or time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
                     self.seconds = before + time.perf_counter() - started
                     self.save(phase.name, epoch, number)
-                    raise Stopped
+                    if stop:
+                        raise Stopped
+                    saved = time.monotonic()
                 self.waited += waited
                 meta = phase.before_update is not None and (done + number) % phase.before_update.every == 0
                 self.train_step(phase, update, batch, next(held_out) if meta else None)
@@ -232,6 +242,7 @@ class Trainer:
             self.forget_epoch()
             if (epoch + 1) % self.config.checkpoint_every == 0 and epoch + 1 < phase.epochs:
                 self.save(phase.name, epoch + 1, 0)
+                saved = time.monotonic()
 
     def held_out(self, phase: Phase, first: int, last: int) -> Iterator[Batch]:
         """A batch of held-out images for each occasion of `before_update` among the updates first to last."""
@@ -239,18 +250,14 @@ class Trainer:
         if hook is None:
             return iter(())
         start, stop = -(-first // hook.every), -(-last // hook.every)
-        return self.loader.batches(hook.plan(start, stop - start)) if stop > start else iter(())
+        return self.loader.batches(hook.plan(start, stop - start), 0, self.pixels) if stop > start else iter(())
 
     def train_step(self, phase: Phase, update: Update, batch: Batch, held_out: Batch | None = None) -> None:
         """One update. Nothing here reads a value back from the device."""
         batch = batch._replace(labels=self.table[batch.labels])  # from here on incremental positions
         full = len(batch.images) == self.config.batch_size  # a ragged batch would recompile everything
         student = self.fast_student if full and phase.bn_mode == "train" else self.student
-        with self.autocast():
-            teacher_out = None
-            if phase.teacher:
-                with torch.no_grad():
-                    teacher_out = (self.fast_teacher if full else self.teacher)(batch.images)
+        teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
         if held_out is not None and phase.before_update is not None:
             held_out = held_out._replace(labels=self.table[held_out.labels])
             context = UpdateContext(batch, teacher_out, held_out, student, self.student, update, self.autocast)
@@ -280,6 +287,7 @@ class Trainer:
     def begin_step(self) -> None:
         """Freeze the network of the step before as the teacher."""
         self.teacher.load_state_dict(self.student.state_dict())
+        self.folded_teacher.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -294,6 +302,7 @@ class Trainer:
         """phases: those whose momentum the state may hold."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
+        self.folded_teacher.refresh()
         for part, saved_part in zip(self.meter, state["meter"], strict=True):
             part.copy_(saved_part)
         self.images, self.seconds, self.waited = state["clock"]

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from fastil import base, recipe, summary, tables
 from fastil.data import Dataset, load_dataset
-from fastil.data.sources import PUBLISHED, image_size
+from fastil.data.published import table
+from fastil.data.sources import image_size
+from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
 from fastil.report import read_run
@@ -53,7 +55,7 @@ class Job:
         return self.process is not None and self.process.poll() is None
 
     def lines(self) -> list[dict[str, Any]]:
-        """Of metrics.jsonl; the last one may be half written."""
+        """The lines of metrics.jsonl; the last one may be half written."""
         try:
             return read_metrics(self.folder)
         except UserError:
@@ -72,20 +74,30 @@ class Job:
 class WorkList:
     """The runs behind some entries of a table, each once, and the command that trains each.
 
-    preview: take the published shape of a data set whose files are not here, instead of raising UserError.
+    preview: take the published shape of a data set whose files are not here, instead of raising UserError. table: the
+    entries that these are compared with, which decide the precision.
     """
 
     def __init__(
-        self, entries: Sequence[Entry], seeds: Sequence[int], out: Path, data: str | None, preview: bool = False
+        self,
+        entries: Sequence[Entry],
+        seeds: Sequence[int],
+        out: Path,
+        data: str | None,
+        preview: bool = False,
+        table: Sequence[Entry] = (),
     ) -> None:
         self.data = data
         self.jobs: list[Job] = []
-        self.bases: dict[str, Path] = {}  # by base group, a run in `out` that had the base step before
+        self.bases: dict[str, Path] = {}  # by base group, a run of this scale that had the base step before
+        # Of what is there: on another machine all go on in that.
+        self.precision = tables.precision_of(table or entries, out)
         for seed in seeds:
             for entry in entries:
                 folder = entry.folder(out, seed)
                 if all(job.folder != folder for job in self.jobs):
                     loaded = entry.load(seed, data)
+                    loaded = loaded.settled(pick_device(loaded.train.device), self.precision)
                     finished = tables.finished_run(folder, loaded) is not None
                     self.jobs.append(Job(entry, seed, folder, loaded, finished, had_base=False))
         if not self.missing and data is None:  # then the table can be written again without its images
@@ -98,9 +110,9 @@ class WorkList:
             dataset = datasets[key]
             if job.finished and dataset is not None and read_run(job.folder).images != hashes(dataset):
                 raise UserError(f"{job.folder}: was trained on other images than those of --data; choose another --out")
-            self._measure(job, dataset, out)
+            self._measure(job, dataset)
 
-    def _measure(self, job: Job, dataset: Dataset | None, out: Path) -> None:
+    def _measure(self, job: Job, dataset: Dataset | None) -> None:
         """Fill in what depends on the images."""
         counts, job.size = _shape(job.recipe, dataset)
         protocol = build_protocol(job.recipe.protocol, len(counts))
@@ -111,7 +123,8 @@ class WorkList:
         job.base_group = f"{base.base_identity(job.recipe)}{protocol.steps[0].tolist()}{own_loss}"
         job.had_base = job.has_base
         if job.base_group not in self.bases:
-            for found in sorted(out.glob(f"*/*-s{job.seed}/checkpoints/step_0.pt")):
+            of_scale = job.folder.parent.parent
+            for found in sorted(of_scale.glob(f"*/*-s{job.seed}/checkpoints/step_0.pt")):
                 if _same_base(found.parent.parent, job.recipe, protocol, dataset, counts):
                     self.bases[job.base_group] = found.parent.parent
                     break
@@ -140,7 +153,7 @@ class WorkList:
 
     def command(self, job: Job) -> list[str]:
         command = [sys.executable, "-m", "fastil.cli", "run", job.entry.recipe, *job.entry.overrides]
-        command += [f"seed={job.seed}", "--out", str(job.folder)]
+        command += [f"seed={job.seed}", f"precision={job.recipe.precision}", "--out", str(job.folder)]
         command += ["--data", self.data] if self.data is not None else []
         donor = self.donor(job)
         command += ["--resume"] if job.folder.exists() else []
@@ -159,7 +172,7 @@ class WorkList:
 
 
 def hashes(dataset: Dataset) -> tuple[str, str]:
-    """Of its splits, as `Run.images`."""
+    """The hashes of its splits, as `Run.images` has them."""
     return dataset.train.sha256, dataset.val.sha256
 
 
@@ -168,7 +181,7 @@ def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
     try:
         return load_dataset(loaded.data)
     except UserError:
-        if not preview or loaded.data.dataset not in PUBLISHED or loaded.data.data is not None:
+        if not preview or loaded.data.dataset not in table() or loaded.data.data is not None:
             raise
         return None
 
@@ -178,8 +191,8 @@ def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.i
     if dataset is not None:
         counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
         return counts, image_size(loaded.data, dataset)
-    shape = PUBLISHED[loaded.data.dataset]
-    return np.full(shape.classes, shape.train_per_class), (shape.size, shape.size)
+    known = table()[loaded.data.dataset]
+    return np.full(known.classes, known.per_class), known.shape[:2]
 
 
 def _same_base(

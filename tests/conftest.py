@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +53,17 @@ def forks():
 @pytest.fixture
 def fastil(forks, tmp_path):
     """Run `fastil ...` in an empty folder; returns the finished process."""
-    return lambda *arguments: forks.run(["-m", "fastil.cli", *arguments], tmp_path, environment())
+
+    def run(*arguments, preexec_fn=None):
+        command = ["-m", "fastil.cli", *map(str, arguments)]
+        if preexec_fn is None:
+            return forks.run(command, tmp_path, environment())
+        return subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment(), capture_output=True, text=True,
+            preexec_fn=preexec_fn,
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.fixture

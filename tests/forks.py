@@ -131,6 +131,9 @@ def work(arguments, folder, environment, *outputs):
             exec(code, sys.modules["__main__"].__dict__)
     except SystemExit as end:
         status = end.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -98,6 +98,46 @@ def test_killed_at_any_moment_resume_ends_in_the_same_files(start, fastil, tmp_p
     assert_same(run, undisturbed)
 
 
+TIMED = """
+import os, signal, sys, time, types
+from fastil import trainer
+from fastil.cli import main
+
+seconds, train_step, updates = iter(range(0, 10**9, 60)), trainer.Trainer.train_step, []
+trainer.time = types.SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: float(next(seconds)))
+
+def killed(*arguments):
+    updates.append(1)
+    if len(updates) == 62:
+        os.kill(os.getpid(), signal.SIGKILL)
+    train_step(*arguments)
+
+trainer.Trainer.train_step = killed
+main()
+"""
+
+
+def test_killed_after_a_checkpoint_by_time_resume_goes_on_there(fastil, tmp_path, undisturbed):
+    """A clock that says a minute later whenever it is read, no checkpoint by epochs: one by time after ten batches."""
+    settings = [*SETTINGS, "checkpoint_every=100", "checkpoint_minutes=10", "--out", "run"]
+    command = [sys.executable, "-c", TIMED, "run", *settings]
+    process = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    state = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)
+    # Read as training begins, before every batch and after a checkpoint: so before batches 9, 19, ... of the run.
+    images = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])["images"]
+    epoch, batch = divmod(59, -(-images // 16))
+    assert epoch == 1
+    assert batch > 0
+    assert state["position"] == [0, "train", epoch, batch]
+    trained, waited = state["trainer"]["clock"][1:]
+    assert 0 < waited < trained < 60
+    finished = fastil("run", *settings, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert f"going on at step 0, phase train, epoch {epoch + 1}, batch {batch + 1}" in finished.stdout
+    assert_same(tmp_path / "run", undisturbed)
+
+
 def test_resuming_a_finished_run_changes_nothing(fastil, tmp_path, undisturbed):
     shutil.copytree(undisturbed, tmp_path / "run")
     process = fastil("run", *SETTINGS, "--out", "run", "--resume")

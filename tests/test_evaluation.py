@@ -10,7 +10,7 @@ from fastil import evaluation
 from fastil.data import Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import evaluate, forward
-from fastil.models import ModelConfig, build_network
+from fastil.models import Folded, ModelConfig, build_network
 from fastil.plan import Transform
 
 
@@ -137,7 +137,7 @@ def test_forward_gives_a_row_per_id_in_their_order_from_whole_images(world, monk
     monkeypatch.setattr(evaluation, "BATCH", batch)
     split, network, loader = world
     ids = np.random.default_rng(1).permutation(23)
-    out = forward(network, loader, ids, torch.autocast("cpu", enabled=False))
+    out = forward(Folded(network, torch.float32, 256), loader, ids)
     with torch.no_grad():
         wanted = network.eval()(whole_images(split, ids))
     torch.testing.assert_close(out.features, wanted.features, rtol=1e-4, atol=1e-5)
@@ -148,7 +148,19 @@ def test_forward_leaves_the_network_as_it_was_and_returns_float32(world):
     _, network, loader = world
     network.train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    out = forward(network, loader, np.arange(23), torch.autocast("cpu", dtype=torch.bfloat16))
+    out = forward(Folded(network, torch.float32, 256), loader, np.arange(23))
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert network.training
     assert (out.features.dtype, out.logits.dtype) == (torch.float32, torch.float32)
     assert not out.logits.requires_grad
+
+
+def test_forward_follows_the_weights_that_the_network_has_now(world):
+    _, network, loader = world
+    frozen = Folded(network, torch.float32, 256)
+    forward(frozen, loader, np.arange(5))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.5)
+    moved = forward(frozen, loader, np.arange(5))
+    torch.testing.assert_close(moved, forward(Folded(network, torch.float32, 256), loader, np.arange(5)))

@@ -1,6 +1,7 @@
 """What an epoch visits: every random decision is a counter, so nothing but the counter may change it."""
 
 import math
+import threading
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastil.plan import EpochPlan, Key, Transform, counter_hash, occurrences, sequential_plan, training_plan
+from fastil.plan import (
+    EpochPlan,
+    Key,
+    Transform,
+    counter_hash,
+    drawn_ahead,
+    occurrences,
+    sequential_plan,
+    training_plan,
+)
 
 PAD = 4
 TRANSFORM = Transform(32, 24, pad=PAD, flip=True, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -327,3 +337,38 @@ def test_a_sequential_plan_of_images_of_many_sizes_is_all_of_each():
     sizes = np.array([[3, 5], [7, 2], [4, 4]], dtype=np.int32)
     plan = sequential_plan(np.array([2, 0, 1, 0]), RESIZED, 2, sizes=sizes)
     assert plan.boxes.tolist() == [[0, 0, 4, 4], [0, 0, 3, 5], [0, 0, 7, 2], [0, 0, 3, 5]]
+
+
+def test_plans_are_drawn_one_ahead_and_come_in_turn():
+    drawn = []
+    second = threading.Event()
+
+    def plan(epoch):
+        drawn.append(epoch)
+        if epoch == 6:
+            second.set()
+        return f"plan {epoch}"
+
+    with drawn_ahead(plan, range(5, 9)) as plans:
+        assert next(plans) == "plan 5"
+        assert second.wait(30)  # although nobody has asked for it
+        assert drawn == [5, 6]
+        assert list(plans) == ["plan 6", "plan 7", "plan 8"]
+    assert drawn == [5, 6, 7, 8]
+    with drawn_ahead(plan, range(3, 3)) as plans:
+        assert list(plans) == []
+
+
+def test_a_loop_that_stops_early_leaves_no_thread_and_an_error_reaches_it():
+    def plan(epoch):
+        if epoch == 2:
+            raise ValueError("no images")
+        return epoch
+
+    before = threading.active_count()
+    with drawn_ahead(plan, range(10)) as plans:
+        assert next(plans) == 0
+    assert threading.active_count() == before
+    with drawn_ahead(plan, range(10)) as plans, pytest.raises(ValueError, match="no images"):
+        list(plans)
+    assert threading.active_count() == before

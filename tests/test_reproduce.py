@@ -23,8 +23,10 @@ from fastil.worklist import WorkList
 
 SHORT = {"base_classes": 8, "increment": 1, "epochs": 2, "base_epochs": 2, "compile": False}
 CONTENT = {
-    "scales": {"cpu": {5: "digits"}},
-    "seeds": {"cpu": 1},
+    "scales": {
+        "cpu": {"recipes": {5: "digits"}, "seeds": 1, "note": "This is not the paper's data set."},
+        "short": {"like": "cpu", "folder": "short", "overrides": {"epochs": 1, "increment": 2}, "note": "Shorter."},
+    },
     "rows": {
         "softmax": {"loss": "softmax", **SHORT},
         "balanced": {"loss": "balanced", **SHORT},
@@ -64,7 +66,7 @@ def trained(tmp_path_factory):
     """The small table, trained once."""
     out = tmp_path_factory.mktemp("tables")
     table = tables.table_of(CONTENT, "small", "cpu")
-    text, status = reproduce.reproduce(table, table.entries, 1, out, None)
+    text, status = reproduce.reproduce(table, table.entries, [0], out, None)
     return out, table, text, status
 
 
@@ -105,7 +107,7 @@ def test_rows_with_the_same_base_step_train_it_once(trained):
 def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
     out, table, text, _ = trained
     monkeypatch.setattr(reproduce, "subprocess", None)  # any start would raise
-    again, status = reproduce.reproduce(table, table.entries, 1, out, None)
+    again, status = reproduce.reproduce(table, table.entries, [0], out, None)
     assert (again, status) == (text, 0)
     work = WorkList(table.entries, range(1), out, None)
     assert work.missing == []
@@ -115,7 +117,7 @@ def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
 def test_a_finished_table_is_written_again_without_its_images(trained, monkeypatch):
     out, table, text, _ = trained
     monkeypatch.setattr(worklist, "load_dataset", None)  # any read would raise
-    assert reproduce.reproduce(table, table.entries, 1, out, None) == (text, 0)
+    assert reproduce.reproduce(table, table.entries, [0], out, None) == (text, 0)
 
 
 def test_a_base_step_is_taken_from_a_run_of_another_table(trained, tmp_path):
@@ -123,7 +125,7 @@ def test_a_base_step_is_taken_from_a_run_of_another_table(trained, tmp_path):
     shutil.copytree(trained[0] / "digits/softmax-s0", tmp_path / "digits/softmax-s0")
     table = tables.table_of(CONTENT, "more", "cpu")
     before = WorkList(table.entries, range(1), tmp_path, None).jobs[0]
-    assert reproduce.reproduce(table, table.entries, 1, tmp_path, None)[1] == 0
+    assert reproduce.reproduce(table, table.entries, [0], tmp_path, None)[1] == 0
     origin = json.loads((tmp_path / "digits/finetuned-s0/timings.json").read_text())["base_step_of"]
     assert origin == str(tmp_path / "digits/softmax-s0")
     lines = [json.loads(line) for line in (tmp_path / "digits/finetuned-s0/metrics.jsonl").read_text().splitlines()]
@@ -165,7 +167,7 @@ from pathlib import Path
 from test_reproduce import CONTENT
 from fastil import reproduce, tables
 table = tables.table_of(CONTENT, {name!r}, "cpu")
-text, status = reproduce.reproduce(table, table.entries, 1, Path({out!r}), None)
+text, status = reproduce.reproduce(table, table.entries, [0], Path({out!r}), None)
 print(text)
 sys.exit(status)
 """
@@ -192,7 +194,7 @@ def test_a_stopped_table_goes_on_to_the_same_results(trained, tmp_path, number):
     assert "the same command goes on" in said
     assert "Traceback" not in said
     _, table, _, _ = trained
-    assert reproduce.reproduce(table, table.entries, 1, tmp_path, None)[1] == 0
+    assert reproduce.reproduce(table, table.entries, [0], tmp_path, None)[1] == 0
     for row in ("softmax", "balanced", "alpha_0.5"):
         for name in ("results.json", "metrics.jsonl", "memory/step_2.json"):
             path = f"digits/{row}-s0/{name}"
@@ -202,7 +204,7 @@ def test_a_stopped_table_goes_on_to_the_same_results(trained, tmp_path, number):
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(tmp_path):
     broken = tables.table_of(CONTENT, "broken", "cpu")
     small = tables.table_of(CONTENT, "small", "cpu")
-    text, status = reproduce.reproduce(small, [*broken.entries, small.entries[0]], 1, tmp_path, None)
+    text, status = reproduce.reproduce(small, [*broken.entries, small.entries[0]], [0], tmp_path, None)
     assert status == 1
     assert "diverging-s0" in text
     assert "lower lr" in text
@@ -254,7 +256,7 @@ def test_a_finished_run_of_other_settings_is_neither_counted_nor_built_on(traine
     shutil.copytree(out / "digits/balanced-s0", tmp_path / "digits/balanced-s0")
     settings = tmp_path / "digits/balanced-s0/recipe.yaml"
     settings.write_text(settings.read_text().replace("weight_decay: 0.0005", "weight_decay: 0.0004"))
-    text, status = reproduce.reproduce(table, table.entries[1:], 1, tmp_path, None)
+    text, status = reproduce.reproduce(table, table.entries[1:], [0], tmp_path, None)
     assert status == 1
     assert "a run of another recipe (weight_decay was 0.0004, now 0.0005)" in text
     rows = {line["row"]: line for line in csv.DictReader((tmp_path / "small-cpu.csv").read_text().splitlines())}
@@ -268,7 +270,7 @@ def test_a_directory_of_other_settings_is_left_alone(trained, tmp_path):
     folder = tmp_path / "digits/softmax-s0"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text((out / "digits/balanced-s0/recipe.yaml").read_text())
-    text, status = reproduce.reproduce(table, [table.entries[0]], 1, tmp_path, None)
+    text, status = reproduce.reproduce(table, [table.entries[0]], [0], tmp_path, None)
     assert status == 1
     assert "a run of another recipe" in text
 
@@ -277,11 +279,21 @@ def test_a_directory_of_other_settings_is_left_alone(trained, tmp_path):
     ("arguments", "line"),
     [
         (["table9"], "unknown table table9: use one of table1, table2, table3, table4"),
-        (["table2", "--scale", "gpu"], "--scale gpu: unknown; use one of paper, cpu"),
+        (["table2", "--scale", "gpu"], "--scale gpu: unknown; use one of paper, short, cpu"),
         (["table2", "--only", "bic"], "--only bic: no such row in table2; its rows are alpha_0.1"),
-        (["table2", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["table2", "--only", "meta", "--only", "meta"], "--only meta: given twice"),
+        (["table3", "--scale", "short", "--steps", "10"], "--steps 10: no rows with so many at --scale short; use 5"),
+        (["table2", "--steps", "3"], "--steps 3: no rows with so many at --scale cpu; use 5 or 10"),
+        (["table2", "--seeds", "0"], "--seeds 0: a number of runs must be at least 1"),
+        (["table2", "--seeds", "20260101"], "one seed alone is written 20260101,"),
+        (["table2", "--seeds", "a"], "--seeds a: give a number of runs, such as 3, or the seeds with commas"),
+        (["table2", "--seeds", "0,2,0"], "--seeds 0,2,0: a seed stands there twice"),
+        (["table2", "--seeds", "5000000000,"], "seed=5000000000: must lie between 0 and"),
+        (["table2", "--jobs", "0"], "--jobs"),
+        (["table2", "--jobs", "many"], "--jobs"),
         (["table2", "--dry-run", "--data", "/nowhere"], "/nowhere"),
         (["table2", "--scale", "paper"], "fastil download cifar100"),
+        (["table2", "--scale", "short"], "fastil download cifar100"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, line, capsys, monkeypatch, tmp_path):
@@ -300,7 +312,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path):
     table = tables.table_of(CONTENT, "small", "cpu")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
-        reproduce.reproduce(table, table.entries, 1, tmp_path / "file", None)
+        reproduce.reproduce(table, table.entries, [0], tmp_path / "file", None)
 
 
 def test_only_takes_rows_by_name_or_beginning():

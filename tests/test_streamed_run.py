@@ -60,7 +60,8 @@ def test_a_streamed_run_learns_and_is_the_same_again(file, tmp_path):
     assert exemplars[0] == exemplars[1]
     described = json.loads((tmp_path / "one/protocol.json").read_text())["dataset"]
     with Beton(file) as beton:
-        assert described["train"] == {"sha256": beton.manifest.sha256, "images": len(beton)}
+        expected = {"sha256": beton.manifest.sha256, "images": len(beton), "identity": beton.identity.text}
+        assert described["train"] == expected
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,16 @@ import pytest
 from matplotlib.figure import Figure
 
 from fastil import recipe, tables
+from fastil.data import published
 from fastil.errors import UserError
+from fastil.worklist import WorkList
 
 CONTENT = {
-    "scales": {"cpu": {5: "digits"}, "paper": {5: "digits"}},
-    "seeds": {"cpu": 2, "paper": 3},
+    "scales": {
+        "paper": {"recipes": {5: "digits"}, "seeds": 3},
+        "cpu": {"recipes": {5: "digits"}, "seeds": 2, "note": "This is not the paper's data set."},
+        "short": {"like": "paper", "overrides": {"epochs": 9}, "folder": "short", "note": "9 epochs, not 40."},
+    },
     "rows": {
         "softmax": {"loss": "softmax"},
         "balanced": {"loss": "balanced"},
@@ -40,9 +45,13 @@ CONTENT = {
 }
 
 
+def folder_of(out, row, seed):
+    return out / f"digits/{row}-s{seed}"
+
+
 def make_run(out, row, seed, skill, steps=6, images="a", settings=()):
     """A run on digits, base 5 + 5 x 1, that gets a share of `skill` of its 10 test images per class right."""
-    folder = out / f"digits/{row}-s{seed}"
+    folder = folder_of(out, row, seed)
     for name in ("predictions", "checkpoints"):
         (folder / name).mkdir(parents=True)
     overrides = [f"{key}={value}" for key, value in CONTENT["rows"][row].items()]
@@ -99,8 +108,29 @@ def test_mean_deviation_and_paired_difference(tmp_path):
     assert rows["ours"]["base step"] == f"{bases.mean():.2f} ± {bases.std(ddof=1):.2f}"
 
 
+def on_cifar100(folder):
+    """Make it a run on the published images."""
+    expected = published.table()["cifar100"]
+    protocol = json.loads((folder / "protocol.json").read_text()) | {"class_names": expected.class_names}
+    for split in ("train", "val"):
+        protocol["dataset"][split]["identity"] = getattr(expected, split).identity
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+
+
+def test_no_distance_to_the_paper_stands_beside_other_images(tmp_path):
+    make_run(tmp_path, "balanced", 0, 0.6)
+    make_run(tmp_path, "softmax", 0, 0.6)
+    on_cifar100(folder_of(tmp_path, "balanced", 0))
+    text, rows = written(tmp_path, scale="paper")
+    assert rows["ours"]["minus published"] != "-"
+    assert rows["plain"]["minus published"] == "-"
+    assert "not known to be CIFAR-100" in text
+
+
 def test_the_distance_to_the_paper_stands_at_its_own_scale_only(tmp_path):
     averages = [make_run(tmp_path, "balanced", seed, 0.6)["average_incremental_accuracy"] for seed in (0, 1)]
+    for seed in (0, 1):
+        on_cifar100(folder_of(tmp_path, "balanced", seed))
     text, rows = written(tmp_path, scale="paper")
     assert rows["ours"]["minus published"] == f"{np.mean(averages) - 62.22:+.2f}"
     assert rows["plain"]["minus published"] == "-"
@@ -109,6 +139,21 @@ def test_the_distance_to_the_paper_stands_at_its_own_scale_only(tmp_path):
     assert "minus published" not in rows["ours"]
     assert rows["ours"]["published average"] == "62.22"
     assert "not the paper's data set" in text
+
+
+def test_a_scale_with_a_folder_of_its_own_has_its_own_runs_and_no_distance_to_the_paper(tmp_path):
+    """Rows of the same name and seed in one --out: each table counts those of its scale."""
+    full = make_run(tmp_path, "balanced", 0, 0.6)["average_incremental_accuracy"]
+    fewer = make_run(tmp_path / "short", "balanced", 0, 0.4, settings=["epochs=9"])["average_incremental_accuracy"]
+    make_run(tmp_path / "short", "balanced", 1, 0.5)  # not this scale's settings
+    for out in (tmp_path, tmp_path / "short"):
+        on_cifar100(folder_of(out, "balanced", 0))
+    for scale, average in (("paper", full), ("short", fewer)):
+        text, rows = written(tmp_path, scale=scale)
+        assert (rows["ours"]["seeds"], rows["ours"]["average incremental"]) == ("1", f"{average:.2f}")
+        assert rows["ours"]["published average"] == "62.22"
+        assert ("minus published" in rows["ours"]) == (scale == "paper")
+        assert ('Scale "short": 9 epochs, not 40.' in text) == (scale == "short")
 
 
 def test_the_text_says_what_the_interval_is_over(tmp_path):
@@ -174,3 +219,36 @@ def test_runs_on_different_images_never_share_a_table(tmp_path):
     make_run(tmp_path, "balanced", 0, 0.7, images="b")
     with pytest.raises(UserError, match="different images"):
         written(tmp_path)
+
+
+def test_runs_of_two_precisions_never_share_a_table(tmp_path):
+    make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=bf16"])
+    assert written(tmp_path)[1]["plain"]["seeds"] == "1"  # whatever this machine would take itself
+    table = tables.table_of(CONTENT, "bars", "cpu")
+    assert tables.precision_of(table.entries, tmp_path) == "bf16"
+    make_run(tmp_path, "balanced", 0, 0.6, settings=["precision=fp32"])
+    with pytest.raises(UserError, match=r"computes in bf16 and .* in fp32, which one table cannot hold"):
+        written(tmp_path)
+
+
+def test_what_is_missing_goes_on_in_the_precision_of_the_whole_table(tmp_path):
+    """Whichever rows were chosen: a table that cannot be written must not be trained for."""
+    make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=bf16"])
+    table = tables.table_of(CONTENT, "bars", "cpu")
+    work = WorkList(tables.only(table, ["balanced"]), [0], tmp_path, None, table=table.entries)
+    assert [job.entry.row for job in work.missing] == ["balanced"]
+    assert all("precision=bf16" in work.command(job) for job in work.missing)
+
+
+def test_runs_of_other_settings_do_not_decide_the_precision(tmp_path):
+    make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=fp32"])
+    make_run(tmp_path, "softmax", 1, 0.5, settings=["precision=bf16", "epochs=3"])
+    table = tables.table_of(CONTENT, "bars", "cpu")
+    assert tables.precision_of(table.entries, tmp_path) == "fp32"
+    assert written(tmp_path)[1]["plain"]["seeds"] == "1"
+
+
+def test_a_scale_of_the_papers_data_says_where_the_images_are_others(tmp_path):
+    for scale, warned in (("paper", True), ("short", True), ("cpu", False)):
+        table = tables.table_of(CONTENT, "bars", scale)
+        assert ("not known to be CIFAR-100" in " ".join(tables.notes(table, set(), paper_data=False))) == warned

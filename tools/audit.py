@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.data.beton import ENTRY, PLACE, data_start, page_size_for, place
-from fastil.data.records import Files, Records, Source
+from fastil.data.records import Extent, Files, Records, Source, is_sequential
 from fastil.errors import UserError
-from fastil.tools.images import Head, Item, Prepared, Storage, look, prepare
+from fastil.tools.files import reading_order
+from fastil.tools.images import LOSSLESS, SMALL_FILE, Head, Item, Prepared, Storage, look, prepare, small_lossless
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 
@@ -47,7 +48,7 @@ class Audit:
 
     @property
     def lossless(self) -> int:
-        return sum(self.formats[kind] for kind in ("PNG", "BMP", "TIFF", "PPM"))
+        return sum(self.formats[kind] for kind in (*LOSSLESS, "TIFF"))
 
     def largest(self, storage: Storage) -> int:
         """A bound on the bytes of any sample as it will be stored."""
@@ -74,6 +75,24 @@ def audit(split: str, records: Records, storage: Storage, pool: Pool, reporter: 
         reporter.advance(len(heads))
     reporter.end()
     estimate(found, storage, pool)
+    return found
+
+
+def all_small_lossless(splits: Iterable[Records]) -> bool:
+    """Whether every image that can be read is small and lossless; looks no further than to the first that is not."""
+    found = False
+    for records in splits:
+        for i in reading_order(records) if is_sequential(records) else range(len(records)):
+            try:
+                item = item_of(records, int(i))
+                if isinstance(item, Extent):
+                    item = item.read() if item.size <= SMALL_FILE else b""
+            except UserError:  # told by the audit
+                continue
+            small = small_lossless(item) if isinstance(item, bytes) and item else False
+            if small is False:
+                return False
+            found = found or small is True
     return found
 
 

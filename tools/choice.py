@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastil.data.records import Ids, Records, Source
+from fastil.data.records import Ids, Records, Source, canonical
 from fastil.errors import UserError
 from fastil.protocol import imagenet_subset
 
@@ -14,8 +14,8 @@ SUBSETS = ("lucir", "first100")
 
 
 def choose(source: Source, classes: str | None, per_class: int | None) -> Source:
-    """The source with these classes only, labels numbered anew in the source's order, every split sorted by class (and
-    by the source's order within one).
+    """The source with these classes only, labels numbered anew in the source's order, every split sorted by class, then
+    by name (images whose files have an official order keep it within a class).
 
     classes: a number (the first so many), names separated by commas, the path of a file with a name per line, or
     "lucir" or "first100", the two ImageNet-100 subsets. per_class: at most so many training images of each, and so of
@@ -44,7 +44,8 @@ def _reduced(records: Records, table: Ids, per_class: int | None) -> Records:
             f"{records.where(i)}: is of class {records.labels[i]}, but there are {len(table)} classes; fetch it again"
         )
     labels = table[records.labels]
-    order = np.argsort(labels, kind="stable")
+    order = canonical(records)
+    order = order[np.argsort(labels[order], kind="stable")]
     order = order[labels[order] >= 0]
     if per_class is not None:
         sorted_labels = labels[order]

@@ -20,10 +20,20 @@ from fastil.data.catalog import open_source
 from fastil.data.manifest import manifest_path, read_manifest
 from fastil.data.records import is_sequential
 from fastil.errors import UserError
-from fastil.tools.audit import Audit, amount, audit, check_classes, describe, shortfall, some_of, summary
+from fastil.tools.audit import (
+    Audit,
+    all_small_lossless,
+    amount,
+    audit,
+    check_classes,
+    describe,
+    shortfall,
+    some_of,
+    summary,
+)
 from fastil.tools.choice import choose
 from fastil.tools.files import full_disk, opened, reading_order, spooled
-from fastil.tools.images import JPEG_SIDE, Mode, Storage
+from fastil.tools.images import JPEG_SIDE, SMALL_SIDE, Mode, Storage
 from fastil.tools.pool import Pool, default_workers
 from fastil.tools.reporting import Reporter
 from fastil.tools.writing import OnCorrupt, Task, Writing
@@ -103,13 +113,15 @@ def convert(
         source = choose(source, options.classes, options.per_class)
         splits = {name: r for name, r in (("train", source.train), ("val", source.val)) if r is not None}
         check_classes(source, splits)
+        kept, said = False, []
         if options.storage.mode == "auto":
             if any(isinstance(records, beton.Stored) and records.beton.mode == "mixed" for records in splits.values()):
                 raise UserError(
                     f"{path}: holds JPEGs and pixels; say --mode jpeg, which encodes the pixels, or --mode raw"
                 )
-            mode: Mode = "jpeg" if isinstance(next(iter(splits.values())).content(0), bytes) else "raw"
-            options = replace(options, storage=replace(options.storage, mode=mode))
+            kept = all_small_lossless(splits.values())
+            of_pixels = not isinstance(next(iter(splits.values())).content(0), bytes)
+            options = replace(options, storage=replace(options.storage, mode="raw" if kept or of_pixels else "jpeg"))
         if "val" not in splits:
             notes.append("no validation images; give --val with their path, or --val same for a smoke test")
         notes += shortfall(source, splits, options.classes is not None or options.per_class is not None)
@@ -128,6 +140,11 @@ def convert(
         if any(found.problems for found in audits) and options.on_corrupt == "fail":
             notes.append("the conversion stops at what is unreadable: repair or remove it, or --on-corrupt skip")
         lossless = sum(found.lossless for found in audits)
+        if kept:
+            said.append(
+                f"all images are lossless and no larger than {SMALL_SIDE}x{SMALL_SIDE}: their pixels are stored as "
+                "they are; --mode jpeg encodes them"
+            )
         if lossless and options.storage.mode == "jpeg":
             notes.append(
                 f"{lossless:,} lossless images become JPEGs of quality {options.storage.quality}; --mode raw keeps "
@@ -137,9 +154,9 @@ def convert(
         if needed > free:
             notes.append(f"{amount(needed)} are needed, {amount(free)} are free: the conversion would stop")
         reporter.say(
-            describe(source, audits, free, notes), "audit", source=source.name, kind=source.kind,
+            describe(source, audits, free, [*notes, *said]), "audit", source=source.name, kind=source.kind,
             classes=len(source.class_names), splits=[summary(a, len(source.class_names)) for a in audits],
-            notes=notes, free_bytes=free,
+            notes=[*notes, *said], free_bytes=free,
         )  # fmt: skip
         if dry_run:
             return []

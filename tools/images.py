@@ -14,6 +14,9 @@ from fastil.data.records import Extent
 
 LARGEST = 1 << 29  # bytes of an image file; an uncompressed one of the most pixels that are taken has fewer
 HEAD = 1 << 13  # bytes that are read of an image whose header is wanted; most have it in them
+LOSSLESS = ("PNG", "BMP", "PPM", "GIF")  # formats that lose nothing, whatever their options
+SMALL_SIDE = 96  # pixels, of STL-10, the largest of the small sets: 27 KB as pixels, about what it takes as a PNG
+SMALL_FILE = 1 << 20  # bytes; none of an image that small has more
 Item = Extent | bytes | NDArray[np.uint8]  # what is known of an image: a place to read from where there is one
 Mode = Literal["auto", "jpeg", "reencode", "raw"]
 PIXELS = "pixels"  # in place of the format of an image file
@@ -26,9 +29,9 @@ class Storage:
     """How images are stored.
 
     mode: "jpeg" keeps the bytes of every upright RGB JPEG and encodes the others, "reencode" encodes all of them, "raw"
-    stores pixels, "auto" is "raw" for a source of pixels and "jpeg" otherwise. quality: of what is encoded, 4:2:0.
-    max_side: longer sides are made so long, antialiased; None: kept. squash: every image is made so wide and high,
-    whatever its shape (LUCIR's code can train on such a copy of ImageNet, 256x256).
+    stores pixels, "auto" is "raw" for a source of pixels or of small lossless images alone and "jpeg" otherwise.
+    quality: of what is encoded, 4:2:0. max_side: longer sides are made so long, antialiased; None: kept. squash: every
+    image is made so wide and high, whatever its shape (LUCIR's code can train on such a copy of ImageNet, 256x256).
     check: decode the JPEGs that are kept, too.
     """
 
@@ -124,6 +127,19 @@ def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: lis
     if max(width, height) > longest:
         problem = f"{width}x{height} pixels, the format holds sides up to {longest:,}; use --max-side"
     return Head(kind, mode, width, height, count, tuple(reasons), problem)
+
+
+def small_lossless(content: bytes) -> bool | None:
+    """Whether it is an image that JPEG would spoil to save little. None: it cannot be read."""
+    try:
+        image = pixels.open_image(content)
+    except Exception:  # Pillow's readers raise many kinds on damaged files
+        return None
+    if max(image.size) > SMALL_SIDE:
+        return False
+    if image.format == "TIFF":
+        return "jpeg" not in str(image.info.get("compression"))
+    return image.format in LOSSLESS or (image.format == "WEBP" and b"VP8L" in content[12:64])
 
 
 def prepare(item: Item, storage: Storage) -> Prepared:

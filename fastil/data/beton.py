@@ -20,6 +20,7 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastil.data.identity import Identity, of_stored
 from fastil.data.manifest import Manifest, manifest_path, read_manifest
 from fastil.data.records import CHANGED, MOST_CLASSES, ByClass, Files, Ids, Records, Source, Texts
 from fastil.errors import UserError
@@ -253,6 +254,11 @@ class Beton(ByClass):
         for table in (self.labels, self.sizes, self.starts, self.lengths):
             digest.update(np.ascontiguousarray(table).data)
         return digest.hexdigest()
+
+    @cached_property
+    def identity(self) -> Identity | None:
+        """What the file holds, in whatever order: see `fastil.data.identity`. None without a manifest."""
+        return None if self.manifest is None else of_stored(self.manifest, self.labels, self.lengths)
 
     def name(self, i: int) -> str:
         """What the source called the sample; its id where nothing says so."""

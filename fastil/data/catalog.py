@@ -4,7 +4,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from fastil.data import cifar, idx, shards
@@ -129,7 +128,15 @@ def _check_names(path: Path, source: Source) -> None:
             raise UserError(f"{path}: the name of class {name[:80]!r} has characters that cannot be shown; rename it")
 
 
-def _open_cifar(path: Path, val: str | None, verify: bool, *, variant: cifar.Variant) -> Source:
+def _open_cifar10(path: Path, val: str | None, verify: bool) -> Source:
+    return _open_cifar(path, val, verify, cifar.CIFAR10)
+
+
+def _open_cifar100(path: Path, val: str | None, verify: bool) -> Source:
+    return _open_cifar(path, val, verify, cifar.CIFAR100)
+
+
+def _open_cifar(path: Path, val: str | None, verify: bool, variant: cifar.Variant) -> Source:
     _own_val_only(path, val)
     names, ((images, labels), (test_images, test_labels)) = cifar.read(path, variant, verify)
     where = str(path)
@@ -193,8 +200,8 @@ KINDS = {
     "folder-tar": Kind("the same in one .tar", _plain(open_folder_tar)),
     "ilsvrc": Kind(f"{TRAIN} with the val and devkit archives beside it", _plain(open_ilsvrc)),
     "tiny-imagenet": Kind("wnids.txt, train/<wnid>/images/*, val/val_annotations.txt", _plain(open_tiny_imagenet)),
-    "cifar10": Kind("cifar-10-batches-py or -bin", partial(_open_cifar, variant=cifar.CIFAR10)),
-    "cifar100": Kind("cifar-100-python or -binary", partial(_open_cifar, variant=cifar.CIFAR100)),
+    "cifar10": Kind("cifar-10-batches-py or -bin", _open_cifar10),
+    "cifar100": Kind("cifar-100-python or -binary", _open_cifar100),
     "idx": Kind("train-images-idx3-ubyte and its three companions", _open_idx),
     "parquet": Kind("train-*.parquet and validation-*.parquet", _plain(open_parquet)),
     "webdataset": Kind("train-*.tar and val-*.tar with <key>.jpg, <key>.cls", _plain(open_webdataset)),

@@ -8,7 +8,7 @@ import io
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,16 +141,27 @@ def read(path: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[A
     path: the folder with the files, or the one it was unpacked into. verify: compare md5 sums (python version; for
     the unpacked binary version none are published, its sizes and labels are checked).
     """
-    for folder in (path / variant.python_folder, path):
-        if (folder / variant.train[0].name).is_file():
-            return _read_python(folder, variant, verify)
-    for folder in (path / variant.binary_folder, path):
-        if (folder / variant.binary_train[0]).is_file():
-            return _read_binary(folder, variant)
+    found = find(path, variant)
+    if found is not None:
+        folder, version = found
+        return _read_python(folder, variant, verify) if version == "python" else _read_binary(folder, variant)
     raise UserError(
         f"{path}: neither {variant.python_folder}/{variant.train[0].name} nor "
         f"{variant.binary_folder}/{variant.binary_train[0]} there; run fastil download {variant.name} {path}"
     )
+
+
+def find(path: Path, variant: Variant) -> tuple[Path, Literal["python", "binary"]] | None:
+    """The folder with the files, and which version they are; only the python version's have published md5 sums."""
+    versions: tuple[tuple[str, str, Literal["python", "binary"]], ...] = (
+        (variant.python_folder, variant.train[0].name, "python"),
+        (variant.binary_folder, variant.binary_train[0], "binary"),
+    )
+    for name, file, version in versions:
+        for folder in (path / name, path):
+            if (folder / file).is_file():
+                return folder, version
+    return None
 
 
 def _read_python(folder: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[Arrays, Arrays]]:

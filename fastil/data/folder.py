@@ -1,8 +1,9 @@
 """Image folders: <split>/<class>/<file>, listed; and the images of any source decoded and resized once."""
 
+import contextlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastil.data.pixels import to_rgb
-from fastil.data.records import SAME, Listing, Records, Source, is_sequential
+from fastil.data.records import SAME, Ids, Listing, Pixels, Records, Source, canonical, is_sequential
 from fastil.errors import UserError
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -24,7 +25,8 @@ IMAGES = frozenset(
      ".pnm")
 )  # fmt: skip
 NAMED = 3  # how many damaged files a message names before it counts the rest
-AT_ONCE = 256  # encoded images of a sequential source held while they wait for a thread
+TOGETHER = 64  # images that a thread takes in one go: small ones decode in less time than they are handed over
+AT_ONCE = 2 * TOGETHER * (os.cpu_count() or 1)  # encoded images of a sequential source that wait for a thread
 
 
 def open_folder(path: Path, val: str | None) -> Source:
@@ -145,77 +147,117 @@ def check_classes(where: str, found: Iterable[str]) -> list[str]:
     return names
 
 
-def read(source: Source, size: int, skip_corrupt: bool) -> tuple[list[Arrays], list[str]]:
-    """The two splits (uint8 [N, size, size, 3], int64 [N]), and notes.
+def read(source: Source, size: int | None, skip_corrupt: bool) -> tuple[list[Arrays], list[str]]:
+    """The two splits (uint8 [N, size, size, 3], int64 [N]) in canonical order, and notes.
 
-    A sample that does not decode is an error that names it, or, with skip_corrupt, left out and named in a note.
+    size None: images keep their own, which must be one. A sample that does not decode is an error that names it, or,
+    with skip_corrupt, left out and named in a note.
     """
     splits, notes = [], []
     for split, records in (("train", source.train), ("val", source.val)):
         assert records is not None
-        needed = len(records) * size * size * 3
+        if size is None and isinstance(records, Pixels):
+            splits.append((records.images, records.labels))
+            continue
+        height, width = (size, size) if size is not None else _own_size(records)
+        needed = len(records) * height * width * 3
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory // 2:
             raise UserError(
-                f"{source.name}, {split}: {len(records)} images at {size}x{size} need {needed / 2**30:.0f} GiB, half "
-                f"of this machine has {memory / 2**31:.0f}; lower size"
+                f"{source.name}, {split}: {len(records)} images at {width}x{height} need {needed / 2**30:.0f} GiB, "
+                f"half of this machine has {memory / 2**31:.0f}; lower size"
             )
-        images, labels = np.empty((len(records), size, size, 3), dtype=np.uint8), records.labels
-        errors = _decode_all(records, images, size)
+        order = canonical(records)
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        images, labels = np.empty((len(records), height, width, 3), dtype=np.uint8), records.labels[order]
+        errors, others = _decode_all(records, images, place, size)
+        if others:
+            raise UserError(
+                f"{records.where(others[0])}: not {width}x{height} pixels as the images before it, so they cannot be "
+                "trained on as they are; use the recipe folder, which resizes them"
+            )
         if errors:
             listing = "; ".join(f"{records.where(row)} ({error})" for row, error in list(errors.items())[:NAMED])
             more = f" and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
             if not skip_corrupt:
                 raise UserError(f"not a readable image: {listing}{more}; repair or remove, or set on_corrupt=skip")
             notes.append(f"skipped {len(errors)} of {len(records)} files: {listing}{more}")
-            kept = np.setdiff1d(np.arange(len(records)), list(errors))
+            kept = np.setdiff1d(np.arange(len(records)), place[list(errors)])
             images, labels = images[kept], labels[kept]
         splits.append((images, labels))
     return splits, notes
 
 
-def _decode_all(records: Records, images: NDArray[np.uint8], size: int) -> dict[int, str]:
-    """Fill images; returns by row what is wrong with a sample."""
+def _own_size(records: Records) -> tuple[int, int]:
+    """Height and width of the first image that decodes."""
+    for row in range(len(records)):
+        with contextlib.suppress(Exception):  # what is damaged, in many ways, is told when all are read
+            height, width = decode(records.content(row), None).shape[:2]
+            return height, width
+    return 1, 1
 
-    def fetch(row: int) -> Content | Exception:
+
+def _decode_all(
+    records: Records, images: NDArray[np.uint8], place: Ids, size: int | None
+) -> tuple[dict[int, str], list[int]]:
+    """Put the image of each row in its place; returns by row what is wrong with a sample, and the rows of images of
+    another size than theirs."""
+    errors: dict[int, str] = {}
+    others: list[int] = []
+
+    def work(rows: Sequence[int], contents: Sequence[Content | UserError] | None) -> None:
+        for k, row in enumerate(rows):
+            content = fetch(row) if contents is None else contents[k]
+            try:
+                if isinstance(content, UserError):
+                    raise content
+                pixels = decode(content, size)
+            except Exception as error:  # Pillow's readers raise many kinds on damaged files
+                errors[row] = str(error) or type(error).__name__
+                continue
+            if pixels.shape == images.shape[1:]:
+                images[place[row]] = pixels
+            else:
+                others.append(row)
+
+    def fetch(row: int) -> Content | UserError:
         try:
             return records.content(row)
         except UserError as error:
             return error
 
-    def work(row: int, content: Content | Exception) -> str | None:
-        try:
-            if isinstance(content, Exception):
-                raise content
-            images[row] = decode(content, size)
-        except Exception as error:  # Pillow's readers raise many kinds on damaged files
-            return str(error) or type(error).__name__
-        return None
-
     rows = range(len(records))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
         if not is_sequential(records):
-            outcomes = list(pool.map(lambda row: work(row, fetch(row)), rows))
-        else:
-            outcomes = []
-            for start in rows[::AT_ONCE]:
-                some = rows[start : start + AT_ONCE]
-                outcomes += pool.map(work, some, [fetch(row) for row in some])
-    return {row: error for row, error in enumerate(outcomes) if error}
+            parts = [rows[start : start + TOGETHER] for start in rows[::TOGETHER]]
+            list(pool.map(work, parts, [None] * len(parts)))
+        for start in rows[::AT_ONCE] if is_sequential(records) else ():
+            some = rows[start : start + AT_ONCE]
+            parts = [some[at : at + TOGETHER] for at in range(0, len(some), TOGETHER)]
+            list(pool.map(work, parts, [[fetch(row) for row in part] for part in parts]))
+    return dict(sorted(errors.items())), sorted(others)
 
 
-def decode(source: Path | Content, size: int) -> NDArray[np.uint8]:
-    """One image as uint8 [size, size, 3]: RGB, short side resized to size (bilinear, antialiased), centre crop.
+def decode(source: Path | Content, size: int | None) -> NDArray[np.uint8]:
+    """One image as uint8 [size, size, 3]: RGB, short side resized to size (bilinear, antialiased), centre crop. size
+    None: as it is, uint8 [h, w, 3].
 
     source: an image file, the bytes of one, or pixels uint8 [h, w, 3]. Grayscale, palette and CMYK become RGB, 16-bit
     samples lose their low byte, alpha is dropped, and the orientation tag is not applied: what the field's PIL loaders
     do, except that those clip 16 bits to white.
     """
     if isinstance(source, np.ndarray):
+        if size is None or source.shape[:2] == (size, size):
+            return source
         image = Image.fromarray(source)
     else:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            if opened.mode == "RGB" and (size is None or opened.size == (size, size)):
+                return np.frombuffer(opened.tobytes(), np.uint8).reshape(opened.height, opened.width, 3)
             image = to_rgb(opened)
+    if size is None:
+        return np.asarray(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     if (width, height) != image.size:

@@ -41,8 +41,8 @@ class Loader(Protocol):
     @property
     def sizes(self) -> NDArray[np.int32] | None: ...
 
-    def batches(self, plan: EpochPlan, first: int = 0) -> Iterator[Batch]:
-        """The batches of the plan in its order, from number `first` on."""
+    def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+        """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
         ...
 
     def whole(self, ids: NDArray[np.int64]) -> Tensor:

@@ -236,6 +236,35 @@ def is_sequential(records: Records) -> bool:
     return bool(getattr(records, "sequential", False))
 
 
+def relabelled(source: Source, labels: Sequence[int], class_names: list[str]) -> Source:
+    """The same images under other labels. labels: the new one of each class; class_names: by new label."""
+    table = np.array(labels, dtype=np.int64)
+    splits = (None if split is None else split.relabelled(table[split.labels]) for split in (source.train, source.val))
+    train, val = splits
+    return replace(source, class_names=class_names, titles=None, train=train, val=val)
+
+
+def canonical(records: Records) -> Ids:
+    """The samples by class, then by name, as a folder has them: one order for whatever they lie in. int64 [n].
+
+    Samples that only have a number keep its order, and pixels, whose files have an official one, are left in it.
+    """
+    if isinstance(records, Pixels):
+        return np.arange(len(records))
+    order = np.argsort(records.labels, kind="stable")
+    bounds = np.flatnonzero(np.diff(records.labels[order])) + 1
+    for part in np.split(order, bounds):  # views; a class at a time keeps few names in memory
+        names = [_sort_key(records.name(int(i))) for i in part]
+        part[...] = part[sorted(range(len(names)), key=names.__getitem__)]
+    return order
+
+
+def _sort_key(name: str) -> tuple[str, int]:
+    """The sort key of a sample's name; rows without one (train-00000-of-00001:17) sort by their number."""
+    stem, _, row = name.rpartition(":")
+    return (stem, int(row)) if stem and row.isdecimal() and len(row) < 20 else (name, 0)
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file without the blank ones; a UserError if it is missing, no text or far too large."""
     try:

@@ -31,14 +31,13 @@ class Resident:
             raise ValueError(f"images must be uint8 [N, h, w, 3], not {split.images.dtype} {split.images.shape}")
         self.transform = transform
         self.device = device
-        self.dtype = torch.float32  # autocast casts inside the network, where it knows which layers want it
         self.images: Tensor | None = torch.tensor(split.images, device=device)  # a copy: `overlay` writes into it
         self.labels = torch.as_tensor(split.labels, device=device)
         self.mean = torch.tensor(transform.mean, device=device)
         self.std = torch.tensor(transform.std, device=device)
 
-    def batches(self, plan: EpochPlan, first: int = 0) -> Iterator[Batch]:
-        """The batches of the plan in its order, from number `first` on."""
+    def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+        """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
         if self.images is None:
             raise ValueError("this loader was closed")
         # One transfer per epoch; every batch is then a view of it.
@@ -49,7 +48,7 @@ class Resident:
         for number, part in enumerate(plan.batches()):
             if number >= first:
                 images = kernels.augment(
-                    self.images, ids[part], boxes[part], flips[part], self.mean, self.std, self.dtype, size
+                    self.images, ids[part], boxes[part], flips[part], self.mean, self.std, dtype, size
                 )
                 yield Batch(images, self.labels[ids[part]], ids[part])
 

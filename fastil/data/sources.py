@@ -16,18 +16,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.data import cifar, folder
+from fastil.data import cifar, folder, published
 from fastil.data.beton import Beton, check_same_classes, val_path_of
-from fastil.data.catalog import open_source
+from fastil.data.catalog import KINDS, PACKED, detect, open_source
+from fastil.data.identity import Identity, of_pixels
 from fastil.data.idx import read as read_idx_files
-from fastil.data.records import SAME, ByClass
+from fastil.data.records import SAME, ByClass, Source, relabelled
 from fastil.errors import UserError
 
 BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")  # what reads the images of a split
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
-FASHION_CLASSES = [
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,12 @@ class DataConfig:
 
     dataset: str = "digits"  # digits | fashion-mnist | idx | cifar10 | cifar100 | folder | imagenet
     data: str | None = None  # path of the data set; --data sets it
-    val: str | None = None  # folder: path of the test images if not DATA/val, or same; --val sets it
+    val: str | None = None  # path of the test images if DATA has none, or same; --val sets it
     size: int = 32  # folder: images are resized once, short side, then centre-cropped to a square
     loader: str = "auto"  # auto | resident | threads | ffcv | dali | reference: what reads the images
     memory: Literal["streamed", "resident"] = "streamed"  # resident: exemplars stay decoded on the device
     on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what a file that does not decode means
-    verify: bool = True  # cifar: compare the md5 of the python version's files with the published ones
+    verify: bool = True  # digits, fashion-mnist, cifar: the images must be those published under that name
     pad: int = 4  # random crop after black padding of this many pixels
     flip: bool = True  # random mirror
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
@@ -83,6 +81,11 @@ class Split(ByClass):
         digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
+    @cached_property
+    def identity(self) -> Identity:
+        """What the split holds, in whatever order: see `fastil.data.identity`."""
+        return of_pixels(self.images, self.labels)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -93,32 +96,14 @@ class Dataset:
     train: Split | Beton
     val: Split | Beton
     notes: tuple[str, ...] = ()  # what the reader had to do that the user should know
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is published of a data set, for planning a run before its files are there."""
-
-    classes: int
-    train_per_class: int
-    val_per_class: int
-    size: int
-
-
-PUBLISHED = {
-    "cifar10": Shape(10, 5000, 1000, 32),
-    "cifar100": Shape(100, 500, 100, 32),
-    "fashion-mnist": Shape(10, 6000, 1000, 28),
-    "imagenet": Shape(1000, 1281, 50, 224),  # 732 to 1,300 images per class, 1,281 on average
-}
+    proven: bool = False  # by checksums of its files, to be what was published under its name
 
 
 def load_dataset(config: DataConfig) -> Dataset:
     """Read the data set of a recipe. A UserError names what is missing or damaged, and the fix."""
     if config.dataset == "digits" and (config.data or config.val):
         raise UserError("digits come with scikit-learn and take no --data; for your own images use the recipe folder")
-    converted = (config.data or "").endswith(".beton") and config.dataset != "imagenet"
-    dataset = (beton_file if converted else SOURCES[config.dataset])(config)
+    dataset = SOURCES[config.dataset](config)
     for name, split in (("train", dataset.train), ("val", dataset.val)):
         if len(split.labels) == 0:
             raise UserError(f"{dataset.name}: {name} has no images; add some")
@@ -138,7 +123,29 @@ def load_dataset(config: DataConfig) -> Dataset:
         raise UserError(
             f"{dataset.name}: only one class ({dataset.class_names[0]}); incremental training needs two or more"
         )
-    return dataset
+    return _known(config, dataset)
+
+
+def _known(config: DataConfig, dataset: Dataset) -> Dataset:
+    """The data set, with a note where it is a published one. UserError where it should be and is another."""
+    train, val = dataset.train, dataset.val
+    if not isinstance(train, Split) or not isinstance(val, Split):  # ImageNet's identity is not known here
+        return dataset
+    expected = published.table().get(config.dataset)
+    if expected is None:
+        found = published.recognised(train.identity, val.identity)
+        return dataset if found is None else replace(dataset, notes=(*dataset.notes, f"the images are {found.title}'s"))
+    if not config.verify or dataset.proven:
+        return dataset
+    differences = published.differences(expected, dataset.class_names, train.identity, val.identity)
+    if differences:
+        raise UserError(
+            f"{config.data or dataset.name}: not {expected.title} as published: {'; '.join(differences)}. Take the "
+            "published images, or train on these as another data set, without a published number beside it: "
+            "verify=false"
+        )
+    note = f"classes and counts are those of {expected.title}; its pixels are not compared, for no sum of them is known"
+    return dataset if expected.train.identity else replace(dataset, notes=(*dataset.notes, note))
 
 
 def image_size(config: DataConfig, dataset: Dataset) -> tuple[int, int]:
@@ -169,73 +176,82 @@ def digits(config: DataConfig) -> Dataset:
 
 
 def fashion_mnist(config: DataConfig) -> Dataset:
-    """Fashion-MNIST from idx files, by default where Debian's package puts them."""
-    path = Path(config.data) if config.data else FASHION_MNIST
-    if not path.exists() and not config.data:
+    """Fashion-MNIST, by default from the idx files where Debian's package puts them."""
+    if config.data is None and not FASHION_MNIST.exists():
         raise UserError(
-            f"Fashion-MNIST not found at {path}; apt-get install dataset-fashion-mnist, or --data with its idx files"
+            f"Fashion-MNIST not found at {FASHION_MNIST}; apt-get install dataset-fashion-mnist, or --data with its "
+            "idx files"
         )
-    return _idx_dataset("fashion-mnist", path, FASHION_CLASSES)
+    return _published(replace(config, data=config.data or str(FASHION_MNIST)))
 
 
 def idx(config: DataConfig) -> Dataset:
-    """Any grayscale data set as the four idx files of MNIST, gzipped or not."""
-    return _idx_dataset("idx", _required(config), None)
-
-
-def _idx_dataset(name: str, path: Path, class_names: list[str] | None) -> Dataset:
-    names, (train, val) = read_idx_files(path)
-    return Dataset(name, class_names or names, Split(*train), Split(*val))
+    """Any grayscale data set as the four idx files of MNIST, gzipped or not; or a .beton of one."""
+    path = _required(config)
+    if path.suffix == ".beton":
+        return image_folder(config)
+    names, (train, val) = read_idx_files(_unpacked(path))
+    return Dataset("idx", names, Split(*train), Split(*val))
 
 
 def cifar10(config: DataConfig) -> Dataset:
-    """CIFAR-10, the python or the binary version."""
+    """CIFAR-10: its archives, unpacked, or its images in any other kind of source."""
     return _cifar(config, cifar.CIFAR10)
 
 
 def cifar100(config: DataConfig) -> Dataset:
-    """CIFAR-100 with its 100 fine labels, the python or the binary version."""
+    """CIFAR-100 with its 100 fine labels: its archives, unpacked, or its images in any other kind of source."""
     return _cifar(config, cifar.CIFAR100)
 
 
 def _cifar(config: DataConfig, variant: cifar.Variant) -> Dataset:
     if config.data is None:
         raise UserError(f"{variant.name} needs its files: fastil download {variant.name} DIR, then --data DIR")
-    names, (train, val) = cifar.read(_required(config), variant, config.verify)
-    return Dataset(variant.name, names, Split(*train), Split(*val))
+    path = Path(config.data)
+    found = cifar.find(path, variant)
+    if found is not None:
+        source = KINDS[variant.name].opened(path, config.val, config.verify)
+        # Without an identity to compare with, the sums of the python version's files are what proves CIFAR-10.
+        return replace(_published(config, source), proven=config.verify and found[1] == "python")
+    if path.is_dir():
+        try:
+            detect(path, config.val)
+        except UserError:
+            cifar.read(path, variant, config.verify)  # says how it is fetched
+    return _published(config)
+
+
+def _published(config: DataConfig, source: Source | None = None) -> Dataset:
+    """A published data set in whatever it lies in, with its own classes in their order, images as they are."""
+    path, expected = _required(config), published.table()[config.dataset]
+    if path.is_file() and path.suffix in PACKED:
+        _unpacked(path)
+    source = source or open_source(path, val=config.val, verify=config.verify)
+    labels = published.official_labels(expected, source.class_names)
+    if labels is not None:
+        assert expected.class_names is not None
+        source = relabelled(source, labels, list(expected.class_names))
+    return replace(_in_memory(config, source, None), name=config.dataset)
 
 
 def image_folder(config: DataConfig) -> Dataset:
-    """Image files train/<class>/* and val/<class>/*, or any other kind of source, decoded into memory."""
-    if config.data is None:
-        raise UserError(f"dataset={config.dataset} needs --data PATH")
-    path = Path(config.data)
-    if not path.exists() and "{" not in config.data:
-        raise UserError(f"{path}: no such file or folder; --data must name the data set")
-    source = open_source(path, val=config.val, verify=config.verify)
+    """Image files train/<class>/* and val/<class>/*, or any other kind of source, decoded into memory. Only
+    dataset=folder resizes them."""
+    source = open_source(_required(config), val=config.val, verify=config.verify)
+    return _in_memory(config, source, config.size if config.dataset == "folder" else None)
+
+
+def _in_memory(config: DataConfig, source: Source, size: int | None) -> Dataset:
+    """Both splits decoded. size: of the images; None: their own."""
     for name, records in (("train", source.train), ("val", source.val)):
         if records is None and source.kind == "folder":
-            raise UserError(f"{path / name}: {folder.MISSING}")
+            raise UserError(f"{Path(str(config.data)) / name}: {folder.MISSING}")
         if records is None:
-            raise UserError(f"{path}: no {name} images in this source of the kind {source.kind}; give them by --val")
-    splits, notes = folder.read(source, config.size, config.on_corrupt == "skip")
-    train, val = splits
-    return Dataset(source.name, source.class_names, Split(*train), Split(*val), (*source.notes, *notes))
-
-
-def beton_file(config: DataConfig) -> Dataset:
-    """A file by `fastil convert` or FFCV, decoded into memory: of small images as they are, if they are all of one size
-    and the recipe has none of its own."""
-    if config.dataset != "folder" and config.data is not None:
-        with Beton(config.data) as beton:
-            sizes = np.unique(beton.sizes)
-        if len(sizes) > 1:
             raise UserError(
-                f"{config.data}: its images are not squares of one size, as dataset={config.dataset} needs; use the "
-                "recipe folder, which resizes them"
+                f"{config.data}: no {name} images in this source of the kind {source.kind}; give them by --val"
             )
-        config = replace(config, size=int(sizes[0]))
-    return image_folder(config)
+    (train, val), notes = folder.read(source, size, config.on_corrupt == "skip")
+    return Dataset(source.name, source.class_names, Split(*train), Split(*val), (*source.notes, *notes))
 
 
 def imagenet(config: DataConfig) -> Dataset:
@@ -265,8 +281,12 @@ def _required(config: DataConfig) -> Path:
     if config.data is None:
         raise UserError(f"dataset={config.dataset} needs --data PATH")
     path = Path(config.data)
-    if not path.exists():
+    if not path.exists() and "{" not in config.data:
         raise UserError(f"{path}: no such file or folder; --data must name the data set")
+    return path
+
+
+def _unpacked(path: Path) -> Path:
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         raise UserError(f"{path}: not a folder that can be read; unpack the archive and give its folder as --data")
     return path

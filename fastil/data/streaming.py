@@ -43,7 +43,6 @@ class Streaming(ABC):
         self.images, self.transform, self.device = images, transform, device
         self.unresized = replace(transform, resize=None)
         self.where = str(images.path) if isinstance(images, Beton) else "the data set"
-        self.dtype = torch.float32  # autocast casts inside the network, where it knows which layers want it
         self.sizes: NDArray[np.int32] = images.sizes.copy()
         self.labels = torch.as_tensor(images.labels, device=device)
         self.mean = torch.tensor(transform.mean, device=device)
@@ -61,8 +60,8 @@ class Streaming(ABC):
         """uint8 [B, H, W, 3] of these batches of the plan, boxes cut out and resized, not mirrored. A frame may be
         overwritten when the next is asked for. Raises UserError that names an image that does not decode."""
 
-    def batches(self, plan: EpochPlan, first: int = 0) -> Iterator[Batch]:
-        """The batches of the plan in its order, from number `first` on."""
+    def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+        """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
         ids = torch.as_tensor(plan.ids, device=self.device)
         flips = torch.as_tensor(plan.flips, device=self.device)
         size = (self.transform.height, self.transform.width)
@@ -74,7 +73,7 @@ class Streaming(ABC):
             for part, pixels in zip(parts, frames, strict=True):
                 count = part.stop - part.start
                 images = kernels.augment(
-                    pixels, rows[:count], whole[:count], flips[part], self.mean, self.std, self.dtype, size
+                    pixels, rows[:count], whole[:count], flips[part], self.mean, self.std, dtype, size
                 )
                 yield Batch(images, self.labels[ids[part]], ids[part])
 

@@ -151,16 +151,20 @@ class MetaAlpha:
         )
 
     def forward_mode(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
-        """The derivative of the training batch's logits along the direction, [B, W]."""
-        network = context.network
+        """The derivative of the training batch's logits along the direction, [B, W].
+
+        In float32 whatever the precision of training: under autocast batch normalisation gives a bfloat16 output a
+        float32 tangent, which the next convolution refuses.
+        """
+        network, images = context.network, as_wide(context.batch.images, context.network)
         parameters = {name: p.detach() for name, p in network.named_parameters()}
         moves = dict(zip(context.update.parameters, direction, strict=True))
         tangents = {name: moves.get(p, torch.zeros_like(p)) for name, p in network.named_parameters()}
 
         def logits(values: dict[str, Tensor]) -> Tensor:
             buffers = {name: b.clone() for name, b in network.named_buffers()}
-            with context.autocast(), network.as_formula():
-                out: Output = functional_call(network, (values, buffers), (context.batch.images,))
+            with network.as_formula():
+                out: Output = functional_call(network, (values, buffers), (images,))
             return self.method.seen_by_loss(out).scaled
 
         tangent: Tensor = jvp(logits, (parameters,), (tangents,))[1]
@@ -168,7 +172,7 @@ class MetaAlpha:
 
     def difference(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
         """The same but for kinks of the ReLUs, from a step to each side. In float32: bfloat16 rounds the step away."""
-        images, parameters = context.batch.images, context.update.parameters
+        images, parameters = as_wide(context.batch.images, context.network), context.update.parameters
         length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(direction)))
         step = DIFFERENCE / length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)
         sides: list[Tensor] = []
@@ -188,12 +192,13 @@ class MetaAlpha:
         buffers = {name: b.clone() for name, b in network.named_buffers()}
         with torch.enable_grad(), network.as_formula():
             log_alpha = self.classification.log_alpha.clone().requires_grad_()
-            out = functional_call(network, (parameters, buffers), (context.batch.images,))
+            images, held_images = (as_wide(b.images, network) for b in (context.batch, context.held_out))
+            out = functional_call(network, (parameters, buffers), (images,))
             prior = self.classification.of_counts + log_alpha
             loss = self.method.formula(context.batch, out, context.teacher_out, prior)
             gradients = torch.autograd.grad(loss, update.parameters, create_graph=True)
             moved = {names[p]: new for p, new in zip(update.parameters, update.formula(gradients), strict=True)}
-            held_out = functional_call(network, (parameters | moved, buffers), (context.held_out.images,))
+            held_out = functional_call(network, (parameters | moved, buffers), (held_images,))
             seen = torch.where(prior > -math.inf, 0.0, -math.inf).detach()
             (gradient,) = torch.autograd.grad(
                 balanced_cross_entropy(held_out.scaled, context.held_out.labels, seen), log_alpha
@@ -210,3 +215,8 @@ class MetaAlpha:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.alpha.copy_(state["alpha"])
+
+
+def as_wide(images: Tensor, network: Network) -> Tensor:
+    """The images in the precision of the weights, which autocast does not lower."""
+    return images.to(next(network.parameters()).dtype)

@@ -74,6 +74,7 @@ class Method:
     holds_out: ClassVar[bool] = False  # images of every class, for a stage of its own after training
     clamp: ClassVar[float | None] = None  # of each element of a gradient
     distils_logits = True
+    reads_maps: ClassVar[bool] = False  # the outputs of the stages
 
     def __init__(
         self,

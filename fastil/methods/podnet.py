@@ -44,6 +44,7 @@ class Podnet(Method):
     base = "podnet"
     freezes_old_rows = True  # "old_weights: 0." in the released options
     distils_logits = False
+    reads_maps = True
     clamp = 5.0
 
     def weigh(self, context: StepContext) -> tuple[float, float]:

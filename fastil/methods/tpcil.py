@@ -67,7 +67,8 @@ class Tpcil(Lucir):
         that are joined to that one."""
         if teacher_out is None:
             return None
-        student, teacher = (F.normalize(o.features) @ self.vertices.T for o in (out, teacher_out))
+        wide = self.vertices.dtype  # features are bfloat16 under autocast, which does not reach here
+        student, teacher = (F.normalize(o.features.to(wide)) @ self.vertices.T for o in (out, teacher_out))
         old = self.classification.is_old
         winner = torch.where(old, teacher, -2.0).argmax(1)
         return self.adaptive_lambda * topology(student, teacher, self.joined[winner] & old)

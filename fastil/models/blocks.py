@@ -1,5 +1,7 @@
 """The residual block and the initialisation that all backbones share."""
 
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,19 @@ from torch.nn.utils import parametrize
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation with a fixed momentum and without torch's counter of batches, which nothing would read: one
+    launch less per layer and step. Older weights, which have that counter, load all the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.num_batches_tracked = None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # load_state_dict hands over a copy
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *others)  # torch's own would ask for the counter
 
 
 class SliceShortcut(nn.Module):
@@ -21,28 +36,37 @@ class SliceShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
 
 
-def projection_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+class ProjectionShortcut(nn.Sequential):
     """ResNet's option B: a strided 1x1 convolution and batch normalisation."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(channels_out)
-    )
+
+    normalised: ClassVar = {"0": "1"}
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        convolution = nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=stride, bias=False)
+        super().__init__(convolution, BatchNorm(channels_out))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut. `relu` is the activation after the addition."""
+    """Two 3x3 convolutions around a shortcut. `relu` is the activation after the addition.
+
+    normalised, here and in the backbones: which convolution is followed by which batch normalisation and by nothing
+    else, so that `folding` can multiply the second into the first.
+    """
+
+    normalised: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
 
     def __init__(
         self, channels_in: int, channels_out: int, stride: int = 1, *, relu: bool, project: bool = True
     ) -> None:
         super().__init__()
         self.conv1 = conv3x3(channels_in, channels_out, stride)
-        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.bn1 = BatchNorm(channels_out)
         self.conv2 = conv3x3(channels_out, channels_out)
-        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.bn2 = BatchNorm(channels_out)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels_in != channels_out:
             if project:
-                self.shortcut = projection_shortcut(channels_in, channels_out, stride)
+                self.shortcut = ProjectionShortcut(channels_in, channels_out, stride)
             else:
                 self.shortcut = SliceShortcut(channels_out - channels_in)
         self.relu = relu

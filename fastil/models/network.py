@@ -42,7 +42,7 @@ class Output(NamedTuple):
     """What one forward yields."""
 
     features: Tensor  # [B, d], pooled, as the head sees them
-    maps: list[Tensor]  # stage outputs, [B, C, H, W] each
+    maps: list[Tensor]  # stage outputs, [B, C, H, W] each; none where the network does not keep them
     logits: Tensor  # [B, W]; of a cosine head the similarities, before its scale
     scale: Tensor | None = None  # 0-d, of a cosine head, learned
 
@@ -53,11 +53,15 @@ class Output(NamedTuple):
 
 
 class Network(nn.Module):
-    """Backbone and head; W is the padded number of classes of the whole run."""
+    """Backbone and head; W is the padded number of classes of the whole run.
 
-    def __init__(self, backbone: nn.Module, num_classes: int, config: ModelConfig) -> None:
+    keeps_maps: whether outputs hold the maps of the stages. Only a method that reads them asks for that (PODNet): a
+    compiled step would write them out, and gradients of zero for them.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, config: ModelConfig, keeps_maps: bool = False) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.keeps_maps = backbone, keeps_maps
         self.width = padded_width(num_classes)
         dim = int(backbone.feature_dim)  # type: ignore[arg-type]
         self.head: Head
@@ -69,7 +73,7 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Output:
         features, maps = self.backbone(images)
         logits, scale = self.head(features)
-        return Output(features, maps, logits, scale)
+        return Output(features, maps if self.keeps_maps else [], logits, scale)
 
     @contextlib.contextmanager
     def as_formula(self) -> Iterator[None]:
@@ -84,8 +88,8 @@ class Network(nn.Module):
                 self.head.formula = before
 
 
-def build_network(config: ModelConfig, num_classes: int, seed: int) -> Network:
-    """The network of a recipe, initialised from the seed, channels-last, on the CPU."""
+def build_network(config: ModelConfig, num_classes: int, seed: int, *, keeps_maps: bool = False) -> Network:
+    """The network of a recipe, initialised from the seed, channels-last, on the CPU. keeps_maps: see Network."""
     generator = torch.Generator().manual_seed(seed)
     name = config.model
     backbone: nn.Module
@@ -99,4 +103,5 @@ def build_network(config: ModelConfig, num_classes: int, seed: int) -> Network:
             backbone = ResNetCifar(int(name.removeprefix("resnet")), config.last_relu, generator)
     if config.weight_transfer:
         scale_filters(backbone)
-    return Network(backbone, num_classes, config).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    network = Network(backbone, num_classes, config, keeps_maps)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

@@ -1,10 +1,12 @@
 """ResNets for small images: the layout of LUCIR's code, and iCaRL's as PODNet's code rebuilt it."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastil.models.blocks import conv3x3, initialise, stage
+from fastil.models.blocks import BatchNorm, conv3x3, initialise, stage
 
 
 class ResNetCifar(nn.Module):
@@ -15,6 +17,7 @@ class ResNetCifar(nn.Module):
     """
 
     feature_dim = 64
+    normalised: ClassVar = {"conv1": "bn1"}
 
     def __init__(self, depth: int, last_relu: bool, generator: torch.Generator) -> None:
         super().__init__()
@@ -22,7 +25,7 @@ class ResNetCifar(nn.Module):
         if rest or blocks < 1:
             raise ValueError(f"depth {depth} is not 6n + 2")
         self.conv1 = conv3x3(3, 16)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.bn1 = BatchNorm(16)
         self.stage1 = stage(16, 16, 1, [True] * blocks)
         self.stage2 = stage(16, 32, 2, [True] * blocks)
         self.stage3 = stage(32, 64, 2, [True] * (blocks - 1) + [last_relu])
@@ -45,12 +48,13 @@ class ResNetRebuffi(nn.Module):
     """
 
     feature_dim = 64
+    normalised: ClassVar = {"conv1": "bn1"}
 
     def __init__(self, last_relu: bool, generator: torch.Generator) -> None:
         super().__init__()
         self.last_relu = last_relu
         self.conv1 = conv3x3(3, 16)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.bn1 = BatchNorm(16)
         self.stage1 = stage(16, 16, 1, [False] * 5)
         self.stage2 = stage(16, 32, 2, [False] * 5, project=False)
         self.stage3 = stage(32, 64, 2, [False] * 4, project=False)

@@ -1,10 +1,12 @@
 """ResNet-18 for ImageNet, with the usual stem and with PODNet's."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastil.models.blocks import initialise, stage
+from fastil.models.blocks import BatchNorm, initialise, stage
 
 
 class ResNet18(nn.Module):
@@ -18,6 +20,7 @@ class ResNet18(nn.Module):
     """
 
     feature_dim = 512
+    normalised: ClassVar = {"conv1": "bn1"}
 
     def __init__(self, last_relu: bool, pod: bool, generator: torch.Generator, small_stem: bool | None = None) -> None:
         super().__init__()
@@ -27,7 +30,7 @@ class ResNet18(nn.Module):
             if (pod if small_stem is None else small_stem)
             else nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
         )
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = BatchNorm(64)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         relus = [True, not pod]
         self.stage1 = stage(64, 64, 1, relus)

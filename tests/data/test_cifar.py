@@ -189,7 +189,14 @@ def test_the_python_version_is_read_from_its_folder_or_the_one_above(tmp_path, n
 @pytest.mark.parametrize("above", [True, False])
 def test_the_binary_version_is_read_from_its_folder_or_the_one_above(tmp_path, name, above):
     folder = write_binary(tmp_path / VARIANTS[name].binary_folder, name)
-    check(load(tmp_path if above else folder, name, verify=True), name)  # no sums are published: nothing to compare
+    check(load(tmp_path if above else folder, name), name)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_images_in_the_binary_version_are_refused_by_default(tmp_path, name):
+    write_binary(tmp_path, name)  # no sums of its files are published, but classes and counts are
+    with pytest.raises(UserError, match=rf"{tmp_path}: not CIFAR-\d+ as published: classes are renamed.*verify=false"):
+        load_dataset(DataConfig(dataset=name, data=str(tmp_path)))
 
 
 def test_an_array_in_fortran_order_keeps_its_pixels(tmp_path):

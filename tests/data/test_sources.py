@@ -3,12 +3,14 @@
 import gzip
 import struct
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
-from fastil.data import DataConfig, Dataset, Split, load_dataset, sources
+from fastil.data import DataConfig, Dataset, Split, load_dataset, published, sources
 from fastil.errors import UserError
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -207,7 +209,7 @@ def test_fashion_mnist_names_the_package_where_it_is_not_installed(tmp_path, mon
 
 def test_fashion_mnist_is_read_from_data_with_its_ten_class_names(tmp_path):
     write_idx(tmp_path, tuple(range(10)), tuple(range(9, -1, -1)))
-    dataset = load_dataset(DataConfig(dataset="fashion-mnist", data=str(tmp_path)))
+    dataset = load_dataset(DataConfig(dataset="fashion-mnist", data=str(tmp_path), verify=False))
     # The order of the authors' table of labels.
     assert [name.split()[-1] for name in dataset.class_names] == [
         "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
@@ -259,3 +261,54 @@ def test_sha256_tells_pixels_labels_and_shape_apart_but_not_memory_layouts():
     others = [Split(changed, labels), Split(images, labels[::-1]), Split(images.reshape(4, 6, 2, 3), labels)]
     assert len({reference, *(other.sha256 for other in others)}) == 4
     assert Split(np.asfortranarray(images), np.repeat(labels, 2)[::2]).sha256 == reference
+
+
+# Published data sets, known by their content
+
+
+def test_digits_are_the_published_ones():
+    dataset = load_dataset(DataConfig(dataset="digits"))
+    expected = published.table()["digits"]
+    assert (dataset.train.identity.text, dataset.val.identity.text) == (expected.train.identity, expected.val.identity)
+
+
+def test_other_digits_are_refused_unless_asked_for(monkeypatch):
+    digits = sources.SOURCES["digits"]
+
+    def changed(config):
+        dataset = digits(config)
+        images = dataset.train.images.copy()
+        images[5, 3, 3] ^= 1
+        return replace(dataset, train=Split(images, dataset.train.labels))
+
+    monkeypatch.setitem(sources.SOURCES, "digits", changed)
+    with pytest.raises(UserError, match=r"digits: not scikit-learn's digits .*: pixels of train differ in 5.*verify"):
+        load_dataset(DataConfig(dataset="digits"))
+    assert len(load_dataset(DataConfig(dataset="digits", verify=False)).train.labels) == 1442
+
+
+@pytest.mark.skipif(not sources.FASHION_MNIST.exists(), reason="apt-get install dataset-fashion-mnist")
+def test_the_installed_fashion_mnist_is_known_and_a_part_of_it_is_not(tmp_path):
+    dataset = load_dataset(DataConfig(dataset="fashion-mnist"))  # refuses others
+    parts = []
+    for split in (dataset.train, dataset.val):
+        some = np.concatenate([split.of_class(label)[:2] for label in range(10)])
+        parts += [idx_bytes(split.images[some, ..., 0]), idx_bytes(split.labels[some])]
+    for name, raw in zip(FILES, parts, strict=True):
+        (tmp_path / name).write_bytes(raw)
+    complaint = r"5,998 images less of class t-shirt \(2 instead of 6,000\), and other counts of 9 more"
+    with pytest.raises(UserError, match=complaint):
+        load_dataset(DataConfig(dataset="fashion-mnist", data=str(tmp_path)))
+
+
+def test_fashion_mnist_in_folders_has_its_classes_in_their_published_order(tmp_path):
+    """Which is not that of the names."""
+    names = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+    for split in ("train", "val"):
+        for label, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.full((3, 5), 20 * label, np.uint8)).save(tmp_path / split / name / "x.png")
+    dataset = load_dataset(DataConfig(dataset="fashion-mnist", data=str(tmp_path), verify=False))
+    assert dataset.class_names == [name.lower() for name in names]
+    assert dataset.train.labels.tolist() == list(range(10))
+    np.testing.assert_array_equal(dataset.val.images[:, 1, 1], np.repeat(20 * np.arange(10)[:, None], 3, axis=1))

@@ -1,4 +1,5 @@
-"""The gradient in alpha against the unrolled graph and against differences of the whole procedure, in float64."""
+"""The gradient in alpha against the unrolled graph and against differences of the whole procedure, in float64; and in
+bfloat16 against float32."""
 
 import contextlib
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastil.data import Batch
+from fastil.data import Batch, DataConfig, load_dataset, make_loader
+from fastil.device import autocast, pixel_dtype
 from fastil.methods import ILBaseline, LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
 from fastil.methods.meta import UpdateContext
-from fastil.models import ModelConfig, build_network
+from fastil.models import Folded, ModelConfig, build_network
+from fastil.plan import Key, Transform, cycled_plan, training_plan
 from fastil.update import Update
 
 CLASSES, NUM_OLD, NUM_SEEN, BATCH = 13, 7, 10, 12
@@ -125,3 +128,52 @@ def test_the_unrolled_graph_is_the_difference_of_the_whole_procedure(case):
     step = 1e-5  # short: where a clamp begins there is a kink
     brute = torch.tensor([(validated(k, step) - validated(k, -step)) / (2 * step) for k in range(NUM_OLD)])
     assert relative(expected, brute) < 1e-5
+
+
+@pytest.mark.parametrize("gradient", ["jvp", "difference", "unrolled"])
+def test_in_bf16_it_is_the_float32_one_to_a_hundredth(gradient):
+    """Ten updates of an incremental step on real images, each precision at the same weights."""
+    split = load_dataset(DataConfig("digits")).train
+    transform = Transform(8, 8, pad=1, flip=False, mean=(0.305,) * 3, std=(0.376,) * 3)
+    loader = make_loader(split, "auto", transform, "cpu")
+    student = build_network(ModelConfig("resnet8"), 10, 0)
+    student.head.open_rows(0, 5, torch.Generator().manual_seed(0))
+    method = ILBaseline(MethodConfig(), LossConfig("meta_balanced"), student.width, torch.device("cpu"))
+    update = Update(list(student.parameters()), torch.tensor(0.05), 0.9, 5e-4)
+    by_class = [split.of_class(c) for c in range(10)]
+
+    def begin(step, old, seen, ids):
+        counts = np.bincount(split.labels[ids], minlength=student.width)
+        method.begin_step(StepContext(step, old, seen, counts))
+
+    def move(batch, teacher_out):
+        method.loss(batch, student(batch.images), teacher_out).backward()
+        update.apply()
+        student.zero_grad()
+
+    ids = np.concatenate(by_class[:5])
+    begin(0, 0, 5, ids)
+    for epoch in range(4):
+        for batch in loader.batches(training_plan(ids, Key(0, 0, "train", epoch), transform, 64)):
+            move(batch, None)
+    folded = {p: Folded(student, pixel_dtype(p), 64) for p in ("fp32", "bf16")}  # the teachers
+    student.head.open_rows(5, 10, torch.Generator().manual_seed(1))
+    ids = np.concatenate([i[:18] for i in by_class[:5]] + [i[2:] for i in by_class[5:]])
+    held_out = np.concatenate([i[18:20] for i in by_class[:5]] + [i[:2] for i in by_class[5:]])
+    begin(1, 5, 10, ids)
+    meta = MetaAlpha(MetaConfig(meta_gradient=gradient), method, 64)
+    meta.begin_step()
+    found = {"fp32": [], "bf16": []}
+    plan, stream = training_plan(ids, Key(0, 1), transform, 64), cycled_plan(held_out, Key(0, 1), transform, 64, 0, 10)
+    for batch, other in zip(loader.batches(plan), loader.batches(stream), strict=False):
+        for precision, gradients in found.items():
+            ours, theirs = (b._replace(images=b.images.to(pixel_dtype(precision))) for b in (batch, other))
+            context = UpdateContext(
+                ours, folded[precision](ours.images), theirs, student, student, update,
+                lambda precision=precision: autocast(precision, torch.device("cpu")),
+            )  # fmt: skip
+            gradients.append(meta.gradient(context).sum())
+        move(batch, folded["fp32"](batch.images))
+    assert len(found["fp32"]) == 10
+    ours, wanted = (torch.stack(found[precision]) for precision in ("bf16", "fp32"))
+    assert relative(ours, wanted) < 1e-2

@@ -44,7 +44,7 @@ def random(seed, *shape):
 def network_of(name, seed, images, **config):
     """In float64. Its weights, in the order of the state dict, which is the same in the original, are drawn from the
     seed; its running statistics are those of the images."""
-    network = build_network(ModelConfig(name, **config), SEEN, 0).double()
+    network = build_network(ModelConfig(name, **config), SEEN, 0, keeps_maps=True).double()
     network.head.formula = True  # the kernels of cosine heads are in float32
     source = np.random.RandomState(seed)
     for key, tensor in network.backbone.state_dict().items():

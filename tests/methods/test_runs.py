@@ -258,8 +258,11 @@ def changes(experiment):
     positions = experiment.rehearsal.positions[experiment.dataset.val.labels]
     ids = np.flatnonzero(positions < 6)
     images = experiment.val_loader.whole(ids)
-    with torch.no_grad():
-        student, teacher = (n.eval()(images) for n in (experiment.trainer.student, experiment.trainer.teacher))
+    networks = (experiment.trainer.student, experiment.trainer.teacher)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for network in networks:
+            patch.setattr(network, "keeps_maps", True)
+        student, teacher = (network.eval()(images) for network in networks)
         found = {
             "features": float(losses.less_forget(student.features, teacher.features)),
             "maps": float(losses.pod_spatial(student.maps, teacher.maps)),

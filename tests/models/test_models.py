@@ -31,7 +31,7 @@ STEMS = {name: (3, 1, 1, False) for name in (*CIFAR, "resnet32_rebuffi")} | {
 
 
 def build(name, num_classes=10, seed=0, **config):
-    return build_network(ModelConfig(name, **config), num_classes, seed)
+    return build_network(ModelConfig(name, **config), num_classes, seed, keeps_maps=True)
 
 
 def images_for(name, rows=2, seed=0):
@@ -402,3 +402,13 @@ def test_the_stem_is_the_one_asked_for(name, stem, side):
         out = network.eval()(images_for(name))
     assert [m.shape[-1] for m in out.maps] == [64 // (2 * stride * k) for k in (1, 2, 4, 8)]
     assert out.features.isfinite().all()
+
+
+def test_maps_leave_the_network_only_where_they_are_asked_for():
+    images = torch.randn(2, 3, 16, 16)
+    without, with_maps = build_network(ModelConfig("resnet8"), 10, 0), build("resnet8")
+    out, wanted = without(images), with_maps(images)
+    assert out.maps == []
+    assert len(wanted.maps) == 3
+    assert torch.equal(out.features, wanted.features)
+    assert torch.equal(out.logits, wanted.logits)

@@ -21,7 +21,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SOAK, assert_user_error, environment
-from converting import as_stored, encoded, left_of, outputs, photo, photos, png_chunks, psnr, run, sha256, write, zoo
+from converting import (
+    as_stored,
+    decoded,
+    encoded,
+    left_of,
+    outputs,
+    photo,
+    photos,
+    png_chunks,
+    psnr,
+    run,
+    sha256,
+    write,
+    zoo,
+)
 from PIL import Image
 
 from fastil.data.beton import Beton
@@ -1082,3 +1096,56 @@ def test_a_changed_sample_of_a_beton_does_not_pass_into_another_file(small, tmp_
     (tmp_path / "x.beton").write_bytes(content)
     refused(tmp_path / "x.beton", tmp_path / "y.beton", "x.beton", "has changed since it was written")
     assert not (tmp_path / "y.beton").exists()
+
+
+# Small lossless images
+
+
+def lossless(size, kind="PNG", **options):
+    """A folder's files: two classes of noise in one format."""
+    random = np.random.default_rng(size)
+    return {
+        f"{split}/{name}/{i}.{kind.lower()}": encoded(
+            random.integers(0, 256, (size, size - 1, 3), dtype=np.uint8), kind, **options
+        )
+        for split in ("train", "val")
+        for name in ("a", "b")
+        for i in range(2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "mode"),
+    [
+        (lossless(96), "raw"),
+        (lossless(97), "jpeg"),
+        (lossless(20) | lossless(97, "BMP"), "jpeg"),
+        (lossless(20) | {"val/b/9.jpg": encoded(photo(20, 20))}, "jpeg"),  # among lossless ones, in the last class
+        (lossless(20) | {"train/a/0.png": b"no image"}, "raw"),
+        (lossless(20, "BMP"), "raw"),
+        (lossless(20, "PPM"), "raw"),
+        (lossless(20, "TIFF", compression="tiff_lzw"), "raw"),
+        (lossless(20, "TIFF", compression="jpeg"), "jpeg"),
+        (lossless(20, "WEBP", lossless=True), "raw"),
+        (lossless(20, "WEBP"), "jpeg"),
+    ],
+)
+def test_small_lossless_images_stay_what_they_are_unless_asked_otherwise(tmp_path, capsys, files, mode):
+    source = write(tmp_path / "in", files)
+    run(source, tmp_path / "x.beton", on_corrupt="skip")
+    with Beton(tmp_path / "x.beton") as file, Beton(tmp_path / "x.val.beton") as val:
+        assert (file.mode, val.mode) == (mode, mode)
+        for i in range(len(file)) if mode == "raw" else ():
+            np.testing.assert_array_equal(file.image(i), decoded(files[file.name(i)]))
+    assert ("all images are lossless and no larger than 96x96" in capsys.readouterr().out) == (mode == "raw")
+    run(source, tmp_path / "y.beton", on_corrupt="skip", mode="jpeg")
+    with Beton(tmp_path / "y.beton") as file:
+        assert file.mode == "jpeg"
+
+
+def test_a_conversion_of_the_other_mode_is_not_gone_on_with(tmp_path):
+    """As a version that made JPEGs of them would have left it, finished or not."""
+    source = write(tmp_path / "in", lossless(20))
+    run(source, tmp_path / "x.beton", mode="jpeg")
+    with pytest.raises(UserError, match=r"another conversion \(other --mode\)"):
+        run(source, tmp_path / "x.beton")

@@ -1,0 +1,82 @@
+"""What a split holds, whatever it lies in: two splits of one identity have the same images in the same classes.
+
+It stands beside the ordered sha256 of a split, which also depends on the order of the images and decides whether a run
+may go on. Names of classes differ between containers and are compared apart.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fastil.data.manifest import Manifest
+
+Ids = NDArray[np.int64]
+BYTES = 16  # of the digest of an image or of a class
+TOGETHER = 256  # images that a thread hashes in one go
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Digests of a split by class.
+
+    kind: "pixels", of decoded images; "stored", of the bytes of image files that are the source's own; "changed", of
+    those that were resized, encoded anew or left out on request. shape: height, width and channels of images in memory,
+    empty for streamed ones. counts: images of each label. classes: hexadecimal digest of each label's images.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    counts: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    @cached_property
+    def text(self) -> str:
+        """Kind and sha256, as protocol.json has it: equal if and only if the splits are."""
+        return f"{self.kind}:{hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()}"
+
+
+def of_pixels(images: NDArray[np.uint8], labels: Ids) -> Identity:
+    """The identity of images in memory. images: uint8 [n, h, w, 3]; labels: int64 [n], from 0."""
+    hashes = np.empty((len(images), BYTES // 8), ">u8")
+    starts = range(0, len(images), TOGETHER)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+        list(pool.map(partial(_hash_some, images, hashes), starts))
+    shape = images.shape[1:]
+    return Identity("pixels", shape, *_by_class(hashes, labels, repr(shape)))
+
+
+def of_stored(manifest: "Manifest", labels: Ids, lengths: Ids) -> Identity:
+    """The identity of a file that is streamed, by its manifest: no image is read. labels, lengths: int64 [n], of the
+    samples and of their bytes."""
+    hashes = np.empty((len(labels), BYTES // 8), ">u8")
+    hashes[:, 0], hashes[:, 1] = manifest.crc32, lengths
+    storage = manifest.parameters.get("storage", {})
+    if storage.get("mode") == "jpeg":  # what libjpeg made of the few that could not be kept depends on its version
+        hashes[[one.id for one in manifest.reencoded if one.id >= 0]] = 0
+    resized = storage.get("max_side") is not None or storage.get("squash") is not None
+    changed = resized or storage.get("mode") == "reencode" or bool(manifest.skipped)
+    kind = "changed" if changed else "stored"
+    return Identity(kind, (), *_by_class(hashes, labels, kind))
+
+
+def _hash_some(images: NDArray[np.uint8], hashes: NDArray[Any], start: int) -> None:
+    for row in range(start, min(start + TOGETHER, len(images))):
+        digest = hashlib.blake2b(np.ascontiguousarray(images[row]).data, digest_size=BYTES).digest()
+        hashes[row] = np.frombuffer(digest, hashes.dtype)
+
+
+def _by_class(hashes: NDArray[Any], labels: Ids, head: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Counts and digests of the labels 0 to the highest one. hashes: >u8 [n, 2]; head: goes into every digest."""
+    counts = np.bincount(labels).tolist()
+    hashes = hashes[np.lexsort((hashes[:, 1], hashes[:, 0], labels))]
+    parts = np.split(hashes, np.cumsum(counts)[:-1])
+    digests = (hashlib.blake2b(head.encode() + part.tobytes(), digest_size=BYTES).hexdigest() for part in parts)
+    return tuple(counts), tuple(digests)

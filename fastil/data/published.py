@@ -1,0 +1,207 @@
+"""What is published of data sets: classes, counts, and the identity of their images where it could be computed.
+
+published.json holds an entry per data set, made by `entry` of its images as fastil reads them. Images of a data set
+without an identity there (CIFAR-10, ImageNet) are known by classes and counts alone.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from fastil.data.identity import Identity
+
+DIGITS = 12  # of the digest of a class that are kept
+NAMED = 2  # classes that a message names before it counts the rest
+WNID = len("n01440764")
+
+
+@dataclass(frozen=True)
+class PublishedSplit:
+    """The counts and digests of a published split.
+
+    images: how many in all. counts: of each class; identity: as `Identity.text`; classes: the first digits of each
+    class's digest. None: not known.
+    """
+
+    images: int
+    counts: tuple[int, ...] | None
+    identity: str | None
+    classes: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set as published. title: what people call it. shape: of an image; of ImageNet, as a network is shown it.
+    class_names: by label, None where the table has none."""
+
+    title: str
+    shape: tuple[int, int, int]
+    classes: int
+    class_names: tuple[str, ...] | None
+    train: PublishedSplit
+    val: PublishedSplit
+
+    @property
+    def per_class(self) -> int:
+        """Training images of a class, on average."""
+        return self.train.images // self.classes
+
+    @property
+    def images(self) -> int:
+        return self.train.images + self.val.images
+
+
+@cache
+def table() -> dict[str, Published]:
+    """The published data sets, by the name that the key `dataset` has for each."""
+    content = json.loads(resources.files("fastil.data").joinpath("published.json").read_text())
+    return {name: parsed(found) for name, found in content.items()}
+
+
+def parsed(found: Mapping[str, Any]) -> Published:
+    """An entry of published.json."""
+
+    def split(part: Mapping[str, Any]) -> PublishedSplit:
+        counts, classes = part["counts"], part["classes"]
+        return PublishedSplit(
+            part["images"],
+            None if counts is None else tuple(counts),
+            part["identity"],
+            None if classes is None else tuple(classes),
+        )
+
+    names = found["class_names"]
+    height, width, channels = found["shape"]
+    return Published(
+        found["title"], (height, width, channels), found["classes"], None if names is None else tuple(names),
+        split(found["train"]), split(found["val"]),
+    )  # fmt: skip
+
+
+def entry(title: str, class_names: Sequence[str], train: Identity, val: Identity) -> dict[str, Any]:
+    """What published.json holds of a data set whose images are in memory, with their official names and labels."""
+
+    def split(part: Identity) -> dict[str, Any]:
+        return {
+            "images": sum(part.counts),
+            "counts": list(part.counts),
+            "identity": part.text,
+            "classes": [digest[:DIGITS] for digest in part.classes],
+        }
+
+    return {
+        "title": title, "shape": list(train.shape), "classes": len(class_names), "class_names": list(class_names),
+        "train": split(train), "val": split(val),
+    }  # fmt: skip
+
+
+def official_labels(expected: Published, names: Sequence[str]) -> list[int] | None:
+    """The published label of each class of a source, by its name (letters and digits count, not their case) or, where
+    all names are numbers, by these. None where the names do not tell."""
+    ours = [_plain(name) for name in names]
+    theirs = [_plain(name) for name in expected.class_names or ()]
+    if len(ours) == len(theirs) and set(ours) == set(theirs):
+        return [theirs.index(name) for name in ours]
+    if all(name.isdecimal() for name in names) and sorted(map(int, names)) == list(range(expected.classes)):
+        return [int(name) for name in names]
+    return None
+
+
+def _plain(name: str) -> str:
+    """A name without what containers change in it: HF writes "T - shirt / top" where Fashion-MNIST's authors write
+    T-shirt/top, which cannot be the name of a folder."""
+    plain = "".join(character for character in name.casefold() if character.isalnum())
+    return "tshirt" if plain == "tshirttop" else plain
+
+
+def differences(expected: Published, names: Sequence[str], train: Identity, val: Identity) -> list[str]:
+    """What sets a data set apart from the published one, each as a piece of a sentence; none where nothing does, as
+    far as the table tells. names: by label, in the published order if `official_labels` knows one."""
+    official = expected.class_names or ()
+    odd = [name for name in names if _plain(name) not in map(_plain, official)]
+    missing = [name for name in official if _plain(name) not in map(_plain, names)]
+    if len(names) != expected.classes:
+        hint = f" ({_listed(missing)} missing)" if len(odd) < len(names) and missing else ""
+        return [f"it has {len(names)} classes instead of {expected.classes}{hint}"]
+    found = []
+    if official and official_labels(expected, names) != list(range(len(names))):
+        renamed = f"classes are renamed ({_listed(odd)} instead of {_listed(missing)})"
+        found.append(renamed if odd else "its classes have other labels")
+        if same_images(expected, train, val):
+            return found
+    for split, part, known_part in (("train", train, expected.train), ("val", val, expected.val)):
+        found += _of_split(split, part, known_part, names, expected.shape)
+    return found
+
+
+def _of_split(
+    split: str, ours: Identity, theirs: PublishedSplit, names: Sequence[str], shape: tuple[int, ...]
+) -> list[str]:
+    if ours.shape and ours.shape != shape:
+        return [f"images of {split} have {ours.shape[1]}x{ours.shape[0]} pixels instead of {shape[1]}x{shape[0]}"]
+    found = []
+    if theirs.counts is None and sum(ours.counts) != theirs.images:
+        found.append(f"{split} has {sum(ours.counts):,} images instead of {theirs.images:,}")
+    expected = theirs.counts or ours.counts
+    odd = [label for label in range(len(names)) if ours.counts[label] != expected[label]]
+    if odd:
+        first, gap = odd[0], expected[odd[0]] - ours.counts[odd[0]]
+        images = f"{abs(gap):,} image{'s' if abs(gap) > 1 else ''}"
+        found.append(
+            f"{split} has {images} {'less' if gap > 0 else 'more'} of class {names[first]} "
+            f"({ours.counts[first]:,} instead of {expected[first]:,})"
+            + (f", and other counts of {len(odd) - 1} more classes" if len(odd) > 1 else "")
+        )
+    digests = theirs.classes if ours.kind == "pixels" else None
+    changed = [
+        names[label]
+        for label in range(len(names))
+        if digests is not None and label not in odd and not ours.classes[label].startswith(digests[label])
+    ]
+    if changed:
+        every = ", as after JPEG or a resize" if len(changed) == len(names) else ""
+        found.append(f"pixels of {split} differ in {_listed(changed)}{every}")
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more classes" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def same_images(expected: Published, train: Identity, val: Identity) -> bool:
+    """Whether the classes hold the published images, whatever their names and order."""
+    return all(
+        theirs.classes is not None
+        and ours.shape == expected.shape
+        and sorted(digest[:DIGITS] for digest in ours.classes) == sorted(theirs.classes)
+        for ours, theirs in ((train, expected.train), (val, expected.val))
+    )
+
+
+def recognised(train: Identity, val: Identity) -> Published | None:
+    """The published data set that has these images."""
+    return next((expected for expected in table().values() if same_images(expected, train, val)), None)
+
+
+def is_published(name: str, described: Mapping[str, Any], class_names: Sequence[str]) -> bool:
+    """Whether a run was on the data published under this name. described: "dataset" of its protocol.json."""
+    expected = table().get(name)
+    if expected is None:
+        return False
+    for split, theirs in (("train", expected.train), ("val", expected.val)):
+        identity = described[split].get("identity") or ""
+        if theirs.identity is not None:
+            if identity != theirs.identity:
+                return False
+        # ImageNet: image files as they are in the source, so many of them, in classes that are wnids.
+        elif not identity.startswith("stored:") or described[split]["images"] != theirs.images:
+            return False
+    if expected.class_names is not None:
+        return official_labels(expected, class_names) == list(range(expected.classes))
+    return len(class_names) == expected.classes and all(
+        len(name) == WNID and name[0] == "n" and name[1:].isdecimal() for name in class_names
+    )

@@ -1,0 +1,88 @@
+"""A frozen network with its batch normalisation multiplied into the convolutions: the teacher, and what evaluates.
+
+In eval mode a batch normalisation is a factor and an offset per channel, so `conv` and `bn` are one convolution with a
+bias. That is worked out in float32 once per step instead of once per batch, and cast once to what the network computes
+in. The network itself stays as it is: checkpoints hold that one.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fusion
+
+from fastil.models.network import Network, Output
+
+
+class Folded:
+    """What a network computes in eval mode as it was at the last `refresh`, to rounding, without gradients.
+
+    network: the one to follow. dtype: of the folded convolutions and of the head, and of the images it takes. `fast` is
+    called with batches of `full` images, `plain` with all others; both are the same module, `fast` maybe compiled.
+    """
+
+    def __init__(self, network: Network, dtype: torch.dtype, full: int) -> None:
+        self.network, self.dtype, self.full = network, dtype, full
+        self.plain = _without_normalisation(network, dtype)
+        self.fast: Callable[[Tensor], Output] = self.plain
+        self.refresh()
+
+    def __call__(self, images: Tensor) -> Output:
+        """Features and logits of a batch, images [B, 3, H, W] in `dtype`; the output is in it, too."""
+        with torch.no_grad():
+            return (self.fast if len(images) == self.full else self.plain)(images)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take up the weights and statistics that the network has now, in place: a compiled twin stays valid."""
+        done = set()
+        for (_, convolution, normalisation), (name, twin, _) in zip(
+            _pairs(self.network), _pairs(self.plain), strict=True
+        ):
+            mean, variance = normalisation.running_mean, normalisation.running_var
+            assert mean is not None
+            assert variance is not None
+            weight, bias = fusion.fuse_conv_bn_weights(
+                convolution.weight, None, mean, variance, normalisation.eps, normalisation.weight, normalisation.bias
+            )
+            twin.weight.copy_(weight)
+            twin.bias.copy_(bias)
+            done |= {f"{name}.weight", f"{name}.bias"}
+        own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        for tensors in (self.plain.named_parameters(), self.plain.named_buffers()):
+            for name, tensor in tensors:
+                if name not in done:
+                    tensor.copy_(own[name])
+
+
+def _pairs(network: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Every convolution that only a batch normalisation reads, by its name, with what stands in that one's place."""
+    for prefix, part in network.named_modules():
+        for convolution, normalisation in getattr(part, "normalised", {}).items():
+            yield f"{prefix}.{convolution}", part.get_submodule(convolution), part.get_submodule(normalisation)
+
+
+def _without_normalisation(network: Network, dtype: torch.dtype) -> Network:
+    """A copy whose folded convolutions have a bias, and an identity in the place of their normalisation."""
+    twin = copy.deepcopy(network).eval()
+    for part in twin.modules():
+        for name, normalisation in getattr(part, "normalised", {}).items():
+            setattr(part, name, _with_bias(part.get_submodule(name)))
+            setattr(part, normalisation, nn.Identity())
+    for parameter in twin.parameters():
+        if parameter.ndim:  # a cosine head's scale stays in float32, as in training
+            parameter.data = parameter.data.to(dtype)
+    return twin.requires_grad_(False)
+
+
+def _with_bias(old: Any) -> nn.Conv2d:
+    """A convolution of the same shape, without a factor per filter, which `refresh` multiplies in."""
+    new = nn.Conv2d(
+        old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
+        padding_mode=old.padding_mode, device="meta",  # where nothing is initialised, so no generator moves on
+    )  # fmt: skip
+    weight = old.weight.detach()
+    new.weight, new.bias = nn.Parameter(torch.empty_like(weight)), nn.Parameter(weight.new_empty(old.out_channels))
+    return new

@@ -1,0 +1,206 @@
+"""Where a published number may stand, and small real runs on one data set in four containers."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import yaml
+
+from fastil import cli, report
+from fastil.data import folder, published
+from fastil.data.catalog import open_source
+from fastil.data.records import canonical
+from fastil.fidelity import labelled
+from fastil.recipe import load, read_effective
+from fastil.tools.convert import convert, options_of
+from fastil.tools.reporting import Reporter
+
+CIFAR100 = Path(__file__).resolve().parents[1] / "../shared/data/cifar100-png.tar"
+
+
+def protocol(dataset="cifar100", **other):
+    """Of a run on the images published under this name."""
+    expected = published.table()[dataset]
+    splits = {
+        split: {"sha256": "", "images": part.images, "identity": other.get(split, part.identity)}
+        for split, part in (("train", expected.train), ("val", expected.val))
+    }
+    names = other.get("class_names", expected.class_names)
+    return {"dataset": {"name": dataset} | splits, "class_names": names}
+
+
+# Which recipe a run directory shows
+
+
+@pytest.mark.parametrize("overrides", [[], ["seed=3"], ["device=cpu", "compile=false"], ["precision=bf16"]])
+def test_an_unchanged_recipe_on_the_published_images_keeps_its_number(overrides):
+    shown = labelled(load("cifar100_balanced_5", overrides), protocol())
+    assert (shown.published, shown.fidelity) == (62.22, load("cifar100_balanced_5").fidelity)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "described", "changes"),
+    [
+        (["model=resnet8", "epochs=6"], {}, ["epochs=6", "model=resnet8"]),
+        (["loss=softmax"], {}, ["loss=softmax"]),
+        (["schedule=cosine"], {}, ["schedule=cosine"]),  # the milestones are not read any more, which says nothing new
+        (["method=lucir", "head=cosine", "last_relu=false"], {}, ["head=cosine", "last_relu=false", "method=lucir"]),
+        (["flip=false", "milestones=[0.5]"], {}, ["flip=false", "milestones=[0.5]"]),
+        ([], {"train": "pixels:0"}, ["other data"]),
+        ([], {"val": "pixels:0"}, ["other data"]),
+        ([], {"class_names": [f"class {i}" for i in range(100)]}, ["other data"]),
+        ([], {"train": None}, ["unidentified data"]),  # a run from before identities
+        (["epochs=6", "verify=false"], {"train": "pixels:0"}, ["epochs=6", "other data"]),
+    ],
+)
+def test_anything_else_is_labelled_with_what_was_modified(overrides, described, changes):
+    shown = labelled(load("cifar100_balanced_5", overrides), protocol(**described))
+    assert shown.published is None
+    head, _, listed = shown.fidelity.partition(": ")
+    assert (head, listed.split(", ")) == ("modified", changes)
+
+
+def test_no_edited_file_lets_a_number_slip_through(tmp_path):
+    changed = load("cifar100_balanced_5", ["epochs=6"])
+    assert "published: 62.22" in changed.dump()  # as older versions wrote it for every run
+    (tmp_path / "recipe.yaml").write_text(changed.dump())
+    assert labelled(read_effective(tmp_path / "recipe.yaml"), protocol()).published is None
+    (tmp_path / "recipe.yaml").write_text(load("cifar100_balanced_5").dump().replace("62.22", "99.9"))
+    assert labelled(read_effective(tmp_path / "recipe.yaml"), protocol()).published == 62.22
+    (tmp_path / "mine.yaml").write_text("base: cifar100_balanced_5\npublished: 99.9\n")
+    shown = labelled(load(str(tmp_path / "mine.yaml")), protocol())
+    assert shown.published is None
+    assert shown.fidelity.startswith("modified: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        ({}, True), ({"images": 1_281_166}, False), ({"identity": "changed:1"}, False), ({"identity": None}, False),
+        ({"identity": "pixels:1"}, False), ({"names": [f"class{i:04d}" for i in range(1000)]}, False),
+    ],
+)  # fmt: skip
+def test_imagenet_is_known_by_wnids_counts_and_untouched_files(change, known):
+    names = change.pop("names", [f"n{i:08d}" for i in range(1000)])
+    split = {"sha256": "", "images": 1_281_167, "identity": "stored:1"} | change
+    described = {"train": split, "val": {"sha256": "", "images": 50_000, "identity": "stored:2"}}
+    shown = labelled(load("imagenet_balanced_5"), {"dataset": described, "class_names": names})
+    assert shown.published == (66.45 if known else None)
+
+
+# Real runs
+
+
+SETTINGS = ["verify=false", "model=resnet8", "epochs=1", "base_classes=8", "increment=2", "order=alphabetical",
+            "batch_size=32", "exemplars_per_class=5", "compile=false", "device=cpu"]  # fmt: skip
+LABEL = ("modified: base_classes=8, batch_size=32, epochs=1, exemplars_per_class=5, increment=2, model=resnet8, "
+         "order=alphabetical, other data")  # fmt: skip
+CLASSES, PER_CLASS = 10, {"train": 20, "val": 10}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A part of CIFAR-100 as a folder; its images by split, class and name."""
+    if not CIFAR100.exists():
+        pytest.skip("no ../shared/data/cifar100-png.tar beside the repository")
+    root = tmp_path_factory.mktemp("images") / "folder"
+    source = open_source(CIFAR100)
+    for split, to in (("train", "train"), ("val", "test")):
+        records = getattr(source, split)
+        for label in range(CLASSES):
+            home = root / to / source.class_names[label]
+            home.mkdir(parents=True)
+            for i in np.flatnonzero(records.labels == label)[: PER_CLASS[split]]:
+                (home / records.name(i).rpartition("/")[2]).write_bytes(records.content(i))
+    return root
+
+
+def as_tar(images, root):
+    return shutil.make_archive(str(root / "x"), "tar", images)
+
+
+def as_beton(images, root):
+    convert(images, root / "x.beton", options_of(workers=1), Reporter())
+    return root / "x.beton"
+
+
+def as_parquet(images, root):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = sorted(path.name for path in (images / "train").iterdir())
+    for split in ("train", "test"):
+        files = sorted(images.glob(f"{split}/*/*"))
+        np.random.default_rng(0).shuffle(files)
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        content = pa.array([{"bytes": path.read_bytes(), "path": path.name} for path in files], kind)
+        labels = pa.array([names.index(path.parent.name) for path in files], pa.int64())
+        features = {"info": {"features": {"fine_label": {"names": names}}}}
+        table = pa.table({"img": content, "fine_label": labels})
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), root / f"{split}.parquet")
+    return root
+
+
+def run(data, out):
+    with mock.patch("fastil.report.draw_run"):  # figures take as long as the training
+        cli.run("cifar100_balanced_5", list(SETTINGS), data=str(data), out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def first(images, tmp_path_factory):
+    """A run directory, beside which lies what was printed."""
+    out = tmp_path_factory.mktemp("first") / "run"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        run(images, out)
+    out.with_name("printed").write_text(printed.getvalue())
+    return out
+
+
+@pytest.mark.parametrize("container", [as_tar, as_beton, as_parquet])
+def test_a_run_is_the_same_whatever_its_images_lie_in(images, first, tmp_path, container):
+    again = run(container(images, tmp_path), tmp_path / "run")
+    assert (again / "results.json").read_bytes() == (first / "results.json").read_bytes()
+    a, b = (json.loads((folder / "protocol.json").read_text()) for folder in (first, again))
+    assert a == b  # class order, names, counts, both kinds of hashes
+    assert (again / "memory/step_1.json").read_bytes() == (first / "memory/step_1.json").read_bytes()
+    assert a["dataset"]["train"]["identity"].startswith("pixels:")
+
+
+def test_the_ids_of_a_run_are_the_rows_of_its_converted_file(images, tmp_path):
+    source = open_source(as_beton(images, tmp_path))
+    assert canonical(source.train).tolist() == list(range(len(source.train)))
+    (decoded, labels), _ = folder.read(open_source(images), None, skip_corrupt=False)[0]
+    for i in range(0, len(labels), 7):
+        np.testing.assert_array_equal(source.train.content(i), decoded[i])
+        assert source.train.labels[i] == labels[i]
+
+
+def test_no_published_number_stands_anywhere_near_a_modified_run(first, tmp_path):
+    printed = first.with_name("printed").read_text()
+    assert LABEL in printed
+    written = yaml.safe_load((first / "recipe.yaml").read_text())
+    assert (written["published"], written["fidelity"]) == (None, LABEL)
+    text = report.write_report([first], tmp_path / "report", as_html=True)
+    assert LABEL in text
+    page = (tmp_path / "report/report.html").read_text()
+    assert LABEL in page
+    for shown in (printed, text, page, (tmp_path / "report/report.md").read_text()):
+        assert "62.22" not in shown
+
+
+def test_a_run_from_before_identities_can_be_read_and_resumed(first, images, tmp_path):
+    shutil.copytree(first, tmp_path / "run")
+    path = tmp_path / "run/protocol.json"
+    described = json.loads(path.read_text())
+    for split in ("train", "val"):
+        del described["dataset"][split]["identity"]
+    path.write_text(json.dumps(described))
+    assert "unidentified data" in report.read_run(tmp_path / "run").recipe.fidelity
+    cli.run("cifar100_balanced_5", list(SETTINGS), data=str(images), out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run/results.json").read_bytes() == (first / "results.json").read_bytes()
+    assert json.loads(path.read_text()) == json.loads((first / "protocol.json").read_text())

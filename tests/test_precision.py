@@ -1,0 +1,211 @@
+"""Which precision a run computes in, that it keeps it, and what stays float32."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TINY
+
+from fastil import compiling
+from fastil import device as devices
+from fastil.data import Split, make_loader
+from fastil.device import fastest_precision, multiplying_in, precision_note, settle_precision
+from fastil.errors import UserError
+from fastil.experiment import Experiment
+from fastil.plan import Key, Transform, training_plan
+from fastil.recipe import load, read_effective
+from fastil.report import group_runs, paired_gain, read_run
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def processor(monkeypatch, *flags):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(flags, True), raising=False)
+
+
+def gpu(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["amx_tile", "amx_bf16", "avx512_bf16"], "bf16"),
+        (["avx512_bf16", "avx512_f"], "fp32"),
+        (["avx2"], "fp32"),
+        ([], "fp32"),
+    ],
+)
+def test_auto_on_a_cpu_is_told_by_its_flags(flags, wanted, monkeypatch):
+    processor(monkeypatch, *flags)
+    assert settle_precision("auto", CPU) == fastest_precision(CPU) == wanted
+    assert settle_precision("fp32", CPU) == "fp32"
+    assert settle_precision("bf16", CPU) == "bf16"
+
+
+@pytest.mark.parametrize(("native", "wanted"), [(True, "bf16"), (False, "fp32")])
+def test_auto_on_cuda_is_bf16_where_it_is_native(native, wanted, monkeypatch):
+    gpu(monkeypatch, native)
+    assert settle_precision("auto", CUDA) == wanted
+    assert settle_precision("tf32", CUDA) == "tf32"
+    assert (precision_note("bf16", CUDA) is None) == native
+
+
+def test_a_torch_that_does_not_tell_its_flags_still_tells_amx(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert fastest_precision(CPU) == "bf16"
+    assert "amx_bf16" in devices.processor_name()
+
+
+@pytest.mark.parametrize(("flags", "slow"), [(["amx_bf16"], False), (["avx512_bf16"], False), (["avx2"], True)])
+def test_emulated_bf16_is_said_to_be_slow(flags, slow, monkeypatch):
+    processor(monkeypatch, *flags)
+    note = precision_note("bf16", CPU)
+    assert (note is not None) == slow
+    assert precision_note("fp32", CPU) is None
+    if note is not None:
+        assert "emulates" in note
+        assert "\n" not in note
+
+
+def test_tf32_needs_cuda_when_a_run_starts_and_computes_in_float32_where_it_is_resumed_without(monkeypatch):
+    with pytest.raises(UserError, match="precision=tf32: only CUDA"):
+        settle_precision("tf32", CPU)
+    assert "float32" in precision_note("tf32", CPU)
+    assert load("digits").settled(CPU, "tf32").train.precision == "tf32"
+
+
+def test_cuda_multiplies_as_the_precision_says_and_afterwards_as_before():
+    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
+    for precision, wanted in (("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")):
+        with multiplying_in(precision, CUDA):
+            assert [place.fp32_precision for place in places] == [wanted] * 2
+            with multiplying_in("fp32", CUDA):  # evaluation within a run
+                assert [place.fp32_precision for place in places] == ["ieee"] * 2
+            assert [place.fp32_precision for place in places] == [wanted] * 2
+        assert [place.fp32_precision for place in places] == before
+    with pytest.raises(ZeroDivisionError), multiplying_in("tf32", CUDA):
+        raise ZeroDivisionError
+    assert [place.fp32_precision for place in places] == before
+
+
+@pytest.mark.parametrize("backend", ["resident", "threads", "reference"])
+def test_loaders_write_the_type_that_is_asked_for_and_float32_otherwise(backend):
+    random = np.random.default_rng(0)
+    split = Split(random.integers(0, 256, (11, 9, 7, 3), dtype=np.uint8), np.arange(11) % 2)
+    transform = Transform(9, 7, pad=2, flip=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    loader = make_loader(split, backend, transform, "cpu")
+    plan = training_plan(np.arange(11), Key(0, 0, "train", 0), transform, 4, loader.sizes)
+    wide, narrow = list(loader.batches(plan)), list(loader.batches(plan, 0, torch.bfloat16))
+    for ours, theirs in zip(narrow, wide, strict=True):
+        assert theirs.images.dtype == torch.float32
+        assert torch.equal(ours.images, theirs.images.bfloat16())
+        assert torch.equal(ours.labels, theirs.labels)
+    loader.close()
+
+
+BRIEF = [*TINY, "base_classes=6", "increment=4", "epochs=1", "base_epochs=1", "device=cpu"]
+
+
+def test_only_training_sees_bfloat16(tmp_path, monkeypatch):
+    """Herding, class means and evaluation read float32 images and yield what float32 weights say of them."""
+    experiment = Experiment(load("digits", [*BRIEF, "precision=bf16", "predictor=nme"]), tmp_path / "run", False)
+    seen = {"student": set(), "teacher": set(), "frozen": set()}
+    for name, network in (
+        ("student", experiment.trainer.student),
+        ("teacher", experiment.trainer.folded_teacher.plain),
+        ("frozen", experiment.frozen.plain),
+    ):
+        network.register_forward_hook(
+            lambda module, inputs, out, name=name: seen[name].add((inputs[0].dtype, out.features.dtype))
+        )
+    monkeypatch.setattr(experiment, "compile", lambda: None)  # which counts the operations of a forward
+    experiment.run()
+    bf16, fp32 = (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)
+    assert seen == {"student": {bf16}, "teacher": {bf16}, "frozen": {fp32}}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_run_stores_its_precision_and_keeps_it_on_another_processor(tmp_path, monkeypatch, capsys):
+    processor(monkeypatch, "amx_bf16")
+    out = tmp_path / "run"
+    experiment = Experiment(load("digits", BRIEF), out, False)
+    monkeypatch.setattr(experiment, "run_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run()
+    assert read_effective(out / "recipe.yaml").train.precision == "bf16"
+    processor(monkeypatch, "avx2")
+    capsys.readouterr()
+    resumed = Experiment(load("digits", BRIEF), out, True)
+    assert resumed.trainer.precision == "bf16"
+    resumed.run()
+    assert capsys.readouterr().out.count("emulates it") == 1
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["precision"] == "bf16"
+
+
+def train(out, *overrides, resume=False, base=None):
+    return Experiment(load("digits", [*BRIEF, *overrides]), out, resume, base).run()
+
+
+def test_another_precision_is_refused_on_resume(tmp_path):
+    results = train(tmp_path / "run", "precision=bf16")
+    with pytest.raises(UserError, match="precision was bf16, now fp32"):
+        train(tmp_path / "run", "precision=fp32", resume=True)
+    assert train(tmp_path / "run", resume=True) == results
+
+
+def test_an_older_recipe_with_auto_means_what_it_meant(tmp_path):
+    for device, wanted in (("auto", "fp32"), ("cpu", "fp32"), ("cuda", "bf16"), ("cuda:1", "bf16")):
+        keys = yaml.safe_load(load("digits").dump()) | {"precision": "auto", "device": device}
+        path = tmp_path / f"{wanted}.yaml"
+        path.write_text(yaml.safe_dump(keys))
+        assert read_effective(path).train.precision == wanted
+
+
+def test_a_base_step_of_another_precision_is_not_taken(tmp_path):
+    train(tmp_path / "a", "precision=bf16")
+    with pytest.raises(UserError, match="precision is bf16 there and fp32 here"):
+        train(tmp_path / "b", "precision=fp32", base=tmp_path / "a")
+    assert not (tmp_path / "b").exists()
+
+
+def test_runs_of_two_precisions_are_rows_of_their_own_and_never_paired(tmp_path):
+    runs = {}
+    for precision in ("fp32", "bf16"):
+        for loss in ("softmax", "balanced"):
+            out = runs[precision, loss] = tmp_path / f"{precision}-{loss}"
+            train(out, f"precision={precision}", f"loss={loss}")
+    groups = group_runs([read_run(path) for path in runs.values()])
+    assert len(groups) == 4
+    assert sum("precision=bf16" in label for label in groups) == 2
+    assert len(paired_gain(groups)) == 2
+    mixed = [read_run(runs["fp32", "softmax"]), read_run(runs["bf16", "balanced"])]
+    assert paired_gain(group_runs(mixed)) == []
+
+
+def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def compile_network(network, example, *, train, use="training"):
+        asked.append((use, tuple(example.shape), example.dtype))
+        return (network, f"no header: {use} runs uncompiled") if use == "evaluation" else (network.forward, None)
+
+    monkeypatch.setattr(compiling, "compile_network", compile_network)
+    monkeypatch.setattr("fastil.trainer.compile_network", compile_network)
+    monkeypatch.setitem(compiling.REPAID_BY, "cpu", 0)
+    experiment = Experiment(load("digits", [*BRIEF, "compile=true", "precision=bf16"]), tmp_path / "run", False)
+    experiment.compile()
+    batch = experiment.recipe.train.batch_size
+    assert asked == [
+        ("training", (batch, 3, 8, 8), torch.bfloat16),
+        ("training", (batch, 3, 8, 8), torch.bfloat16),
+        ("evaluation", (256, 3, 8, 8), torch.float32),
+    ]
+    out = capsys.readouterr().out
+    assert "evaluation runs uncompiled" in out
+    assert "compiled in" in out
+    counts = np.bincount(experiment.dataset.val.labels)[experiment.protocol.order]
+    trained = np.bincount(experiment.dataset.train.labels)
+    assert experiment.frozen_visits() == trained.sum() + counts[:6].sum() + counts.sum()
