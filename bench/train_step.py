@@ -1,4 +1,4 @@
-"""Training throughput: fastil's loop beside its ceiling and beside the usual loop, in float32 and in bfloat16.
+"""Training throughput of fastil's loop, of its ceiling and of the usual loop, in float32 and in bfloat16.
 
 python -m bench.train_step [--rounds N] [--precision fp32 --precision bf16]
 

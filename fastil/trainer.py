@@ -41,7 +41,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
     compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
     checkpoint_every: int = 10  # epochs between checkpoints within a step, ...
-    checkpoint_minutes: float = 10.0  # ... and the longest time between them, in the middle of an epoch too
+    checkpoint_minutes: float = 10.0  # ... and the longest time between them while it trains, in an epoch too
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "lr", "checkpoint_every", "checkpoint_minutes"):
