@@ -258,11 +258,11 @@ def time_other(name: str, arguments: list[Any], rounds: int) -> dict[str, Any]:
     return results | {"relative_difference": max(errors)}
 
 
-def whole_step(device: torch.device, rounds: int) -> dict[str, Any]:
-    """ResNet-32, batch 128, bfloat16 autocast, a teacher, SGD: the step with the kernel and with the formulas."""
+def whole_step(device: torch.device, rounds: int, batch: int = 128) -> dict[str, Any]:
+    """ResNet-32, bfloat16 autocast, a teacher, SGD: the step with the kernel and with the formulas."""
     results = {}
-    images = torch.randn(128, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    call = make_call(Case(128, 104, 100, "fp32"), device, 0)
+    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    call = make_call(Case(batch, 104, 100, "fp32"), device, 0)
     for name in ("kernel", "formulas"):
         student, teacher = (build_network(ModelConfig("resnet32"), 104, seed).to(device) for seed in (0, 1))
         teacher.eval()
