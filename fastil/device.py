@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -114,17 +114,24 @@ def pixel_dtype(precision: Precision) -> torch.dtype:
 def multiplying_in(precision: Precision, device: torch.device) -> Iterator[None]:
     """Set how CUDA multiplies float32 tensors inside: in TF32 where that is the precision, otherwise as IEEE says.
 
-    Torch itself takes TF32 for convolutions. Its older switches (`allow_tf32`) raise inside. Nothing changes on a CPU.
+    Torch itself takes TF32 for convolutions. Nothing changes on a CPU.
     """
     if device.type != "cuda":
         yield
         return
-    places: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    places = cudnn.conv, cudnn.rnn, products
+
+    def set_to(precisions: Sequence[str]) -> None:
+        # First the older switches: torch.compile reads them, which raises where they do not agree with the newer ones.
+        cudnn.allow_tf32, products.allow_tf32 = precisions[0] == "tf32", precisions[-1] == "tf32"
+        for place, value in zip(places, precisions, strict=True):
+            place.fp32_precision = value
+
     before = [place.fp32_precision for place in places]
     try:
-        for place in places:
-            place.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        set_to(["tf32" if precision == "tf32" else "ieee"] * len(places))
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
+        set_to(before)

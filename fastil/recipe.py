@@ -60,7 +60,9 @@ assert len(KEYS) == sum(len(dataclasses.fields(config)) for config in PARTS.valu
 
 # What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
 RUNTIME_KEYS = {"data", "val", "verify", "memory", "device", "compile", "checkpoint_every", "checkpoint_minutes"}
-
+# What the machine or the source decides where it is left alone. A run keeps them, but is no other experiment by them:
+# whether images were left out is told by the data.
+INCIDENTAL_KEYS = {"precision", "loader", "on_corrupt"}
 
 Keys = dict[str, Any]
 
@@ -75,6 +77,7 @@ def _bilevel(keys: Keys) -> bool:
 
 # Beginnings of keys, the longer ones first, that are read beside some values of other keys only: when, and what to set.
 READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
+    "size": (lambda k: k["dataset"] in ("folder", "imagenet"), "dataset=folder"),
     "nca_margin": (lambda k: k["loss"] == "nca" and k["nca_variant"] == "paper", "loss=nca nca_variant=paper"),
     "nca_": (lambda k: k["loss"] == "nca", "loss=nca"),
     "meta_": (lambda k: k["loss"] == "meta_balanced", "loss=meta_balanced"),
@@ -176,7 +179,7 @@ class Recipe:
 
     def differences(self) -> dict[str, Any] | None:
         """The settings that differ from those of fastil's own recipe of this name, but for the seed, the runtime keys
-        and the precision, which is the machine's. None: no such recipe comes with it."""
+        and the incidental ones. None: no such recipe comes with it."""
         if self.name not in names():
             return None
         shipped = load(self.name)
@@ -185,7 +188,7 @@ class Recipe:
         return {
             key: value
             for key, value in self.keys().items()
-            if key in ours and key != "precision" and ours[key] != theirs[key] and value != written[key]
+            if key in ours and key not in INCIDENTAL_KEYS and ours[key] != theirs[key] and value != written[key]
         }
 
     def dump(self) -> str:

@@ -163,7 +163,8 @@ def describe(dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan]) ->
 
     def described(split: Split | Beton) -> dict[str, Any]:
         identity = None if split.identity is None else split.identity.text
-        return {"sha256": split.sha256, "images": len(split.labels), "identity": identity}
+        content = {"sha256": split.sha256, "images": len(split.labels), "identity": identity}
+        return content | ({"bytes": int(split.lengths.sum())} if isinstance(split, Beton) else {})
 
     return {
         "class_order": protocol.order.tolist(),

@@ -37,7 +37,10 @@ def protocol(dataset="cifar100", **other):
 # Which recipe a run directory shows
 
 
-@pytest.mark.parametrize("overrides", [[], ["seed=3"], ["device=cpu", "compile=false"], ["precision=bf16"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["seed=3"], ["device=cpu", "compile=false"], ["precision=bf16"], ["loader=resident"], ["on_corrupt=skip"]],
+)
 def test_an_unchanged_recipe_on_the_published_images_keeps_its_number(overrides):
     shown = labelled(load("cifar100_balanced_5", overrides), protocol())
     assert (shown.published, shown.fidelity) == (62.22, load("cifar100_balanced_5").fidelity)
@@ -78,18 +81,26 @@ def test_no_edited_file_lets_a_number_slip_through(tmp_path):
     assert shown.fidelity.startswith("modified: ")
 
 
+# The sizes of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, less what tar adds: a header of 512 bytes and half a
+# block of padding per image; for training images also an archive per class, which ends with up to 10 KiB of zeros.
+TRAIN_BYTES = 147_897_477_120 - 1_281_167 * 768 - 1000 * 5_600
+VAL_BYTES = 6_744_924_160 - 50_000 * 768
+
+
 @pytest.mark.parametrize(
     ("change", "known"),
     [
         ({}, True), ({"images": 1_281_166}, False), ({"identity": "changed:1"}, False), ({"identity": None}, False),
         ({"identity": "pixels:1"}, False), ({"names": [f"class{i:04d}" for i in range(1000)]}, False),
+        ({"bytes": TRAIN_BYTES // 3}, False),  # as of copies with a short side of 256 pixels
+        ({"bytes": 0}, False),
     ],
 )  # fmt: skip
 def test_imagenet_is_known_by_wnids_counts_and_untouched_files(change, known):
     names = change.pop("names", [f"n{i:08d}" for i in range(1000)])
-    split = {"sha256": "", "images": 1_281_167, "identity": "stored:1"} | change
-    described = {"train": split, "val": {"sha256": "", "images": 50_000, "identity": "stored:2"}}
-    shown = labelled(load("imagenet_balanced_5"), {"dataset": described, "class_names": names})
+    split = {"sha256": "", "images": 1_281_167, "identity": "stored:1", "bytes": TRAIN_BYTES} | change
+    val = {"sha256": "", "images": 50_000, "identity": "stored:2", "bytes": VAL_BYTES}
+    shown = labelled(load("imagenet_balanced_5"), {"dataset": {"train": split, "val": val}, "class_names": names})
     assert shown.published == (66.45 if known else None)
 
 

@@ -77,14 +77,16 @@ def test_tf32_needs_cuda_when_a_run_starts_and_computes_in_float32_where_it_is_r
 
 
 def test_cuda_multiplies_as_the_precision_says_and_afterwards_as_before():
-    places = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    places = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     before = [place.fp32_precision for place in places]
     for precision, wanted in (("fp32", "ieee"), ("bf16", "ieee"), ("tf32", "tf32")):
         with multiplying_in(precision, CUDA):
-            assert [place.fp32_precision for place in places] == [wanted] * 2
+            assert [place.fp32_precision for place in places] == [wanted] * 3
             with multiplying_in("fp32", CUDA):  # evaluation within a run
-                assert [place.fp32_precision for place in places] == ["ieee"] * 2
-            assert [place.fp32_precision for place in places] == [wanted] * 2
+                assert [place.fp32_precision for place in places] == ["ieee"] * 3
+            assert [place.fp32_precision for place in places] == [wanted] * 3
+            # torch.compile(mode="max-autotune") asks by these names, which raise where a newer one says something else
+            assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (wanted == "tf32")
         assert [place.fp32_precision for place in places] == before
     with pytest.raises(ZeroDivisionError), multiplying_in("tf32", CUDA):
         raise ZeroDivisionError

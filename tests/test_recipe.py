@@ -430,7 +430,8 @@ def test_a_wrong_value_in_an_effective_recipe_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [["seed=5"], ["device=cpu"], ["data=/somewhere"], ["val=/else"], ["compile=false"], ["checkpoint_every=1"],
-     ["checkpoint_minutes=0.5"], ["verify=false"], ["precision=bf16"], ["seed=1", "device=cuda", "data=x"],
+     ["checkpoint_minutes=0.5"], ["verify=false"], ["precision=bf16"], ["loader=resident"], ["on_corrupt=skip"],
+     ["seed=1", "device=cuda", "data=x"],
      ["epochs=250", "lr=1e-1", "loss=balanced"]],
 )  # fmt: skip
 def test_where_and_how_fast_it_runs_leave_a_recipe_as_shipped(overrides):
@@ -490,6 +491,7 @@ RELEASED, BILEVEL = (["loss=softmax", "method=mnemonics", f"mnemonics={m}", *COS
 NCA = ["loss=nca", "head=proxies"]
 # Of each key: settings beside which nothing reads it, and beside which something does.
 READ = {
+    "size=24": ([["dataset=cifar100"], ["dataset=idx"]], [["dataset=folder"], ["dataset=imagenet"]]),
     "nca_margin=0.5": ([["loss=softmax"], NCA], [[*NCA, "nca_variant=paper"]]),
     "nca_variant=released": ([["loss=balanced"]], [NCA]),
     "meta_lr=0.5": ([["loss=balanced"]], [["loss=meta_balanced"]]),

@@ -19,6 +19,7 @@ from fastil.errors import UserError
 SMOKE_TEST = "validation images are the training images: a smoke test, not a result"
 BUILT_IN = "brings its own validation images; leave --val out, or give --val same"
 PACKED = (".zip", ".7z", ".rar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst")
+CIFAR_FOLDERS = [folder for v in (cifar.CIFAR10, cifar.CIFAR100) for folder in (v.python_folder, v.binary_folder)]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def _detect_file(path: Path) -> str:
         raise UserError(f"{path}: compressed, so its images have no address; {tool} it first")
     if path.suffix != ".tar" and begin[257:262] != b"ustar":
         raise _unknown(path, "")
+    if begin.partition(b"/")[0].decode("ascii", "replace") in CIFAR_FOLDERS:
+        raise UserError(f"{path}: CIFAR's own archive; unpack it (tar -xf) and give the folder")
     if is_ilsvrc(path):
         return "ilsvrc"
     return "webdataset" if looks_like_webdataset(path) else "folder-tar"

@@ -320,6 +320,14 @@ def test_folder_archives_that_are_wrong(tmp_path):
     refused("not UTF-8", path=path)
 
 
+def test_cifars_own_archive_has_to_be_unpacked_even_without_its_gz(tmp_path):
+    for folder in ("cifar-100-python", "cifar-10-batches-bin"):
+        path = tmp_path / f"{folder}.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.addfile(tarfile.TarInfo(f"{folder}/test"))
+        refused(path.name, "unpack it (tar -xf)", path=path)
+
+
 def test_a_compressed_archive_has_to_be_unpacked_first(tmp_path):
     for name in ("a.tar.gz", "a.tgz", "a.tar"):
         (tmp_path / name).write_bytes(gzip.compress(tar_bytes(TREE)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import encoded
+from conftest import SOAK, encoded
 from making import write_tar
 
 from fastil.data import DataConfig, Split, folder, load_dataset, published
@@ -386,3 +386,11 @@ def test_the_real_test_images_are_known_and_one_changed_pixel_is_not():
     kept = np.arange(len(labels)) != 17
     found = published.differences(expected, source.class_names, train, of_pixels(images[kept], labels[kept]))
     assert "val has 1 image less of class apple (99 instead of 100)" in found
+
+
+@pytest.mark.skipif(not SOAK, reason="decodes 50,000 images: make soak")
+@pytest.mark.skipif(not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar beside the repository")
+def test_the_real_training_images_are_known():
+    source = open_source(CIFAR100)
+    ((images, labels), _), _ = folder.read(replace(source, val=source.val.take(np.arange(2))), None, skip_corrupt=False)
+    assert of_pixels(images, labels).text == SHIPPED["cifar100"].train.identity
