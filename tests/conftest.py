@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import Forks
+from forks import NO_FIGURES, Forks
 from PIL import Image
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
@@ -51,13 +51,19 @@ def forks():
 
 
 @pytest.fixture
-def fastil(forks, tmp_path):
+def figures():
+    """Whether runs that `fastil` and `start` begin draw figures. A file whose tests look at them says True."""
+    return False
+
+
+@pytest.fixture
+def fastil(forks, figures, tmp_path):
     """Run `fastil ...` in an empty folder; returns the finished process."""
 
     def run(*arguments, preexec_fn=None):
         command = ["-m", "fastil.cli", *map(str, arguments)]
         if preexec_fn is None:
-            return forks.run(command, tmp_path, environment())
+            return forks.run(command, tmp_path, environment() | ({} if figures else {NO_FIGURES: "1"}))
         return subprocess.run(
             [sys.executable, *command], cwd=tmp_path, env=environment(), capture_output=True, text=True,
             preexec_fn=preexec_fn,
@@ -67,14 +73,15 @@ def fastil(forks, tmp_path):
 
 
 @pytest.fixture
-def start(forks, tmp_path, tmp_path_factory):
+def start(forks, figures, tmp_path, tmp_path_factory):
     """Start `fastil ...` without waiting for it."""
     processes = []
 
     def begin(*arguments):
         output = tmp_path_factory.mktemp("output") / "text"
         output.touch()
-        processes.append(forks.start(["-m", "fastil.cli", *arguments], tmp_path, environment(), output))
+        variables = environment() | ({} if figures else {NO_FIGURES: "1"})
+        processes.append(forks.start(["-m", "fastil.cli", *arguments], tmp_path, variables, output))
         return processes[-1]
 
     yield begin

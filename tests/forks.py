@@ -24,6 +24,8 @@ PACKAGES = (
     "matplotlib.backends.backend_agg",
 )  # fmt: skip
 
+NO_FIGURES = "FORKS_DRAW_NO_FIGURES"  # in the environment of a process: its runs draw none, which takes them a second
+
 
 class Forks:
     """Starts processes as subprocess.Popen([sys.executable, *arguments]) does; close() ends what it forks from."""
@@ -121,6 +123,8 @@ def work(arguments, folder, environment, *outputs):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     option, code, *rest = arguments
     sys.path[0] = folder
+    if environment.get(NO_FIGURES):
+        importlib.import_module("fastil.report").draw_run = lambda run: None
     sys.argv = [option, *rest]
     status = 0
     try:

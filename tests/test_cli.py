@@ -14,6 +14,11 @@ import yaml
 from conftest import TINY, assert_user_error, make_folder
 
 
+@pytest.fixture
+def figures(request):
+    return request.function is test_run_writes_the_whole_run_directory
+
+
 def test_run_writes_the_whole_run_directory(fastil, tmp_path):
     process = fastil("run", "digits", "seed=3", *TINY)
     assert process.returncode == 0, process.stderr

@@ -24,7 +24,7 @@ from fastil.experiment import Experiment
 from fastil.recipe import load
 
 SETTINGS = [
-    "digits", "base_classes=6", "increment=2", "epochs=3", "base_epochs=3", "batch_size=16", "checkpoint_every=1",
+    "digits", "base_classes=6", "increment=2", "epochs=3", "base_epochs=3", "batch_size=32", "checkpoint_every=1",
     "exemplars_per_class=3",
 ]  # fmt: skip
 STEPS, EPOCHS = 3, 9  # of the whole run
@@ -108,7 +108,7 @@ trainer.time = types.SimpleNamespace(perf_counter=time.perf_counter, monotonic=l
 
 def killed(*arguments):
     updates.append(1)
-    if len(updates) == 62:
+    if len(updates) == 42:
         os.kill(os.getpid(), signal.SIGKILL)
     train_step(*arguments)
 
@@ -126,7 +126,7 @@ def test_killed_after_a_checkpoint_by_time_resume_goes_on_there(fastil, tmp_path
     state = torch.load(tmp_path / "run/checkpoints/last.pt", weights_only=True)
     # Read as training begins, before every batch and after a checkpoint: so before batches 9, 19, ... of the run.
     images = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])["images"]
-    epoch, batch = divmod(59, -(-images // 16))
+    epoch, batch = divmod(39, -(-images // 32))
     assert epoch == 1
     assert batch > 0
     assert state["position"] == [0, "train", epoch, batch]
