@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +89,18 @@ def start(forks, figures, tmp_path, tmp_path_factory):
     for process in processes:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def forked_runs(forks):
+    """What `fastil reproduce` starts in this process is a fork: runs without the seconds that imports take."""
+
+    def popen(command, stdout, stderr, env, start_new_session):
+        return forks.start(command[1:], Path.cwd(), env | {NO_FIGURES: "1"}, stdout.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastil.reproduce.subprocess", SimpleNamespace(Popen=popen))
+        yield
 
 
 @pytest.fixture(scope="module")

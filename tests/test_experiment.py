@@ -16,7 +16,7 @@ from fastil.report import group_runs, paired_gain, read_run
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
-QUICK = ["epochs=12", "base_epochs=8", "batch_size=16", "base_classes=5", "increment=5", "device=cpu"]
+QUICK = ["epochs=8", "base_epochs=5", "batch_size=16", "base_classes=5", "increment=5", "device=cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fastil.trainer import Stopped
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
-QUICK = ["epochs=3", "base_epochs=2", "batch_size=16", "base_classes=6", "increment=2", "exemplars_per_class=6"]
+QUICK = ["epochs=3", "base_epochs=2", "batch_size=32", "base_classes=6", "increment=2", "exemplars_per_class=6"]
 META = ["loss=meta_balanced", "meta_every=3", "meta_lr=20", "meta_share=0.3"]
 FINETUNE = ["loss=softmax", "correction=balanced_finetuning", "finetune_epochs=3"]
 SAME = [
@@ -66,7 +66,7 @@ def finetuned(tmp_path_factory):
     return run_of(tmp_path_factory.mktemp("finetuned") / "run", *FINETUNE)
 
 
-@pytest.mark.parametrize("stop_at", [("train", 1, 2), ("train", 1, 25), ("train", 2, 40)])
+@pytest.mark.parametrize("stop_at", [("train", 1, 2), ("train", 1, 25), ("train", 2, 25)])
 def test_a_stopped_meta_run_goes_on_with_its_alpha(meta, tmp_path, stop_at):
     with pytest.raises(Stopped):
         run_of(tmp_path / "run", *META, stop_at=stop_at)
@@ -74,7 +74,7 @@ def test_a_stopped_meta_run_goes_on_with_its_alpha(meta, tmp_path, stop_at):
     assert_same(tmp_path / "run", meta)
 
 
-@pytest.mark.parametrize("stop_at", [("correct", 1, 1), ("correct", 1, 4), ("correct", 2, 6), ("train", 2, 5)])
+@pytest.mark.parametrize("stop_at", [("correct", 1, 1), ("correct", 1, 4), ("correct", 2, 5), ("train", 2, 5)])
 def test_a_stopped_finetuning_goes_on(finetuned, tmp_path, stop_at):
     with pytest.raises(Stopped):
         run_of(tmp_path / "run", *FINETUNE, stop_at=stop_at)
@@ -120,7 +120,7 @@ def test_held_out_images_are_balanced_and_not_trained_on(tmp_path):
         of_step = seen.setdefault(phase.step, (set(), set()))
         of_step[0].update(batch.ids.tolist())
         if held_out is not None:
-            assert len(held_out.ids) == 16
+            assert len(held_out.ids) == 32
             of_step[1].update(held_out.ids.tolist())
         train_step(phase, update, batch, held_out)
 

@@ -9,12 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import SOAK
-from forks import NO_FIGURES
 from sklearn.datasets import load_digits
 
 from fastil import recipe, reproduce, tables, worklist
@@ -51,16 +49,7 @@ CONTENT = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forked(forks):
-    """What this process starts is a fork (forks.py): runs without the seconds that imports take."""
-
-    def popen(command, stdout, stderr, env, start_new_session):
-        return forks.start(command[1:], Path.cwd(), env | {NO_FIGURES: "1"}, stdout.name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=popen))
-        yield
+pytestmark = pytest.mark.usefixtures("forked_runs")
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +171,7 @@ def start(name, out):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGINT, *([signal.SIGTERM] if SOAK else [])])
 def test_a_stopped_table_goes_on_to_the_same_results(trained, tmp_path, number):
     finished, _, _, _ = trained
     process = start("small", tmp_path)
@@ -196,9 +185,8 @@ def test_a_stopped_table_goes_on_to_the_same_results(trained, tmp_path, number):
     assert "the same command goes on" in said
     assert "Traceback" not in said
     _, table, _, _ = trained
-    rows = ("softmax", "balanced", "alpha_0.5")[: None if SOAK or number == signal.SIGTERM else 1]
-    assert reproduce.reproduce(table, table.entries[: len(rows)], [0], tmp_path, None)[1] == 0
-    for row in rows:
+    assert reproduce.reproduce(table, table.entries, [0], tmp_path, None)[1] == 0
+    for row in ("softmax", "balanced", "alpha_0.5"):
         for name in ("results.json", "metrics.jsonl", "memory/step_2.json"):
             path = f"digits/{row}-s0/{name}"
             assert (tmp_path / path).read_bytes() == (finished / path).read_bytes(), path

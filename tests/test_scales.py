@@ -160,6 +160,7 @@ def test_several_runs_at_once_have_one_thread_each(jobs, threads, tmp_path, monk
     assert started == [threads] * 3
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_a_scale_from_the_command_line_to_the_table(tmp_path, monkeypatch, capsys):
     """One run at a scale that overrides its rows, of one seed by name, beside another scale's folder of that name."""
     monkeypatch.setattr(tables, "read_tables", lambda: CONTENT)

@@ -25,7 +25,7 @@ from fastil.tools import journal as tool_journal
 from fastil.tools.pool import Pool, WorkerDied
 from fastil.tools.reporting import Reporter
 
-KILLS = 20 if SOAK else 4
+KILLS = 20 if SOAK else 2
 EVERY = 1 if SOAK else 5  # of the places between two calls of the system where a run is killed
 JOURNALS = 2000 if SOAK else 60
 SOME_BYTES = 1500  # between commits
