@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SOAK
 
 from bench import kernels, loss_contestants
 from bench.gpu_timing import percentiles
@@ -129,19 +130,21 @@ def test_inductor_generates_code_for_a_gpu_that_is_not_there():
         "import json\n"
         "from bench.launch_counts import count_compiled\n"
         "from bench.loss_contestants import Case\n"
-        "print(json.dumps([count_compiled(Case(128, 104, 100, d)).bytes for d in ('fp32', 'bf16')]))"
+        f"print(json.dumps([count_compiled(Case(128, 104, 100, d)).bytes for d in {('fp32', 'bf16')[not SOAK :]}]))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    single, half = json.loads(done.stdout)
-    assert 2 <= len(single) == len(half) <= 20
+    *single, half = json.loads(done.stdout)
+    assert 2 <= len(half) <= 20
     logits = 128 * 104
     # Forward and backward both read logits and teacher, and one writes the gradient.
-    assert 5 * logits * 4 <= sum(single) <= 40 * logits
     assert 5 * logits * 2 <= sum(half) <= 26 * logits
+    for moved in single:
+        assert len(moved) == len(half)
+        assert 5 * logits * 4 <= sum(moved) <= 40 * logits
 
 
 def test_a_part_that_cannot_be_counted_says_why(monkeypatch):

@@ -133,7 +133,7 @@ def test_all_blank_images_are_picked_in_order(n, herd, limit):
 def test_the_lower_one_of_two_equal_images_is_picked_first(herd, limit):
     """DESIGN section 5: ties to the lowest id. Equal images tie in exact arithmetic, whatever their features are; of
     60 images in equal pairs the first 20 picks are among the first 30."""
-    for seed in range(20):
+    for seed in range(20 if SOAK else 6):
         rows = unit_rows(np.random.default_rng(seed).standard_normal((30, 16)))
         assert max(picks_of(np.concatenate((rows, rows)), 20, herd)) < 30
 
