@@ -27,7 +27,7 @@ test: .venv/dev .venv/ffcv .venv/dali
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
-	$(BIN)/python -m fastil.tools.aot --check
+	$(BIN)/python -m fastil.kernels.aot --check
 	$(MAKE) --no-print-directory test-oldest-triton
 
 # The kernels once more, with the oldest Triton that they support and the numpy it needs, which lie in a folder in front of
@@ -36,7 +36,7 @@ OLDEST := build/triton-3.6.0
 LAUNCHES := tests/kernels/test_sanitized.py tests/kernels/test_registration.py
 test-oldest-triton: .venv/dev $(OLDEST)/done
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(BIN)/pytest $(if $(FASTIL_SOAK),-n auto --dist loadfile tests/kernels,$(LAUNCHES))
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastil.tools.aot --check $(if $(FASTIL_SOAK),,--arch 90)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m fastil.kernels.aot --check $(if $(FASTIL_SOAK),,--arch 90)
 
 $(OLDEST)/done:
 	$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) triton==3.6.0 'numpy<2.4'

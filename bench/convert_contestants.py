@@ -89,7 +89,7 @@ def main() -> None:
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     own = own_peak()
 
-    from fastil.data.beton import Beton
+    from fastil.data.formats.beton import Beton
 
     with Beton(out) as beton:
         images = len(beton)

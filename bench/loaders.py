@@ -33,9 +33,9 @@ from bench.convert import read_arguments, spread_out
 from bench.convert_contestants import own_peak
 from bench.harness import ratio, save, show, spread, take_turns
 from fastil.data import make_loader
-from fastil.data.beton import Beton
-from fastil.data.loaders import installed
-from fastil.data.streaming import Streaming
+from fastil.data.formats.beton import Beton
+from fastil.data.loaders.choose import installed
+from fastil.data.loaders.streaming import Streaming
 from fastil.plan import AREA, ATTEMPTS, RATIO, Key, Transform, training_plan
 
 WORKERS, BATCH, SIDE = 2, 64, 224
@@ -241,7 +241,7 @@ def at_scale(samples: int) -> dict[str, float]:
 
 
 def write_tables_of(samples: int, path: str) -> None:
-    from fastil.data import beton
+    from fastil.data.formats import beton
 
     entries = np.zeros(samples, beton.ENTRY)
     entries["size"], entries["width"], entries["height"] = 100_000, 500, 375

@@ -25,10 +25,10 @@ from fastil.device import pick_device
 from fastil.methods import METHOD_PARTS, METHODS, MetaAlpha, StepContext, Tpcil, build_method
 from fastil.methods.meta import UpdateContext
 from fastil.models import Output, build_network
+from fastil.optimiser import Update
 from fastil.plan import EpochPlan, Key, training_plan
 from fastil.recipe import Recipe, load
-from fastil.trainer import BeforeUpdate, Phase, Trainer
-from fastil.update import Update
+from fastil.training.trainer import BeforeUpdate, Phase, Trainer
 
 ROWS: dict[str, list[str]] = {  # overrides of the CIFAR-100 recipe of that name
     "il_baseline": [], "balanced": [], "meta": [], "icarl": [], "icarl_bce": [], "bic": [], "lucir": [],

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from bench.harness import save
-from fastil.report import read_run
-from fastil.statistics import average_accuracy, paired_interval
-from fastil.tables import predictions
+from fastil.reporting.report import read_run
+from fastil.reproduce.bootstrap import average_accuracy, paired_interval
+from fastil.reproduce.tables import predictions
 
 METHODS = {
     "IL-Baseline": ["loss=softmax"],

@@ -31,14 +31,14 @@ from bench.convert import read_arguments, spread_out
 from bench.harness import ratio, save, show, spread, take_turns
 from bench.loaders import BATCH, SIDE, TRANSFORM, convert
 from fastil.data import Loader, Split
-from fastil.data.beton import Beton
-from fastil.data.resident import Resident
-from fastil.data.threads import Threads
+from fastil.data.formats.beton import Beton
+from fastil.data.loaders.resident import Resident
+from fastil.data.loaders.threads import Threads
 from fastil.device import keep_freed_memory
 from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
 from fastil.models import ModelConfig, Network
 from fastil.plan import EpochPlan, Key, Transform, training_plan
-from fastil.trainer import Phase, TrainConfig, Trainer
+from fastil.training.trainer import Phase, TrainConfig, Trainer
 
 CLASSES, GOAL = 8, 1.05
 STRIDES = (2, 4)

@@ -49,11 +49,11 @@ def run(
 ) -> None:
     """Train one recipe."""
     from fastil.device import keep_freed_memory
-    from fastil.experiment import Experiment
     from fastil.fidelity import had_published
     from fastil.recipe import load
-    from fastil.report import read_run
-    from fastil.trainer import Stopped
+    from fastil.reporting.report import read_run
+    from fastil.training.experiment import Experiment
+    from fastil.training.trainer import Stopped
 
     loaded = load(recipe, overrides or [], data=data, val=val)
     folder = out or Path("runs") / f"{loaded.name}-s{loaded.train.seed}"
@@ -79,8 +79,8 @@ def run(
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val: Val = None) -> None:
     """Print what a recipe would do, without training."""
-    from fastil.planning import describe
     from fastil.recipe import load
+    from fastil.training.estimate import describe
 
     print(describe(load(recipe, overrides or [], data=data, val=val)))
 
@@ -88,7 +88,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val
 @app.command()
 def recipes() -> None:
     """List the recipes with the published accuracy and how faithful they are."""
-    from fastil.catalogue import catalogue
+    from fastil.reporting.recipe_list import catalogue
 
     print(catalogue())
 
@@ -100,7 +100,7 @@ def download(
     url: Annotated[str | None, typer.Option(help="A mirror of the archive.", show_default=False)] = None,
 ) -> None:
     """Fetch a public data set, with progress, resume and checksum."""
-    from fastil.data.download import download as fetch
+    from fastil.data.formats.download import download as fetch
 
     print(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
 
@@ -230,7 +230,7 @@ def report(
     html: Annotated[bool, typer.Option("--html", help="Also one self-contained page, report.html, in --out.")] = False,
 ) -> None:
     """Put runs side by side, with the published numbers where a recipe has them."""
-    from fastil.report import write_report
+    from fastil.reporting.report import write_report
 
     print(write_report(runs, out, html))
 
@@ -270,9 +270,9 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; train nothing.")] = False,
 ) -> None:
     """Train the runs that a table of the paper needs, and write it."""
-    from fastil import reproduce as reproduction
-    from fastil import tables
-    from fastil.worklist import WorkList
+    from fastil.reproduce import scheduler as reproduction
+    from fastil.reproduce import tables
+    from fastil.reproduce.worklist import WorkList
 
     chosen = tables.table_of(tables.read_tables(), table, scale)
     entries = tables.only(chosen, only or [], steps)

@@ -9,8 +9,8 @@ import time
 import numpy as np
 from PIL import Image
 
-from fastil.compiling import has_cxx_compiler
 from fastil.data.sources import FASHION_MNIST
+from fastil.training.compiling import has_cxx_compiler
 
 TIMED = 12  # decodes
 
@@ -83,8 +83,8 @@ def _precision() -> list[str]:
 
 def _streaming(gpu: bool) -> list[str]:
     """How fast these cores read images from a .beton, and what would be faster."""
-    from fastil.data.loaders import GPU_RATE, cpu_rate, installed
-    from fastil.data.streaming import default_workers
+    from fastil.data.loaders.choose import GPU_RATE, cpu_rate, installed
+    from fastil.data.loaders.streaming import default_workers
 
     large, small = (float(f"{_images_per_second(*size):.2g}") for size in ((375, 500), (256, 256)))
     lines = [
@@ -107,8 +107,8 @@ def _images_per_second(height: int, width: int) -> float:
     import simplejpeg
     import torch
 
-    from fastil.data.frames import scaled
-    from fastil.data.streaming import default_workers
+    from fastil.data.loaders.frames import scaled
+    from fastil.data.loaders.streaming import default_workers
 
     noise = np.random.default_rng(0).normal(128, 40, (height // 4, width // 4, 3)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()

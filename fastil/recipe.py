@@ -39,7 +39,7 @@ from fastil.methods import (
 from fastil.models import ModelConfig
 from fastil.plan import SamplerConfig
 from fastil.protocol import ProtocolConfig
-from fastil.trainer import TrainConfig
+from fastil.training.trainer import TrainConfig
 
 PARTS: dict[str, type] = {
     "data": DataConfig,

@@ -18,11 +18,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent.parent
+SHARED = ROOT.resolve() / "../shared/data"  # real images, where there are some
 SOAK = bool(os.environ.get("FASTIL_SOAK"))  # `make soak`: full counts
 # Files of minutes, which begin first, so that the processes of the suite end together.
 SLOWEST = (
     "test_runs", "test_reproduce", "test_parts", "test_crash_safety", "test_kill", "test_fuzz", "test_trainer",
-    "test_cli", "test_herd", "test_pod_spatial", "test_convert", "test_incremental_loss", "test_page",
+    "test_cli", "test_herd", "test_pod_spatial", "test_convert", "test_incremental_loss", "test_html",
 )  # fmt: skip
 TINY = ["epochs=2", "base_epochs=2", "batch_size=64"]  # seconds instead of minutes; the digits recipe otherwise
 
@@ -99,7 +100,7 @@ def forked_runs(forks):
         return forks.start(command[1:], Path.cwd(), env | {NO_FIGURES: "1"}, stdout.name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastil.reproduce.subprocess", SimpleNamespace(Popen=popen))
+        patch.setattr("fastil.reproduce.scheduler.subprocess", SimpleNamespace(Popen=popen))
         yield
 
 
@@ -107,7 +108,7 @@ def forked_runs(forks):
 def without_figures():
     """Runs in this process draw none, which takes them a quarter of their time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastil.report.draw_run", lambda folder: None)
+        patch.setattr("fastil.reporting.report.draw_run", lambda folder: None)
         yield
 
 

@@ -214,8 +214,8 @@ def test_a_cifar_file_cut_short_or_malicious_is_refused_and_runs_nothing(fastil,
 
 
 def test_without_a_cxx_compiler_training_runs_and_says_so(tmp_path, monkeypatch, capsys):
-    from fastil.experiment import Experiment
     from fastil.recipe import load
+    from fastil.training.experiment import Experiment
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

@@ -4,23 +4,25 @@ import contextlib
 import io
 import json
 import shutil
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
+from conftest import SHARED
 
-from fastil import cli, report
-from fastil.data import folder, published
-from fastil.data.catalog import open_source
-from fastil.data.records import canonical
+from fastil import cli
+from fastil.data import published
+from fastil.data.formats import folder
+from fastil.data.formats.detect import open_source
+from fastil.data.formats.records import canonical
 from fastil.fidelity import labelled
 from fastil.recipe import load, read_effective
+from fastil.reporting import report
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
-CIFAR100 = Path(__file__).resolve().parents[1] / "../shared/data/cifar100-png.tar"
+CIFAR100 = SHARED / "cifar100-png.tar"
 
 
 def protocol(dataset="cifar100", **other):
@@ -156,7 +158,7 @@ def as_parquet(images, root):
 
 
 def run(data, out):
-    with mock.patch("fastil.report.draw_run"):  # figures take as long as the training
+    with mock.patch("fastil.reporting.report.draw_run"):  # figures take as long as the training
         cli.run("cifar100_balanced_5", list(SETTINGS), data=str(data), out=out)
     return out
 

@@ -6,15 +6,15 @@ import torch
 import yaml
 from conftest import TINY
 
-from fastil import compiling
 from fastil import device as devices
 from fastil.data import Split, make_loader
 from fastil.device import fastest_precision, multiplying_in, precision_note, settle_precision
 from fastil.errors import UserError
-from fastil.experiment import Experiment
 from fastil.plan import Key, Transform, training_plan
 from fastil.recipe import load, read_effective
-from fastil.report import group_runs, paired_gain, read_run
+from fastil.reporting.report import group_runs, paired_gain, read_run
+from fastil.training import compiling
+from fastil.training.experiment import Experiment
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -195,7 +195,7 @@ def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled
         return (network, f"no header: {use} runs uncompiled") if use == "evaluation" else (network.forward, None)
 
     monkeypatch.setattr(compiling, "compile_network", compile_network)
-    monkeypatch.setattr("fastil.trainer.compile_network", compile_network)
+    monkeypatch.setattr("fastil.training.trainer.compile_network", compile_network)
     monkeypatch.setitem(compiling.REPAID_BY, "cpu", 0)
     experiment = Experiment(load("digits", [*BRIEF, "compile=true", "precision=bf16"]), tmp_path / "run", False)
     experiment.compile()

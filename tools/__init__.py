@@ -1,1 +1,1 @@
-"""Data set conversion, verification and checks that run ahead of time."""
+"""Data set conversion and verification."""

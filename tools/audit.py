@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.data.beton import ENTRY, PLACE, data_start, page_size_for, place
-from fastil.data.records import Extent, Files, Records, Source, is_sequential
+from fastil.data.formats.beton import ENTRY, PLACE, data_start, page_size_for, place
+from fastil.data.formats.records import Extent, Files, Records, Source, is_sequential
 from fastil.errors import UserError
 from fastil.tools.files import reading_order
 from fastil.tools.images import LOSSLESS, SMALL_FILE, Head, Item, Prepared, Storage, look, prepare, small_lossless

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastil.data.records import Ids, Records, Source, canonical
+from fastil.data.formats.records import Ids, Records, Source, canonical
 from fastil.errors import UserError
 from fastil.protocol import imagenet_subset
 

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from fastil.data import beton
-from fastil.data.catalog import open_source
-from fastil.data.manifest import manifest_path, read_manifest
-from fastil.data.records import is_sequential
+from fastil.data.formats import beton
+from fastil.data.formats.detect import open_source
+from fastil.data.formats.manifest import manifest_path, read_manifest
+from fastil.data.formats.records import is_sequential
 from fastil.errors import UserError
 from fastil.tools.audit import (
     Audit,

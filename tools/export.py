@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastil.data.beton import RAW, Beton
-from fastil.data.records import Ids
+from fastil.data.formats.beton import RAW, Beton
+from fastil.data.formats.records import Ids
 from fastil.errors import UserError
 
 

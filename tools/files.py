@@ -17,8 +17,8 @@ import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
-from fastil.data.beton import place
-from fastil.data.records import Files, Ids, Listing, Records
+from fastil.data.formats.beton import place
+from fastil.data.formats.records import Files, Ids, Listing, Records
 from fastil.errors import UserError
 from fastil.tools.reporting import Reporter
 

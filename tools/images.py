@@ -9,8 +9,8 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastil.data import pixels
-from fastil.data.records import Extent
+from fastil.data.formats import pixels
+from fastil.data.formats.records import Extent
 
 LARGEST = 1 << 29  # bytes of an image file; an uncompressed one of the most pixels that are taken has fewer
 HEAD = 1 << 13  # bytes that are read of an image whose header is wanted; most have it in them

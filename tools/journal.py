@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.data.beton import ENTRY
-from fastil.data.records import Files, Records
+from fastil.data.formats.beton import ENTRY
+from fastil.data.formats.records import Files, Records
 from fastil.errors import UserError
 
 HEAD = np.dtype([("crc32", "<u4"), ("length", "<u4"), ("line", "<u4")])

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from isal.isal_zlib import crc32
 
-from fastil.data.beton import HEADER, RAW, ROW, TABLE, VERSION, Beton
-from fastil.data.manifest import manifest_path, read_manifest
-from fastil.data.pixels import check_decodes, open_image
-from fastil.data.records import Extent, Ids
+from fastil.data.formats.beton import HEADER, RAW, ROW, TABLE, VERSION, Beton
+from fastil.data.formats.manifest import manifest_path, read_manifest
+from fastil.data.formats.pixels import check_decodes, open_image
+from fastil.data.formats.records import Extent, Ids
 from fastil.errors import UserError
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter

@@ -20,9 +20,9 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from PIL import features
 
-from fastil.data import beton
-from fastil.data.manifest import FORMAT, Changed, Manifest, manifest_path
-from fastil.data.records import Extent, Records, Source
+from fastil.data.formats import beton
+from fastil.data.formats.manifest import FORMAT, Changed, Manifest, manifest_path
+from fastil.data.formats.records import Extent, Records, Source
 from fastil.errors import UserError
 from fastil.tools.audit import Audit, chunks, item_of, planned
 from fastil.tools.files import Pages, ReadBack, sync_folder, write_synced

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastil.data.batch import Batch
-    from fastil.data.loaders import Loader, make_loader
+    from fastil.data.loaders.batch import Batch
+    from fastil.data.loaders.choose import Loader, make_loader
     from fastil.data.sources import DataConfig, Dataset, Split, load_dataset
 
 # Imported when asked for: the loaders bring torch, which the command line tools of this package do without.
 _HOMES = {
-    "Batch": "batch", "Loader": "loaders", "make_loader": "loaders", "DataConfig": "sources",
+    "Batch": "loaders.batch", "Loader": "loaders.choose", "make_loader": "loaders.choose", "DataConfig": "sources",
     "Dataset": "sources", "Split": "sources", "load_dataset": "sources",
 }  # fmt: skip
 

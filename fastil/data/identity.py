@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from fastil.data.manifest import Manifest
+    from fastil.data.formats.manifest import Manifest
 
 Ids = NDArray[np.int64]
 BYTES = 16  # of the digest of an image or of a class

@@ -16,12 +16,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.data import cifar, folder, published
-from fastil.data.beton import Beton, check_same_classes, val_path_of
-from fastil.data.catalog import KINDS, PACKED, detect, open_source
+from fastil.data import published
+from fastil.data.formats import cifar, folder
+from fastil.data.formats.beton import Beton, check_same_classes, val_path_of
+from fastil.data.formats.detect import KINDS, PACKED, detect, open_source
+from fastil.data.formats.idx import read as read_idx_files
+from fastil.data.formats.records import SAME, ByClass, Source, relabelled
 from fastil.data.identity import Identity, of_pixels
-from fastil.data.idx import read as read_idx_files
-from fastil.data.records import SAME, ByClass, Source, relabelled
 from fastil.errors import UserError
 
 BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")  # what reads the images of a split

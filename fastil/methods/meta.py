@@ -32,7 +32,7 @@ from fastil.kernels import alpha_hypergradient, incremental_loss_grad
 from fastil.losses import balanced_cross_entropy
 from fastil.methods.method import Meter, Method
 from fastil.models import Network, Output
-from fastil.update import Update
+from fastil.optimiser import Update
 
 DIFFERENCE = 1e-2  # length of the step to each side in parameter space, for float32
 

@@ -4,23 +4,23 @@ import io
 import json
 import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SOAK, encoded
+from conftest import SHARED, SOAK, encoded
 from making import write_tar
 
-from fastil.data import DataConfig, Split, folder, load_dataset, published
-from fastil.data.beton import Beton
-from fastil.data.catalog import open_source
+from fastil.data import DataConfig, Split, load_dataset, published
+from fastil.data.formats import folder
+from fastil.data.formats.beton import Beton
+from fastil.data.formats.detect import open_source
+from fastil.data.formats.records import canonical
 from fastil.data.identity import Identity, of_pixels
-from fastil.data.records import canonical
 from fastil.errors import UserError
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
-CIFAR100 = Path(__file__).resolve().parents[2] / "../shared/data/cifar100-png.tar"
+CIFAR100 = SHARED / "cifar100-png.tar"
 NAMES = ["apple", "bear", "crab_pot", "dog"]
 TRAIN, VAL = (5, 4, 5, 6), (2, 2, 2, 2)  # images of each class
 RANDOM = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_runs import BRIEF, COSINE, FINETUNED, METHODS, run
 
-from fastil import checkpoint
+from fastil import files
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -43,7 +43,7 @@ def test_it_runs_to_its_end(name, tmp_path):
 def test_killed_and_resumed_it_ends_bit_for_bit_alike(name, tmp_path, monkeypatch):
     overrides = [*BF16, *COMBINATIONS[name], "epochs=2"]
     results = run(overrides, tmp_path / "whole")
-    save = checkpoint.save
+    save = files.save
 
     class Killed(Exception):
         pass
@@ -53,10 +53,10 @@ def test_killed_and_resumed_it_ends_bit_for_bit_alike(name, tmp_path, monkeypatc
         if state.get("position") == [1, "train", 1, 0]:
             raise Killed
 
-    monkeypatch.setattr(checkpoint, "save", until)
+    monkeypatch.setattr(files, "save", until)
     with pytest.raises(Killed):
         run(overrides, tmp_path / "killed")
-    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(files, "save", save)
     overrides.remove("precision=bf16")  # the run keeps it
     assert run(overrides, tmp_path / "killed", resume=True) == results
     for file in ("results.json", "metrics.jsonl", "memory/step_1.json"):

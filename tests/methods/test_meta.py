@@ -13,8 +13,8 @@ from fastil.device import autocast, pixel_dtype
 from fastil.methods import ILBaseline, LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
 from fastil.methods.meta import UpdateContext
 from fastil.models import Folded, ModelConfig, build_network
+from fastil.optimiser import Update
 from fastil.plan import Key, Transform, cycled_plan, training_plan
-from fastil.update import Update
 
 CLASSES, NUM_OLD, NUM_SEEN, BATCH = 13, 7, 10, 12
 COUNTS = np.array([20] * NUM_OLD + [100] * (NUM_SEEN - NUM_OLD) + [0] * 6)

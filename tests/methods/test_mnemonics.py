@@ -15,13 +15,13 @@ from torch import nn
 
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.experiment import Experiment
 from fastil.methods import Images, Memory
 from fastil.methods.mnemonics import Exemplars
 from fastil.models import Output
 from fastil.models.heads import CosineHead
 from fastil.recipe import load
-from fastil.trainer import Stopped
+from fastil.training.experiment import Experiment
+from fastil.training.trainer import Stopped
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 

@@ -31,7 +31,7 @@ from fastil.methods.podnet import class_proxies
 from fastil.models import ModelConfig, Output, build_network
 from fastil.models.heads import CosineHead, LinearHead
 from fastil.recipe import load
-from fastil.trainer import TrainConfig
+from fastil.training.trainer import TrainConfig
 
 B, D, NEW, W = 12, 7, SEEN - OLD, 16
 OF_NEW = OLD + torch.arange(B) % NEW

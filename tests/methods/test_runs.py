@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from conftest import SOAK
 
-from fastil import checkpoint, losses
-from fastil.base import base_identity
+from fastil import files, losses
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.experiment import Experiment
 from fastil.methods import BiC
 from fastil.recipe import load
-from fastil.rehearsal import Rehearsal
+from fastil.training.base_step import base_identity
+from fastil.training.experiment import Experiment
+from fastil.training.rehearsal import Rehearsal
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
     @functools.cache
     def of(name):
         folder = tmp_path_factory.mktemp(name) / "run"
-        save = checkpoint.save
+        save = files.save
 
         def save_and_copy(path, state):
             save(path, state)
@@ -75,7 +75,7 @@ def trained(tmp_path_factory):
                     shutil.copytree(folder, folder.with_name(stop))
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "save", save_and_copy)
+            patch.setattr(files, "save", save_and_copy)
             experiment = Experiment(load("digits", [*SHORT, *METHODS[name]]), folder, False)
             return experiment, folder, experiment.run()
 

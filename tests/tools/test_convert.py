@@ -38,8 +38,8 @@ from converting import (
 )
 from PIL import Image
 
-from fastil.data.beton import Beton
-from fastil.data.manifest import manifest_path, read_manifest
+from fastil.data.formats.beton import Beton
+from fastil.data.formats.manifest import manifest_path, read_manifest
 from fastil.errors import UserError
 from fastil.tools import files as tool_files
 from fastil.tools import reporting
@@ -972,7 +972,7 @@ def test_a_file_that_was_cut_is_not_converted_already(small, tmp_path, size):
     refused(small, tmp_path / "x.beton", "its manifest says", f"{whole:,}", "remove it and convert again")
 
 
-@pytest.mark.parametrize("where", ["fastil.data.pixels.check_decodes", "fastil.data.pixels.open_image"])
+@pytest.mark.parametrize("where", ["fastil.data.formats.pixels.check_decodes", "fastil.data.formats.pixels.open_image"])
 def test_no_memory_is_no_damaged_image(small, tmp_path, monkeypatch, where):
     def full(*arguments):
         raise MemoryError

@@ -25,9 +25,9 @@ from converting import as_stored, encoded, grey_of, photo, rgb_of_cmyk, run, tur
 from PIL import Image
 from scipy.io import savemat
 
-from fastil.data import catalog, cifar
-from fastil.data.beton import Beton
-from fastil.data.manifest import manifest_path, read_manifest
+from fastil.data.formats import cifar, detect
+from fastil.data.formats.beton import Beton
+from fastil.data.formats.manifest import manifest_path, read_manifest
 from fastil.errors import UserError
 from fastil.tools.reporting import Reporter
 from fastil.tools.verify import verify
@@ -398,9 +398,9 @@ def small_cifar(monkeypatch):
         cifar.CIFAR10, train=(cifar.File("data_batch_1", "", 20),), test=cifar.File("test_batch", "", 10),
         binary_train=("data_batch_1.bin",),
     )  # fmt: skip
-    opened = partial(catalog._open_cifar, variant=small)
+    opened = partial(detect._open_cifar, variant=small)
     monkeypatch.setitem(
-        catalog.KINDS, "cifar10", catalog.Kind("", lambda path, val, verify: opened(path, val, verify=False))
+        detect.KINDS, "cifar10", detect.Kind("", lambda path, val, verify: opened(path, val, verify=False))
     )
 
 

@@ -17,8 +17,8 @@ import pytest
 from conftest import SOAK, assert_user_error
 from converting import decoded, encoded, photo, photos, run, write
 
-from fastil.data.beton import Beton
-from fastil.data.manifest import manifest_path
+from fastil.data.formats.beton import Beton
+from fastil.data.formats.manifest import manifest_path
 from fastil.errors import UserError
 from fastil.tools.export import as_text, export, info
 from fastil.tools.reporting import Reporter

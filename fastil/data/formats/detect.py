@@ -1,0 +1,212 @@
+"""Every kind of data set that is read, and which kind a path is. Samples are listed here, not decoded."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastil.data.formats import cifar, idx, shards
+from fastil.data.formats.folder import class_folders, image_files, open_folder
+from fastil.data.formats.folder_tar import open_folder_tar
+from fastil.data.formats.imagenet import TRAIN, VAL, is_ilsvrc, open_ilsvrc, open_tiny_imagenet
+from fastil.data.formats.parquet import open_parquet
+from fastil.data.formats.records import SAME, Pixels, Source
+from fastil.data.formats.tar import COMPRESSED
+from fastil.data.formats.webdataset import looks_like_webdataset, open_webdataset
+from fastil.errors import UserError
+
+SMOKE_TEST = "validation images are the training images: a smoke test, not a result"
+BUILT_IN = "brings its own validation images; leave --val out, or give --val same"
+PACKED = (".zip", ".7z", ".rar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst")
+CIFAR_FOLDERS = [folder for v in (cifar.CIFAR10, cifar.CIFAR100) for folder in (v.python_folder, v.binary_folder)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of data set. layout: for a message; opened: path, val, verify to Source."""
+
+    layout: str
+    opened: Callable[[Path, str | None, bool], Source]
+
+
+def open_source(path: Path, kind: str | None = None, val: str | None = None, *, verify: bool = True) -> Source:
+    """The data set at a path. A UserError names what is damaged, missing or not known, and the fix.
+
+    kind: a name of KINDS, for a path that is taken for another. val: a path of the validation images in the same kind
+    of layout, or "same" for the training images. verify: compare the md5 sums of CIFAR's files with the published ones.
+    """
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"kind {kind}: unknown; use one of {', '.join(KINDS)}")
+    path = Path(path)
+    try:
+        if not path.exists() and "{" not in str(path):
+            raise UserError(f"{path}: no such file or folder; give the path of a data set")
+        source = KINDS[kind or detect(path, val)].opened(path, val, verify)
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a text file in it is not UTF-8 ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+    if val == SAME:
+        source = replace(source, val=source.train, notes=(*source.notes, SMOKE_TEST))
+    _check_names(path, source)
+    return source
+
+
+def detect(path: Path, val: str | None = None) -> str:
+    """The kind of a path, by its files' names and, of a tar, its first members."""
+    if not path.is_dir():
+        return _detect_file(path)
+    for kind, sign in _SIGNS:
+        if (path / sign).exists():
+            return kind
+    if (path / "train").is_file() and (path / "meta").is_file():
+        return "cifar100"
+    has_folders = _has_class_folders(path / "train") or _has_class_folders(path / "val")
+    if not has_folders:  # which would win over shards that lie beside them
+        for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
+            if shards.grouped(path, suffix):
+                return kind
+    if val is not None or (path / "train").is_dir() or (path / "val").is_dir() or _has_images(path):
+        return "folder"
+    packed = next((entry for entry in sorted(path.iterdir()) if entry.suffix in PACKED), None)
+    raise _unknown(path, f"{packed.name} in it has to be unpacked first, if that is the data set" if packed else "")
+
+
+def _detect_file(path: Path) -> str:
+    if "{" in str(path) and not path.exists():
+        return "parquet" if path.suffix == ".parquet" else "webdataset"
+    if path.suffix in (".beton", ".parquet"):
+        return path.suffix[1:]
+    if not path.is_file():
+        raise UserError(f"{path}: neither a file nor a folder; give the path of a data set")
+    with path.open("rb") as file:
+        begin = file.read(512)
+    tool = next((tool for magic, tool in COMPRESSED.items() if begin.startswith(magic)), None)
+    if tool:
+        raise UserError(f"{path}: compressed, so its images have no address; {tool} it first")
+    if path.suffix != ".tar" and begin[257:262] != b"ustar":
+        raise _unknown(path, "")
+    if begin.partition(b"/")[0].decode("ascii", "replace") in CIFAR_FOLDERS:
+        raise UserError(f"{path}: CIFAR's own archive; unpack it (tar -xf) and give the folder")
+    if is_ilsvrc(path):
+        return "ilsvrc"
+    return "webdataset" if looks_like_webdataset(path) else "folder-tar"
+
+
+def _has_class_folders(path: Path) -> bool:
+    """Whether there are folders and no shards in it; looks at the first few only, there may be a million."""
+    if not path.is_dir():
+        return False
+    entries = [entry for entry in itertools.islice(path.iterdir(), 1000) if not entry.name.startswith(".")]
+    return any(entry.is_dir() for entry in entries) and not any(
+        entry.suffix in (".parquet", ".tar") for entry in entries
+    )
+
+
+def _has_images(path: Path) -> bool:
+    """Whether its first folder holds image files: then the class folders lie in it, without train/."""
+    first = next(iter(class_folders(path)), None)
+    return first is not None and any(Path(name).suffix for name, _ in itertools.islice(image_files(path / first), 100))
+
+
+def _unknown(path: Path, hint: str) -> UserError:
+    looked_for = "; ".join(f"{name}: {kind.layout}" for name, kind in KINDS.items())
+    return UserError(f"{path}: no data set that is known here{f'; {hint}' if hint else ''}. Looked for {looked_for}")
+
+
+def _check_names(path: Path, source: Source) -> None:
+    """Of classes: they go to a text file and to people, and tell two files' classes apart."""
+    twice = [name for name, count in Counter(source.class_names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: two classes are called {twice[0][:80]!r}; rename one, or fetch it again")
+    for name in source.class_names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}: the name of class {name[:80]!r} is not UTF-8; rename it") from None
+        if not name.isprintable():
+            raise UserError(f"{path}: the name of class {name[:80]!r} has characters that cannot be shown; rename it")
+
+
+def _open_cifar10(path: Path, val: str | None, verify: bool) -> Source:
+    return _open_cifar(path, val, verify, cifar.CIFAR10)
+
+
+def _open_cifar100(path: Path, val: str | None, verify: bool) -> Source:
+    return _open_cifar(path, val, verify, cifar.CIFAR100)
+
+
+def _open_cifar(path: Path, val: str | None, verify: bool, variant: cifar.Variant) -> Source:
+    _own_val_only(path, val)
+    names, ((images, labels), (test_images, test_labels)) = cifar.read(path, variant, verify)
+    where = str(path)
+    return Source(
+        variant.name,
+        variant.name,
+        names,
+        Pixels(f"{where} (train)", images, labels),
+        Pixels(f"{where} (test)", test_images, test_labels),
+    )
+
+
+def _open_idx(path: Path, val: str | None, verify: bool) -> Source:
+    _own_val_only(path, val)
+    names, ((images, labels), (test_images, test_labels)) = idx.read(path)
+    return Source(
+        "idx",
+        path.resolve().name,
+        names,
+        Pixels(f"{path} (train)", images, labels),
+        Pixels(f"{path} (t10k)", test_images, test_labels),
+    )
+
+
+def _own_val_only(path: Path, val: str | None) -> None:
+    if val not in (None, SAME):
+        raise UserError(f"{path}: {BUILT_IN}")
+
+
+def _open_beton(path: Path, val: str | None, verify: bool) -> Source:
+    from fastil.data.formats.beton import records_of
+
+    if val in (None, SAME):
+        return records_of(path)
+    if not str(val).endswith(".beton"):
+        raise UserError(f"{val}: the validation images of a .beton must be one, too; convert them")
+    return records_of(path, Path(str(val)))
+
+
+def _plain(opened: Callable[[Path, str | None], Source]) -> Callable[[Path, str | None, bool], Source]:
+    return lambda path, val, verify: opened(path, val)
+
+
+# What a folder of a kind must hold; the first that is there decides.
+_SIGNS = (
+    ("ilsvrc", TRAIN),
+    ("ilsvrc", VAL),
+    ("tiny-imagenet", "wnids.txt"),
+    *(
+        (variant.name, f"{folder}{file}")
+        for variant in (cifar.CIFAR10, cifar.CIFAR100)
+        for folder in ("", f"{variant.python_folder}/", f"{variant.binary_folder}/")
+        for file in (variant.train[0].name, variant.binary_train[0])
+        if file != "train" or folder  # which may as well be a folder of class folders
+    ),
+    ("idx", idx.TRAIN_IMAGES),
+    ("idx", f"{idx.TRAIN_IMAGES}.gz"),
+)
+KINDS = {
+    "folder": Kind("train/<class>/* and val/<class>/*, or <class>/* alone", _plain(open_folder)),
+    "folder-tar": Kind("the same in one .tar", _plain(open_folder_tar)),
+    "ilsvrc": Kind(f"{TRAIN} with the val and devkit archives beside it", _plain(open_ilsvrc)),
+    "tiny-imagenet": Kind("wnids.txt, train/<wnid>/images/*, val/val_annotations.txt", _plain(open_tiny_imagenet)),
+    "cifar10": Kind("cifar-10-batches-py or -bin", _open_cifar10),
+    "cifar100": Kind("cifar-100-python or -binary", _open_cifar100),
+    "idx": Kind("train-images-idx3-ubyte and its three companions", _open_idx),
+    "parquet": Kind("train-*.parquet and validation-*.parquet", _plain(open_parquet)),
+    "webdataset": Kind("train-*.tar and val-*.tar with <key>.jpg, <key>.cls", _plain(open_webdataset)),
+    "beton": Kind("FILE.beton", _open_beton),
+}

@@ -1,0 +1,252 @@
+"""Parquet as Hugging Face writes it: a column image of struct{bytes, path} (or plain bytes), and one of labels.
+
+Image bytes lie compressed among others, so they have no address: they are read a row group at a time.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from fastil.data.formats import shards
+from fastil.data.formats.records import MOST_CLASSES, SAME, Ids, Source, Texts, numbered
+from fastil.errors import UserError
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
+
+
+class _Columns(NamedTuple):
+    """What is read of a file. image: what holds the bytes; path: what the source calls an image, if it says so."""
+
+    image: str
+    label: str
+    path: str | None
+
+
+class _Group(NamedTuple):
+    """A row group. start: its first row, file_start: the first row of its file, both in the split; rows: how many."""
+
+    path: str
+    number: int
+    start: int
+    rows: int
+    file_start: int
+    bytes: int  # without compression
+
+
+@dataclass
+class _Reader:
+    """Reads images by their row in the split, and keeps the row group that it read last."""
+
+    groups: list[_Group]
+    column: str  # that holds the bytes: image, or image.bytes
+    starts: Ids = field(init=False)  # int64 [groups]
+    held: tuple[int, Any] = (-1, None)  # a row group's number and its bytes
+
+    def __post_init__(self) -> None:
+        self.starts = np.array([group.start for group in self.groups], dtype=np.int64)
+
+    def group_of(self, row: int) -> int:
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def read(self, row: int) -> bytes | None:
+        number = self.group_of(row)
+        held = self.held
+        if held[0] != number:
+            self.held = (-1, None)  # before the next is read: one at a time in memory
+            group = self.groups[number]
+            with _opened(Path(group.path)) as file:
+                table = file.read_row_group(group.number, columns=[self.column])
+            if len(table) != group.rows:  # pages can be damaged in one column only
+                raise UserError(f"{group.path}: row group {group.number} has {len(table)} images; fetch it again")
+            held = self.held = (number, _leaf(table, self.column))
+        content: bytes | None = held[1][row - int(self.starts[number])].as_py()
+        return content
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Samples that are rows of parquet files. labels: int64 [n]; rows: int64 [n], of the split."""
+
+    reader: _Reader
+    names: Texts  # of all rows of the split
+    labels: Ids
+    rows: Ids
+    sequential: ClassVar[bool] = True  # content(i) is cheap for ascending rows only
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, i: int) -> str:
+        return self.names[int(self.rows[i])]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of its images, about: what the row groups hold without compression, in proportion."""
+        total = sum(group.bytes for group in self.reader.groups)
+        return total * len(self) // max(1, sum(group.rows for group in self.reader.groups))
+
+    def where(self, i: int) -> str:
+        row = int(self.rows[i])
+        group = self.reader.groups[self.reader.group_of(row)]
+        return f"{group.path}: row {row - group.file_start} ({self.name(i)})"
+
+    def content(self, i: int) -> bytes:
+        found = self.reader.read(int(self.rows[i]))
+        if found is None:
+            raise UserError(f"{self.where(i)}: no image bytes in it; write the file again with its images embedded")
+        return found
+
+    def take(self, ids: Ids) -> "Rows":
+        return replace(self, labels=self.labels[ids], rows=self.rows[ids])
+
+    def relabelled(self, labels: Ids) -> "Rows":
+        return replace(self, labels=labels)
+
+
+def open_parquet(path: Path, val: str | None) -> Source:
+    """A folder with train-*.parquet and validation-*, val-* or test-*.parquet (in it, in data/, or in folders named
+    like the splits), or a single file. val: the same for validation images."""
+    train_files, val_files = shards.choose(path, ".parquet")
+    if val == SAME:
+        val_files = []
+    elif val is not None:
+        val_files = shards.choose_val(Path(val), ".parquet")
+    for files in (train_files, val_files):
+        shards.check_complete(files)
+    train, names = _listed(train_files)
+    val_rows, val_names = _listed(val_files) if val_files else (None, names)
+    if names != val_names:
+        raise UserError(f"{val_files[0]}: its classes are not those of {train_files[0]}; take both from one data set")
+    parts = [train] + ([val_rows] if val_rows else [])
+    names = names or numbered(rows.labels for rows in parts)
+    name = (path if path.is_dir() else path.parent).resolve().name
+    return Source("parquet", name, names, train, val_rows)
+
+
+def _listed(files: list[Path]) -> tuple[Rows, list[str] | None]:
+    """The samples of a split, and the names of the classes if the files tell."""
+    groups: list[_Group] = []
+    labels: list[Ids] = []
+    texts: list[str] = []
+    first: tuple[_Columns, list[str] | None] | None = None
+    for file in files:
+        file_start = len(texts)
+        with _opened(file) as opened:
+            columns = _columns(file, opened.schema_arrow)
+            names = _class_names(file, opened.schema_arrow, columns.label)
+            if first is not None and (columns, names) != first:
+                raise UserError(f"{file}: other columns or classes than {files[0]}; take all files from one data set")
+            first = columns, names
+            for number in range(opened.num_row_groups):
+                table = opened.read_row_group(number, columns=[column for column in columns[1:] if column])
+                noted = opened.metadata.row_group(number)
+                if len(table) != noted.num_rows:
+                    raise UserError(f"{file}: row group {number} has another number of rows than noted; fetch it again")
+                groups.append(_Group(str(file), number, len(texts), len(table), file_start, noted.total_byte_size))
+                labels.append(_labels(file, table[columns.label], names, len(texts) - file_start))
+                paths = _leaf(table, columns.path).to_pylist() if columns.path else [None] * len(table)
+                texts += [_name(path, file, row) for row, path in enumerate(paths, start=len(texts) - file_start)]
+        if len(texts) == file_start:
+            raise UserError(f"{file}: no row in it; fetch it again")
+    assert first is not None
+    joined = np.concatenate(labels)
+    return Rows(_Reader(groups, first[0].image), Texts(texts), joined, np.arange(len(joined))), first[1]
+
+
+def _name(path: str | None, file: Path, row: int) -> str:
+    """What the source calls an image, without the folders of the machine that it once lay on."""
+    if path and (path.startswith("/") or ".." in path.split("/")):
+        path = path.rpartition("/")[2]
+    return path or f"{file.stem}:{row}"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A parquet file; what pyarrow raises at a damaged one becomes a UserError."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(f"{path}: parquet files need pyarrow; pip install pyarrow") from None
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}; fetch the data set again")
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as parquet ({line}); fetch it again") from None
+
+
+def _leaf(table: Any, column: str) -> Any:
+    """A column of a table, or of the struct in it, as image.bytes names it."""
+    import pyarrow.compute as pc
+
+    top, _, field_name = column.partition(".")
+    return pc.struct_field(table[top], field_name) if field_name else table[top]
+
+
+def _columns(path: Path, schema: Any) -> _Columns:
+    import pyarrow.types as types
+
+    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if image is None or label is None:
+        expected = " or ".join(IMAGE_COLUMNS if image is None else LABEL_COLUMNS)
+        raise UserError(f"{path}: no column {expected}, only {', '.join(schema.names)}; rename the column")
+    if not types.is_integer(schema.field(label).type):
+        raise UserError(f"{path}: column {label} holds {schema.field(label).type}; whole numbers from 0 are needed")
+    kind = schema.field(image).type
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return _Columns(image, label, None)
+    fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if types.is_struct(kind) else {}
+    if "bytes" not in fields or not (types.is_binary(fields["bytes"]) or types.is_large_binary(fields["bytes"])):
+        raise UserError(f"{path}: column {image} holds {kind}; struct{{bytes, path}} or bytes are needed")
+    is_text = "path" in fields and (types.is_string(fields["path"]) or types.is_large_string(fields["path"]))
+    return _Columns(f"{image}.bytes", label, f"{image}.path" if is_text else None)
+
+
+def _class_names(path: Path, schema: Any, label: str) -> list[str] | None:
+    """From what Hugging Face's datasets library notes in the schema."""
+    noted = (schema.metadata or {}).get(b"huggingface")
+    if noted is None:
+        return None
+    try:
+        features = json.loads(noted)["info"]["features"]
+        names = features[label].get("names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path}: its notes about the data set (huggingface) cannot be read; write it again") from None
+    if names is None:
+        return None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{path}: the names of its classes cannot be read; write it again")
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: names a class twice; write it again")
+    return names
+
+
+def _labels(path: Path, column: Any, names: list[str] | None, start: int) -> Ids:
+    """int64 [rows] of a row group. start: its first row in the file."""
+    if column.null_count:
+        raise UserError(f"{path}: {column.null_count} rows from row {start} on have no label; write it again")
+    labels = column.to_numpy()
+    classes = len(names) if names else MOST_CLASSES
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        label = int(labels[wrong[0]])
+        hint = (
+            "-1 marks images without a label, as of a test set; leave that file out"
+            if label == -1
+            else "fetch it again"
+        )
+        raise UserError(f"{path}: row {start + int(wrong[0])} has label {label}, not one of {classes} classes; {hint}")
+    found: Ids = labels.astype(np.int64)
+    return found

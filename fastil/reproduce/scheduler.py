@@ -1,0 +1,218 @@
+"""`fastil reproduce`: train what a table lacks, run by run, each in a process of its own, and write the table.
+
+Every run is `fastil run` with the row's overrides: killed and started again it goes on where its checkpoint is. Rows
+that train the same base step take it from the first run of their group (fastil.training.base_step).
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fastil.device import pick_device
+from fastil.errors import UserError
+from fastil.reporting.report import read_run
+from fastil.reproduce import tables
+from fastil.reproduce.tables import Entry, Table
+from fastil.reproduce.worklist import Job, WorkList
+from fastil.training import estimate, step_plan
+from fastil.training.interrupt import Interrupt
+
+POLL = 1.0  # seconds
+LINE_EVERY = 60.0  # seconds between lines of progress where there is no terminal
+MOST_SEEDS = 1000  # of a row; a larger number is a seed that was meant
+
+
+class Scheduler:
+    """Runs a work list, several runs at once, and shows how far it is."""
+
+    def __init__(self, work: WorkList, at_once: int) -> None:
+        self.work, self.at_once = work, at_once
+        self.interrupt = Interrupt()
+        self.began = self.last_line = time.monotonic()
+        self.total = sum(work.left(job) for job in work.jobs)
+        self.bar = tqdm(total=self.total, unit="img", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def run(self) -> None:
+        """Until nothing is left or a signal came; a run that fails does not stop the others."""
+        with self.interrupt:
+            try:
+                while not self.interrupt.requested():
+                    for job in self.work.jobs:
+                        if self.running() < self.at_once and self.work.ready(job):
+                            self.start(job)
+                    self.collect()
+                    if not self.running() and not any(self.work.ready(job) for job in self.work.jobs):
+                        break
+                    self.show()
+                    time.sleep(POLL)
+            finally:
+                self.stop()
+                if self.bar is not None:
+                    self.bar.close()
+
+    def running(self) -> int:
+        return sum(job.running for job in self.work.jobs)
+
+    def start(self, job: Job) -> None:
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.at_once > 1 else {})
+        command = self.work.command(job)
+        try:
+            job.folder.parent.mkdir(parents=True, exist_ok=True)
+            log = open(job.log, "ab")  # noqa: SIM115  (closed below)
+        except OSError as error:
+            raise UserError(f"{job.log}: cannot be written ({error.strerror}); choose another --out") from None
+        with log:
+            # A session of its own: Ctrl-C reaches this process, which passes it on once.
+            job.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        self.say(f"{job.name}: {'goes on' if '--resume' in command else 'started'}")
+
+    def collect(self) -> None:
+        for job in self.work.missing:
+            if job.process is None or job.failure or job.running:
+                continue
+            status = job.process.returncode
+            job.finished = status == 0
+            if job.finished:
+                average = read_run(job.folder).results["average_incremental_accuracy"]
+                self.say(f"{job.name}: average incremental accuracy {average:.2f}")
+            elif not self.interrupt.requested():
+                job.failure = f"killed by {signal.Signals(-status).name}" if status < 0 else last_line(job.log)
+                self.say(f"{job.name}: failed: {job.failure}")
+
+    def stop(self) -> None:
+        """Let every run write its checkpoint."""
+        running = [job.process for job in self.work.jobs if job.process is not None and job.running]
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        self.collect()
+
+    def show(self) -> None:
+        if self.bar is None and time.monotonic() - self.last_line < LINE_EVERY:
+            return
+        # A run that failed is neither done nor to be done.
+        total = self.total - sum(self.work.left(job) for job in self.work.jobs if job.failure)
+        left = sum(self.work.left(job) for job in self.work.jobs if not job.failure)
+        done = max(0, total - left)
+        finished = len(self.work.jobs) - len(self.work.missing)
+        if self.bar is not None:
+            self.bar.set_description(f"{finished} of {len(self.work.jobs)} runs")
+            self.bar.total = total
+            self.bar.update(done - self.bar.n)
+        else:
+            self.last_line = time.monotonic()
+            rate = done / (time.monotonic() - self.began)
+            hours = f", about {left / rate / 3600:.1f} h left" if done else ""
+            self.say(
+                f"{finished} of {len(self.work.jobs)} runs, {self.running()} running, "
+                f"{100 * done / max(1, total):.0f} % of what was missing, {rate:,.0f} img/s{hours}"
+            )
+
+    def say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.clear()
+        print(line, flush=True)
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that --seeds names: "3" is 0, 1, 2; "0,2" these two; "2," seed 2 alone."""
+    parts = text.removesuffix(",").split(",")
+    if not all(re.fullmatch("[0-9]{1,10}", part) for part in parts):
+        raise UserError(f"--seeds {text}: give a number of runs, such as 3, or the seeds with commas, such as 0,2")
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"--seeds {text}: a seed stands there twice")
+    if "," in text:
+        return numbers
+    if not 1 <= numbers[0] <= MOST_SEEDS:
+        raise UserError(
+            f"--seeds {text}: a number of runs must be at least 1 and at most {MOST_SEEDS}; one seed alone is "
+            f"written {numbers[0]},"
+        )
+    return list(range(numbers[0]))
+
+
+def preview(work: WorkList, jobs: int | None = None) -> str:
+    """The work list and what it costs, timed on this machine; trains nothing. jobs: runs at once."""
+    rows: list[tuple[str, ...]] = []
+    costs: list[float] = []
+    speeds: dict[str, tuple[float, float]] = {}
+    usual, threads = usual_jobs(work), torch.get_num_threads()
+    at_once = jobs or usual
+    torch.set_num_threads(1 if at_once > 1 else threads)  # as the runs will
+    for job in work.jobs:
+        cost, shared = 0.0, ""
+        if not job.finished:
+            key = f"{job.recipe.model}{job.recipe.train.batch_size}{job.size}"
+            if key not in speeds:
+                speeds[key] = estimate.speeds(job.recipe, job.size)
+            cost = _hours(work, job, *speeds[key])
+            shared = "trains its own" if work.trains_base(job) else "" if job.has_base else "shared"
+        costs.append(cost)
+        rows.append((job.name, job.state(), shared, f"{work.left(job):,}", f"{cost:.2f}"))
+    torch.set_num_threads(threads)
+    text = step_plan.format_table(("run", "state", "base step", "image visits left", "hours"), rows)
+    total = sum(work.left(job) for job in work.jobs)
+    at_once = max(1, min(at_once, len(work.missing)))
+    # More at once than usual are no faster together, and no run is faster for it.
+    hours = max(sum(costs) / min(at_once, usual), *costs, 0.0)
+    return (
+        f"{text}\n\n{len(work.missing)} of {len(work.jobs)} runs to train, {total:,} image visits: about "
+        f"{hours:.2f} hours with {crowd(at_once, usual)}, {sum(costs):.2f} one by one, timed now over a few steps"
+    )
+
+
+def _hours(work: WorkList, job: Job, plain: float, distilled: float) -> float:
+    """What is left of a run, at so many images per second without and with a teacher."""
+    left = work.left(job)
+    of_base = min(left, max(0, job.visits[0] - job.done_visits())) if work.trains_base(job) else 0
+    meta = estimate.meta_cost(job.recipe)
+    return (of_base / plain + (left - of_base) * (1 + meta) / distilled) / 3600
+
+
+def usual_jobs(work: WorkList) -> int:
+    """On a CPU a run per core, each with one thread: small networks gain less from a second thread than from that."""
+    if any(pick_device(job.recipe.train.device).type == "cuda" for job in work.jobs):
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def crowd(at_once: int, usual: int) -> str:
+    """The number of runs at once as text, with the usual one where it is smaller."""
+    usually = f" ({usual} by default: one per core, or one on a GPU)"
+    return f"{at_once} at once" + (usually if at_once > usual else "")
+
+
+def reproduce(
+    table: Table, entries: Sequence[Entry], seeds: Sequence[int], out: Path, data: str | None, jobs: int | None = None
+) -> tuple[str, int]:
+    """Train what is missing and write the table. jobs: runs at once. Returns its text and an exit status."""
+    work = WorkList(entries, seeds, out, data, table=table.entries)
+    usual = usual_jobs(work)
+    scheduler = Scheduler(work, jobs or usual)
+    if work.missing:
+        missing = f"{len(work.missing)} of {len(work.jobs)} runs to train"
+        missing += f", in {work.precision} as those that are there" if work.precision else ""
+        scheduler.say(f"{missing}, {crowd(scheduler.at_once, usual)}, into {out}")
+        scheduler.run()
+    text = tables.write(table, out)
+    failed = [job for job in work.jobs if job.failure]
+    if failed:
+        text += "\n" + "\n".join(f"failed: {job.folder} ({job.failure}; all of it: {job.log})" for job in failed)
+    if scheduler.interrupt.number is not None:
+        return text + "\n\nstopped; the same command goes on", 128 + scheduler.interrupt.number
+    return text, 1 if failed else 0

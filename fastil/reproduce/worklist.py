@@ -1,0 +1,210 @@
+"""The runs behind a table: which there are, which are missing, whose base step each may take, and its command."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil import recipe
+from fastil.data import Dataset, load_dataset
+from fastil.data.published import table
+from fastil.data.sources import image_size
+from fastil.device import pick_device
+from fastil.errors import UserError
+from fastil.protocol import Protocol, build_protocol
+from fastil.reporting.report import read_run
+from fastil.reproduce import tables
+from fastil.reproduce.tables import Entry
+from fastil.training import base_step, step_plan
+from fastil.training.run_directory import read_metrics
+
+
+@dataclass
+class Job:
+    """One run of the work list."""
+
+    entry: Entry
+    seed: int
+    folder: Path
+    recipe: recipe.Recipe
+    finished: bool
+    had_base: bool  # before anything was started
+    size: tuple[int, int] = (0, 0)  # of the images
+    base_group: str = ""  # equal where the base steps are the same
+    visits: list[int] = field(default_factory=list)  # images seen in training and finetuning, of each step
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    failure: str = ""  # why, where it failed
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".log")
+
+    @property
+    def has_base(self) -> bool:
+        return (self.folder / "checkpoints/step_0.pt").exists()
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; the last one may be half written."""
+        try:
+            return read_metrics(self.folder)
+        except UserError:
+            return []
+
+    def done_visits(self) -> int:
+        return sum(line["images"] for line in self.lines())
+
+    def state(self) -> str:
+        if self.finished:
+            return "finished"
+        lines = self.lines()
+        return f"at step {lines[-1]['step']}" if lines else "missing"
+
+
+class WorkList:
+    """The runs behind some entries of a table, each once, and the command that trains each.
+
+    preview: take the published shape of a data set whose files are not here, instead of raising UserError. table: the
+    entries that these are compared with, which decide the precision.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        seeds: Sequence[int],
+        out: Path,
+        data: str | None,
+        preview: bool = False,
+        table: Sequence[Entry] = (),
+    ) -> None:
+        self.data = data
+        self.jobs: list[Job] = []
+        self.bases: dict[str, Path] = {}  # by base group, a run of this scale that had the base step before
+        # Of what is there: on another machine all go on in that.
+        self.precision = tables.precision_of(table or entries, out)
+        for seed in seeds:
+            for entry in entries:
+                folder = entry.folder(out, seed)
+                if all(job.folder != folder for job in self.jobs):
+                    loaded = entry.load(seed, data)
+                    loaded = loaded.settled(pick_device(loaded.train.device), self.precision)
+                    finished = tables.finished_run(folder, loaded) is not None
+                    self.jobs.append(Job(entry, seed, folder, loaded, finished, had_base=False))
+        if not self.missing and data is None:  # then the table can be written again without its images
+            return
+        datasets: dict[str, Dataset | None] = {}
+        for job in self.jobs:
+            key = str(job.recipe.data)
+            if key not in datasets:
+                datasets[key] = _dataset(job.recipe, preview)
+            dataset = datasets[key]
+            if job.finished and dataset is not None and read_run(job.folder).images != hashes(dataset):
+                raise UserError(f"{job.folder}: was trained on other images than those of --data; choose another --out")
+            self._measure(job, dataset)
+
+    def _measure(self, job: Job, dataset: Dataset | None) -> None:
+        """Fill in what depends on the images."""
+        counts, job.size = _shape(job.recipe, dataset)
+        protocol = build_protocol(job.recipe.protocol, len(counts))
+        steps = step_plan.effective_steps(job.recipe, protocol, counts)
+        job.visits = [step.visits + step.finetune_visits + step.memory_visits for step in steps]
+        of_base = counts[protocol.steps[0]]
+        own_loss = "" if len(set(of_base.tolist())) == 1 else base_step.SAME_WITHOUT_OLD[job.recipe.loss.loss]
+        job.base_group = f"{base_step.base_identity(job.recipe)}{protocol.steps[0].tolist()}{own_loss}"
+        job.had_base = job.has_base
+        if job.base_group not in self.bases:
+            of_scale = job.folder.parent.parent
+            for found in sorted(of_scale.glob(f"*/*-s{job.seed}/checkpoints/step_0.pt")):
+                if _same_base(found.parent.parent, job.recipe, protocol, dataset, counts):
+                    self.bases[job.base_group] = found.parent.parent
+                    break
+
+    @property
+    def missing(self) -> list[Job]:
+        return [job for job in self.jobs if not job.finished]
+
+    def donor(self, job: Job) -> Path | None:
+        """A run whose base step this one can take."""
+        # What stood there before may be a run of other settings, so only _same_base says whether it will do.
+        fresh = (j.folder for j in self._group(job) if j is not job and j.has_base and not j.had_base)
+        return self.bases.get(job.base_group) or next(fresh, None)
+
+    def trains_base(self, job: Job) -> bool:
+        """Whether it has a base step to train: the first of its group, unless one has it already."""
+        first = next((j for j in self._group(job) if not j.finished and not j.failure), None)
+        return job is first and not job.has_base and self.donor(job) is None
+
+    def left(self, job: Job) -> int:
+        """Image visits that this run still trains."""
+        if job.finished:
+            return 0
+        shared = 0 if job.has_base or self.trains_base(job) else job.visits[0]
+        return max(0, sum(job.visits) - shared - job.done_visits())
+
+    def command(self, job: Job) -> list[str]:
+        command = [sys.executable, "-m", "fastil.cli", "run", job.entry.recipe, *job.entry.overrides]
+        command += [f"seed={job.seed}", f"precision={job.recipe.precision}", "--out", str(job.folder)]
+        command += ["--data", self.data] if self.data is not None else []
+        donor = self.donor(job)
+        command += ["--resume"] if job.folder.exists() else []
+        command += ["--base", str(donor)] if donor is not None and not job.has_base else []
+        return command
+
+    def ready(self, job: Job) -> bool:
+        """Not started, and not waiting for the base step of another run."""
+        if job.process is not None or job.finished:
+            return False
+        waiting = not job.has_base and self.donor(job) is None
+        return not (waiting and any(j.running for j in self._group(job)))
+
+    def _group(self, job: Job) -> list[Job]:
+        return [j for j in self.jobs if j.base_group == job.base_group]
+
+
+def hashes(dataset: Dataset) -> tuple[str, str]:
+    """The hashes of its splits, as `Run.images` has them."""
+    return dataset.train.sha256, dataset.val.sha256
+
+
+def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
+    """None where only its published shape is known, and needed."""
+    try:
+        return load_dataset(loaded.data)
+    except UserError:
+        if not preview or loaded.data.dataset not in table() or loaded.data.data is not None:
+            raise
+        return None
+
+
+def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.int64], tuple[int, int]]:
+    """Training images per class, and their height and width."""
+    if dataset is not None:
+        counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
+        return counts, image_size(loaded.data, dataset)
+    known = table()[loaded.data.dataset]
+    return np.full(known.classes, known.per_class), known.shape[:2]
+
+
+def _same_base(
+    folder: Path, loaded: recipe.Recipe, protocol: Protocol, dataset: Dataset | None, counts: NDArray[np.int64]
+) -> bool:
+    """Whether `fastil run --base FOLDER` would take the base step of that directory."""
+    try:
+        if dataset is not None:
+            base_step.check(folder, loaded, protocol, dataset, counts)
+            return True
+        return base_step.base_identity(recipe.read_effective(folder / "recipe.yaml")) == base_step.base_identity(loaded)
+    except UserError:
+        return False

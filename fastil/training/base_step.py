@@ -1,0 +1,98 @@
+"""Taking the base step from another run, where both would train the very same network there: bit for bit on the same
+kind of device, in the same precision, with as many threads, compiled or not alike.
+
+Methods that compare only in how they go on share hours of base training this way, and their differences are paired.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastil import files
+from fastil.data import Dataset
+from fastil.errors import UserError
+from fastil.methods import METHODS
+from fastil.protocol import Protocol
+from fastil.recipe import Recipe, read_effective
+from fastil.training.run_directory import read_metrics
+
+# Keys that the base step never reads: it has no old class and no memory, and all classification losses are the plain
+# cross-entropy, bit for bit, where every class has the same number of images.
+LATER = {
+    "base_epochs", "epochs", "increment", "exemplars_per_class", "memory_budget", "exemplar_selection", "temperature",
+    "loss", "alpha", "sampler", "predictor", "method",
+}  # fmt: skip
+LATER_PARTS = ("meta_", "finetune_", "correction", "icarl_", "bic_", "lucir_", "pod_", "mnemonics", "tpcil_")
+
+
+SAME_WITHOUT_OLD = {
+    "softmax": "softmax", "separated": "softmax", "balanced": "balanced", "meta_balanced": "balanced",
+    "rescaled": "rescaled", "nca": "nca",
+}  # fmt: skip
+
+
+def base_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides the network after the base step, if the base classes have equal numbers of images."""
+    keys = {k: v for k, v in recipe.identity().items() if k not in LATER and not k.startswith(LATER_PARTS)}
+    falls = recipe.method.method == "bic" and recipe.bic.bic_decay == "falling"  # then with the number of steps
+    method = METHODS[recipe.method.method]
+    return keys | {
+        "epochs of the base step": recipe.train.epochs_of(0),
+        "training of the base step": recipe.method.method if recipe.model.weight_transfer else method.base,
+        "loss of the base step": "nca" if recipe.loss.loss == "nca" else "cross-entropy",
+        "held out of the base step": str((recipe.bic.bic_share, recipe.memory)) if recipe.reserves else "nothing",
+        "decay of the base step": f"falling, increment={recipe.protocol.increment}" if falls else "constant",
+    }
+
+
+def check(
+    base_run: Path, recipe: Recipe, protocol: Protocol, dataset: Dataset, train_counts: NDArray[np.int64]
+) -> None:
+    """Raise UserError, naming the difference, unless the base step of base_run is this run's, bit for bit."""
+    other = read_effective(base_run / "recipe.yaml")
+    ours, theirs = base_identity(recipe), base_identity(other)
+    changed = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if ours[key] != theirs[key]]
+    if changed:
+        raise UserError(f"--base {base_run}: its base step is another one ({'; '.join(changed)})")
+    try:
+        described = json.loads((base_run / "protocol.json").read_text())
+        same_images = described["dataset"]["train"]["sha256"] == dataset.train.sha256
+        same_classes = described["steps"][0] == protocol.steps[0].tolist()
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"--base {base_run}: protocol.json is missing or damaged; give another run") from None
+    if not same_images or not same_classes:
+        raise UserError(
+            f"--base {base_run}: was trained on other images or base classes; give a run on the same --data"
+        )
+    unequal = len(set(train_counts[protocol.steps[0]].tolist())) > 1
+    if unequal and SAME_WITHOUT_OLD[recipe.loss.loss] != SAME_WITHOUT_OLD[other.loss.loss]:
+        raise UserError(
+            f"--base {base_run}: the base classes have unequal numbers of images, so its loss={other.loss.loss} "
+            f"trained another network than loss={recipe.loss.loss} would; leave --base out"
+        )
+    if not (base_run / "checkpoints/step_0.pt").exists():
+        raise UserError(f"--base {base_run}: has not finished its base step; let it run on, or leave --base out")
+
+
+@dataclass(frozen=True)
+class BaseStep:
+    """What a run takes from another one. Read before anything is written: a damaged file must leave nothing behind."""
+
+    source: str
+    weights: dict[str, Tensor]
+    metrics: list[dict[str, Any]]  # the lines of metrics.jsonl about it
+
+
+def read(base_run: Path, device: torch.device) -> BaseStep:
+    try:
+        weights = files.load(base_run / "checkpoints/step_0.pt", device)
+        lines = [line for line in read_metrics(base_run) if line["step"] == 0]
+    except UserError as error:
+        raise UserError(f"--base {base_run}: give another run, or leave --base out ({error})") from None
+    return BaseStep(str(base_run), weights, lines)

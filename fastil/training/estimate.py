@@ -1,0 +1,141 @@
+"""`fastil plan`: what a recipe would do, what it would hold in memory and how long it would take here."""
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from fastil.data.formats.beton import Beton
+from fastil.data.loaders.choose import check_resident, choose, cpu_rate, mean_pixels, resident_bytes
+from fastil.data.loaders.streaming import Images
+from fastil.data.published import table
+from fastil.data.sources import Split, image_size, load_dataset
+from fastil.device import (
+    autocast,
+    device_name,
+    multiplying_in,
+    pick_device,
+    pixel_dtype,
+    precision_note,
+    settle_precision,
+)
+from fastil.errors import UserError
+from fastil.models import Folded, Network, build_network
+from fastil.protocol import build_protocol
+from fastil.recipe import Recipe
+from fastil.training import compiling, step_plan
+
+TIMED_STEPS = 3
+TIMED_PIXELS = 2**18  # of a batch that is timed on a CPU
+META_COST = 3.1  # training steps that an update of alpha takes beside its own (python -m bench.meta)
+
+
+def describe(recipe: Recipe) -> str:
+    """The effective protocol as text. Without the files, a published shape of the data set is used."""
+    try:
+        dataset = load_dataset(recipe.data)
+        images: Images | None = dataset.train
+        counts = np.bincount(dataset.train.labels)
+        names, size = dataset.class_names, image_size(recipe.data, dataset)
+        source = f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.val.labels):,} test images"
+        held = sum(split.images.nbytes for split in (dataset.train, dataset.val) if isinstance(split, Split))
+        place = f"{held / 2**20:,.0f} MiB resident as uint8" if held else "streamed"
+    except UserError as error:
+        known = table().get(recipe.data.dataset)
+        if known is None or recipe.data.data is not None:
+            raise
+        images = None
+        counts, names, size = np.full(known.classes, known.per_class), None, known.shape[:2]
+        source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
+        held = known.images * math.prod(known.shape)
+        streamed = recipe.data.dataset == "imagenet"
+        place = "streamed" if streamed else f"{held / 2**20:,.0f} MiB resident as uint8"
+    protocol = build_protocol(recipe.protocol, len(counts))
+    steps = step_plan.effective_steps(recipe, protocol, counts)
+    device = pick_device(recipe.train.device)
+    precision = settle_precision(recipe.train.precision, device)
+    kept = reading = ""
+    if isinstance(images, Beton) and images.mode == "jpeg":
+        rate = cpu_rate(mean_pixels(images))
+        reading = f"; without reading, which these cores alone do at about {rate:,.0f} images/s"
+    if recipe.data.memory == "resident" and images is not None:
+        exemplars = recipe.memory.total(counts[protocol.order])
+        backend = choose(images, device)[0] if recipe.data.loader == "auto" else recipe.data.loader
+        check_resident(images, exemplars, backend, device)
+        kept = f"; about {resident_bytes(images, exemplars) / 2**30:.1f} GiB decoded on {device}"
+    student = build_network(recipe.model, len(protocol.order), 0).to(device)
+    plain, distilled = speeds(recipe, size)
+    meta = meta_cost(recipe)
+    seconds = sum(
+        (plan.visits * (1 + meta) + plan.finetune_visits + plan.memory_visits) / distilled
+        if plan.step
+        else (plan.visits + plan.memory_visits) / plain
+        for plan in steps
+    )
+    finetuned = sum(plan.finetune_visits for plan in steps)
+    learned = sum(plan.memory_visits for plan in steps)
+    parameters = sum(p.numel() for p in student.parameters())
+    flops = compiling.flops_per_image(student, *size)
+    method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
+    slow = precision_note(precision, device)
+    lines = [
+        f"{recipe.name}: {recipe.description}",
+        f"data         {source}, {size[0]}x{size[1]}, {place}",
+        f"classes      {len(protocol.order)}" + (f", list {protocol.class_hash(names)}" if names else ""),
+        f"model        {recipe.model.model}, {parameters:,} parameters, {flops / 2e6:,.0f} MMAC per image",
+        f"loss         {method.method}, loss={loss.loss}, T={method.temperature:g}, alpha={loss.alpha:g}",
+        f"parts        sampler={recipe.sampler.sampler}, correction={recipe.correction.correction}, "
+        f"predictor={recipe.evaluation.predictor}",
+        f"optimiser    SGD, momentum {train.momentum:g}, weight decay {train.weight_decay:g}, "
+        f"batch {train.batch_size}, {precision}",
+        step_plan.as_table(steps),
+        f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations"
+        + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
+        + (f", and {learned:,} to learn exemplars" if learned else ""),
+        f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}{kept}",
+        f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
+        f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps{reading}",
+    ]
+    return "\n".join(lines if slow is None else [*lines, slow])
+
+
+def meta_cost(recipe: Recipe) -> float:
+    """Training steps that Meta's updates of alpha take for each of the network's."""
+    return META_COST / recipe.meta.meta_every if recipe.loss.loss == "meta_balanced" else 0.0
+
+
+def speeds(recipe: Recipe, size: tuple[int, int]) -> tuple[float, float]:
+    """Images per second of training on the recipe's device, uncompiled, without and with a teacher."""
+    device = pick_device(recipe.train.device)
+    student, teacher = (build_network(recipe.model, 100, 0).to(device) for _ in range(2))
+    folded = Folded(teacher, pixel_dtype(settle_precision(recipe.train.precision, device)), 0)
+    return (
+        _images_per_second(recipe, student, None, size, device),
+        _images_per_second(recipe, student, folded, size, device),
+    )
+
+
+def _images_per_second(
+    recipe: Recipe, student: Network, teacher: Folded | None, size: tuple[int, int], device: torch.device
+) -> float:
+    """Of an uncompiled training step on one resident batch, which is what bounds a run."""
+    batch, precision = recipe.train.batch_size, settle_precision(recipe.train.precision, device)
+    if device.type == "cpu":  # a large one takes minutes and says the same
+        batch = min(batch, max(2, TIMED_PIXELS // (size[0] * size[1])))
+    images = torch.zeros(batch, 3, *size, dtype=pixel_dtype(precision), device=device)
+    images = images.to(memory_format=torch.channels_last)
+    took = []
+    for _ in range(TIMED_STEPS + 1):  # the first one warms up
+        began = time.perf_counter()
+        with multiplying_in(precision, device):
+            if teacher is not None:
+                teacher(images)
+            with autocast(precision, device):
+                loss = student(images).scaled.float().sum()
+            loss.backward()
+        student.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - began)
+    return len(images) / float(np.median(took[1:]))

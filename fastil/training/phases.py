@@ -1,0 +1,95 @@
+"""What the trainer is asked to do in a step: training, then maybe balanced finetuning."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastil.data import Loader
+from fastil.methods import MetaAlpha, Method
+from fastil.models import Network
+from fastil.plan import EpochPlan, Key, cycled_plan, draw, training_plan
+from fastil.recipe import Recipe
+from fastil.training.trainer import BeforeUpdate, Phase
+
+Ids = NDArray[np.int64]
+
+
+class Phases:
+    """Builds the phases of a run from its recipe. meta: where the classification loss is meta_balanced. loader: of
+    training images."""
+
+    def __init__(
+        self, recipe: Recipe, network: Network, method: Method, meta: MetaAlpha | None, loader: Loader, steps: int
+    ) -> None:
+        self.steps = steps
+        self.recipe, self.network, self.method, self.meta, self.loader = recipe, network, method, meta, loader
+
+    def training(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, held_out: Ids) -> Phase:
+        """ids: images to train on, exemplars included. probabilities: of the sampler. held_out: B_t, maybe empty."""
+        config = self.recipe.train
+        epochs = config.epochs_of(step)
+        extra: dict[str, Any] = {}
+        if self.meta is not None and step > 0:
+            key = Key(config.seed, step, "meta")
+            stream = partial(
+                cycled_plan, held_out, key, self.loader.transform, config.batch_size, sizes=self.loader.sizes
+            )
+            extra["before_update"] = BeforeUpdate(self.recipe.meta.meta_every, stream, self.meta.before_update)
+        return Phase(
+            name="train",
+            step=step,
+            parameters=self.method.parameters(self.network, step),
+            trainable=self.method.trainable(self.network),
+            clamp=self.method.clamp,
+            weight_decay=self.method.weight_decay(config.weight_decay, step, self.steps),
+            plan=partial(self.training_epoch, step, ids, probabilities),
+            epochs=epochs,
+            schedule=lambda epoch: config.learning_rate(epoch, epochs),
+            backward=self.method.backward,
+            weights=self.method.weights,
+            teacher=step > 0,
+            observed=partial(self.observed, step),
+            **extra,
+        )
+
+    def observed(self, step: int) -> dict[str, Any]:
+        """Beside the loss, for metrics.jsonl, once per epoch: the learned scale of a cosine head, Meta's alpha."""
+        scale = getattr(self.network.head, "scale", None)
+        shown = {} if scale is None else {"scale": float(scale.detach())}
+        return shown if self.meta is None or step == 0 else shown | self.meta.observed()
+
+    def training_epoch(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, epoch: int) -> EpochPlan:
+        key = Key(self.recipe.train.seed, step, "train", epoch)
+        visited = ids if probabilities is None else draw(ids, probabilities, key)
+        return self.plan(visited, key)
+
+    def plan(self, ids: Ids, key: Key) -> EpochPlan:
+        return training_plan(ids, key, self.loader.transform, self.recipe.train.batch_size, self.loader.sizes)
+
+    def finetuning(self, step: int, ids: Ids) -> Phase:
+        """ids: the same number of images of every class seen. No row of the head is frozen."""
+        config, correction = self.recipe.train, self.recipe.correction
+
+        return Phase(
+            name="correct",
+            step=step,
+            parameters=correction.parameters(self.network),
+            clamp=self.method.clamp,
+            weight_decay=config.weight_decay,
+            plan=lambda epoch: self.plan(ids, Key(config.seed, step, "correct", epoch)),
+            epochs=correction.finetune_epochs,
+            schedule=correction.learning_rate,
+            backward=self.method.backward,
+            weights=self.method.weights,
+            bn_mode=correction.finetune_bn,
+        )
+
+    def all(self, step: int) -> list[Phase]:
+        """Of a step, without images: what a checkpoint needs to find its momentum."""
+        nothing = np.empty(0, dtype=np.int64)
+        phases = [self.training(step, nothing, None, nothing)]
+        if self.recipe.correction.correction != "none":
+            phases.append(self.finetuning(step, nothing))
+        return phases

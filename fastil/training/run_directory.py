@@ -1,0 +1,176 @@
+"""A run directory: what is in it, and whose it is.
+
+recipe.yaml, protocol.json, results.json, timings.json, metrics.jsonl, memory/, confusion/, predictions/, checkpoints/,
+figures/.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastil import files
+from fastil.data import Dataset, Split
+from fastil.data.formats.beton import Beton
+from fastil.device import Precision
+from fastil.errors import UserError
+from fastil.evaluation import StepResult
+from fastil.fidelity import labelled
+from fastil.protocol import Protocol
+from fastil.recipe import Recipe, read_effective
+from fastil.training.step_plan import StepPlan
+
+FORMAT = 2  # of the checkpoint
+FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
+
+
+class Position(NamedTuple):
+    """Where a checkpoint resumes: phase "train" or "correct", before that batch; "memory", with all that follows."""
+
+    step: int = 0
+    phase: str = "train"
+    epoch: int = 0
+    batch: int = 0
+
+
+class RunDirectory:
+    """Paths and files of one run. Nothing is made before `create`."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        if path.exists() and not resume:
+            raise UserError(f"{path}: exists already; go on with --resume, or choose another --out")
+        # A run that was killed before it wrote anything has at least its lock.
+        ours = any((path / name).exists() for name in ("recipe.yaml", "lock"))
+        if path.exists() and not ours and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: not a run directory, so nothing to resume; choose another --out")
+        self.path = path
+        self.last = path / "checkpoints/last.pt"
+        self.metrics = path / "metrics.jsonl"
+
+    def create(self) -> None:
+        try:
+            for name in FOLDERS:
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
+
+    def precision(self) -> Precision | None:
+        """What a run that is here already computes in; None before its recipe.yaml is written."""
+        path = self.path / "recipe.yaml"
+        return read_effective(path).precision if path.exists() else None
+
+    def claim(self, recipe: Recipe, protocol: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+        """Write recipe.yaml and protocol.json and return the last checkpoint, if there is one.
+
+        A directory of another recipe, or of other images, is an error and stays as it was.
+        """
+        recipe_path, protocol_path = self.path / "recipe.yaml", self.path / "protocol.json"
+        if recipe_path.exists():
+            old, new = read_effective(recipe_path).identity(), recipe.identity()
+            changed = [f"{key} was {old[key]}, now {new[key]}" for key in new if old[key] != new[key]]
+            if changed:
+                raise UserError(
+                    f"{self.path}: a run of another recipe ({'; '.join(changed)}); repeat its settings or choose "
+                    f"another --out"
+                )
+        elif self.last.exists():
+            raise UserError(f"{recipe_path}: missing, so the run cannot be told; choose another --out")
+        if self.last.exists() and _images_of(protocol_path) != _images_in(protocol):
+            raise UserError(f"{self.path}: was run on other images than those of --data; give the same ones")
+        state = files.load(self.last, device) if self.last.exists() else None
+        if state is not None and state.get("format") != FORMAT:
+            raise UserError(
+                f"{self.last}: written by another version of fastil; choose another --out, or go on with it"
+            )
+        length = 0 if state is None else state["metrics_bytes"]
+        if length and (not self.metrics.exists() or self.metrics.stat().st_size < length):
+            raise UserError(f"{self.metrics}: shorter than the checkpoint says; choose another --out")
+        files.write_text(recipe_path, labelled(recipe, protocol).dump())
+        files.write_json(protocol_path, protocol)
+        with files.written(self.metrics), open(self.metrics, "ab") as file:
+            file.truncate(length)
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint; it remembers how long metrics.jsonl was, once that much of it is on the disk."""
+        with files.written(self.metrics), open(self.metrics, "ab") as file:
+            os.fsync(file.fileno())
+        files.save(self.last, state | {"format": FORMAT, "metrics_bytes": self.metrics.stat().st_size})
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        with files.written(self.metrics), open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def write_exemplars(self, step: int, exemplars: dict[int, NDArray[np.int64]]) -> None:
+        content = {str(class_id): ids.tolist() for class_id, ids in exemplars.items()}
+        files.write_json(self.path / f"memory/step_{step}.json", content)
+
+    def write_confusion(self, step: int, matrix: NDArray[np.int64]) -> None:
+        files.write_atomically(self.path / f"confusion/step_{step}.npy", lambda file: np.save(file, matrix))
+
+    def write_predictions(self, step: int, true: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
+        """int16 [n, 2]: true and predicted incremental position of each test image of the classes seen, in data set
+        order; what a paired comparison of two runs needs."""
+        content = np.stack((true, predicted), axis=1).astype(np.int16)
+        files.write_atomically(self.path / f"predictions/step_{step}.npy", lambda file: np.save(file, content))
+
+    def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> dict[str, Any]:
+        """results.json: only what is reproducible."""
+        accuracies = [result.top1 for result in steps]
+        results = {
+            "recipe": recipe.name,
+            "method": recipe.method.method,
+            "loss": recipe.loss.loss,
+            "seed": recipe.train.seed,
+            "steps": [dataclasses.asdict(result) for result in steps],
+            "average_incremental_accuracy": sum(accuracies) / len(accuracies),
+            "final_top1": accuracies[-1],
+        }
+        files.write_json(self.path / "results.json", results)
+        return results
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl but for a last one that is half written. Raises UserError for a damaged file."""
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except (OSError, ValueError):
+        raise UserError(f"{path}: missing or damaged; train this run again in a new --out") from None
+
+
+def _images_in(protocol: dict[str, Any]) -> list[Any]:
+    """What must not change between a run and its resume: the images in their order, and the classes."""
+    splits = [[protocol["dataset"][split][key] for key in ("sha256", "images")] for split in ("train", "val")]
+    return [*splits, protocol["class_order"], protocol["class_names"]]
+
+
+def _images_of(path: Path) -> list[Any]:
+    try:
+        return _images_in(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: missing or damaged, so the run cannot be told; choose another --out") from None
+
+
+def describe(dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan]) -> dict[str, Any]:
+    """The content of protocol.json."""
+
+    def described(split: Split | Beton) -> dict[str, Any]:
+        identity = None if split.identity is None else split.identity.text
+        content = {"sha256": split.sha256, "images": len(split.labels), "identity": identity}
+        return content | ({"bytes": int(split.lengths.sum())} if isinstance(split, Beton) else {})
+
+    return {
+        "class_order": protocol.order.tolist(),
+        "class_names": dataset.class_names,
+        "class_list_hash": protocol.class_hash(dataset.class_names),
+        "steps": [classes.tolist() for classes in protocol.steps],
+        "dataset": {"name": dataset.name, "train": described(dataset.train), "val": described(dataset.val)},
+        "effective": [dataclasses.asdict(plan) for plan in steps],
+    }

@@ -1,0 +1,324 @@
+"""The training loop, written once; it serves every phase of every method.
+
+The loop never waits for the device: the meter adds up there and is read once per epoch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastil.data import Batch, Loader
+from fastil.device import Precision, autocast, fastest_precision, multiplying_in, pixel_dtype
+from fastil.errors import UserError
+from fastil.methods import Meter
+from fastil.methods.meta import UpdateContext
+from fastil.models import Folded, Network, Output
+from fastil.optimiser import Update
+from fastil.plan import EpochPlan, drawn_ahead, num_batches
+from fastil.training.compiling import compile_network
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation of a step (section 4.1.3) and how the machine is used for it."""
+
+    epochs: int = 250  # of each incremental step
+    base_epochs: int | None = None  # of the base step; default: the same
+    batch_size: int = 128
+    lr: float = 0.1
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: drops, as parts of the step
+    lr_drop: float = 0.1  # multistep: what a drop multiplies the learning rate by
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    seed: int = 0  # of initialisation, shuffling, crops and flips; the class order is fixed by `order`
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
+    compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
+    checkpoint_every: int = 10  # epochs between checkpoints within a step, ...
+    checkpoint_minutes: float = 10.0  # ... and the longest time between them while it trains, in an epoch too
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "lr", "checkpoint_every", "checkpoint_minutes"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
+        if self.base_epochs is not None and self.base_epochs < 1:
+            raise UserError(f"base_epochs={self.base_epochs}: must be above 0")
+        if self.batch_size < 2:
+            raise UserError("batch_size=1: batch normalisation needs at least 2 images")
+        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != self.milestones:
+            raise UserError(
+                f"milestones={self.milestones}: give rising parts of a step between 0 and 1, such as [0.4, 0.6, 0.8]"
+            )
+        if not 0 < self.lr_drop <= 1:
+            raise UserError(f"lr_drop={self.lr_drop}: must lie above 0 and be at most 1, such as 0.1")
+        if not 0 <= self.momentum < 1 or not 0 <= self.weight_decay < float("inf"):
+            raise UserError("momentum must lie in [0, 1) and weight_decay must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed}: must lie between 0 and 2**32 - 1")
+
+    def epochs_of(self, step: int) -> int:
+        return self.base_epochs if step == 0 and self.base_epochs else self.epochs
+
+    def learning_rate(self, epoch: int, epochs: int) -> float:
+        """Of an epoch (from 0) among `epochs`. A drop takes effect at the start of epoch round(milestone * epochs), but
+        never in the first."""
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        return self.lr * self.lr_drop ** sum(epoch >= max(1, round(m * epochs)) for m in self.milestones)
+
+
+class BeforeUpdate(NamedTuple):
+    """What happens before every `every`-th update of a step, counted over its epochs (Meta BalancedS-CE)."""
+
+    every: int
+    plan: Callable[[int, int], EpochPlan]  # of the held-out images: (first, count) of these occasions, a batch for each
+    run: Callable[[UpdateContext], None]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One call of `fit`: what is trained, on what, how long, by which loss."""
+
+    name: str  # "train" or "correct"; one optimiser state per name
+    step: int
+    parameters: list[nn.Parameter]
+    plan: Callable[[int], EpochPlan]  # of an epoch
+    epochs: int
+    schedule: Callable[[int], float]  # learning rate of an epoch
+    # (batch, student, teacher, meter): gradients into the parameters, the terms of the loss into the meter
+    backward: Callable[[Batch, Output, Output | None, Meter], None]
+    weights: tuple[float, float, float]  # in the loss shown: of cross-entropy, distillation, margin ranking
+    trainable: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # masks of parameters that move in part
+    clamp: float | None = None  # of each element of a gradient
+    weight_decay: float | None = None  # default: the run's
+    bn_mode: Literal["train", "frozen"] = "train"
+    teacher: bool = True  # whether the loss needs the previous step's network
+    before_update: BeforeUpdate | None = None
+    observed: Callable[[], dict[str, Any]] = dict  # what else an epoch's line of metrics.jsonl holds
+
+
+@dataclass
+class EpochRecord:
+    """What one epoch showed; a line of metrics.jsonl but for the seconds, which no rerun reproduces."""
+
+    step: int
+    phase: str
+    epoch: int
+    epochs: int
+    lr: float
+    loss: float
+    train_top1: float  # percent, on augmented training images
+    images: int
+    seconds: float
+    data_seconds: float
+    observed: dict[str, Any]  # by the method: alpha
+
+
+class Stopped(Exception):
+    """A signal asked for a stop; the checkpoint has been written."""
+
+
+class Trainer:
+    """Student and teacher live here for the whole run: compiled once, overwritten in place at each step.
+
+    table: int64 [classes of the data set], label to incremental position. save(phase, epoch, batch) writes a checkpoint
+    that resumes before that batch; report gets every finished epoch; stop says whether a signal came.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Network,
+        teacher: Network,
+        loader: Loader,
+        table: Tensor,
+        *,
+        save: Callable[[str, int, int], None],
+        report: Callable[[EpochRecord], None],
+        tick: Callable[[int], None],
+        stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.student, self.teacher = config, student, teacher
+        self.loader, self.table = loader, table
+        self.save, self.report, self.tick, self.stop = save, report, tick, stop
+        self.device = table.device
+        wanted = config.precision
+        self.precision: Precision = fastest_precision(self.device) if wanted == "auto" else wanted
+        self.pixels = pixel_dtype(self.precision)
+        self.teacher.eval().requires_grad_(False)
+        self.fast_student: Callable[[Tensor], Output] = student
+        self.folded_teacher = Folded(teacher, self.pixels, config.batch_size)
+        self.lr = torch.zeros((), device=self.device)
+        # Running sums per row of the batch (a rest of one image joins the batch before it): cross-entropy,
+        # distillation, hits, margin ranking. The loss kernel adds to them; nothing else touches them in an epoch.
+        rows = torch.zeros(config.batch_size + 1, 4, device=self.device)
+        self.meter = Meter(rows, torch.zeros((), device=self.device))
+        self.images = 0  # counted in the meter
+        self.updates: dict[str, Update] = {}
+        self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
+
+    def compile(self) -> str | None:
+        """Compile both networks for the full batch. Returns why not, in one line, if that failed."""
+        size = (self.loader.transform.height, self.loader.transform.width)
+        example = torch.zeros(self.config.batch_size, 3, *size, dtype=self.pixels, device=self.device)
+        example = example.to(memory_format=torch.channels_last)
+        with multiplying_in(self.precision, self.device):
+            with self.autocast():
+                student, why_not = compile_network(self.student, example, train=True)
+            if why_not is None:
+                teacher, why_not = compile_network(self.folded_teacher.plain, example, train=False)
+        if why_not is None:
+            self.fast_student, self.folded_teacher.fast = student, teacher
+        return why_not
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.precision, self.device)
+
+    def fit(self, phase: Phase, first_epoch: int = 0, first_batch: int = 0) -> None:
+        """Run a phase, from its beginning or from where a checkpoint stopped."""
+        with (
+            multiplying_in(self.precision, self.device),
+            drawn_ahead(phase.plan, range(first_epoch, phase.epochs)) as plans,
+        ):
+            self._fit(phase, first_epoch, first_batch, plans)
+
+    def _fit(self, phase: Phase, first_epoch: int, first_batch: int, plans: Iterator[EpochPlan]) -> None:
+        update = self.update(phase)
+        if first_epoch == first_batch == 0:
+            update.reset()
+            self.forget_epoch()
+        self.student.train(phase.bn_mode == "train")
+        saved = time.monotonic()  # what is behind us is in a checkpoint, or costs nothing to do again
+        for epoch in range(first_epoch, phase.epochs):
+            self.lr.fill_(phase.schedule(epoch))
+            plan = next(plans)
+            done = epoch * num_batches(len(plan.ids), plan.batch_size)  # updates of earlier epochs
+            held_out = self.held_out(phase, done + first_batch, done + num_batches(len(plan.ids), plan.batch_size))
+            started, before = time.perf_counter(), self.seconds
+            batches = self.loader.batches(plan, first_batch, self.pixels)
+            for number, (batch, waited) in enumerate(timed(batches), first_batch):
+                stop = self.stop()
+                if stop or time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
+                    self.seconds = before + time.perf_counter() - started
+                    self.save(phase.name, epoch, number)
+                    if stop:
+                        raise Stopped
+                    saved = time.monotonic()
+                self.waited += waited
+                meta = phase.before_update is not None and (done + number) % phase.before_update.every == 0
+                self.train_step(phase, update, batch, next(held_out) if meta else None)
+                self.images += len(batch.ids)
+                self.tick(len(batch.ids))
+            first_batch = 0
+            sums = torch.cat((self.meter.rows.sum(0), self.meter.further[None]))
+            ce, kd, hits, ranking, further = sums.tolist()  # the epoch's one wait for the device
+            loss = further + sum(w * term for w, term in zip(phase.weights, (ce, kd, ranking), strict=True))
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; "
+                    f"lower {'lr' if phase.name == 'train' else 'finetune_lr'} and choose another --out"
+                )
+            self.report(
+                EpochRecord(
+                    step=phase.step,
+                    phase=phase.name,
+                    epoch=epoch + 1,
+                    epochs=phase.epochs,
+                    lr=phase.schedule(epoch),
+                    loss=loss / self.images,
+                    train_top1=100 * hits / self.images,
+                    images=self.images,
+                    seconds=before + time.perf_counter() - started,
+                    data_seconds=self.waited,
+                    observed=phase.observed(),
+                )
+            )
+            self.forget_epoch()
+            if (epoch + 1) % self.config.checkpoint_every == 0 and epoch + 1 < phase.epochs:
+                self.save(phase.name, epoch + 1, 0)
+                saved = time.monotonic()
+
+    def held_out(self, phase: Phase, first: int, last: int) -> Iterator[Batch]:
+        """A batch of held-out images for each occasion of `before_update` among the updates first to last."""
+        hook = phase.before_update
+        if hook is None:
+            return iter(())
+        start, stop = -(-first // hook.every), -(-last // hook.every)
+        return self.loader.batches(hook.plan(start, stop - start), 0, self.pixels) if stop > start else iter(())
+
+    def train_step(self, phase: Phase, update: Update, batch: Batch, held_out: Batch | None = None) -> None:
+        """One update. Nothing here reads a value back from the device."""
+        batch = batch._replace(labels=self.table[batch.labels])  # from here on incremental positions
+        full = len(batch.images) == self.config.batch_size  # a ragged batch would recompile everything
+        student = self.fast_student if full and phase.bn_mode == "train" else self.student
+        teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
+        if held_out is not None and phase.before_update is not None:
+            held_out = held_out._replace(labels=self.table[held_out.labels])
+            context = UpdateContext(batch, teacher_out, held_out, student, self.student, update, self.autocast)
+            phase.before_update.run(context)
+        with self.autocast():
+            out = student(batch.images)
+        phase.backward(batch, out, teacher_out, self.meter)
+        update.apply()
+        self.student.zero_grad()
+
+    def update(self, phase: Phase) -> Update:
+        """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do. It
+        is built anew only for other parameters."""
+        decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
+        known = self.updates.get(phase.name)
+        if known is None or list(map(id, known.parameters)) != list(map(id, phase.parameters)):
+            known = Update(phase.parameters, self.lr, self.config.momentum, decay, phase.trainable, phase.clamp)
+            self.updates[phase.name] = known
+        known.set_weight_decay(decay)
+        return known
+
+    def forget_epoch(self) -> None:
+        for part in self.meter:
+            part.zero_()
+        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def begin_step(self) -> None:
+        """Freeze the network of the step before as the teacher."""
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.folded_teacher.refresh()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "meter": list(self.meter),
+            "clock": [self.images, self.seconds, self.waited],
+            "momentum": {name: update.buffers for name, update in self.updates.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], phases: list[Phase]) -> None:
+        """phases: those whose momentum the state may hold."""
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.folded_teacher.refresh()
+        for part, saved_part in zip(self.meter, state["meter"], strict=True):
+            part.copy_(saved_part)
+        self.images, self.seconds, self.waited = state["clock"]
+        for phase in phases:
+            saved, buffers = state["momentum"].get(phase.name, []), self.update(phase).buffers
+            # Otherwise it belongs to an earlier step that trained other parameters, and this one begins without.
+            if [v.shape for v in saved] == [b.shape for b in buffers]:
+                for buffer, value in zip(buffers, saved, strict=True):
+                    buffer.copy_(value)
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds it was waited for."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - started

@@ -1,0 +1,185 @@
+"""The effective protocol against a simulation of the run: what is kept, listed and cut into batches at each step."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from fastil import recipe as recipes
+from fastil.errors import UserError
+from fastil.plan import Key, Transform, training_plan
+from fastil.protocol import Protocol, class_order
+from fastil.training.step_plan import as_table, effective_steps, format_table, run_flops
+
+TRANSFORM = Transform(8, 8, pad=1, flip=True, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def recipe_of(**keys):
+    written = {key: "null" if value is None else value for key, value in keys.items()}
+    return recipes.load("digits", [f"{key}={value}" for key, value in written.items()])
+
+
+def simulated(recipe, protocol, counts):
+    """(new classes, classes seen, new images, exemplars, epochs, iterations, visits) of every step, from id lists."""
+    bounds = np.cumsum([0, *counts])
+    ids_of = [np.arange(a, b) for a, b in pairwise(bounds)]
+    memory, seen, steps = {}, 0, []
+    for step, classes in enumerate(protocol.steps):
+        new = [ids_of[c] for c in classes]
+        old = list(memory.values())
+        ids = np.concatenate(new + old)
+        epochs = recipe.train.base_epochs if step == 0 and recipe.train.base_epochs else recipe.train.epochs
+        iterations = visits = 0
+        for epoch in range(epochs):
+            plan = training_plan(ids, Key(0, step, "train", epoch), TRANSFORM, recipe.train.batch_size)
+            batches = list(plan.batches())
+            iterations += len(batches)
+            visits += sum(len(plan.ids[part]) for part in batches)
+        seen += len(classes)
+        steps.append((len(classes), seen, sum(map(len, new)), sum(map(len, old)), epochs, iterations, visits))
+        budget = recipe.memory.memory_budget
+        quota = budget // seen if budget else recipe.memory.exemplars_per_class
+        memory |= {c: ids_of[c] for c in classes}
+        memory = {c: ids[:quota] for c, ids in memory.items()}
+    return steps
+
+
+def rows(plans):
+    return [(p.new_classes, p.classes_seen, p.new_images, p.exemplars, p.epochs, p.iterations, p.visits) for p in plans]
+
+
+EVEN = [30] * 10
+UNEVEN = [31, 2, 17, 40, 1, 9, 23, 5, 12, 8]  # two classes have fewer images than a quota of 3 or more
+MEMORIES = [
+    {"exemplars_per_class": 1},
+    {"exemplars_per_class": 4},
+    {"exemplars_per_class": 100},  # more than any class has
+    {"exemplars_per_class": None, "memory_budget": 37},
+    {"exemplars_per_class": None, "memory_budget": 10},
+    {"exemplars_per_class": None, "memory_budget": 1000},
+]
+
+
+@pytest.mark.parametrize("counts", [EVEN, UNEVEN], ids=["even", "uneven"])
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(("base", "increment"), [(5, 1), (4, 3), (2, 4), (10, 1)])
+def test_steps_are_those_of_a_simulated_run(counts, memory, base, increment):
+    protocol = Protocol(class_order("lucir", 10), base, increment)
+    recipe = recipe_of(epochs=3, base_epochs=2, batch_size=16, **memory)
+    plans = effective_steps(recipe, protocol, np.array(counts))
+    assert rows(plans) == simulated(recipe, protocol, counts)
+    assert [p.step for p in plans] == list(range(len(protocol.steps)))
+
+
+@pytest.mark.parametrize("batch_size", range(2, 12))
+@pytest.mark.parametrize("images", [1, 2, 3, 7, 11, 20])
+def test_iterations_are_the_batches_of_the_plan_whatever_is_left_over(batch_size, images):
+    """The rest of a batch is nothing, one image (which joins the batch before it) or more."""
+    protocol = Protocol(class_order("alphabetical", 4), 1, 1)
+    recipe = recipe_of(epochs=2, base_epochs=1, batch_size=batch_size, exemplars_per_class=2)
+    counts = [images, 1, images + 1, 2 * images]
+    assert rows(effective_steps(recipe, protocol, np.array(counts))) == simulated(recipe, protocol, counts)
+
+
+def test_the_published_setting_on_cifar100():
+    """B50, five steps, R = 20: 390 full batches of 64 and a rest of 40 at the base step."""
+    protocol = Protocol(class_order("lucir", 100), 50, 10)
+    recipe = recipe_of(epochs=250, base_epochs=None, batch_size=64, exemplars_per_class=20)
+    plans = effective_steps(recipe, protocol, np.full(100, 500))
+    assert [p.new_images for p in plans] == [25_000] + 5 * [5_000]
+    assert [p.exemplars for p in plans] == [0, 1000, 1200, 1400, 1600, 1800]
+    assert [p.exemplars_per_class for p in plans] == [0, 20, 20, 20, 20, 20]
+    assert [p.iterations for p in plans] == [250 * n for n in (391, 94, 97, 100, 104, 107)]
+    assert [p.visits for p in plans] == [250 * n for n in (25_000, 6_000, 6_200, 6_400, 6_600, 6_800)]
+
+
+def test_a_growing_memory_grows_and_a_budget_is_shared():
+    protocol, counts = Protocol(class_order("lucir", 10), 4, 2), np.array(EVEN)
+    growing = effective_steps(recipe_of(exemplars_per_class=3), protocol, counts)
+    budget = effective_steps(recipe_of(exemplars_per_class=None, memory_budget=40), protocol, counts)
+    assert [p.exemplars for p in growing] == [0, 12, 18, 24]
+    assert [p.exemplars_per_class for p in budget] == [0, 10, 6, 5]
+    assert [p.exemplars for p in budget] == [0, 40, 36, 40]
+
+
+def test_base_epochs_are_those_of_the_others_unless_given():
+    protocol, counts = Protocol(class_order("lucir", 10), 4, 2), np.array(EVEN)
+    assert [p.epochs for p in effective_steps(recipe_of(epochs=7, base_epochs=None), protocol, counts)] == [7] * 4
+    assert [p.epochs for p in effective_steps(recipe_of(epochs=7, base_epochs=9), protocol, counts)] == [9, 7, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "last"),
+    [("multistep", 250, 1e-4), ("multistep", 5, 1e-4), ("cosine", 10, 0.05 * (1 + np.cos(0.9 * np.pi)))],
+)
+def test_learning_rates_are_those_of_the_first_and_the_last_epoch(schedule, epochs, last):
+    """0.1, divided by 10 at 0.4, 0.6 and 0.8 of the epochs of the step; or along half a cosine."""
+    drops = {"milestones": "[0.4, 0.6, 0.8]"} if schedule == "multistep" else {}
+    recipe = recipe_of(epochs=epochs, base_epochs=20, lr=0.1, schedule=schedule, **drops)
+    plan = effective_steps(recipe, Protocol(class_order("lucir", 10), 5, 5), np.array(EVEN))[1]
+    assert (plan.first_lr, plan.last_lr) == (pytest.approx(0.1), pytest.approx(last))
+
+
+def test_a_budget_too_small_for_a_rehearsed_step_is_refused_beforehand():
+    recipe = recipe_of(exemplars_per_class=None, memory_budget=4)
+    with pytest.raises(UserError, match="memory_budget=4"):
+        effective_steps(recipe, Protocol(class_order("lucir", 10), 5, 1), np.array(EVEN))
+
+
+def test_a_budget_too_small_for_the_memory_after_the_last_step_is_refused_beforehand():
+    """The exemplars are selected after every step, the last one too, among all 10 classes."""
+    recipe = recipe_of(exemplars_per_class=None, memory_budget=9)
+    with pytest.raises(UserError, match="memory_budget=9"):
+        effective_steps(recipe, Protocol(class_order("lucir", 10), 5, 1), np.array(EVEN))
+
+
+def test_training_costs_three_forwards_and_a_fourth_with_the_teacher():
+    plans = effective_steps(
+        recipe_of(epochs=3, base_epochs=2), Protocol(class_order("lucir", 10), 5, 5), np.array(EVEN)
+    )
+    base, last = (p.visits for p in plans)
+    assert run_flops(plans, 1000) == 3000 * base + 4000 * last
+    assert base == 2 * 150
+    assert last == 3 * (150 + 5 * 2)
+
+
+@pytest.mark.parametrize("keys", [{"mnemonics": "bilevel"}, {"mnemonics": "released"}])
+def test_mnemonics_visits_the_training_set_of_each_step_again_for_its_exemplars(keys):
+    """In the base step too; a visit costs as much as one of training. No other method has any."""
+    protocol, cosine = Protocol(class_order("lucir", 10), 4, 3), {"head": "cosine", "loss": "softmax"}
+    recipe = recipe_of(
+        method="mnemonics", mnemonics_epochs=7, exemplars_per_class=5, epochs=3, base_epochs=2, **keys, **cosine
+    )
+    plans = effective_steps(recipe, protocol, np.array(EVEN))
+    images = [4 * 30, 3 * 30 + 4 * 5, 3 * 30 + 7 * 5]
+    assert [p.memory_visits for p in plans] == [7 * n for n in images]
+    assert [p.visits for p in plans] == [e * n for e, n in zip((2, 3, 3), images, strict=True)]
+    assert run_flops(plans, 10) == 30 * 9 * images[0] + 40 * 10 * (images[1] + images[2])
+    others = effective_steps(recipe_of(method="lucir", **cosine), protocol, np.array(EVEN))
+    assert not any(p.memory_visits for p in others)
+
+
+def test_the_table_shows_every_step_and_lines_up():
+    protocol = Protocol(class_order("lucir", 10), 5, 1)
+    plans = effective_steps(recipe_of(exemplars_per_class=2), protocol, np.array([1234] * 10))
+    lines = as_table(plans).splitlines()
+    assert len(lines) == 2 + 6
+    assert len({len(line) for line in lines}) == 1
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1
+    for plan, line in zip(plans, lines[2:], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == str(plan.step)
+        assert cells[1] == f"+{plan.new_classes} = {plan.classes_seen}"
+        assert cells[2] == f"{plan.new_images:,}"
+        assert cells[3] == ("0" if plan.step == 0 else f"{plan.exemplars} (up to 2/class)")
+        assert cells[6:] == [f"{plan.iterations:,}", f"{plan.visits:,}"]
+
+
+def test_a_markdown_table_is_as_wide_as_its_longest_cells():
+    table = format_table(("a", "long header"), [("longer cell", "b"), ("", "")])
+    assert table.splitlines() == [
+        "| a           | long header |",
+        "|-------------|-------------|",
+        "| longer cell | b           |",
+        "|             |             |",
+    ]

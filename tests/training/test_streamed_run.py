@@ -1,0 +1,194 @@
+"""Runs on files that are streamed: dataset=imagenet, its transforms and its loaders."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_user_error, encoded
+
+from fastil.data import DataConfig, load_dataset
+from fastil.data.formats.beton import Beton
+from fastil.data.loaders.choose import check_resident
+from fastil.data.loaders.streaming import Streaming
+from fastil.errors import UserError
+from fastil.recipe import load
+from fastil.tools.convert import convert, options_of
+from fastil.tools.reporting import Reporter
+from fastil.training.experiment import Experiment, waiting
+from fastil.training.trainer import EpochRecord
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200)]
+SETTINGS = [
+    "size=32", "order=alphabetical", "base_classes=4", "increment=1", "exemplars_per_class=4", "model=resnet8",
+    "epochs=6", "batch_size=16", "lr=0.05", "device=cpu", "compile=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Six colours, images of many sizes."""
+    folder, random = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 6)):
+        for label, colour in enumerate(COLOURS):
+            for i in range(count):
+                height, width = random.integers(30, 80, 2)
+                pixels = np.array(colour) + random.normal(0, 25, (height, width, 3))
+                path = folder / f"in/{split}/{label}/{i:02d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encoded(pixels.clip(0, 255).astype(np.uint8), quality=90))
+    convert(folder / "in", folder / "x.beton", options_of(workers=1), Reporter())
+    return folder / "x.beton"
+
+
+def run(file, out, *settings):
+    experiment = Experiment(load("imagenet_balanced_5", [f"data={file}", *SETTINGS, *settings]), out, resume=False)
+    experiment.run()
+    experiment.close()
+    return json.loads((out / "results.json").read_text())
+
+
+def test_a_streamed_run_learns_and_is_the_same_again(file, tmp_path):
+    first, second = (run(file, tmp_path / name, "loader=threads") for name in ("one", "two"))
+    assert first == second
+    assert first["steps"][0]["top1"] > 90
+    assert first["average_incremental_accuracy"] > 60
+    exemplars = [json.loads((tmp_path / name / "memory/step_2.json").read_text()) for name in ("one", "two")]
+    assert exemplars[0] == exemplars[1]
+    described = json.loads((tmp_path / "one/protocol.json").read_text())["dataset"]
+    with Beton(file) as beton:
+        expected = {"sha256": beton.manifest.sha256, "images": len(beton), "identity": beton.identity.text}
+        expected["bytes"] = sum(p.stat().st_size for p in file.parent.glob("in/train/*/*"))
+        assert described["train"] == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["method=mnemonics", "head=cosine", "last_relu=false", "mnemonics_epochs=1"],
+        ["correction=balanced_finetuning", "finetune_epochs=2"],
+    ],
+)
+def test_a_resident_memory_changes_nothing_but_what_is_read(file, tmp_path, monkeypatch, settings):
+    read, stored = [], Streaming.stored
+
+    def spy(loader, i):
+        if loader.transform.resized:
+            read.append(i)
+        return stored(loader, i)
+
+    monkeypatch.setattr(Streaming, "stored", spy)
+    seen = {}
+    for memory in ("streamed", "resident"):
+        read.clear()
+        settings_of_all = ["loader=threads", "epochs=2", *settings]
+        seen[memory] = run(file, tmp_path / memory, f"memory={memory}", *settings_of_all), np.array(read)
+    assert seen["streamed"][0] == seen["resident"][0]
+    exemplars = json.loads((tmp_path / "resident/memory/step_0.json").read_text())
+    for i in np.concatenate([*exemplars.values()]).tolist():
+        reads = {memory: int((ids == i).sum()) for memory, (_, ids) in seen.items()}
+        if not settings:  # two epochs of the base step, then once to be kept, or in two epochs of each of two steps
+            assert reads == {"streamed": 6, "resident": 3}
+        elif "method=mnemonics" not in settings:  # whose exemplars are an overlay
+            assert reads["resident"] < reads["streamed"]
+
+
+def test_a_resident_memory_is_held_again_after_a_resume(file, tmp_path, monkeypatch):
+    whole = run(file, tmp_path / "whole", "memory=resident", "epochs=2")
+    recipe = load("imagenet_balanced_5", [f"data={file}", *SETTINGS, "memory=resident", "epochs=2"])
+    stopped = Experiment(recipe, tmp_path / "run", resume=False)
+    train = stopped.train
+
+    def stop_in_the_last_step(step, *arguments):
+        if step == 2:
+            raise KeyboardInterrupt
+        train(step, *arguments)
+
+    monkeypatch.setattr(stopped, "train", stop_in_the_last_step)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    stopped.close()
+    resumed = Experiment(recipe, tmp_path / "run", resume=True)
+    held, fit = [], resumed.trainer.fit
+
+    def look(*arguments):
+        held.append(sorted(resumed.train_loader.held))
+        fit(*arguments)
+
+    monkeypatch.setattr(resumed.trainer, "fit", look)
+    resumed.run()
+    exemplars = json.loads((tmp_path / "run/memory/step_1.json").read_text())
+    assert held == [sorted(np.concatenate([*exemplars.values()]).tolist())]
+    resumed.close()
+    assert json.loads((tmp_path / "run/results.json").read_text()) == whole
+
+
+def test_a_resident_memory_that_cannot_be_is_refused_before_anything_is_trained(fastil, file):
+    process = fastil("run", "digits", "memory=resident")
+    assert_user_error(process, "memory=resident", "in memory already", "leave it out")
+    process = fastil("plan", "imagenet_balanced_5", *SETTINGS, "memory=resident", "--data", file)
+    assert "about 0.0 GiB decoded on cpu" in process.stdout
+    with Beton(file) as beton:
+        check_resident(beton, 1000, "threads", torch.device("cpu"))
+        with pytest.raises(UserError, match=r"memory=resident: 6,000,000,000 exemplars .* GiB, .* or leave it out"):
+            check_resident(beton, 6 * 10**9, "threads", torch.device("cpu"))
+
+
+def test_the_reference_loader_trains_the_same_to_a_rounding(file, tmp_path):
+    """Frames differ by 2 of 255 at most."""
+    weights = []
+    for name in ("threads", "reference"):
+        run(file, tmp_path / name, f"loader={name}", "epochs=1", "base_classes=6", "increment=0")
+        state = torch.load(tmp_path / name / "checkpoints/step_0.pt", weights_only=True)
+        weights.append(torch.cat([value.flatten().double() for value in state.values()]))
+    assert torch.linalg.norm(weights[0] - weights[1]) < 0.02 * torch.linalg.norm(weights[1])
+
+
+def test_what_a_run_prints_names_the_loader(fastil, file):
+    settings = [setting for setting in SETTINGS if not setting.startswith("epochs")] + ["epochs=1"]
+    process = fastil("run", "imagenet_balanced_5", *settings, "--data", file, "--out", "out")
+    assert process.returncode == 0, process.stderr
+    assert "loader threads: on a CPU the fastest" in process.stdout
+    line = r"img/s, \d+\.\d s waiting for data$"
+    assert len(re.findall(line, process.stdout, re.MULTILINE)) == 3  # an epoch of each step
+
+
+@pytest.mark.parametrize(
+    ("seconds", "waited", "streamed", "line"),
+    [
+        (10.0, 0.5, True, ", 0.5 s waiting for data: the network is the bottleneck"),
+        (10.0, 3.0, True, ", 3.0 s waiting for data: the loader is the bottleneck"),
+        (4.0, 3.0, True, ", 3.0 s waiting for data"), (10.0, 3.0, False, ""),
+    ],
+)  # fmt: skip
+def test_who_is_the_bottleneck(seconds, waited, streamed, line):
+    record = EpochRecord(0, "train", 1, 1, 0.1, 1.0, 50.0, 100, seconds, waited, {})
+    assert waiting(record, streamed) == line
+
+
+def test_pad_has_no_meaning_for_streamed_images_and_is_refused(fastil, file):
+    process = fastil("run", "imagenet_balanced_5", *SETTINGS, "pad=4", "--data", file)
+    assert_user_error(process, "pad=4", "random resized crops", "pad=0")
+
+
+def test_a_source_that_is_no_file_or_has_no_validation_images_is_one_line(fastil, file, tmp_path):
+    assert_user_error(fastil("run", "imagenet_balanced_5", "--data", tmp_path), "fastil convert SOURCE imagenet.beton")
+    alone = tmp_path / "alone.beton"
+    alone.write_bytes(file.read_bytes())
+    assert_user_error(fastil("run", "imagenet_balanced_5", "--data", alone), "alone.val.beton: no such file", "--val")
+    assert_user_error(
+        fastil("plan", "imagenet_balanced_5", "--data", "none.beton"), "none.beton: no such file", "--data"
+    )
+    same = load_dataset(DataConfig("imagenet", str(alone), val="same"))
+    assert len(same.val.labels) == len(same.train.labels)
+    assert same.notes == ("validation images are the training images: a smoke test, not a result",)
+
+
+def test_an_unknown_loader_is_refused_by_whatever_reads_the_recipe(fastil, file):
+    for command in ("run", "plan"):
+        process = fastil(command, "imagenet_balanced_5", *SETTINGS, "loader=dalli", "--data", file)
+        assert_user_error(process, "loader=dalli: unknown; use one of auto, resident, threads")
