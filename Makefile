@@ -26,6 +26,7 @@ test: .venv/dev .venv/ffcv .venv/dali
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 	$(BIN)/python -m fastil.kernels.aot --check
 	$(MAKE) --no-print-directory test-oldest-triton

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import save
-from fastil.reporting.report import read_run
+from fastil.reporting.runs import read_run
 from fastil.reproduce.bootstrap import average_accuracy, paired_interval
 from fastil.reproduce.tables import predictions
 

@@ -37,8 +37,9 @@ from fastil.data.loaders.threads import Threads
 from fastil.device import keep_freed_memory
 from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
 from fastil.models import ModelConfig, Network
+from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan
-from fastil.training.trainer import Phase, TrainConfig, Trainer
+from fastil.training.trainer import Phase, Trainer
 
 CLASSES, GOAL = 8, 1.05
 STRIDES = (2, 4)

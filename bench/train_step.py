@@ -29,8 +29,9 @@ from fastil.device import Precision, pick_device, precision_note
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
 from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
 from fastil.models import ModelConfig, Network, build_network
+from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan
-from fastil.training.trainer import Phase, TrainConfig, Trainer
+from fastil.training.trainer import Phase, Trainer
 
 BATCH, STEPS, CLASSES, NUM_OLD = 128, 8, 60, 50
 TRANSFORM = Transform(32, 32, pad=4, flip=True, mean=(0.5071, 0.4866, 0.4409), std=(0.2009, 0.1984, 0.2023))

@@ -51,7 +51,7 @@ def run(
     from fastil.device import keep_freed_memory
     from fastil.fidelity import had_published
     from fastil.recipe import load
-    from fastil.reporting.report import read_run
+    from fastil.reporting.runs import read_run
     from fastil.training.experiment import Experiment
     from fastil.training.trainer import Stopped
 

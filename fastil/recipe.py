@@ -37,9 +37,9 @@ from fastil.methods import (
     check_parts,
 )
 from fastil.models import ModelConfig
+from fastil.optimiser import TrainConfig
 from fastil.plan import SamplerConfig
 from fastil.protocol import ProtocolConfig
-from fastil.training.trainer import TrainConfig
 
 PARTS: dict[str, type] = {
     "data": DataConfig,

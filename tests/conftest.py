@@ -108,7 +108,7 @@ def forked_runs(forks):
 def without_figures():
     """Runs in this process draw none, which takes them a quarter of their time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastil.reporting.report.draw_run", lambda folder: None)
+        patch.setattr("fastil.reporting.figures.draw_run", lambda folder: None)
         yield
 
 

@@ -124,7 +124,7 @@ def work(arguments, folder, environment, *outputs):
     option, code, *rest = arguments
     sys.path[0] = folder
     if environment.get(NO_FIGURES):
-        importlib.import_module("fastil.reporting.report").draw_run = lambda run: None
+        importlib.import_module("fastil.reporting.figures").draw_run = lambda run: None
     sys.argv = [option, *rest]
     status = 0
     try:

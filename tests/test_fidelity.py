@@ -19,6 +19,7 @@ from fastil.data.formats.records import canonical
 from fastil.fidelity import labelled
 from fastil.recipe import load, read_effective
 from fastil.reporting import report
+from fastil.reporting.runs import read_run
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
@@ -158,7 +159,7 @@ def as_parquet(images, root):
 
 
 def run(data, out):
-    with mock.patch("fastil.reporting.report.draw_run"):  # figures take as long as the training
+    with mock.patch("fastil.reporting.figures.draw_run"):  # figures take as long as the training
         cli.run("cifar100_balanced_5", list(SETTINGS), data=str(data), out=out)
     return out
 
@@ -213,7 +214,7 @@ def test_a_run_from_before_identities_can_be_read_and_resumed(first, images, tmp
     for split in ("train", "val"):
         del described["dataset"][split]["identity"]
     path.write_text(json.dumps(described))
-    assert "unidentified data" in report.read_run(tmp_path / "run").recipe.fidelity
+    assert "unidentified data" in read_run(tmp_path / "run").recipe.fidelity
     cli.run("cifar100_balanced_5", list(SETTINGS), data=str(images), out=tmp_path / "run", resume=True)
     assert (tmp_path / "run/results.json").read_bytes() == (first / "results.json").read_bytes()
     assert json.loads(path.read_text()) == json.loads((first / "protocol.json").read_text())

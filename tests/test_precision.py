@@ -12,7 +12,8 @@ from fastil.device import fastest_precision, multiplying_in, precision_note, set
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.recipe import load, read_effective
-from fastil.reporting.report import group_runs, paired_gain, read_run
+from fastil.reporting.rows import paired_gain
+from fastil.reporting.runs import group_runs, read_run
 from fastil.training import compiling
 from fastil.training.experiment import Experiment
 

@@ -10,13 +10,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from fastil.data.formats.manifest import Manifest
 
 Ids = NDArray[np.int64]
 BYTES = 16  # of the digest of an image or of a class
@@ -50,21 +47,7 @@ def of_pixels(images: NDArray[np.uint8], labels: Ids) -> Identity:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
         list(pool.map(partial(_hash_some, images, hashes), starts))
     shape = images.shape[1:]
-    return Identity("pixels", shape, *_by_class(hashes, labels, repr(shape)))
-
-
-def of_stored(manifest: "Manifest", labels: Ids, lengths: Ids) -> Identity:
-    """The identity of a file that is streamed, by its manifest: no image is read. labels, lengths: int64 [n], of the
-    samples and of their bytes."""
-    hashes = np.empty((len(labels), BYTES // 8), ">u8")
-    hashes[:, 0], hashes[:, 1] = manifest.crc32, lengths
-    storage = manifest.parameters.get("storage", {})
-    if storage.get("mode") == "jpeg":  # what libjpeg made of the few that could not be kept depends on its version
-        hashes[[one.id for one in manifest.reencoded if one.id >= 0]] = 0
-    resized = storage.get("max_side") is not None or storage.get("squash") is not None
-    changed = resized or storage.get("mode") == "reencode" or bool(manifest.skipped)
-    kind = "changed" if changed else "stored"
-    return Identity(kind, (), *_by_class(hashes, labels, kind))
+    return of_hashes("pixels", shape, hashes, labels, repr(shape))
 
 
 def _hash_some(images: NDArray[np.uint8], hashes: NDArray[Any], start: int) -> None:
@@ -73,10 +56,10 @@ def _hash_some(images: NDArray[np.uint8], hashes: NDArray[Any], start: int) -> N
         hashes[row] = np.frombuffer(digest, hashes.dtype)
 
 
-def _by_class(hashes: NDArray[Any], labels: Ids, head: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Counts and digests of the labels 0 to the highest one. hashes: >u8 [n, 2]; head: goes into every digest."""
+def of_hashes(kind: str, shape: tuple[int, ...], hashes: NDArray[Any], labels: Ids, head: str) -> Identity:
+    """The identity of images with these hashes, >u8 [n, 2], and labels, int64 [n]. head: goes into every digest."""
     counts = np.bincount(labels).tolist()
     hashes = hashes[np.lexsort((hashes[:, 1], hashes[:, 0], labels))]
     parts = np.split(hashes, np.cumsum(counts)[:-1])
     digests = (hashlib.blake2b(head.encode() + part.tobytes(), digest_size=BYTES).hexdigest() for part in parts)
-    return tuple(counts), tuple(digests)
+    return Identity(kind, shape, tuple(counts), tuple(digests))

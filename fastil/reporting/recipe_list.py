@@ -3,7 +3,7 @@
 import re
 
 from fastil.recipe import Recipe, load, names
-from fastil.training.step_plan import format_table
+from fastil.text import format_table
 
 DATASETS = ("cifar100", "subimagenet", "imagenet")
 STEPS = ("5", "10")

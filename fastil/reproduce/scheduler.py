@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from fastil.device import pick_device
 from fastil.errors import UserError
-from fastil.reporting.report import read_run
+from fastil.reporting.runs import read_run
 from fastil.reproduce import tables
 from fastil.reproduce.tables import Entry, Table
 from fastil.reproduce.worklist import Job, WorkList
-from fastil.training import estimate, step_plan
+from fastil.text import format_table
+from fastil.training import estimate
 from fastil.training.interrupt import Interrupt
 
 POLL = 1.0  # seconds
@@ -165,7 +166,7 @@ def preview(work: WorkList, jobs: int | None = None) -> str:
         costs.append(cost)
         rows.append((job.name, job.state(), shared, f"{work.left(job):,}", f"{cost:.2f}"))
     torch.set_num_threads(threads)
-    text = step_plan.format_table(("run", "state", "base step", "image visits left", "hours"), rows)
+    text = format_table(("run", "state", "base step", "image visits left", "hours"), rows)
     total = sum(work.left(job) for job in work.jobs)
     at_once = max(1, min(at_once, len(work.missing)))
     # More at once than usual are no faster together, and no run is faster for it.

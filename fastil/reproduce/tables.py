@@ -17,9 +17,11 @@ from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.fidelity import on_published_data
 from fastil.recipe import Recipe
-from fastil.reporting.report import Run, new_figure, read_run, save_figure, spread
+from fastil.reporting.figures import new_figure, save_figure
+from fastil.reporting.rows import spread
+from fastil.reporting.runs import Run, read_run
 from fastil.reproduce.bootstrap import Predictions, paired_interval
-from fastil.training.step_plan import format_table
+from fastil.text import format_table
 
 HEADER = (
     "steps", "row", "seeds", "published average", "average incremental", "minus published", "difference",

@@ -17,11 +17,10 @@ from fastil.data.sources import image_size
 from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
-from fastil.reporting.report import read_run
+from fastil.reporting.runs import read_metrics, read_run
 from fastil.reproduce import tables
 from fastil.reproduce.tables import Entry
 from fastil.training import base_step, step_plan
-from fastil.training.run_directory import read_metrics
 
 
 @dataclass

@@ -20,7 +20,7 @@ from fastil.errors import UserError
 from fastil.methods import METHODS
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
-from fastil.training.run_directory import read_metrics
+from fastil.reporting.runs import read_metrics
 
 # Keys that the base step never reads: it has no old class and no memory, and all classification losses are the plain
 # cross-entropy, bit for bit, where every class has the same number of images.

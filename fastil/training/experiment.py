@@ -23,7 +23,7 @@ from fastil.models import Folded, Output, build_network
 from fastil.plan import Transform
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
-from fastil.reporting import report
+from fastil.reporting import figures
 from fastil.training import base_step, compiling, run_directory, step_plan
 from fastil.training.clock import Clock, versions
 from fastil.training.interrupt import Interrupt
@@ -127,7 +127,7 @@ class Experiment:
                 files.save(weights, self.trainer.student.state_dict())
                 self.save(Position(step + 1))  # last: only now is the step never done again
             results = self.directory.write_results(self.recipe, self.results)
-            report.draw_run(self.directory.path)
+            figures.draw_run(self.directory.path)
             return results
 
     def close(self) -> None:

@@ -136,15 +136,6 @@ class RunDirectory:
         return results
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl but for a last one that is half written. Raises UserError for a damaged file."""
-    path = run / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    except (OSError, ValueError):
-        raise UserError(f"{path}: missing or damaged; train this run again in a new --out") from None
-
-
 def _images_in(protocol: dict[str, Any]) -> list[Any]:
     """What must not change between a run and its resume: the images in their order, and the classes."""
     splits = [[protocol["dataset"][split][key] for key in ("sha256", "images")] for split in ("train", "val")]

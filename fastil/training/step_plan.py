@@ -10,6 +10,7 @@ from fastil.errors import UserError
 from fastil.plan import num_batches
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe
+from fastil.text import format_table
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,3 @@ def as_table(steps: list[StepPlan]) -> str:
         for plan in steps
     ]  # fmt: skip
     return format_table(header, rows)
-
-
-def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table whose columns line up in a terminal too."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [header, *rows]
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)

@@ -30,8 +30,8 @@ from fastil.methods.mnemonics import Exemplars
 from fastil.methods.podnet import class_proxies
 from fastil.models import ModelConfig, Output, build_network
 from fastil.models.heads import CosineHead, LinearHead
+from fastil.optimiser import TrainConfig
 from fastil.recipe import load
-from fastil.training.trainer import TrainConfig
 
 B, D, NEW, W = 12, 7, SEEN - OLD, 16
 OF_NEW = OLD + torch.arange(B) % NEW

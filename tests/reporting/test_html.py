@@ -14,7 +14,8 @@ from PIL import Image
 
 from fastil.errors import UserError
 from fastil.recipe import load
-from fastil.reporting.report import alpha_paths, geometric_mean, group_runs, read_run, write_report
+from fastil.reporting.report import write_report
+from fastil.reporting.runs import alpha_paths, geometric_mean, group_runs, read_run
 from fastil.training.experiment import Experiment
 
 SETTINGS = [*TINY, "base_classes=6", "increment=2"]

@@ -11,7 +11,8 @@ from fastil.data import DataConfig, load_dataset, make_loader
 from fastil.models import build_network
 from fastil.plan import sequential_plan
 from fastil.recipe import load
-from fastil.reporting.report import group_runs, paired_gain, read_run
+from fastil.reporting.rows import paired_gain
+from fastil.reporting.runs import group_runs, read_run
 from fastil.training.experiment import Experiment, transforms
 
 pytestmark = pytest.mark.usefixtures("without_figures")

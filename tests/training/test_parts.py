@@ -13,7 +13,7 @@ from fastil.data import DataConfig, load_dataset
 from fastil.errors import UserError
 from fastil.evaluation import nearest_mean_scores
 from fastil.recipe import load
-from fastil.reporting.report import draw_run
+from fastil.reporting.figures import draw_run
 from fastil.training.experiment import Experiment
 from fastil.training.trainer import Stopped
 

@@ -9,7 +9,8 @@ from fastil import recipe as recipes
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.protocol import Protocol, class_order
-from fastil.training.step_plan import as_table, effective_steps, format_table, run_flops
+from fastil.text import format_table
+from fastil.training.step_plan import as_table, effective_steps, run_flops
 
 TRANSFORM = Transform(8, 8, pad=1, flip=True, mean=(0.0,) * 3, std=(1.0,) * 3)
 

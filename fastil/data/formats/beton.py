@@ -20,9 +20,9 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastil.data.formats.manifest import Manifest, manifest_path, read_manifest
+from fastil.data.formats.manifest import Manifest, identity_of, manifest_path, read_manifest
 from fastil.data.formats.records import CHANGED, MOST_CLASSES, ByClass, Files, Ids, Records, Source, Texts
-from fastil.data.identity import Identity, of_stored
+from fastil.data.identity import Identity
 from fastil.errors import UserError
 
 VERSION = 2
@@ -258,7 +258,7 @@ class Beton(ByClass):
     @cached_property
     def identity(self) -> Identity | None:
         """What the file holds, in whatever order: see `fastil.data.identity`. None without a manifest."""
-        return None if self.manifest is None else of_stored(self.manifest, self.labels, self.lengths)
+        return None if self.manifest is None else identity_of(self.manifest, self.labels, self.lengths)
 
     def name(self, i: int) -> str:
         """What the source called the sample; its id where nothing says so."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pydantic
 
+from fastil.data.identity import BYTES, Identity, Ids, of_hashes
 from fastil.errors import UserError
 
 FORMAT = 1
@@ -101,3 +103,17 @@ def read_manifest(path: Path) -> Manifest | None:
     if not same or len(classes) != 1 or min(manifest.counts, default=-1) < 0 or "name" not in manifest.source:
         raise UserError(f"{path}: damaged, its counts differ; remove it and convert again, or fetch another copy")
     return manifest
+
+
+def identity_of(manifest: Manifest, labels: Ids, lengths: Ids) -> Identity:
+    """The identity of a file that is streamed, by its manifest: no image is read. labels, lengths: int64 [n], of the
+    samples and of their bytes."""
+    hashes = np.empty((len(labels), BYTES // 8), ">u8")
+    hashes[:, 0], hashes[:, 1] = manifest.crc32, lengths
+    storage = manifest.parameters.get("storage", {})
+    if storage.get("mode") == "jpeg":  # what libjpeg made of the few that could not be kept depends on its version
+        hashes[[one.id for one in manifest.reencoded if one.id >= 0]] = 0
+    resized = storage.get("max_side") is not None or storage.get("squash") is not None
+    changed = resized or storage.get("mode") == "reencode" or bool(manifest.skipped)
+    kind = "changed" if changed else "stored"
+    return of_hashes(kind, (), hashes, labels, kind)

@@ -1,0 +1,72 @@
+"""The rows of a report: a line per group of runs, and what one loss gains over another."""
+
+import statistics
+from collections.abc import Sequence
+
+from fastil.reporting.runs import Run
+
+HEADER = ("run", "seeds", "average incremental", "paper", "base", "final", "final old", "final new")
+
+
+def rows(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and a row per group; mean and, over several seeds, the sample standard deviation. Percent."""
+    lines: list[tuple[str, ...]] = []
+    for label, runs in groups.items():
+        last = [run.results["steps"][-1] for run in runs]
+        unfinished = [run for run in runs if len(run.curve) < run.total_steps]
+        published = runs[0].recipe.published
+        lines.append(
+            (
+                label + (f" (unfinished: {len(unfinished)})" if unfinished else ""),
+                str(len(runs)),
+                spread([run.results["average_incremental_accuracy"] for run in runs]),
+                "" if published is None else f"{published:.2f}",
+                spread([run.curve[0] for run in runs]),
+                spread([step["top1"] for step in last]),
+                spread([step["top1_old"] for step in last]),
+                spread([step["top1_new"] for step in last]),
+            )
+        )
+    return HEADER, lines
+
+
+def paired_gain(groups: dict[str, list[Run]]) -> list[str]:
+    """What the Balanced Softmax adds to the softmax where both ran with the same seeds and settings otherwise."""
+    lines = []
+    for label, balanced in groups.items():
+        for other, softmax in groups.items():
+            if not _differ_in_loss_only(balanced[0], softmax[0]):
+                continue
+            by_seed = {run.results["seed"]: run for run in softmax}
+            gains = [
+                run.results["average_incremental_accuracy"]
+                - by_seed[run.results["seed"]].results["average_incremental_accuracy"]
+                for run in balanced
+                if run.results["seed"] in by_seed
+            ]
+            if gains:
+                lines.append(f"{label} minus {other}: {spread(gains, sign=True)} points on average, paired over seeds")
+    return lines
+
+
+def _differ_in_loss_only(balanced: Run, softmax: Run) -> bool:
+    a, b = balanced.recipe.identity(seed=False), softmax.recipe.identity(seed=False)
+    return (
+        balanced.images == softmax.images
+        and (a["loss"], b["loss"]) == ("balanced", "softmax")
+        and all(a[key] == b[key] for key in a if key != "loss")
+    )
+
+
+def seed_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, 0 of a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(values: Sequence[float | None], sign: bool = False) -> str:
+    """Mean, with the sample standard deviation where there is more than one value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{statistics.mean(known):{'+' if sign else ''}.2f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.2f}"
