@@ -22,8 +22,9 @@ from bench.harness import ratio, save, spread, take_turns
 from bench.train_step import BATCH, CLASSES, COUNTS, NUM_OLD, TRANSFORM, compiled_trainer
 from fastil.data import Batch, Split
 from fastil.device import pick_device
-from fastil.methods import METHOD_PARTS, METHODS, MetaAlpha, StepContext, Tpcil, build_method
+from fastil.methods import MetaAlpha, StepContext, build_method
 from fastil.methods.meta import UpdateContext
+from fastil.methods.tpcil import Tpcil
 from fastil.models import Output, build_network
 from fastil.optimiser import Update
 from fastil.plan import EpochPlan, Key, training_plan
@@ -46,10 +47,9 @@ class Contestant:
 
     def __init__(self, recipe: Recipe, trainer: Trainer, device: torch.device) -> None:
         self.recipe, self.trainer = recipe, trainer
-        parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
         width = trainer.student.width
         self.method = build_method(
-            recipe.method, recipe.loss, parts, width=width, num_classes=CLASSES, device=device
+            recipe.method, recipe.loss, recipe.of_methods, width=width, num_classes=CLASSES, device=device
         )  # fmt: skip
         self.method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
         if isinstance(self.method, Tpcil):  # a graph of all classes
@@ -138,7 +138,7 @@ def contestants(device: torch.device) -> dict[str, Contestant]:
     found = {}
     for row, overrides in ROWS.items():
         recipe = load(f"cifar100_{row.split()[0]}_5", overrides)
-        key = f"{recipe.model} {METHODS[recipe.method.method].reads_maps}"
+        key = f"{recipe.model} {recipe.procedure.reads_maps}"
         if key not in trainers:
             trainers[key] = make_trainer(recipe, device)
         found[row] = Contestant(recipe, trainers[key], device)
@@ -146,7 +146,7 @@ def contestants(device: torch.device) -> dict[str, Contestant]:
 
 
 def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
-    maps = METHODS[recipe.method.method].reads_maps
+    maps = recipe.procedure.reads_maps
     student, teacher = (build_network(recipe.model, CLASSES, seed, keeps_maps=maps).to(device) for seed in (0, 1))
     for network in (student, teacher):
         network.head.open_rows(0, CLASSES, torch.Generator().manual_seed(0))

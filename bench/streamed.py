@@ -35,7 +35,8 @@ from fastil.data.formats.beton import Beton
 from fastil.data.loaders.resident import Resident
 from fastil.data.loaders.threads import Threads
 from fastil.device import keep_freed_memory
-from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
+from fastil.methods import LossConfig, MethodConfig, StepContext
+from fastil.methods.il_baseline import ILBaseline
 from fastil.models import ModelConfig, Network
 from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan

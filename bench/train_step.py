@@ -27,7 +27,8 @@ from bench.harness import digits_at, ratio, save, show, spread, take_turns
 from fastil.data import Batch, Split, make_loader
 from fastil.device import Precision, pick_device, precision_note
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
-from fastil.methods import ILBaseline, LossConfig, MethodConfig, StepContext
+from fastil.methods import LossConfig, MethodConfig, StepContext
+from fastil.methods.il_baseline import ILBaseline
 from fastil.models import ModelConfig, Network, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan

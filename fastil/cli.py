@@ -12,7 +12,6 @@ from fastil.errors import UserError
 app = typer.Typer(
     name="fastil",
     help="Class-incremental learning with the Balanced Softmax: train, compare, report.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -27,6 +26,23 @@ Data = Annotated[str | None, typer.Option(help="Path of the data set.", show_def
 Val = Annotated[
     str | None, typer.Option(help="Path of the test images of a folder, if not DATA/val.", show_default=False)
 ]
+
+
+def say_version(asked: bool) -> None:
+    if asked:
+        import fastil
+
+        print(f"fastil {fastil.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Class-incremental learning with the Balanced Softmax: train, compare, report."""
 
 
 # Everything below is imported inside its command: torch takes seconds to load, and `fastil --help` should not.

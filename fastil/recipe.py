@@ -6,8 +6,9 @@ percent) and `fidelity`. Every key of every part is set at the top level, in the
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -22,19 +23,15 @@ from fastil.errors import UserError
 from fastil.evaluation import EvaluationConfig
 from fastil.memory import MemoryConfig
 from fastil.methods import (
-    METHOD_PARTS,
     METHODS,
-    BiCConfig,
     CorrectionConfig,
-    ICarlConfig,
     LossConfig,
-    LucirConfig,
     MetaConfig,
+    Method,
     MethodConfig,
-    MnemonicsConfig,
-    PodnetConfig,
-    TpcilConfig,
     check_parts,
+    configs_of,
+    find,
 )
 from fastil.models import ModelConfig
 from fastil.optimiser import TrainConfig
@@ -53,10 +50,7 @@ PARTS: dict[str, type] = {
     "correction": CorrectionConfig,
     "evaluation": EvaluationConfig,
     "train": TrainConfig,
-    **METHOD_PARTS,
 }
-KEYS = {field.name: part for part, config in PARTS.items() for field in dataclasses.fields(config)}
-assert len(KEYS) == sum(len(dataclasses.fields(config)) for config in PARTS.values()), "two parts share a key"
 
 # What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
 RUNTIME_KEYS = {"data", "val", "verify", "memory", "device", "compile", "checkpoint_every", "checkpoint_minutes"}
@@ -66,16 +60,8 @@ INCIDENTAL_KEYS = {"precision", "loader", "on_corrupt"}
 
 Keys = dict[str, Any]
 
-
-def _released(keys: Keys) -> bool:
-    return (keys["method"], keys["mnemonics"]) == ("mnemonics", "released")
-
-
-def _bilevel(keys: Keys) -> bool:
-    return (keys["method"], keys["mnemonics"]) == ("mnemonics", "bilevel")
-
-
 # Beginnings of keys, the longer ones first, that are read beside some values of other keys only: when, and what to set.
+# Which keys of methods are read the method says.
 READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
     "size": (lambda k: k["dataset"] in ("folder", "imagenet"), "dataset=folder"),
     "nca_margin": (lambda k: k["loss"] == "nca" and k["nca_variant"] == "paper", "loss=nca nca_variant=paper"),
@@ -86,15 +72,6 @@ READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
     "proxies": (lambda k: k["head"] == "proxies", "head=proxies"),
     "milestones": (lambda k: k["schedule"] == "multistep", "schedule=multistep"),
     "lr_drop": (lambda k: k["schedule"] == "multistep", "schedule=multistep"),
-    "temperature": (lambda k: METHODS[k["method"]].distils_logits or _released(k), "method=il_baseline"),
-    "icarl_": (lambda k: k["method"] == "icarl" or _released(k), "method=icarl"),
-    "bic_": (lambda k: k["method"] == "bic", "method=bic"),
-    "lucir_lambda": (lambda k: k["method"] == "lucir" or _bilevel(k), "method=lucir"),
-    "lucir_": (lambda k: k["method"] in ("lucir", "tpcil") or _bilevel(k), "method=lucir"),
-    "mnemonics_inner_lr": (_bilevel, "method=mnemonics mnemonics=bilevel"),
-    "mnemonics": (lambda k: k["method"] == "mnemonics", "method=mnemonics"),
-    "pod_": (lambda k: k["method"] == "podnet", "method=podnet"),
-    "tpcil_": (lambda k: k["method"] == "tpcil", "method=tpcil"),
 }
 
 
@@ -117,26 +94,32 @@ class Recipe:
     correction: CorrectionConfig
     evaluation: EvaluationConfig
     train: TrainConfig
-    icarl: ICarlConfig
-    bic: BiCConfig
-    lucir: LucirConfig
-    mnemonics: MnemonicsConfig
-    podnet: PodnetConfig
-    tpcil: TpcilConfig
+    of_methods: Mapping[str, Any]  # what `Config` of each method came to, by the method
+    foreign: Mapping[str, Any]  # keys of a method whose code is not loaded
+
+    @property
+    def procedure(self) -> type[Method]:
+        """The class of the method. UserError where a run directory names code that this command does not."""
+        if self.method.method not in METHODS:
+            raise UserError(
+                f"method={self.method.method}: code that a run directory names is not loaded; repeat the key here"
+            )
+        return METHODS[self.method.method]
 
     @property
     def holds_out(self) -> bool:
         """Whether images of every class stay out of training in an incremental step: Meta's B_t, BiC's second stage."""
-        return self.loss.loss == "meta_balanced" or METHODS[self.method.method].holds_out
+        return self.loss.loss == "meta_balanced" or self.procedure.holds_out
 
     @property
     def reserves(self) -> bool:
         """Whether those are the same ones in every step, never trained on."""
-        return self.method.method == "bic" and self.bic.bic_validation == "reserved"
+        return self.procedure.reserves(self.keys())
 
     def held_out(self, quota: int) -> int:
         """How many of each class, of `quota` exemplars per class (2 or more): at least one, and never all of them."""
-        share = self.meta.meta_share if self.loss.loss == "meta_balanced" else self.bic.bic_share
+        meta = self.loss.loss == "meta_balanced"
+        share = self.meta.meta_share if meta else self.procedure.held_out_share(self.keys())
         return min(quota - 1, max(1, round(share * quota)))
 
     def settled(self, device: torch.device, before: Precision | None = None) -> "Recipe":
@@ -162,7 +145,8 @@ class Recipe:
 
     def keys(self) -> dict[str, Any]:
         """Every key with its value, flat."""
-        return {key: getattr(getattr(self, part), key) for key, part in KEYS.items()}
+        parts = [getattr(self, part) for part in PARTS] + list(self.of_methods.values())
+        return {key: value for part in parts for key, value in vars(part).items()} | dict(self.foreign)
 
     def identity(self, *, seed: bool = True) -> dict[str, Any]:
         """The keys that decide what is trained; None for those that nothing reads beside the others."""
@@ -175,7 +159,15 @@ class Recipe:
         for prefix, (reads, advice) in READERS.items():
             if key.startswith(prefix):
                 return None if reads(self.keys()) else advice
-        return None
+        owner = next((name for name, config in self.of_methods.items() if key in vars(config)), None)
+        if (owner is None and key != "temperature") or key in self._read_by_method:
+            return None
+        return "method=il_baseline" if owner is None else METHODS[owner].to_read(key)
+
+    @cached_property
+    def _read_by_method(self) -> set[str]:
+        known = METHODS.get(self.method.method)
+        return set() if known is None else known.reads(self.keys())
 
     def differences(self) -> dict[str, Any] | None:
         """The settings that differ from those of fastil's own recipe of this name, but for the seed, the runtime keys
@@ -188,7 +180,7 @@ class Recipe:
         return {
             key: value
             for key, value in self.keys().items()
-            if key in ours and key not in INCIDENTAL_KEYS and ours[key] != theirs[key] and value != written[key]
+            if key in ours and key not in INCIDENTAL_KEYS and ours[key] != theirs.get(key) and value != written.get(key)
         }
 
     def dump(self) -> str:
@@ -219,10 +211,14 @@ def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recip
         if not separator or not key:
             raise UserError(f"{override}: overrides are written KEY=VALUE")
         try:
-            values[_known(key)] = yaml.safe_load(text)
+            values[key] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"{override}: the value is not valid YAML; quote it") from None
     values |= {key: path for key, path in paths.items() if path is not None}
+    find(_method_in(values))
+    keys = _parts_of(_configs(_method_in(values)))
+    for override in overrides:
+        _known(override.partition("=")[0], keys)
     recipe = _build(Path(name).stem, values)
     for override in overrides:
         reader = recipe.reader(override.partition("=")[0])
@@ -243,7 +239,12 @@ def read_effective(path: Path) -> Recipe:
             values["precision"] = "bf16" if str(values["device"]).startswith("cuda") else "fp32"
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
-    return _build(name, values)
+    loaded = find(_method_in(values), by_path=False) is not None
+    return _build(name, values, foreign=not loaded)
+
+
+def _method_in(values: Keys) -> str:
+    return str(values.get("method", MethodConfig.method))
 
 
 def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -271,37 +272,57 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{name}: a recipe is a mapping of keys to values")
     parent = values.pop("base", None)
-    head = {"description", "published", "fidelity"}
-    checked = {key if key in head else _known(str(key)): value for key, value in values.items()}
+    values = {str(key): value for key, value in values.items()}
     if parent is None:
-        return checked
+        return values
     # What was published belongs to the very recipe that says so, not to those that derive from it.
     parent = str(parent)
     if parent.endswith((".yaml", ".yml")) and name not in names():  # a path, from the folder of this file
         parent = str(Path(name).parent / parent)
-    return {key: value for key, value in _read(parent, (*children, name)).items() if key != "published"} | checked
+    return {key: value for key, value in _read(parent, (*children, name)).items() if key != "published"} | values
 
 
-def _known(key: str) -> str:
-    if key in KEYS:
+def _configs(method: str) -> dict[str, type]:
+    """The classes of all keys of a recipe with this method, by part."""
+    return PARTS | configs_of(method)
+
+
+def _parts_of(configs: Mapping[str, type]) -> dict[str, str]:
+    """The part that each key belongs to. UserError where a method from outside has a key that is taken."""
+    parts: dict[str, str] = {}
+    for part, config in configs.items():
+        for field in dataclasses.fields(config):
+            if parts.setdefault(field.name, part) != part:
+                raise UserError(f"method={part}: its key {field.name} is taken; call it otherwise in {config.__name__}")
+    return parts
+
+
+def _known(key: str, keys: Mapping[str, str]) -> str:
+    if key in keys:
         return key
-    near = [k for k in KEYS if k.startswith(key)] or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(sorted(KEYS))}"
+    near = [k for k in keys if k.startswith(key)] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(sorted(keys))}"
     raise UserError(f"unknown key {key}: {hint}")
 
 
-def _build(name: str, values: dict[str, Any]) -> Recipe:
+def _build(name: str, values: Keys, *, foreign: bool = False) -> Recipe:
+    """foreign: the method is not loaded, so that unknown keys may be its own."""
     description = str(values.pop("description", ""))
     published = values.pop("published", None)
     if published is not None and (type(published) not in (int, float) or not 0 <= published <= 100):
         raise UserError(f"published={published}: must be a percentage")
     fidelity = str(values.pop("fidelity", ""))
-    parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    configs = _configs(_method_in(values))
+    keys = _parts_of(configs)
+    unknown = {key: values.pop(key) for key in list(values) if foreign and key not in keys}
+    parts: dict[str, Keys] = {part: {} for part in configs}
     for key, value in values.items():
-        parts[KEYS[_known(key)]][key] = value
-    built = {part: _validate(config, parts[part]) for part, config in PARTS.items()}
-    check_parts(built["method"], built["loss"], built["model"].head)
-    return Recipe(name=name, description=description, published=published, fidelity=fidelity, **built)
+        parts[keys[_known(key, keys)]][key] = value
+    built = {part: _validate(config, parts[part]) for part, config in configs.items()}
+    own = {part: built.pop(part) for part in configs if part not in PARTS}
+    if not foreign:
+        check_parts(built["method"], built["loss"], built["model"].head)
+    return Recipe(name, description, published, fidelity, of_methods=own, foreign=unknown, **built)
 
 
 def _validate(config: type, values: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Recipes: what may be written, what is said when it is not, and what survives the way to a run directory and back."""
 
 import re
+from dataclasses import fields
 from importlib import resources
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import SOAK
 
 from fastil import recipe
 from fastil.errors import UserError
+from fastil.methods import configs_of
 from fastil.protocol import build_protocol
 from fastil.recipe import load, read_effective
 
@@ -516,8 +518,9 @@ READ = {
 
 
 def test_every_condition_is_tried_here():
-    found = [next(prefix for prefix in recipe.READERS if key.startswith(prefix)) for key in READ]
-    assert sorted(found) == sorted(recipe.READERS)
+    found = {next((p for p in recipe.READERS if key.startswith(p)), key.partition("_")[0]) for key in READ}
+    methods = {field.name.partition("_")[0] for config in configs_of("icarl").values() for field in fields(config)}
+    assert found == {*recipe.READERS, *methods, "temperature=3"}
 
 
 @pytest.mark.parametrize(("key", "settings"), [(key, s) for key, (refused, _) in READ.items() for s in refused])
@@ -527,7 +530,7 @@ def test_a_key_that_nothing_reads_is_refused_and_left_out_of_the_identity(key, s
         load("digits", [*settings, key])
     plain = load("digits", settings)
     assert plain.identity()[name] is None
-    assert {setting.partition("=")[0] for setting in plain.reader(name).split()} <= set(recipe.KEYS)
+    assert {setting.partition("=")[0] for setting in plain.reader(name).split()} <= set(plain.keys())
 
 
 @pytest.mark.parametrize(("key", "settings"), [(key, s) for key, (_, read) in READ.items() for s in read])

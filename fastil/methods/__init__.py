@@ -1,33 +1,30 @@
-"""Training procedures, one file each, and the parts that they combine."""
+"""Training procedures, one file each, and the parts that they combine. `registry` says how one comes from outside."""
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from fastil.errors import UserError
-from fastil.methods.bic import BiC, BiCConfig
 from fastil.methods.classification import ClassificationLoss, LossConfig, StepContext
 from fastil.methods.corrections import CorrectionConfig
-from fastil.methods.icarl import ICarl, ICarlBCE, ICarlConfig
-from fastil.methods.il_baseline import ILBaseline
-from fastil.methods.lucir import Lucir, LucirConfig
 from fastil.methods.meta import MetaAlpha, MetaConfig
-from fastil.methods.method import Images, Memory, Meter, Method, MethodConfig
-from fastil.methods.mnemonics import Mnemonics, MnemonicsConfig
-from fastil.methods.podnet import Podnet, PodnetConfig
-from fastil.methods.tpcil import Tpcil, TpcilConfig
+from fastil.methods.method import Images, Keys, Memory, Meter, Method, MethodConfig
+from fastil.methods.registry import METHODS, find, register
 
-METHODS: dict[str, type[Method]] = {
-    "il_baseline": ILBaseline, "icarl": ICarl, "icarl_bce": ICarlBCE, "bic": BiC, "lucir": Lucir,
-    "mnemonics": Mnemonics, "podnet": Podnet, "tpcil": Tpcil,
-}  # fmt: skip
+for _file in pkgutil.iter_modules(__path__):  # each registers its own
+    importlib.import_module(f"{__name__}.{_file.name}")
 
-# Configurations of the procedures, by the part of a recipe that holds them.
-METHOD_PARTS: dict[str, type] = {
-    "icarl": ICarlConfig, "bic": BiCConfig, "lucir": LucirConfig, "mnemonics": MnemonicsConfig,
-    "podnet": PodnetConfig, "tpcil": TpcilConfig,
-}  # fmt: skip
+BUILT_IN = tuple(METHODS)
+
+
+def configs_of(name: str) -> dict[str, type]:
+    """The classes of the keys that a recipe with this method has, by the method that they belong to: those of all
+    methods that come with fastil, and its own."""
+    known = {key: METHODS[key].Config for key in dict.fromkeys((*BUILT_IN, name)) if key in METHODS}
+    return {key: config for key, config in known.items() if config is not None}
 
 
 def check_parts(config: MethodConfig, loss: LossConfig, head: str) -> None:
@@ -37,8 +34,10 @@ def check_parts(config: MethodConfig, loss: LossConfig, head: str) -> None:
         raise UserError(f"method={config.method} with head={head}: it trains head={' or '.join(method.heads)}")
     if loss.loss == "nca" and head == "linear":
         raise UserError("loss=nca is over similarities: it needs head=cosine or head=proxies")
-    if config.method == "icarl_bce" and loss.loss != "softmax":
-        raise UserError(f"method=icarl_bce has a loss of its own; set loss=softmax instead of loss={loss.loss}")
+    if loss.loss not in method.losses:
+        raise UserError(
+            f"method={config.method} with loss={loss.loss}: it has a loss of its own; set loss={method.losses[0]}"
+        )
 
 
 def build_method(
@@ -50,38 +49,27 @@ def build_method(
     num_classes: int,
     device: torch.device,
 ) -> Method:
-    """The procedure of a recipe. parts: by the names of METHOD_PARTS."""
+    """The procedure of a recipe. parts: of `configs_of`, by the same names."""
     return METHODS[config.method](config, loss, width, device, parts, num_classes)
 
 
 __all__ = [
     "METHODS",
-    "METHOD_PARTS",
-    "BiC",
-    "BiCConfig",
     "ClassificationLoss",
     "CorrectionConfig",
-    "ICarl",
-    "ICarlBCE",
-    "ICarlConfig",
-    "ILBaseline",
     "Images",
+    "Keys",
     "LossConfig",
-    "Lucir",
-    "LucirConfig",
     "Memory",
     "MetaAlpha",
     "MetaConfig",
     "Meter",
     "Method",
     "MethodConfig",
-    "Mnemonics",
-    "MnemonicsConfig",
-    "Podnet",
-    "PodnetConfig",
     "StepContext",
-    "Tpcil",
-    "TpcilConfig",
     "build_method",
     "check_parts",
+    "configs_of",
+    "find",
+    "register",
 ]

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from fastil.errors import UserError
 from fastil.methods.classification import StepContext
-from fastil.methods.method import Method
-from fastil.models import Output
+from fastil.methods.method import Ids, Images, Keys, Method
+from fastil.methods.registry import register
+from fastil.models import Network, Output
 
 BATCH = 256  # of stage 2, in a fixed order
 MILESTONES = (0.3, 0.6, 0.8, 0.9)  # lr / 10: epochs 60, 120, 160 and 180 of 200
@@ -54,9 +55,12 @@ class BiCConfig:
             raise UserError(f"bic_share={self.bic_share}: must lie between 0 and 1, such as 0.1")
 
 
+@register
 class BiC(Method):
     """beta, gamma: [W], 1 and 0 where nothing is corrected."""
 
+    name = "bic"
+    Config = BiCConfig
     holds_out = True
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -64,6 +68,25 @@ class BiC(Method):
         self.own: BiCConfig = self.parts["bic"]
         self.beta = torch.ones(self.classification.log_prior.shape, device=self.device)
         self.gamma = torch.zeros_like(self.beta)
+
+    @classmethod
+    def base_step(cls, keys: Keys) -> dict[str, Any]:
+        """Reserved images are kept from the base step too, and a falling decay depends on the number of steps."""
+        own = super().base_step(keys)
+        if cls.reserves(keys):
+            names = ("bic_share", "exemplars_per_class", "memory_budget", "exemplar_selection")
+            own["held-out images"] = {name: keys[name] for name in names}
+        if keys["bic_decay"] == "falling":
+            own["weight decay"] = f"falling, increment={keys['increment']}"
+        return own
+
+    @classmethod
+    def held_out_share(cls, keys: Keys) -> float:
+        return float(keys["bic_share"])
+
+    @classmethod
+    def reserves(cls, keys: Keys) -> bool:
+        return bool(keys["bic_validation"] == "reserved")
 
     def weigh(self, context: StepContext) -> tuple[float, float]:
         share = context.num_old / context.num_seen
@@ -83,12 +106,13 @@ class BiC(Method):
     def weight_decay(self, decay: float, step: int, steps: int) -> float:
         return decay * steps / (step + 1) if self.own.bic_decay == "falling" else decay
 
-    def after_training(self, out: Output, targets: Tensor) -> None:
+    def after_training(self, network: Network, images: Images, held_out: Ids, positions: Tensor) -> None:
         """Stage 2."""
         old, seen = self.context.num_old, self.context.num_seen
+        out = images.output(held_out, False)
         keep = self.own.bic_groups == "all"
         logits = self.corrected(out.scaled) if keep else out.scaled
-        beta, gamma = fit_bias(logits[:, :seen], targets, old, self.own)
+        beta, gamma = fit_bias(logits[:, :seen], positions, old, self.own)
         if not keep:
             self.beta.fill_(1.0)
             self.gamma.fill_(0.0)

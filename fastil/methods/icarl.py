@@ -19,6 +19,7 @@ from fastil.errors import UserError
 from fastil.losses import icarl_cross_entropy
 from fastil.methods.classification import StepContext
 from fastil.methods.method import Method
+from fastil.methods.registry import register
 from fastil.models import Output
 
 
@@ -33,16 +34,23 @@ class ICarlConfig:
             raise UserError(f"icarl_beta={self.icarl_beta}: must not be negative")
 
 
+@register
 class ICarl(Method):
     """L = L_c + T^2 beta KL."""
+
+    name = "icarl"
+    Config = ICarlConfig
 
     def weigh(self, context: StepContext) -> tuple[float, float]:
         return 1.0, self.parts["icarl"].icarl_beta if context.num_old else 0.0
 
 
+@register
 class ICarlBCE(Method):
     """Algorithm 3; the classification loss is part of it."""
 
+    name = "icarl_bce"
+    losses = ("softmax",)
     base = "icarl_bce"
     distils_logits = False
 

@@ -9,7 +9,7 @@ The class-balanced finetuning of LUCIR's code belongs to its ImageNet-1000 scrip
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.methods.classification import StepContext
 from fastil.methods.method import Images, Method
+from fastil.methods.registry import register
 from fastil.models import Network, Output
 from fastil.models.heads import CosineHead
 
@@ -41,7 +42,10 @@ class LucirConfig:
             raise UserError(f"lucir_rivals={self.lucir_rivals}: must be at least 1")
 
 
+@register
 class Lucir(Method):
+    name = "lucir"
+    Config: ClassVar[type | None] = LucirConfig
     heads = ("cosine",)
     freezes_old_rows = True  # "fix the old class embeddings": neither gradient nor decay moves them
     distils_logits = False

@@ -6,8 +6,8 @@ predictor are parts of their own, which go with any of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -21,14 +21,15 @@ from fastil.kernels import incremental_loss, incremental_loss_grad
 from fastil.methods.classification import ClassificationLoss, LossConfig, StepContext
 from fastil.models import Network, Output
 
-MethodName = Literal["il_baseline", "icarl", "icarl_bce", "bic", "lucir", "mnemonics", "podnet", "tpcil"]
+Ids = NDArray[np.int64]
+Keys = Mapping[str, Any]  # every key of a recipe with its value
 
 
 @dataclass(frozen=True)
 class MethodConfig:
     """The training procedure of an incremental step."""
 
-    method: MethodName = "il_baseline"
+    method: str = "il_baseline"  # a name that `register` knows, module:Class or path/to/file.py:Class
     temperature: float = 2.0  # of the distillation of logits; section 4.1.3: "equal to 2"
 
     def __post_init__(self) -> None:
@@ -48,32 +49,38 @@ class Images(NamedTuple):
     """Training images as the frozen network sees them, by the test-time transform. ids: int64 [n]."""
 
     # (ids, whether mirrored): features [n, d] and logits [n, W], on the device
-    output: Callable[[NDArray[np.int64], bool], Output]
-    of_position: Callable[[int], NDArray[np.int64]]  # ids of the class at an incremental position
+    output: Callable[[Ids, bool], Output]
+    of_position: Callable[[int], Ids]  # ids of the class at an incremental position
 
 
 class Memory(NamedTuple):
     """The rehearsal memory after a step, for methods that work on it."""
 
-    ids: NDArray[np.int64]  # every exemplar, class after class
-    positions: NDArray[np.int64]  # their classes
+    ids: Ids  # every exemplar, class after class
+    positions: Ids  # their classes
     images: Images
     loader: Loader
     training: Callable[[int], Iterator[Batch]]  # augmented batches of the step's training set, of an epoch
 
 
 class Method:
-    """Holds the step's constants on the device, so that a step changes values and never shapes or code.
+    """A training procedure. It holds the step's constants on the device, so that a step changes values and never shapes
+    or code.
 
-    width: W. parts: configurations by name, of which a method takes its own. num_classes: of the whole run.
+    width: W. parts: what `Config` of each method came to, by the method's name. num_classes: of the whole run.
     """
 
+    # What a method declares.
+
+    name: ClassVar[str] = ""  # as in method=NAME; without one, the class's in lower case
+    Config: ClassVar[type | None] = None  # a dataclass: the keys of a recipe that are the method's own
     heads: ClassVar[tuple[str, ...]] = ("linear", "cosine", "proxies")  # that it can train
+    losses: ClassVar[tuple[str, ...]] = get_args(LossConfig.__annotations__["loss"])  # and classification losses
     base: ClassVar[str] = "cross-entropy"  # methods with the same word train the same base step
     freezes_old_rows: ClassVar[bool] = False  # of the head
     holds_out: ClassVar[bool] = False  # images of every class, for a stage of its own after training
     clamp: ClassVar[float | None] = None  # of each element of a gradient
-    distils_logits = True
+    distils_logits: bool = True
     reads_maps: ClassVar[bool] = False  # the outputs of the stages
 
     def __init__(
@@ -95,6 +102,39 @@ class Method:
         self.context = StepContext(0, 0, 0, np.zeros(width, dtype=np.int64))
         self.weights = (1.0, 0.0, 0.0)
         self.moving_rows: Tensor | None = None
+
+    @classmethod
+    def reads(cls, keys: Keys) -> set[str]:
+        """The keys of methods that it reads beside the other keys of a recipe: by default its own, and `temperature` if
+        it distils logits."""
+        own = {field.name for field in fields(cls.Config)} if cls.Config else set()
+        return own | ({"temperature"} if cls.distils_logits else set())
+
+    @classmethod
+    def to_read(cls, key: str) -> str:
+        """Settings that make a recipe read a key of `Config`, for a message."""
+        return f"method={cls.name}"
+
+    @classmethod
+    def base_step(cls, keys: Keys) -> dict[str, Any]:
+        """What of the method decides the network after the base step. Runs that differ in nothing of it may share that
+        step (`--base`)."""
+        return {"training": cls.base}
+
+    @classmethod
+    def held_out_share(cls, keys: Keys) -> float:
+        """The share of each class's exemplars that `holds_out` keeps from training."""
+        return 0.0
+
+    @classmethod
+    def reserves(cls, keys: Keys) -> bool:
+        """Whether the held-out images are the same ones in every step, never trained on."""
+        return False
+
+    @classmethod
+    def exemplar_epochs(cls, keys: Keys) -> int:
+        """Epochs over a step's training set that `after_memory` takes."""
+        return 0
 
     # What a method fills in.
 
@@ -130,8 +170,9 @@ class Method:
         """Of a step, from 0, among `steps`."""
         return decay
 
-    def after_training(self, out: Output, targets: Tensor) -> None:
-        """A stage of its own on held-out images: what the network makes of them, and their incremental positions."""
+    def after_training(self, network: Network, images: Images, held_out: Ids, positions: Tensor) -> None:
+        """What follows the training of an incremental step, before exemplars are selected. held_out: images that were
+        kept from training, if there are any; positions: int64 [n], their classes."""
 
     def after_memory(self, network: Network, memory: Memory) -> dict[str, Tensor]:
         """Once exemplars are selected. May return new pixels for them: "ids" int64 [n], "images" uint8 [n, h, w, 3]."""

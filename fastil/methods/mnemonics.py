@@ -27,7 +27,8 @@ from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.methods.classification import StepContext
 from fastil.methods.lucir import Lucir
-from fastil.methods.method import Memory
+from fastil.methods.method import Keys, Memory
+from fastil.methods.registry import register
 from fastil.models import Network, Output
 from fastil.models.heads import CosineHead
 
@@ -55,7 +56,26 @@ class MnemonicsConfig:
             raise UserError("mnemonics_epochs and mnemonics_halving must be at least 1")
 
 
+@register
 class Mnemonics(Lucir):
+    name = "mnemonics"
+    Config = MnemonicsConfig
+
+    @classmethod
+    def reads(cls, keys: Keys) -> set[str]:
+        own = super().reads(keys)
+        if keys["mnemonics"] == "released":
+            return own - {"mnemonics_inner_lr"} | {"temperature", "icarl_beta"}
+        return own | Lucir.reads(keys)
+
+    @classmethod
+    def to_read(cls, key: str) -> str:
+        return super().to_read(key) + (" mnemonics=bilevel" if key == "mnemonics_inner_lr" else "")
+
+    @classmethod
+    def exemplar_epochs(cls, keys: Keys) -> int:
+        return int(keys["mnemonics_epochs"])
+
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.own: MnemonicsConfig = self.parts["mnemonics"]

@@ -22,6 +22,7 @@ from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.methods.classification import StepContext
 from fastil.methods.method import Images, Method
+from fastil.methods.registry import register
 from fastil.models import Network, Output
 from fastil.models.heads import CosineHead
 
@@ -39,7 +40,10 @@ class PodnetConfig:
                 raise UserError(f"{key}={getattr(self, key)}: must not be negative")
 
 
+@register
 class Podnet(Method):
+    name = "podnet"
+    Config = PodnetConfig
     heads = ("proxies",)
     base = "podnet"
     freezes_old_rows = True  # "old_weights: 0." in the released options

@@ -28,7 +28,8 @@ from fastil.errors import UserError
 from fastil.losses import topology
 from fastil.methods.classification import StepContext
 from fastil.methods.lucir import Lucir, mean_direction
-from fastil.methods.method import Memory
+from fastil.methods.method import Keys, Memory
+from fastil.methods.registry import register
 from fastil.models import Network, Output
 
 
@@ -44,8 +45,16 @@ class TpcilConfig:
             raise UserError("tpcil_lambda must not be negative and tpcil_age must be at least 1")
 
 
+@register
 class Tpcil(Lucir):
     """ages: int64 [W, W], wins since an edge was one of them; -1: no edge. vertices: [W, d], of length 1."""
+
+    name = "tpcil"
+    Config = TpcilConfig
+
+    @classmethod
+    def reads(cls, keys: Keys) -> set[str]:
+        return super().reads(keys) | Lucir.reads(keys) - {"lucir_lambda"}
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)

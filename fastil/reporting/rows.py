@@ -54,7 +54,7 @@ def _differ_in_loss_only(balanced: Run, softmax: Run) -> bool:
     return (
         balanced.images == softmax.images
         and (a["loss"], b["loss"]) == ("balanced", "softmax")
-        and all(a[key] == b[key] for key in a if key != "loss")
+        and all(a.get(key) == b.get(key) for key in a | b if key != "loss")
     )
 
 

@@ -134,7 +134,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
             for key, value in identity.items()
             if key != "loss"
             and value is not None
-            and any(i[key] != value for i in same_recipe)
+            and any(i.get(key) != value for i in same_recipe)
             and (key not in usual or usual[key] != value)
         ]
         parts = [run.recipe.name, run.results["loss"]]

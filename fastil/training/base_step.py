@@ -17,7 +17,6 @@ from torch import Tensor
 from fastil import files
 from fastil.data import Dataset
 from fastil.errors import UserError
-from fastil.methods import METHODS
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
 from fastil.reporting.runs import read_metrics
@@ -28,7 +27,7 @@ LATER = {
     "base_epochs", "epochs", "increment", "exemplars_per_class", "memory_budget", "exemplar_selection", "temperature",
     "loss", "alpha", "sampler", "predictor", "method",
 }  # fmt: skip
-LATER_PARTS = ("meta_", "finetune_", "correction", "icarl_", "bic_", "lucir_", "pod_", "mnemonics", "tpcil_")
+LATER_PARTS = ("meta_", "finetune_", "correction")
 
 
 SAME_WITHOUT_OLD = {
@@ -39,15 +38,15 @@ SAME_WITHOUT_OLD = {
 
 def base_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the network after the base step, if the base classes have equal numbers of images."""
-    keys = {k: v for k, v in recipe.identity().items() if k not in LATER and not k.startswith(LATER_PARTS)}
-    falls = recipe.method.method == "bic" and recipe.bic.bic_decay == "falling"  # then with the number of steps
-    method = METHODS[recipe.method.method]
+    own = {key for config in recipe.of_methods.values() for key in vars(config)}
+    keys = {k: v for k, v in recipe.identity().items() if k not in LATER | own and not k.startswith(LATER_PARTS)}
+    of_method = recipe.procedure.base_step(recipe.keys())
+    if recipe.model.weight_transfer:  # methods train other parts of the network with it
+        of_method |= {"training": recipe.method.method}
     return keys | {
         "epochs of the base step": recipe.train.epochs_of(0),
-        "training of the base step": recipe.method.method if recipe.model.weight_transfer else method.base,
         "loss of the base step": "nca" if recipe.loss.loss == "nca" else "cross-entropy",
-        "held out of the base step": str((recipe.bic.bic_share, recipe.memory)) if recipe.reserves else "nothing",
-        "decay of the base step": f"falling, increment={recipe.protocol.increment}" if falls else "constant",
+        **{f"{what} of the base step": value for what, value in of_method.items()},
     }
 
 
@@ -57,7 +56,8 @@ def check(
     """Raise UserError, naming the difference, unless the base step of base_run is this run's, bit for bit."""
     other = read_effective(base_run / "recipe.yaml")
     ours, theirs = base_identity(recipe), base_identity(other)
-    changed = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if ours[key] != theirs[key]]
+    other_keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    changed = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other_keys]
     if changed:
         raise UserError(f"--base {base_run}: its base step is another one ({'; '.join(changed)})")
     try:

@@ -18,7 +18,7 @@ from fastil.data.sources import image_size
 from fastil.device import device_name, multiplying_in, pick_device, precision_note
 from fastil.errors import UserError
 from fastil.evaluation import BATCH, StepResult, evaluate, forward, nearest_mean_scores
-from fastil.methods import METHOD_PARTS, METHODS, Images, Memory, MetaAlpha, StepContext, build_method
+from fastil.methods import Images, Memory, MetaAlpha, StepContext, build_method
 from fastil.models import Folded, Output, build_network
 from fastil.plan import Transform
 from fastil.protocol import build_protocol
@@ -72,13 +72,12 @@ class Experiment:
         if plain != augmented:
             self.plain_loader = make_loader(self.dataset.train, recipe.data.loader, plain, self.device)
         self.val_loader = make_loader(self.dataset.val, recipe.data.loader, plain, self.device)
-        maps = METHODS[recipe.method.method].reads_maps
+        maps = recipe.procedure.reads_maps
         student, teacher = (
             build_network(recipe.model, total, recipe.train.seed, keeps_maps=maps).to(self.device) for _ in range(2)
         )
-        parts = {part: getattr(recipe, part) for part in METHOD_PARTS}
         self.method = build_method(
-            recipe.method, recipe.loss, parts, width=student.width, num_classes=total, device=self.device
+            recipe.method, recipe.loss, recipe.of_methods, width=student.width, num_classes=total, device=self.device
         )
         self.meta = None
         if recipe.loss.loss == "meta_balanced":
@@ -161,7 +160,8 @@ class Experiment:
         ids, held_out = self.rehearsal.training_set(step)
         self.begin(step, num_old, num_seen, ids, Position(step, "memory"))
         if step > 0:
-            self.correct_bias(held_out)
+            positions = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
+            self.method.after_training(self.trainer.student, self.images, held_out, positions)
         self.directory.write_exemplars(step, self.rehearsal.update(step))
         self.after_memory(step, ids)
         selected = time.perf_counter()
@@ -183,12 +183,6 @@ class Experiment:
         self.progress.begin(f"step {step}", self.steps[step].visits, done)
         self.trainer.fit(phase, position.epoch, position.batch)
         self.progress.end()
-
-    def correct_bias(self, held_out: Ids) -> None:
-        """A method's own stage on the held-out images."""
-        if self.method.holds_out and len(held_out):
-            targets = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
-            self.method.after_training(self.frozen_output(held_out), targets)
 
     def after_memory(self, step: int, trained: Ids) -> None:
         """What a method does with the exemplars, now that those of the new classes are among them."""

@@ -73,7 +73,7 @@ class RunDirectory:
         recipe_path, protocol_path = self.path / "recipe.yaml", self.path / "protocol.json"
         if recipe_path.exists():
             old, new = read_effective(recipe_path).identity(), recipe.identity()
-            changed = [f"{key} was {old[key]}, now {new[key]}" for key in new if old[key] != new[key]]
+            changed = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
             if changed:
                 raise UserError(
                     f"{self.path}: a run of another recipe ({'; '.join(changed)}); repeat its settings or choose "

@@ -87,7 +87,7 @@ def effective_steps(
                 iterations=epochs * batches,
                 visits=epochs * images,
                 finetune_visits=recipe.correction.epochs_of(step) * balanced,
-                memory_visits=images * recipe.mnemonics.mnemonics_epochs if recipe.method.method == "mnemonics" else 0,
+                memory_visits=images * recipe.procedure.exemplar_epochs(recipe.keys()),
                 first_lr=config.learning_rate(0, epochs),
                 last_lr=config.learning_rate(epochs - 1, epochs),
             )

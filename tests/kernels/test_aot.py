@@ -10,7 +10,7 @@ from conftest import environment
 from fastil.kernels.aot import access_widths, compare
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "tools" / "aot_table.json"
+TABLE = ROOT / "kernels" / "aot_table.json"
 VERSION = pytest.importorskip("triton").__version__
 CASE = "incremental_loss teacher bf16 104"
 
@@ -32,7 +32,7 @@ def with_table(python):
     def run(path, *arguments):
         arguments = ["--only", CASE, "--arch", "90", *arguments]
         code = (
-            "import sys; from pathlib import Path; from fastil.tools import aot\n"
+            "import sys; from pathlib import Path; from fastil.kernels import aot\n"
             f"aot.TABLE = Path({str(path)!r}); sys.exit(aot.main({arguments!r}))"
         )
         return python("-c", code)
@@ -145,7 +145,7 @@ def test_the_table_of_the_installed_version_is_complete(python):
 KERNELS = '''
 import json, torch, triton, triton.language as tl
 from fastil.kernels.jit import launching
-from fastil.tools import aot, aot_cases
+from fastil.kernels import aot, aot_cases
 
 @triton.jit(do_not_specialize=["stride"])
 def run_time_stride(X, Y, stride, BLOCK: tl.constexpr):

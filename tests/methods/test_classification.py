@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.methods import ILBaseline, LossConfig, Meter, MethodConfig, StepContext
+from fastil.methods import LossConfig, Meter, MethodConfig, StepContext
+from fastil.methods.il_baseline import ILBaseline
 from fastil.models import Output
 
 W, NUM_OLD, NUM_SEEN = 16, 5, 11

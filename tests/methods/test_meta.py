@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastil.data import Batch, DataConfig, load_dataset, make_loader
 from fastil.device import autocast, pixel_dtype
-from fastil.methods import ILBaseline, LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
+from fastil.methods import LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
+from fastil.methods.il_baseline import ILBaseline
 from fastil.methods.meta import UpdateContext
 from fastil.models import Folded, ModelConfig, build_network
 from fastil.optimiser import Update

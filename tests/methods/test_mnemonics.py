@@ -286,7 +286,10 @@ def test_pixels_that_are_not_finite_are_one_clear_line(exemplars, value):
         exemplars.as_bytes()
 
 
-RUN = [*SHORT, "increment=4", "base_epochs=3", "epochs=2", *METHODS["mnemonics"], "mnemonics_epochs=2"]
+RUN = [
+    *SHORT, "increment=4", "base_epochs=3", "epochs=2", "batch_size=32", "lr=0.03", *METHODS["mnemonics"],
+    "mnemonics_epochs=2",
+]  # fmt: skip
 
 
 def experiment_of(out, resume=False):

@@ -23,8 +23,8 @@ from torch import nn
 from fastil import losses
 from fastil.evaluation import nearest_mean_scores
 from fastil.memory import herd
-from fastil.methods import BiCConfig, Images, Memory, Meter
-from fastil.methods.bic import fit_bias
+from fastil.methods import Images, Memory, Meter
+from fastil.methods.bic import BiCConfig, fit_bias
 from fastil.methods.lucir import mean_direction
 from fastil.methods.mnemonics import Exemplars
 from fastil.methods.podnet import class_proxies

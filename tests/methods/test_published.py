@@ -16,9 +16,7 @@ from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.losses import icarl_cross_entropy, nca, topology
 from fastil.methods import (
-    METHOD_PARTS,
     METHODS,
-    BiCConfig,
     Images,
     LossConfig,
     Memory,
@@ -26,8 +24,9 @@ from fastil.methods import (
     MethodConfig,
     StepContext,
     check_parts,
+    configs_of,
 )
-from fastil.methods.bic import fit_bias
+from fastil.methods.bic import BiCConfig, fit_bias
 from fastil.methods.lucir import mean_direction
 from fastil.methods.podnet import class_proxies
 from fastil.methods.tpcil import compete
@@ -43,7 +42,7 @@ def parts_of(*overrides):
     values = {key: yaml.safe_load(text) for key, _, text in (o.partition("=") for o in overrides)}
     return {
         part: config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
-        for part, config in METHOD_PARTS.items()
+        for part, config in configs_of("il_baseline").items()
     }
 
 
@@ -285,7 +284,8 @@ def test_bic_corrects_the_newest_group_only_unless_all_are_asked_for():
     for groups, kept in (("newest", False), ("all", True)):
         method = method_of("bic", f"bic_groups={groups}")
         method.beta[3:NUM_OLD] = 0.5
-        method.after_training(held_out, labels)
+        images = Images(lambda ids, mirrored: held_out, None)
+        method.after_training(None, images, np.arange(18), labels)
         assert bool((method.beta[3:NUM_OLD] == 0.5).all()) == kept
         assert (method.beta[NUM_OLD:NUM_SEEN] != 1).all()
         assert (method.beta[:3] == 1).all()

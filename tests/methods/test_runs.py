@@ -14,7 +14,7 @@ from conftest import SOAK
 from fastil import files, losses
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.methods import BiC
+from fastil.methods.bic import BiC
 from fastil.recipe import load
 from fastil.training.base_step import base_identity
 from fastil.training.experiment import Experiment
@@ -299,12 +299,13 @@ def test_tpcils_loss_keeps_the_topology(ablated):
 def test_bics_second_stage_lowers_the_cross_entropy_of_held_out_images(validation, tmp_path, monkeypatch):
     seen, after_training = [], BiC.after_training
 
-    def spy(method, out, targets):
+    def spy(method, network, images, held_out, positions):
         def cross_entropy(logits):
-            return float(F.cross_entropy(logits[:, : method.context.num_seen], targets))
+            return float(F.cross_entropy(logits[:, : method.context.num_seen], positions))
 
+        out = images.output(held_out, False)
         plain = cross_entropy(out.scaled)
-        after_training(method, out, targets)
+        after_training(method, network, images, held_out, positions)
         seen.append((method.context.num_seen, plain, cross_entropy(method.predict(out.logits))))
 
     monkeypatch.setattr(BiC, "after_training", spy)

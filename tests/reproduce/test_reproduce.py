@@ -158,7 +158,7 @@ import sys
 sys.path[:0] = {tests!r}
 from pathlib import Path
 from test_reproduce import CONTENT
-from fastil import reproduce, tables
+from fastil.reproduce import scheduler as reproduce, tables
 table = tables.table_of(CONTENT, {name!r}, "cpu")
 text, status = reproduce.reproduce(table, table.entries, [0], Path({out!r}), None)
 print(text)

@@ -51,7 +51,7 @@ def test_the_schedules_of_the_short_scale_in_epochs():
         rates = [train.learning_rate(epoch, train.epochs_of(0)) for epoch in range(30)]
         assert [e for e in range(1, 30) if rates[e] < 0.5 * rates[e - 1]] == list(drops), row
     assert rows["podnet"].correction.finetune_epochs == 4
-    assert (rows["mnemonics"].mnemonics.mnemonics_epochs, rows["mnemonics"].mnemonics.mnemonics_halving) == (9, 2)
+    assert (rows["mnemonics"].keys()["mnemonics_epochs"], rows["mnemonics"].keys()["mnemonics_halving"]) == (9, 2)
 
 
 def test_alpha_can_move_as_far_at_the_short_scale():

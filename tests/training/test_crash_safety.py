@@ -100,7 +100,7 @@ def test_killed_at_any_moment_resume_ends_in_the_same_files(start, fastil, tmp_p
 
 TIMED = """
 import os, signal, sys, time, types
-from fastil import trainer
+from fastil.training import trainer
 from fastil.cli import main
 
 seconds, train_step, updates = iter(range(0, 10**9, 60)), trainer.Trainer.train_step, []

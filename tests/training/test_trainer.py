@@ -23,17 +23,8 @@ from fastil.data import Batch, Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
-from fastil.methods import (
-    METHOD_PARTS,
-    ILBaseline,
-    LossConfig,
-    MetaAlpha,
-    MetaConfig,
-    Meter,
-    MethodConfig,
-    StepContext,
-    build_method,
-)
+from fastil.methods import LossConfig, MetaAlpha, MetaConfig, Meter, MethodConfig, StepContext, build_method, configs_of
+from fastil.methods.il_baseline import ILBaseline
 from fastil.models import Folded, ModelConfig, Output, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import Key, Transform, cycled_plan, training_plan
@@ -146,7 +137,7 @@ def method_on_fake(name, trainer):
     method, loss, _, keys = PARTS[name]
     parts = {
         part: config(**{f.name: keys[f.name] for f in dataclasses.fields(config) if f.name in keys})
-        for part, config in METHOD_PARTS.items()
+        for part, config in configs_of("il_baseline").items()
     }
     loss = LossConfig(loss, nca_variant=keys.get("nca_variant", "released"))
     width = trainer.student.width

@@ -332,7 +332,7 @@ def ffcv(tmp_path_factory):
     write(folder / "fastil-jpeg.beton", jpegs, CLASSES, [size] * 12, JPEG, PAGE)
     child = subprocess.Popen(
         [sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
     )  # fmt: skip
     try:
         output, _ = child.communicate(timeout=900)  # it takes 20 s of a core

@@ -448,7 +448,7 @@ def test_the_pool_resizes_by_one_thread_each_and_leaves_the_others_alone(files):
     code = f"""
 import numpy, torch
 from fastil.data import make_loader
-from fastil.data.beton import Beton
+from fastil.data.formats.beton import Beton
 from fastil.plan import Transform, sequential_plan
 transform = Transform(32, 32, 0, False, (0.5,) * 3, (0.5,) * 3, resized=True)
 loader = make_loader(Beton({str(files["jpeg", "different"])!r}), "threads", transform, "cpu")

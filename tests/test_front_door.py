@@ -1,0 +1,32 @@
+"""What `import fastil` gives, and how light it is."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from conftest import environment
+
+import fastil
+from fastil.data.formats.beton import Beton
+from fastil.data.loaders.choose import make_loader
+from fastil.methods import Method, register
+
+
+def test_the_names_are_those_of_their_homes():
+    assert (fastil.Beton, fastil.make_loader, fastil.Method, fastil.register) == (Beton, make_loader, Method, register)
+    assert fastil.__version__ == version("fastil")
+    with pytest.raises(AttributeError, match="no attribute nothing"):
+        fastil.nothing  # noqa: B018
+
+
+def test_importing_it_loads_neither_torch_nor_numpy():
+    code = "import fastil, sys; print(fastil.__version__, [m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout.split(" ", 1)[1].strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("module", ["fastil", "fastil.cli"])
+def test_the_command_says_its_version(forks, tmp_path, module):
+    done = forks.run(["-m", module, "--version"], tmp_path, environment())
+    assert (done.returncode, done.stdout) == (0, f"fastil {version('fastil')}\n")
