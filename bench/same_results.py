@@ -92,7 +92,7 @@ def draw_images(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("commits", nargs="+", metavar="COMMIT")
-    commits = (parser.parse_args().commits + ["HEAD"])[:2]
+    commits = [*parser.parse_args().commits, "HEAD"][:2]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         draw_images(root / "images")
