@@ -7,9 +7,12 @@ from fastil.kernels.cosine_head import cosine_head
 from fastil.kernels.herd import herd
 from fastil.kernels.incremental_loss import incremental_loss, incremental_loss_grad
 from fastil.kernels.less_forget import less_forget
+from fastil.kernels.modules import BalancedSoftmaxLoss, IncrementalLoss
 from fastil.kernels.pod_spatial import pod_spatial
 
 __all__ = [
+    "BalancedSoftmaxLoss",
+    "IncrementalLoss",
     "alpha_hypergradient",
     "augment",
     "cosine_head",

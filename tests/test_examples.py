@@ -1,0 +1,48 @@
+"""The examples run as they stand, and show what they say."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, TINY, make_folder
+
+from fastil.data.formats.beton import Beton
+from fastil.tools.convert import convert, options_of
+from fastil.tools.reporting import Reporter
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+
+def test_the_balanced_softmax_finds_the_rare_classes_more_often():
+    import loss_in_your_loop
+
+    accuracy = loss_in_your_loop.main()
+    assert accuracy["BalancedSoftmaxLoss"] > accuracy["CrossEntropyLoss"] + 5
+
+
+def test_the_loader_yields_what_was_asked_for(tmp_path):
+    import loader_in_your_loop
+
+    convert(make_folder(tmp_path / "images", size=80), tmp_path / "x.beton", options_of(workers=1), Reporter())
+    labels = Beton(tmp_path / "x.beton").labels
+    new = int((labels < 2).sum())
+    assert loader_in_your_loop.main(str(tmp_path / "x.beton"), epochs=2) == 2 * (new + -(-(len(labels) - new) // 5))
+
+
+def test_a_method_of_ones_own_runs(fastil, tmp_path):
+    method = f"method={ROOT}/examples/your_own_method.py:FixedShare"
+    settings = ["digits", *TINY, "classes=6", "base_classes=4", "increment=2", "loss=balanced", method]
+    done = fastil("run", *settings, "fixed_share=0.3", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "run/results.json").read_text())["steps"]) == 2
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short(path):
+    assert path.stem not in sys.builtin_module_names
+    assert len(path.read_text().splitlines()) <= 45
