@@ -19,7 +19,7 @@ import torch
 from bench.harness import save
 from fastil.reporting.runs import read_run
 from fastil.reproduce.bootstrap import average_accuracy, paired_interval
-from fastil.reproduce.tables import predictions
+from fastil.reproduce.table_text import predictions
 
 METHODS = {
     "IL-Baseline": ["loss=softmax"],

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.reporting.runs import read_run
-from fastil.reproduce import tables
+from fastil.reproduce.table_text import write
 from fastil.reproduce.tables import Entry, Table
 from fastil.reproduce.worklist import Job, WorkList
 from fastil.text import format_table
@@ -210,7 +210,7 @@ def reproduce(
         missing += f", in {work.precision} as those that are there" if work.precision else ""
         scheduler.say(f"{missing}, {crowd(scheduler.at_once, usual)}, into {out}")
         scheduler.run()
-    text = tables.write(table, out)
+    text = write(table, out)
     failed = [job for job in work.jobs if job.failure]
     if failed:
         text += "\n" + "\n".join(f"failed: {job.folder} ({job.failure}; all of it: {job.log})" for job in failed)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from fastil import recipe
 from fastil.data import published
 from fastil.errors import UserError
-from fastil.reproduce import tables
+from fastil.reproduce import table_figures, table_text, tables
 from fastil.reproduce.worklist import WorkList
 
 CONTENT = {
@@ -85,7 +85,7 @@ def make_run(out, row, seed, skill, steps=6, images="a", settings=()):
 def written(out, name="bars", scale="cpu"):
     """The text of a table and its lines by label."""
     table = tables.table_of(CONTENT, name, scale)
-    text = tables.write(table, out)
+    text = table_text.write(table, out)
     lines = csv.DictReader((out / f"{name}-{scale}.csv").read_text().splitlines())
     return text, {line["row"]: line for line in lines}
 
@@ -200,7 +200,7 @@ def test_curves_show_every_published_metric_over_the_key(tmp_path):
     found = tables.finished_runs(table, tmp_path)
     axis = Figure().subplots()
     runs = {entry.row: list(found[entry.row, 5].values()) for entry in table.entries}
-    tables.draw_curves(axis, table.entries, runs, "theirs", "alpha")
+    table_figures.draw_curves(axis, table.entries, runs, "theirs", "alpha")
     drawn = [tuple(map(tuple, line.get_xydata().round(6).tolist())) for line in axis.get_lines()]
     for key in ("average_incremental_accuracy", "final"):
         mean = {
@@ -252,4 +252,4 @@ def test_runs_of_other_settings_do_not_decide_the_precision(tmp_path):
 def test_a_scale_of_the_papers_data_says_where_the_images_are_others(tmp_path):
     for scale, warned in (("paper", True), ("short", True), ("cpu", False)):
         table = tables.table_of(CONTENT, "bars", scale)
-        assert ("not known to be CIFAR-100" in " ".join(tables.notes(table, set(), paper_data=False))) == warned
+        assert ("not known to be CIFAR-100" in " ".join(table_text.notes(table, set(), paper_data=False))) == warned

@@ -1,0 +1,117 @@
+"""A table of the paper as text: rows, paired differences with intervals, what the numbers are beside."""
+
+import csv
+import io
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from fastil.errors import UserError
+from fastil.reporting.rows import spread
+from fastil.reporting.runs import Run
+from fastil.reproduce.bootstrap import Predictions, paired_interval
+from fastil.reproduce.table_figures import draw
+from fastil.reproduce.tables import Found, Table, finished_runs, on_paper_data
+from fastil.text import format_table
+
+HEADER = (
+    "steps", "row", "seeds", "published average", "average incremental", "minus published", "difference",
+    "95 % interval",
+    "base step", "final", "published final", "final base", "published base", "final old", "final new",
+)  # fmt: skip
+AVERAGE = "average_incremental_accuracy"
+
+
+def predictions(run: Run) -> Predictions:
+    try:
+        return [np.load(run.path / f"predictions/step_{step}.npy") for step in range(len(run.curve))]
+    except (OSError, ValueError):
+        raise UserError(f"{run.path}/predictions: missing or damaged; train this row again in a new --out") from None
+
+
+def difference(ours: dict[int, Run], theirs: dict[int, Run]) -> tuple[str, str, int]:
+    """Average incremental accuracy of the runs with a counterpart minus theirs, its interval, and how many they are."""
+    pairs = [(ours[s], theirs[s]) for s in ours if s in theirs]
+    if not pairs:
+        return "-", "-", 0
+    gains = [a.results[AVERAGE] - b.results[AVERAGE] for a, b in pairs]
+    low, high = paired_interval([predictions(a) for a, _ in pairs], [predictions(b) for _, b in pairs])
+    return f"{statistics.mean(gains):+.2f}", f"{low:+.2f} to {high:+.2f}", len(pairs)
+
+
+def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]]:
+    """A line per entry, "-" where nothing has run or was published; over how many seeds the intervals are."""
+    lines: list[tuple[str, ...]] = []
+    paired: set[int] = set()
+    for entry in table.entries:
+        runs, published = found[entry.row, entry.steps], entry.published
+        last = [run.results["steps"][-1] for run in runs.values()]
+        averages = [run.results[AVERAGE] for run in runs.values()]
+        gain, interval = "-", "-"
+        if entry.against is not None:
+            gain, interval, pairs = difference(runs, found[entry.against, entry.steps])
+            paired |= {pairs} - {0}
+        distance = "-"
+        comparable = table.scale == "paper" and all(on_paper_data(run) for run in runs.values())
+        if comparable and averages and "average" in published:
+            distance = f"{statistics.mean(averages) - published['average']:+.2f}"
+        known = [f"{published[key]:.2f}" if key in published else "-" for key in ("average", "final", "base")]
+        lines.append(
+            (
+                str(entry.steps), entry.label, str(len(runs)), known[0], spread(averages) or "-", distance, gain,
+                interval, spread([run.curve[0] for run in runs.values()]) or "-",
+                spread([step["top1"] for step in last]) or "-", known[1],
+                spread([step["top1_base"] for step in last]) or "-", known[2],
+                spread([step["top1_old"] for step in last]) or "-", spread([step["top1_new"] for step in last]) or "-",
+            )
+        )  # fmt: skip
+    return lines, paired
+
+
+def write(table: Table, out: Path) -> str:
+    """TABLE-SCALE.md, .csv and .png in `out`; returns the text."""
+    found = finished_runs(table, out)
+    rows, paired = rows_of(table, found)
+    shown = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in rows)]  # no columns of dashes
+    header, rows = tuple(HEADER[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
+    theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
+    text = "\n\n".join([*notes(table, paired, theirs), format_table(header, rows)])
+    stem = out / f"{table.name}-{table.scale}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stem.with_suffix(".md").write_text(text + "\n")
+        content = io.StringIO()
+        csv.writer(content, lineterminator="\n").writerows([header, *rows])
+        stem.with_suffix(".csv").write_text(content.getvalue())
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    draw(table, found, stem.with_suffix(".png"))
+    return text + f"\n\nwritten: {stem}.md, .csv, .png"
+
+
+def notes(table: Table, paired: set[int], paper_data: bool = True) -> list[str]:
+    """What the columns mean, and what they do not say. paper_data: all runs are on the images of the paper's tables."""
+    references = {entry.against for entry in table.entries if entry.against}
+    labels = list(dict.fromkeys(e.label.partition(",")[0] for e in table.entries if e.row in references))
+    lines = [
+        f'{table.name}: {table.title}. Top-1 in percent, mean ± standard deviation over seeds; "average incremental" '
+        'takes in the base step, "final" is the last step, over all classes and over those of the base step, of all '
+        "earlier steps and of the last one."
+    ]
+    if paired:
+        drawn = "test images" if paired == {1} else "seeds and test images"
+        lines.append(
+            f'"difference" is the average incremental accuracy minus that of {" / ".join(labels)} with the same seeds '
+            f"(and steps and memory), with a 95 % bootstrap interval over {drawn}. "
+            + ("Two or three seeds say little about the spread between seeds." if paired != {1} else "")
+            + (" Where there is one seed only test images are drawn: that spread is left out." if 1 in paired else "")
+        )
+    if table.note is not None:
+        lines.append(f'Scale "{table.scale}": {table.note}')
+    if not paper_data and table.on_paper_data:
+        lines.append(
+            "The images are not known to be CIFAR-100 as published: the paper's numbers are of other data and stand "
+            "beside ours for their order only."
+        )
+    return lines
