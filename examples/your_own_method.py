@@ -21,5 +21,5 @@ class FixedShare(Method):
     Config = Config
 
     def weigh(self, context: StepContext) -> tuple[float, float]:
-        share = self.parts[self.name].fixed_share if context.num_old else 0.0
+        share = self.own.fixed_share if context.num_old else 0.0
         return 1 - share, share

@@ -11,7 +11,6 @@ from fastil.errors import UserError
 
 app = typer.Typer(
     name="fastil",
-    help="Class-incremental learning with the Balanced Softmax: train, compare, report.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )

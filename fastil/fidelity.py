@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastil.data.published import is_published, table
-from fastil.errors import UserError
-from fastil.recipe import Recipe, load
+from fastil.recipe import Recipe, load, shipped
 
 MODIFIED = "modified: "
 
@@ -22,8 +21,8 @@ def labelled(recipe: Recipe, protocol: Mapping[str, Any]) -> Recipe:
     changes = modifications(recipe, protocol)
     if changes:
         return replace(recipe, published=None, fidelity=MODIFIED + ", ".join(changes))
-    shipped = load(recipe.name)
-    return replace(recipe, published=shipped.published, fidelity=shipped.fidelity)
+    own = load(recipe.name)
+    return replace(recipe, published=own.published, fidelity=own.fidelity)
 
 
 def modifications(recipe: Recipe, protocol: Mapping[str, Any]) -> Sequence[str]:
@@ -46,10 +45,8 @@ def on_published_data(dataset: str, protocol: Mapping[str, Any]) -> bool:
 
 def had_published(recipe: Recipe) -> bool:
     """Whether the recipe has a published number as it comes with fastil, so that its absence wants a reason."""
-    try:
-        return load(recipe.name).published is not None
-    except UserError:
-        return False
+    before = shipped(recipe.name)
+    return before is not None and before.published is not None
 
 
 def _shown(value: Any) -> str:

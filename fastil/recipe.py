@@ -61,7 +61,7 @@ INCIDENTAL_KEYS = {"precision", "loader", "on_corrupt"}
 Keys = dict[str, Any]
 
 # Beginnings of keys, the longer ones first, that are read beside some values of other keys only: when, and what to set.
-# Which keys of methods are read the method says.
+# Each method says which of its keys are read.
 READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
     "size": (lambda k: k["dataset"] in ("folder", "imagenet"), "dataset=folder"),
     "nca_margin": (lambda k: k["loss"] == "nca" and k["nca_variant"] == "paper", "loss=nca nca_variant=paper"),
@@ -94,7 +94,7 @@ class Recipe:
     correction: CorrectionConfig
     evaluation: EvaluationConfig
     train: TrainConfig
-    of_methods: Mapping[str, Any]  # what `Config` of each method came to, by the method
+    of_methods: Mapping[str, Any]  # the validated `Config` of each method, by the method
     foreign: Mapping[str, Any]  # keys of a method whose code is not loaded
 
     @property
@@ -102,7 +102,7 @@ class Recipe:
         """The class of the method. UserError where a run directory names code that this command does not."""
         if self.method.method not in METHODS:
             raise UserError(
-                f"method={self.method.method}: code that a run directory names is not loaded; repeat the key here"
+                f"method={self.method.method}: code that a run directory names is not loaded; give method= here, too"
             )
         return METHODS[self.method.method]
 
@@ -146,7 +146,7 @@ class Recipe:
     def keys(self) -> dict[str, Any]:
         """Every key with its value, flat."""
         parts = [getattr(self, part) for part in PARTS] + list(self.of_methods.values())
-        return {key: value for part in parts for key, value in vars(part).items()} | dict(self.foreign)
+        return {key: value for part in parts for key, value in values_of(part).items()} | dict(self.foreign)
 
     def identity(self, *, seed: bool = True) -> dict[str, Any]:
         """The keys that decide what is trained; None for those that nothing reads beside the others."""
@@ -156,26 +156,29 @@ class Recipe:
 
     def reader(self, key: str) -> str | None:
         """A setting that would make this recipe read the key, where it does not."""
+        owner = next((name for name, config in self.of_methods.items() if key in values_of(config)), None)
+        if owner is not None or key == "temperature":
+            if self._read_by_method is None or key in self._read_by_method:
+                return None
+            return "method=il_baseline" if owner is None else METHODS[owner].to_read(key)
         for prefix, (reads, advice) in READERS.items():
-            if key.startswith(prefix):
+            if key.startswith(prefix) and key not in self.foreign:
                 return None if reads(self.keys()) else advice
-        owner = next((name for name, config in self.of_methods.items() if key in vars(config)), None)
-        if (owner is None and key != "temperature") or key in self._read_by_method:
-            return None
-        return "method=il_baseline" if owner is None else METHODS[owner].to_read(key)
+        return None
 
     @cached_property
-    def _read_by_method(self) -> set[str]:
+    def _read_by_method(self) -> set[str] | None:
+        """None: not known, because its code is not loaded."""
         known = METHODS.get(self.method.method)
-        return set() if known is None else known.reads(self.keys())
+        return None if known is None else known.reads(self.keys())
 
     def differences(self) -> dict[str, Any] | None:
         """The settings that differ from those of fastil's own recipe of this name, but for the seed, the runtime keys
         and the incidental ones. None: no such recipe comes with it."""
-        if self.name not in names():
+        before = shipped(self.name)
+        if before is None:
             return None
-        shipped = load(self.name)
-        ours, theirs, written = self.identity(seed=False), shipped.identity(seed=False), shipped.keys()
+        ours, theirs, written = self.identity(seed=False), before.identity(seed=False), before.keys()
         # A key may only be read, or not be read any more, because of another one that was changed.
         return {
             key: value
@@ -194,6 +197,11 @@ class Recipe:
         return yaml.safe_dump(head | self.keys(), sort_keys=False)
 
 
+def values_of(part: Any) -> dict[str, Any]:
+    """The keys of a part, with their values."""
+    return {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
+
+
 def names() -> list[str]:
     """Recipes that come with fastil."""
     return sorted(
@@ -201,6 +209,12 @@ def names() -> list[str]:
         for f in resources.files("fastil.recipes").iterdir()
         if f.name.endswith(".yaml") and f.name != "tables.yaml"
     )
+
+
+def shipped(name: str) -> Recipe | None:
+    """The recipe of this name that comes with fastil. A name out of a run directory may be anything, also the path of a
+    file that names code: that is not read."""
+    return load(name) if name in names() else None
 
 
 def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recipe:
@@ -220,6 +234,10 @@ def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recip
     for override in overrides:
         _known(override.partition("=")[0], keys)
     recipe = _build(Path(name).stem, values)
+    try:
+        recipe.dump()
+    except yaml.YAMLError as error:
+        raise UserError(f"method={recipe.method.method}: a key cannot be written as YAML: {error.args[0]}") from None
     for override in overrides:
         reader = recipe.reader(override.partition("=")[0])
         if reader:
@@ -239,7 +257,7 @@ def read_effective(path: Path) -> Recipe:
             values["precision"] = "bf16" if str(values["device"]).startswith("cuda") else "fp32"
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
-    loaded = find(_method_in(values), by_path=False) is not None
+    loaded = find(_method_in(values), named=False) is not None
     return _build(name, values, foreign=not loaded)
 
 
@@ -289,12 +307,12 @@ def _configs(method: str) -> dict[str, type]:
 
 def _parts_of(configs: Mapping[str, type]) -> dict[str, str]:
     """The part that each key belongs to. UserError where a method from outside has a key that is taken."""
-    parts: dict[str, str] = {}
+    parts = dict.fromkeys(("recipe", "description", "published", "fidelity", "base"), "")
     for part, config in configs.items():
         for field in dataclasses.fields(config):
             if parts.setdefault(field.name, part) != part:
-                raise UserError(f"method={part}: its key {field.name} is taken; call it otherwise in {config.__name__}")
-    return parts
+                raise UserError(f"method={part}: its key {field.name} is taken; rename it in {config.__name__}")
+    return {key: part for key, part in parts.items() if part}
 
 
 def _known(key: str, keys: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The losses as modules, for a training loop of one's own: in the place of nn.CrossEntropyLoss."""
+"""The losses as modules for your own training loop, in place of nn.CrossEntropyLoss."""
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ class BalancedSoftmaxLoss(nn.Module):
         self.register_buffer("log_prior", log_prior(counts.detach(), num_old, alpha))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return a float32 scalar. logits: [B, W]; target: int64 [B], -1 for a row that does not count. Differentiable
-        once, in logits."""
+        """Return a float32 scalar, divided by B. logits: [B, W]; target: int64 [B], -1 for a row that adds nothing.
+        Differentiable once, in logits."""
         return incremental_loss(
             logits, target, self.log_prior, num_old=self.num_old, num_seen=len(self.log_prior), ce_weight=1.0,
             kd_weight=0.0, temperature=1.0,
@@ -56,6 +56,8 @@ class IncrementalLoss(BalancedSoftmaxLoss):
         rho: float | None = None,
     ) -> None:
         counts = torch.as_tensor(counts)
+        if alpha != 1 and not balanced:
+            raise ValueError(f"alpha={alpha}: the plain softmax has no weight of the old classes; leave balanced=True")
         super().__init__(counts if balanced else (counts > 0).long(), alpha, num_old)
         self.rho = num_old / int((counts > 0).sum()) if rho is None else rho
         if not 0 <= self.rho <= 1 or not 0 < temperature < float("inf"):

@@ -521,6 +521,7 @@ def test_every_condition_is_tried_here():
     found = {next((p for p in recipe.READERS if key.startswith(p)), key.partition("_")[0]) for key in READ}
     methods = {field.name.partition("_")[0] for config in configs_of("icarl").values() for field in fields(config)}
     assert found == {*recipe.READERS, *methods, "temperature=3"}
+    assert {"lucir_lambda=3", "mnemonics_inner_lr=0.2"} <= set(READ)  # read beside other keys than the others of theirs
 
 
 @pytest.mark.parametrize(("key", "settings"), [(key, s) for key, (refused, _) in READ.items() for s in refused])

@@ -23,8 +23,12 @@ BUILT_IN = tuple(METHODS)
 def configs_of(name: str) -> dict[str, type]:
     """The classes of the keys that a recipe with this method has, by the method that they belong to: those of all
     methods that come with fastil, and its own."""
-    known = {key: METHODS[key].Config for key in dict.fromkeys((*BUILT_IN, name)) if key in METHODS}
-    return {key: config for key, config in known.items() if config is not None}
+    found: dict[str, type] = {}
+    for key in dict.fromkeys((*BUILT_IN, name)):
+        config = METHODS[key].Config if key in METHODS else None
+        if config is not None and config not in found.values():  # a subclass may have that of its parent
+            found[key] = config
+    return found
 
 
 def check_parts(config: MethodConfig, loss: LossConfig, head: str) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastil.errors import UserError
 from fastil.methods.classification import StepContext
-from fastil.methods.method import Ids, Images, Keys, Method
+from fastil.methods.method import CROSS_ENTROPY, Ids, Images, Keys, Method
 from fastil.methods.registry import register
 from fastil.models import Network, Output
 
@@ -60,12 +60,13 @@ class BiC(Method):
     """beta, gamma: [W], 1 and 0 where nothing is corrected."""
 
     name = "bic"
+    base = CROSS_ENTROPY
     Config = BiCConfig
+    own: BiCConfig
     holds_out = True
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.own: BiCConfig = self.parts["bic"]
         self.beta = torch.ones(self.classification.log_prior.shape, device=self.device)
         self.gamma = torch.zeros_like(self.beta)
 

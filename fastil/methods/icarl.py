@@ -18,7 +18,7 @@ from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.losses import icarl_cross_entropy
 from fastil.methods.classification import StepContext
-from fastil.methods.method import Method
+from fastil.methods.method import CROSS_ENTROPY, Method
 from fastil.methods.registry import register
 from fastil.models import Output
 
@@ -39,6 +39,7 @@ class ICarl(Method):
     """L = L_c + T^2 beta KL."""
 
     name = "icarl"
+    base = CROSS_ENTROPY
     Config = ICarlConfig
 
     def weigh(self, context: StepContext) -> tuple[float, float]:

@@ -5,7 +5,7 @@ released BiC code weighs the two by the step number and leaves T^2 out; here bot
 """
 
 from fastil.methods.classification import StepContext
-from fastil.methods.method import Method
+from fastil.methods.method import CROSS_ENTROPY, Method
 from fastil.methods.registry import register
 
 
@@ -14,6 +14,7 @@ class ILBaseline(Method):
     """Eq. 1 with any classification loss, on any head."""
 
     name = "il_baseline"
+    base = CROSS_ENTROPY
 
     def weigh(self, context: StepContext) -> tuple[float, float]:
         rho = context.num_old / context.num_seen

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.methods.classification import StepContext
-from fastil.methods.method import Images, Method
+from fastil.methods.method import CROSS_ENTROPY, Images, Method
 from fastil.methods.registry import register
 from fastil.models import Network, Output
 from fastil.models.heads import CosineHead
@@ -45,6 +45,7 @@ class LucirConfig:
 @register
 class Lucir(Method):
     name = "lucir"
+    base = CROSS_ENTROPY
     Config: ClassVar[type | None] = LucirConfig
     heads = ("cosine",)
     freezes_old_rows = True  # "fix the old class embeddings": neither gradient nor decay moves them

@@ -37,6 +37,9 @@ class MethodConfig:
             raise UserError(f"temperature={self.temperature}: must be above 0 and finite")
 
 
+CROSS_ENTROPY = "cross-entropy"  # the base step of methods that train it by the classification loss alone
+
+
 class Meter(NamedTuple):
     """What an epoch adds up on the device. rows: [R, 4], by the kernel: cross-entropy, distillation, hits and margin
     ranking of each row of a batch. further: 0-d, the terms beside them, weighed, times the images."""
@@ -67,7 +70,8 @@ class Method:
     """A training procedure. It holds the step's constants on the device, so that a step changes values and never shapes
     or code.
 
-    width: W. parts: what `Config` of each method came to, by the method's name. num_classes: of the whole run.
+    width: W. parts: the validated `Config` of each method, by its name; `own` is that of this one. num_classes: of the
+    whole run.
     """
 
     # What a method declares.
@@ -76,7 +80,7 @@ class Method:
     Config: ClassVar[type | None] = None  # a dataclass: the keys of a recipe that are the method's own
     heads: ClassVar[tuple[str, ...]] = ("linear", "cosine", "proxies")  # that it can train
     losses: ClassVar[tuple[str, ...]] = get_args(LossConfig.__annotations__["loss"])  # and classification losses
-    base: ClassVar[str] = "cross-entropy"  # methods with the same word train the same base step
+    base: ClassVar[str | None] = None  # what trains the base step; methods with the same value may share it
     freezes_old_rows: ClassVar[bool] = False  # of the head
     holds_out: ClassVar[bool] = False  # images of every class, for a stage of its own after training
     clamp: ClassVar[float | None] = None  # of each element of a gradient
@@ -93,6 +97,7 @@ class Method:
         num_classes: int | None = None,
     ) -> None:
         self.config, self.parts, self.num_classes = config, parts or {}, num_classes or width
+        self.own: Any = next((part for part in self.parts.values() if type(part) is self.Config), None)
         self.classification = ClassificationLoss(loss, width, device)
         self.ce_weight = torch.ones((), device=device)
         self.kd_weight = torch.zeros((), device=device)
@@ -117,9 +122,12 @@ class Method:
 
     @classmethod
     def base_step(cls, keys: Keys) -> dict[str, Any]:
-        """What of the method decides the network after the base step. Runs that differ in nothing of it may share that
-        step (`--base`)."""
-        return {"training": cls.base}
+        """The settings of the method that decide the network after the base step. Runs that agree in them may share
+        that step (`--base`). By default `base`, or the method and all of its keys where it has none."""
+        if cls.base is not None:
+            return {"training": cls.base}
+        own = {field.name: keys[field.name] for field in fields(cls.Config)} if cls.Config else {}
+        return {"training": cls.name} | own
 
     @classmethod
     def held_out_share(cls, keys: Keys) -> float:

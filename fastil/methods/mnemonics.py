@@ -60,6 +60,7 @@ class MnemonicsConfig:
 class Mnemonics(Lucir):
     name = "mnemonics"
     Config = MnemonicsConfig
+    own: MnemonicsConfig
 
     @classmethod
     def reads(cls, keys: Keys) -> set[str]:
@@ -78,7 +79,6 @@ class Mnemonics(Lucir):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.own: MnemonicsConfig = self.parts["mnemonics"]
         self.released = self.own.mnemonics == "released"
         self.distils_logits = self.released
 

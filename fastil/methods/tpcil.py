@@ -51,6 +51,7 @@ class Tpcil(Lucir):
 
     name = "tpcil"
     Config = TpcilConfig
+    own: TpcilConfig
 
     @classmethod
     def reads(cls, keys: Keys) -> set[str]:
@@ -58,7 +59,6 @@ class Tpcil(Lucir):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.own: TpcilConfig = self.parts["tpcil"]
         width = len(self.classification.log_prior)
         self.ages = np.full((width, width), -1, dtype=np.int64)
         self.joined = torch.eye(width, dtype=torch.bool, device=self.device)

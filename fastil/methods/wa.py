@@ -1,14 +1,14 @@
 """Weight aligning (WA; Zhao et al., CVPR 2020): new rows of the head are scaled to the mean length of the old ones.
 
 The loss is that of distillation weighed by lambda = N_old / N_all, without T^2. The paper's restriction to positive
-weights is left out, as it is in the codes that compare with it.
+weights is left out, as in other code bases that compare against it.
 """
 
 import torch
 from torch import Tensor
 
 from fastil.methods.classification import StepContext
-from fastil.methods.method import Ids, Images, Method
+from fastil.methods.method import CROSS_ENTROPY, Ids, Images, Method
 from fastil.methods.registry import register
 from fastil.models import Network
 
@@ -18,6 +18,7 @@ class WA(Method):
     """Eq. 6 to 8 of its paper."""
 
     name = "wa"
+    base = CROSS_ENTROPY
     heads = ("linear",)
 
     def weigh(self, context: StepContext) -> tuple[float, float]:

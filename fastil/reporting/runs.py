@@ -1,4 +1,4 @@
-"""Run directories, read once: what a report, a figure or a table asks of a run."""
+"""What a report, a figure or a table reads of run directories."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastil.errors import UserError
 from fastil.fidelity import MODIFIED, had_published, labelled
-from fastil.recipe import Recipe, load, read_effective
+from fastil.recipe import Recipe, read_effective, shipped
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     identities = [run.recipe.identity(seed=False) | {"images": f"{run.dataset} {run.images[0][:6]}"} for run in runs]
     for run, identity in zip(runs, identities, strict=True):
         same_recipe = [i for i, other in zip(identities, runs, strict=True) if other.recipe.name == run.recipe.name]
-        usual = _shipped(run.recipe.name)
+        own = shipped(run.recipe.name)
+        usual = {} if own is None else own.keys()
         differing = [
             key
             for key, value in identity.items()
@@ -150,11 +151,3 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
             )
         group.append(run)
     return groups
-
-
-def _shipped(name: str) -> dict[str, Any]:
-    """The keys of a recipe that comes with fastil; none of another."""
-    try:
-        return load(name).keys()
-    except UserError:
-        return {}

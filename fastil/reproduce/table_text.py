@@ -1,4 +1,4 @@
-"""A table of the paper as text: rows, paired differences with intervals, what the numbers are beside."""
+"""A table of the paper as text: rows, paired differences with intervals, what they are compared with."""
 
 import csv
 import io

@@ -18,7 +18,7 @@ from fastil import files
 from fastil.data import Dataset
 from fastil.errors import UserError
 from fastil.protocol import Protocol
-from fastil.recipe import Recipe, read_effective
+from fastil.recipe import Recipe, read_effective, values_of
 from fastil.reporting.runs import read_metrics
 
 # Keys that the base step never reads: it has no old class and no memory, and all classification losses are the plain
@@ -38,7 +38,7 @@ SAME_WITHOUT_OLD = {
 
 def base_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the network after the base step, if the base classes have equal numbers of images."""
-    own = {key for config in recipe.of_methods.values() for key in vars(config)}
+    own = {key for config in recipe.of_methods.values() for key in values_of(config)}
     keys = {k: v for k, v in recipe.identity().items() if k not in LATER | own and not k.startswith(LATER_PARTS)}
     of_method = recipe.procedure.base_step(recipe.keys())
     if recipe.model.weight_transfer:  # methods train other parts of the network with it

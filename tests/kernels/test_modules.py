@@ -87,5 +87,7 @@ def test_what_would_get_no_gradient_raises():
 def test_counts_that_are_none_are_refused(arguments):
     with pytest.raises(ValueError, match=r"counts|num_old"):
         BalancedSoftmaxLoss(torch.tensor(arguments[0]), *arguments[1:])
+    with pytest.raises(ValueError, match="alpha"):
+        IncrementalLoss(COUNTS, 2, balanced=False, alpha=0.5)
     with pytest.raises(ValueError, match="rho"):
         IncrementalLoss(COUNTS, 2, rho=1.5)

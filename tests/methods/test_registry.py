@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from conftest import TINY, assert_user_error
 from fastil.errors import UserError
 from fastil.methods import METHODS, LossConfig, Method, MethodConfig, StepContext, find, register
 from fastil.models import ModelConfig, build_network
-from fastil.recipe import load
+from fastil.recipe import load, read_effective
+from fastil.training.base_step import base_identity
 
 MINE = '''
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ class Mine(Method):
     Config = Config
 
     def weigh(self, context):
-        share = self.parts[self.name].mine_share if context.num_old else 0.0
+        share = self.own.mine_share if context.num_old else 0.0
         return 1 - share, share
 '''
 SETTINGS = ["digits", *TINY, "classes=6", "base_classes=4", "increment=2", "loss=softmax"]
@@ -90,6 +92,11 @@ def test_code_that_a_run_directory_names_is_not_imported(fastil, tmp_path, mine)
     assert fastil("run", *SETTINGS, method, "--out", "run").returncode == 0
     trace.unlink()
     assert fastil("report", "run").returncode == 0
+    settings = tmp_path / "run/recipe.yaml"
+    (tmp_path / "evil.yaml").write_text("method: mine.py:Mine\nloss: softmax\n")
+    settings.write_text(settings.read_text().replace("recipe: digits", "recipe: evil.yaml"))
+    assert fastil("report", "run").returncode == 0
+    settings.write_text(settings.read_text().replace("recipe: evil.yaml", "recipe: digits"))
     plain = fastil("run", *SETTINGS, "--out", "run", "--resume")
     assert_user_error(plain, "method was mine.py:Mine, now il_baseline")
     based = fastil("run", *SETTINGS, "--base", "run", "--out", "based")
@@ -103,14 +110,23 @@ def test_code_that_a_run_directory_names_is_not_imported(fastil, tmp_path, mine)
     ("method", "words"),
     [
         ("nowhere.py:Mine", ["no file nowhere.py"]), ("mine.py:Other", ["has no Other"]),
-        ("mine.py:dataclass", ["no subclass"]), ("nowhere.module:Mine", ["no module nowhere.module"]),
+        ("mine.py:dataclass", ["not a subclass"]), ("nowhere.module:Mine", ["no module nowhere.module"]),
         ("broken.py:Mine", ["broken.py, line 2", "ZeroDivisionError"]), ("lucri", ["did you mean lucir?"]),
-        ("json:JSONDecoder", ["no subclass"]), ("clash.py:Mine", ["key lr is taken"]),
+        ("json:JSONDecoder", ["not a subclass"]), ("clash.py:Mine", ["key lr is taken"]),
+        ("head.py:Mine", ["key recipe is taken"]), ("typo.py:Mine", ["typo.py, line 1"]),
+        ("exit.py:Mine", ["SystemExit"]),
+        ("plain.py:Mine", ["not a dataclass"]), ("path.py:Mine", ["cannot be written as YAML"]),
     ],
 )  # fmt: skip
 def test_what_is_no_method_is_one_line(method, words, tmp_path, mine, monkeypatch):
     (tmp_path / "broken.py").write_text("x = 1\n1 / 0\n")
-    (tmp_path / "clash.py").write_text((tmp_path / "mine.py").read_text().replace("mine_share: float", "lr: float"))
+    text = (tmp_path / "mine.py").read_text()
+    (tmp_path / "clash.py").write_text(text.replace("mine_share: float", "lr: float"))
+    (tmp_path / "head.py").write_text(text.replace("mine_share: float", "recipe: float"))
+    (tmp_path / "path.py").write_text(text.replace("mine_share: float = 0.5", "mine_share: Path = Path()"))
+    (tmp_path / "plain.py").write_text(text.replace("@dataclass(frozen=True)\n", ""))
+    (tmp_path / "typo.py").write_text("class Mine(:\n")
+    (tmp_path / "exit.py").write_text("import sys\nsys.exit()\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         load("digits", [f"method={method}", "loss=softmax"])
@@ -119,19 +135,75 @@ def test_what_is_no_method_is_one_line(method, words, tmp_path, mine, monkeypatc
         assert word in str(error.value)
 
 
+def entries(monkeypatch, load):
+    entry = SimpleNamespace(name="installed", load=load)
+    monkeypatch.setattr("fastil.methods.registry.entry_points", lambda group: [entry])
+
+
 def test_an_installed_method_is_found_by_its_entry_point(monkeypatch):
     class Installed(Method):
         pass
 
-    class Entry:
-        name = "installed"
-
-        def load(self):
-            return Installed
-
-    monkeypatch.setattr("fastil.methods.registry.entry_points", lambda group: [Entry()])
-    assert find("installed", by_path=False) is Installed
+    entries(monkeypatch, lambda: Installed)
+    assert find("installed", named=False) is Installed
     assert METHODS["installed"] is Installed
+
+
+def test_an_installed_method_that_is_broken_is_one_line_and_keeps_no_run_from_being_read(monkeypatch):
+    def broken():
+        raise ImportError("libmissing.so")
+
+    for given, words in ((broken, "libmissing.so"), (lambda: dict, "not a subclass")):
+        entries(monkeypatch, given)
+        with pytest.raises(UserError, match=f"method=installed: .*{words}"):
+            find("installed")
+        assert find("installed", named=False) is None
+    assert find("of_a_script_of_somebody", named=False) is None
+
+
+def test_keys_of_a_method_that_is_not_loaded_tell_its_runs_apart(tmp_path, mine):
+    """Also the keys of other methods that it may read."""
+    recipes = []
+    for temperature in (2.0, 4.0):
+        path = tmp_path / f"{temperature}.yaml"
+        text = load("digits", ["loss=softmax", f"temperature={temperature}"]).in_precision("fp32").dump()
+        path.write_text(text.replace("method: il_baseline", "method: mine.py:Mine") + "meta_rate: 3\n")
+        recipes.append(read_effective(path))
+    one, other = (recipe.identity() for recipe in recipes)
+    assert [key for key in one if one[key] != other[key]] == ["temperature"]
+    assert one["meta_rate"] == 3
+    with pytest.raises(UserError, match="is not loaded"):
+        _ = recipes[0].procedure
+
+
+def test_a_method_that_inherits_keys_has_them(monkeypatch, tmp_path):
+    (tmp_path / "child.py").write_text("from fastil.methods.bic import BiC\nclass Child(BiC):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = load("digits", ["method=child.py:Child", "loss=softmax", "bic_lr=0.2"])
+    assert recipe.procedure.__name__ == "Child"
+    assert recipe.reader("bic_lr") is None
+    assert load("digits", ["method=fastil.methods.lucir:Lucir", "head=cosine"]).procedure is METHODS["lucir"]
+    assert METHODS["lucir"].name == "lucir"
+
+
+def test_two_files_of_one_name_are_two_methods(monkeypatch, tmp_path, mine):
+    for folder, share in (("a", "0.5"), ("b", "0.9")):
+        (tmp_path / folder).mkdir()
+        text = "from __future__ import annotations\n" + (tmp_path / "mine.py").read_text().replace("0.5", share)
+        (tmp_path / folder / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    shares = [load("digits", [f"method={f}/mine.py:Mine", "loss=softmax"]).keys()["mine_share"] for f in "aba"]
+    assert shares == [0.5, 0.9, 0.5]
+
+
+def test_a_base_step_is_shared_only_where_a_method_says_what_trains_it(monkeypatch, tmp_path, mine):
+    monkeypatch.chdir(tmp_path)
+    settings = [mine[0], "loss=softmax"]
+    ours, theirs = (base_identity(load("digits", [*settings, f"mine_share={s}"])) for s in (0.5, 0.6))
+    assert ours != theirs
+    assert ours != base_identity(load("digits", ["loss=softmax"]))
+    METHODS["mine.py:Mine"].base = "cross-entropy"
+    assert base_identity(load("digits", settings)) == base_identity(load("digits", ["loss=softmax"]))
 
 
 def test_register_takes_a_name_once():

@@ -42,6 +42,7 @@ METHODS = {
     "podnet_balanced": ["method=podnet", "loss=balanced", *PROXIES],
     "bic_reserved": ["method=bic", "bic_validation=reserved"],
     "tpcil": ["method=tpcil", "loss=softmax", *COSINE],
+    "wa": ["method=wa", "loss=softmax"],
 }  # fmt: skip
 SHORT = [
     "base_classes=6", "increment=2", "base_epochs=4", "epochs=3", "batch_size=64", "lr=0.06", "exemplars_per_class=10",
@@ -105,7 +106,7 @@ def test_memory_and_head_have_the_right_shapes(finished):
     assert head.shape == ((16, 3, 64) if name.startswith("podnet") else (16, 64))
     assert head[:10].flatten(1).any(1).all()
     assert not head[10:].any()
-    assert ("head.scale" in weights) == (name not in ("icarl", "icarl_bce", "bic", "bic_all", "bic_reserved"))
+    assert ("head.scale" in weights) == (name not in ("icarl", "icarl_bce", "bic", "bic_all", "bic_reserved", "wa"))
 
 
 @pytest.mark.parametrize("turn", range(len(STOPS) if SOAK else 1))
