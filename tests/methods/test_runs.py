@@ -42,7 +42,7 @@ METHODS = {
     "podnet_balanced": ["method=podnet", "loss=balanced", *PROXIES],
     "bic_reserved": ["method=bic", "bic_validation=reserved"],
     "tpcil": ["method=tpcil", "loss=softmax", *COSINE],
-    "wa": ["method=wa", "loss=softmax"],
+    "wa": ["method=wa", "loss=softmax", "epochs=10"],  # scaling helps once the new rows have grown
 }  # fmt: skip
 SHORT = [
     "base_classes=6", "increment=2", "base_epochs=4", "epochs=3", "batch_size=64", "lr=0.06", "exemplars_per_class=10",
