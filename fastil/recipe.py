@@ -23,6 +23,7 @@ from fastil.errors import UserError
 from fastil.evaluation import EvaluationConfig
 from fastil.memory import MemoryConfig
 from fastil.methods import (
+    BUILT_IN,
     METHODS,
     CorrectionConfig,
     LossConfig,
@@ -235,7 +236,8 @@ def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recip
         _known(override.partition("=")[0], keys)
     recipe = _build(Path(name).stem, values)
     try:
-        recipe.dump()
+        if recipe.method.method not in BUILT_IN:
+            recipe.dump()
     except yaml.YAMLError as error:
         raise UserError(f"method={recipe.method.method}: a key cannot be written as YAML: {error.args[0]}") from None
     for override in overrides:

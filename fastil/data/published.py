@@ -204,7 +204,7 @@ def is_published(name: str, described: Mapping[str, Any], class_names: Sequence[
         elif not identity.startswith("stored:") or described[split]["images"] != theirs.images:
             return False
         elif theirs.bytes is None or abs(described[split].get("bytes", 0) / theirs.bytes - 1) > SIZE_TOLERANCE:
-            return False  # resized or encoded anew before it was converted
+            return False  # resized or re-encoded before it was converted
     if expected.class_names is not None:
         return official_labels(expected, class_names) == list(range(expected.classes))
     return len(class_names) == expected.classes and all(

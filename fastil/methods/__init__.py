@@ -58,6 +58,7 @@ def build_method(
 
 
 __all__ = [
+    "BUILT_IN",
     "METHODS",
     "ClassificationLoss",
     "CorrectionConfig",

@@ -110,7 +110,7 @@ class Method:
 
     @classmethod
     def reads(cls, keys: Keys) -> set[str]:
-        """The keys of methods that it reads beside the other keys of a recipe: by default its own, and `temperature` if
+        """The keys of methods that it reads, given all keys of a recipe: by default its own, and `temperature` if
         it distils logits."""
         own = {field.name for field in fields(cls.Config)} if cls.Config else set()
         return own | ({"temperature"} if cls.distils_logits else set())

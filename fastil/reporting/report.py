@@ -1,4 +1,4 @@
-"""`fastil report`: runs side by side, beside the published numbers."""
+"""`fastil report`: runs side by side, compared with the published numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path
