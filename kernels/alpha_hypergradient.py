@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastil.kernels.incremental_loss import checked
+from fastil.kernels.incremental_loss import check
 from fastil.kernels.registration import jitted, register, scalar_tensor
 from fastil.losses import MASKED
 
@@ -37,7 +37,7 @@ def alpha_hypergradient(
     classes, and 0 for the others. With one alpha for all old classes dL_val/dalpha = -lr * result.sum() / alpha, with
     one per class -lr * result / alpha. Momentum does not enter (theta* is a plain step). Not differentiable.
     """
-    checked(logits, target, log_prior, tangent, second="tangent")
+    check(logits, target, log_prior, tangent, second="tangent")
     scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight)]
     run = _run if torch.compiler.is_compiling() else _Constant.apply
     result: Tensor = run(logits, tangent, target, log_prior, *scalars)
@@ -78,9 +78,9 @@ def plain(
     return torch.where(column < num_old, rows.sum(0), 0) * (ce_weight / max(1, logits.shape[0]))
 
 
-def _cuda(*arguments: Any) -> Tensor:
-    narrow = arguments[0].shape[1] <= WIDEST
-    result: Tensor = (jitted("alpha_hypergradient", "alpha_hypergradient") if narrow else plain)(*arguments)
+def _cuda(logits: Tensor, *rest: Tensor) -> Tensor:
+    narrow = logits.shape[1] <= WIDEST
+    result: Tensor = (jitted("alpha_hypergradient", "alpha_hypergradient") if narrow else plain)(logits, *rest)
     return result
 
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastil.kernels.alpha_hypergradient import WIDEST
 from fastil.kernels.herd import LARGEST
-from fastil.kernels.incremental_loss import WIDEST_COSINES
+from fastil.kernels.incremental_loss import WIDEST_COSINES, Operands
 from fastil.kernels.jit.alpha_hypergradient import alpha_hypergradient
 from fastil.kernels.jit.augment import augment
 from fastil.kernels.jit.cosine_head import cosine_head, cosine_head_grad
@@ -76,12 +75,12 @@ def loss(variant: str, precision: str, width: int) -> Case:
     flags = variant == "all"
     cosines = variant in ("all", "lucir") and width <= WIDEST_COSINES
 
-    def number(value: float) -> float | Tensor:
+    def number(value: float) -> Any:
         return torch.tensor(value) if variant == "device" else value
 
     def call() -> object:
         logits = torch.empty(BATCH, width, dtype=DTYPES[precision])
-        return incremental_loss(
+        operands = Operands(
             logits,
             target=torch.empty(BATCH, dtype=torch.int64),
             log_prior=torch.empty(width),
@@ -101,6 +100,7 @@ def loss(variant: str, precision: str, width: int) -> Case:
             meter=None if variant == "value" else torch.empty(BATCH, 4),
             value=variant in ("value", "lucir", "all"),
         )
+        return incremental_loss(*operands)
 
     return Case(
         f"incremental_loss {variant} {precision} {width}",

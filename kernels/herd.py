@@ -57,8 +57,8 @@ def plain(gram: Tensor, counts: Tensor, m: int, max_turns: int, tie: float) -> T
     return ranks[:, :m].contiguous()
 
 
-def _cuda(*arguments: Any) -> Tensor:
-    picks: Tensor = (jitted("herd", "herd") if arguments[0].shape[1] <= LARGEST else plain)(*arguments)
+def _cuda(gram: Tensor, *rest: Any) -> Tensor:
+    picks: Tensor = (jitted("herd", "herd") if gram.shape[1] <= LARGEST else plain)(gram, *rest)
     return picks
 
 

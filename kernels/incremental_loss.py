@@ -5,7 +5,8 @@ with, and adds the terms of the loss to a meter. `incremental_loss` is the autog
 reduction in the forward and one product in the backward pass.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,36 @@ from fastil.kernels.registration import jitted, refuse_second_order, register, s
 from fastil.losses import MASKED, hardest_new
 
 WIDEST_COSINES = 2_048  # columns up to which the Triton form does logit_scale and margin ranking; above, the plain one
+
+
+class Operands(NamedTuple):
+    """The arguments of the operator, in its schema's order; `incremental_loss` says what they are. Where it takes a
+    number or a tensor, so does a launch; the operator takes 0-d tensors only."""
+
+    logits: Tensor
+    target: Tensor
+    log_prior: Tensor
+    teacher: Tensor | None
+    num_old: int | Tensor
+    num_seen: int | Tensor
+    ce_weight: float | Tensor
+    kd_weight: float | Tensor
+    temperature: float | Tensor
+    sample_weight: Tensor | None = None
+    logit_scale: Tensor | None = None
+    margin_weight: float | Tensor | None = None
+    separated: bool = False
+    label_smoothing: float = 0.0
+    margin: float = 0.5
+    hardest: int = 2
+    meter: Tensor | None = None  # in the operator [R, 4] only
+    value: bool = False  # the loss is wanted, too
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """That of logits, but where the autograd form has yet to scale the gradient not float16, whose smallest numbers
+        a gradient divided by B would fall below."""
+        return torch.float32 if self.value and self.logits.dtype == torch.float16 else self.logits.dtype
 
 
 def incremental_loss(
@@ -54,17 +85,12 @@ def incremental_loss(
 
     Differentiable once, in logits and logit_scale: a second derivative or a forward-mode one raises RuntimeError.
     """
-    arguments = checked(logits, target, log_prior, teacher_logits, sample_weight, label_smoothing)
-    scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight, kd_weight, temperature)]
-    weight = None if margin_weight is None else scalar_tensor(margin_weight)
-    if logit_scale is not None and logit_scale.ndim:
-        raise ValueError(f"logit_scale must be a 0-d tensor, not {[*logit_scale.shape]}")
-    rows = None if meter is None else _rows(meter, logits.shape[0])
-    loss: Tensor = _Value.apply(  # type: ignore[no-untyped-call]
-        *arguments, *scalars, sample_weight, logit_scale, weight, separated, label_smoothing, margin, hardest, rows
-    )
-    _finish(meter, rows)
-    return loss
+    operands = Operands(
+        logits, target, log_prior, teacher_logits, num_old, num_seen, ce_weight, kd_weight, temperature,
+        sample_weight=sample_weight, logit_scale=logit_scale, margin_weight=margin_weight, separated=separated,
+        label_smoothing=label_smoothing, margin=margin, hardest=hardest, meter=meter, value=True,
+    )  # fmt: skip
+    return _run(_Value.apply, operands)
 
 
 def incremental_loss_grad(
@@ -93,17 +119,15 @@ def incremental_loss_grad(
     constant. float16 has no room for a gradient divided by B: multiply the weights by the loss scale, or use the
     autograd form, which keeps its gradient in float32 until it is scaled.
     """
-    arguments = checked(logits, target, log_prior, teacher_logits, sample_weight, label_smoothing)
-    scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight, kd_weight, temperature)]
-    rows = _rows(meter, logits.shape[0])
+    operands = Operands(
+        logits, target, log_prior, teacher_logits, num_old, num_seen, ce_weight, kd_weight, temperature,
+        sample_weight=sample_weight, separated=separated, label_smoothing=label_smoothing, meter=meter,
+    )  # fmt: skip
     # Tracing a backward pass that raises would fail: in compiled code the gradient is a constant.
-    run = _gradient if torch.compiler.is_compiling() else _Gradient.apply
-    gradient: Tensor = run(*arguments, *scalars, sample_weight, None, None, separated, label_smoothing, 0.0, 0, rows)
-    _finish(meter, rows)
-    return gradient
+    return _run(_gradient if torch.compiler.is_compiling() else _Gradient.apply, operands)
 
 
-def checked(
+def check(
     logits: Tensor,
     target: Tensor,
     log_prior: Tensor,
@@ -111,8 +135,8 @@ def checked(
     weight: Tensor | None = None,
     smoothing: float = 0.0,
     second: str = "teacher_logits",
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The arguments, if they fit each other: a kernel would read beyond the end of one that does not."""
+) -> None:
+    """Raise ValueError unless the arguments fit each other: a kernel would read beyond the end of one that does not."""
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating-point [B, W], not {logits.dtype} {[*logits.shape]}")
     batch, width = logits.shape
@@ -128,7 +152,27 @@ def checked(
         raise ValueError(f"target must hold integers, not {target.dtype}")
     if not 0 <= smoothing < 1:
         raise ValueError(f"label_smoothing={smoothing}: must be in [0, 1)")
-    return logits, target, log_prior, teacher
+
+
+def _run(function: Callable[..., Any], o: Operands) -> Tensor:
+    """`function` of the operands, checked and with tensors for numbers; a meter of [4] gains the sums over its rows."""
+    check(o.logits, o.target, o.log_prior, o.teacher, o.sample_weight, o.label_smoothing)
+    if o.logit_scale is not None and o.logit_scale.ndim:
+        raise ValueError(f"logit_scale must be a 0-d tensor, not {[*o.logit_scale.shape]}")
+    rows = None if o.meter is None else _rows(o.meter, o.logits.shape[0])
+    tensors = o._replace(
+        num_old=scalar_tensor(o.num_old),
+        num_seen=scalar_tensor(o.num_seen),
+        ce_weight=scalar_tensor(o.ce_weight),
+        kd_weight=scalar_tensor(o.kd_weight),
+        temperature=scalar_tensor(o.temperature),
+        margin_weight=None if o.margin_weight is None else scalar_tensor(o.margin_weight),
+        meter=rows,
+    )
+    result: Tensor = function(*tensors)
+    if o.meter is not None and rows is not None and o.meter.ndim == 1:
+        o.meter.add_(rows.sum(0))
+    return result
 
 
 def _rows(meter: Tensor, batch: int) -> Tensor:
@@ -141,19 +185,13 @@ def _rows(meter: Tensor, batch: int) -> Tensor:
     return meter if meter.ndim == 2 else meter.new_zeros(batch, 4)
 
 
-def _finish(meter: Tensor | None, rows: Tensor | None) -> None:
-    if meter is not None and rows is not None and meter.ndim == 1:
-        meter += rows.sum(0)
-
-
 class _Value(torch.autograd.Function):
-    """Arguments as those of the operator; differentiable in logits (0) and logit_scale (10)."""
-
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        gradient, scale_gradient, row_loss = torch.ops.fastil.incremental_loss(*arguments, True)
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        o = Operands(*operands)
+        gradient, scale_gradient, row_loss = torch.ops.fastil.incremental_loss(*o)
         ctx.save_for_backward(gradient, scale_gradient)
-        ctx.arguments, ctx.has_scale, ctx.dtype = len(arguments), arguments[10] is not None, arguments[0].dtype
+        ctx.dtype, ctx.has_scale = o.logits.dtype, o.logit_scale is not None
         loss: Tensor = row_loss.sum()
         return loss
 
@@ -161,15 +199,14 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         refuse_second_order("incremental_loss")
         gradient, scale_gradient = ctx.saved_tensors
-        grads: list[Tensor | None] = [None] * ctx.arguments
-        grads[0] = (gradient * grad).to(ctx.dtype)
+        grads = {"logits": (gradient * grad).to(ctx.dtype)}
         if ctx.has_scale:
-            grads[10] = scale_gradient.sum() * grad
-        return tuple(grads)
+            grads["logit_scale"] = scale_gradient.sum() * grad
+        return tuple(grads.get(name) for name in Operands._fields)
 
 
-def _gradient(logits: Tensor, *arguments: Any) -> Tensor:
-    gradient: Tensor = torch.ops.fastil.incremental_loss(logits.detach(), *arguments, False)[0]
+def _gradient(logits: Tensor, *rest: Any) -> Tensor:
+    gradient: Tensor = torch.ops.fastil.incremental_loss(logits.detach(), *rest)[0]
     return gradient
 
 
@@ -177,102 +214,80 @@ class _Gradient(torch.autograd.Function):
     """An operator call that refuses to be differentiated, where plain detaching would be wrong in silence."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        return _gradient(*arguments)
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        return _gradient(*operands)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError("incremental_loss_grad returns a gradient, which cannot be differentiated again")
 
 
-def plain(
-    logits: Tensor,
-    target: Tensor,
-    log_prior: Tensor,
-    teacher: Tensor | None,
-    num_old: Tensor,
-    num_seen: Tensor,
-    ce_weight: Tensor,
-    kd_weight: Tensor,
-    temperature: Tensor,
-    sample_weight: Tensor | None,
-    logit_scale: Tensor | None,
-    margin_weight: Tensor | None,
-    separated: bool,
-    label_smoothing: float,
-    margin: float,
-    hardest: int,
-    meter: Tensor | None,
-    value: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator in plain torch, row by row what the formulas of fastil.losses average. Returns the gradient [B, W],
     each row's part of the derivative in logit_scale [B or 0] and of the loss [B or 0]."""
-    batch, width = logits.shape
-    x = logits.float()
-    z = x if logit_scale is None else x * logit_scale
-    column = torch.arange(width, device=logits.device)
-    old, seen = column < num_old, column < num_seen
-    valid, y = target >= 0, target.clamp(min=0).long()[:, None]
-    competes = (seen & (log_prior > -torch.inf)).expand(batch, width)
-    if separated:
-        competes = competes & (old == (target < num_old)[:, None])
-    log_q = torch.log_softmax(torch.where(competes, z + log_prior, MASKED), 1)
-    aim = torch.zeros_like(x).scatter_(1, y, 1 - label_smoothing)
+    o = Operands(*operands)
+    batch, width = o.logits.shape
+    x = o.logits.float()
+    z = x if o.logit_scale is None else x * o.logit_scale
+    column = torch.arange(width, device=o.logits.device)
+    old, seen = column < o.num_old, column < o.num_seen
+    valid, y = o.target >= 0, o.target.clamp(min=0).long()[:, None]
+    competes = (seen & (o.log_prior > -torch.inf)).expand(batch, width)
+    if o.separated:
+        competes = competes & (old == (o.target < o.num_old)[:, None])
+    log_q = torch.log_softmax(torch.where(competes, z + o.log_prior, MASKED), 1)
+    aim = torch.zeros_like(x).scatter_(1, y, 1 - o.label_smoothing)
     # A target that does not compete, not seen or without images, has an infinite loss, as in the Triton form.
     ce = torch.where(competes.gather(1, y), -log_q.gather(1, y), torch.inf)[:, 0]
-    if label_smoothing:
-        share = label_smoothing / competes.sum(1, keepdim=True).clamp(min=1)
+    if o.label_smoothing:
+        share = o.label_smoothing / competes.sum(1, keepdim=True).clamp(min=1)
         aim += torch.where(competes, share, 0)
-        ce = (1 - label_smoothing) * ce - (torch.where(competes, log_q, 0) * share).sum(1)
-    weight = valid if sample_weight is None else valid * sample_weight
-    ce = torch.where(valid, ce, 0) if sample_weight is None else torch.where(valid, ce, 0) * sample_weight
-    gradient = torch.where(competes | (aim > 0), log_q.exp() - aim, 0) * (weight * (ce_weight / batch))[:, None]
+        ce = (1 - o.label_smoothing) * ce - (torch.where(competes, log_q, 0) * share).sum(1)
+    weight = valid if o.sample_weight is None else valid * o.sample_weight
+    ce = torch.where(valid, ce, 0) if o.sample_weight is None else torch.where(valid, ce, 0) * o.sample_weight
+    gradient = torch.where(competes | (aim > 0), log_q.exp() - aim, 0) * (weight * (o.ce_weight / batch))[:, None]
     kd = torch.zeros_like(ce)
-    if teacher is not None:
-        log_p = torch.log_softmax(torch.where(old, z / temperature, MASKED), 1)
+    if o.teacher is not None:
+        log_p = torch.log_softmax(torch.where(old, z / o.temperature, MASKED), 1)
         # By the same functions as the student's, so that equal logits give a difference of exactly 0.
-        p_teacher = torch.log_softmax(torch.where(old, teacher.float() / temperature, MASKED), 1).exp()
-        kd = -(temperature**2) * torch.where(old, p_teacher * log_p, 0).sum(1)
-        gradient += torch.where(old, log_p.exp() - p_teacher, 0) * (kd_weight * temperature / batch)
+        p_teacher = torch.log_softmax(torch.where(old, o.teacher.float() / o.temperature, MASKED), 1).exp()
+        kd = -(o.temperature**2) * torch.where(old, p_teacher * log_p, 0).sum(1)
+        gradient += torch.where(old, log_p.exp() - p_teacher, 0) * (o.kd_weight * o.temperature / batch)
     scale_gradient = x.new_empty(0)
-    if logit_scale is not None:
+    if o.logit_scale is not None:
         scale_gradient = torch.where(seen, gradient * x, 0).sum(1)
-        gradient = gradient * logit_scale
+        gradient = gradient * o.logit_scale
     ranking = torch.zeros_like(ce)
-    if margin_weight is not None:
-        excess, rival = hardest_new(x, target, num_old, num_seen, hardest, margin)
-        ranking = excess.sum(1) / hardest
-        step = (excess > 0) * (margin_weight / (hardest * batch))
+    if o.margin_weight is not None:
+        excess, rival = hardest_new(x, o.target, o.num_old, o.num_seen, o.hardest, o.margin)
+        ranking = excess.sum(1) / o.hardest
+        step = (excess > 0) * (o.margin_weight / (o.hardest * batch))
         gradient.scatter_add_(1, rival, step).scatter_add_(1, y.expand_as(rival), -step)
-    if meter is not None:
+    if o.meter is not None:
         best = torch.where(seen, x, -torch.inf).argmax(1)
-        hit = (best == target) & x.gather(1, y)[:, 0].isfinite()
-        meter[:batch] += torch.stack((ce, kd, hit.float(), ranking), 1)
+        hit = (best == o.target) & x.gather(1, y)[:, 0].isfinite()
+        o.meter[:batch] += torch.stack((ce, kd, hit.float(), ranking), 1)
     row_loss = x.new_empty(0)
-    if value:
-        row_loss = (ce_weight * ce + kd_weight * kd) / batch
-        if margin_weight is not None:
-            row_loss = row_loss + margin_weight * ranking / batch
-    return gradient.to(gradient_dtype(logits, value)).contiguous(), scale_gradient, row_loss
+    if o.value:
+        row_loss = (o.ce_weight * ce + o.kd_weight * kd) / batch
+        if o.margin_weight is not None:
+            row_loss = row_loss + o.margin_weight * ranking / batch
+    return gradient.to(o.gradient_dtype).contiguous(), scale_gradient, row_loss
 
 
-def gradient_dtype(logits: Tensor, value: bool) -> torch.dtype:
-    """Of the operator's gradient: that of logits, but where the autograd form has yet to scale it not float16, whose
-    smallest numbers a gradient divided by B would fall below."""
-    return torch.float32 if value and logits.dtype == torch.float16 else logits.dtype
+def _fake(*operands: Any) -> tuple[Tensor, ...]:
+    o = Operands(*operands)
+    batch, has_scale = o.logits.shape[0], o.logit_scale is not None
+    per_row = (o.logits.new_empty(batch if wanted else 0, dtype=torch.float32) for wanted in (has_scale, o.value))
+    return o.logits.new_empty(o.logits.shape, dtype=o.gradient_dtype), *per_row
 
 
-def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, has_scale, value = logits.shape[0], arguments[9] is not None, arguments[-1]
-    per_row = [logits.new_empty(batch if wanted else 0, dtype=torch.float32) for wanted in (has_scale, value)]
-    return logits.new_empty(logits.shape, dtype=gradient_dtype(logits, value)), per_row[0], per_row[1]
-
-
-def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    cosines = arguments[10] is not None or arguments[11] is not None
-    narrow = arguments[0].shape[1] <= WIDEST_COSINES
+def _cuda(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    o = Operands(*operands)
+    cosines = o.logit_scale is not None or o.margin_weight is not None
+    narrow = o.logits.shape[1] <= WIDEST_COSINES
     run = jitted("incremental_loss", "incremental_loss") if narrow or not cosines else plain
-    result: tuple[Tensor, Tensor, Tensor] = run(*arguments)
+    result: tuple[Tensor, Tensor, Tensor] = run(*o)
     return result
 
 

@@ -77,9 +77,9 @@ def _fake(features: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return features.new_empty(features.shape[0], dtype=torch.float32), _gradient_like(features)
 
 
-def _cuda(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-    narrow = arguments[0].shape[1] <= WIDEST
-    result: tuple[Tensor, Tensor] = (jitted("less_forget", "less_forget") if narrow else plain)(*arguments)
+def _cuda(features: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    narrow = features.shape[1] <= WIDEST
+    result: tuple[Tensor, Tensor] = (jitted("less_forget", "less_forget") if narrow else plain)(features, teacher)
     return result
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastil.kernels.incremental_loss import gradient_dtype
+from fastil.kernels.incremental_loss import Operands
 from fastil.kernels.jit.launching import (
     LOG2E,
     contiguous,
@@ -232,59 +232,41 @@ def launch_table(width: int, smoothed: bool) -> tuple[Any, int, int]:
     return incremental_loss_stream, STREAM_BLOCK, 8
 
 
-def incremental_loss(
-    logits: Tensor,
-    target: Tensor,
-    log_prior: Tensor,
-    teacher: Tensor | None,
-    num_old: float | Tensor,
-    num_seen: float | Tensor,
-    ce_weight: float | Tensor,
-    kd_weight: float | Tensor,
-    temperature: float | Tensor,
-    sample_weight: Tensor | None,
-    logit_scale: Tensor | None,
-    margin_weight: float | Tensor | None,
-    separated: bool,
-    label_smoothing: float,
-    margin: float,
-    hardest: int,
-    meter: Tensor | None,
-    value: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch. Arguments and results as those of `fastil.kernels.incremental_loss.plain`."""
-    logits = logits.contiguous()
+def incremental_loss(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch. Operands and results as those of `fastil.kernels.incremental_loss.plain`."""
+    o = Operands(*operands)
+    logits = o.logits.contiguous()
     batch, width = logits.shape
-    kernel, block, warps = launch_table(width, label_smoothing > 0)
-    gradient = torch.empty_like(logits, dtype=gradient_dtype(logits, value))
-    scale_gradient = rows_like(logits, batch if logit_scale is not None else 0)
-    row_loss = rows_like(logits, batch if value else 0)
+    kernel, block, warps = launch_table(width, o.label_smoothing > 0)
+    gradient = torch.empty_like(logits, dtype=o.gradient_dtype)
+    scale_gradient = rows_like(logits, batch if o.logit_scale is not None else 0)
+    row_loss = rows_like(logits, batch if o.value else 0)
     launch(
         kernel,
         (batch,),
         logits,
-        contiguous(teacher),
-        target.contiguous(),
-        log_prior.contiguous(),
-        contiguous(sample_weight),
-        logit_scale,
-        *(scalar(value, logits) for value in (num_old, num_seen, ce_weight, kd_weight, temperature)),
-        None if margin_weight is None else scalar(margin_weight, logits),
+        contiguous(o.teacher),
+        o.target.contiguous(),
+        o.log_prior.contiguous(),
+        contiguous(o.sample_weight),
+        o.logit_scale,
+        *(scalar(number, logits) for number in (o.num_old, o.num_seen, o.ce_weight, o.kd_weight, o.temperature)),
+        None if o.margin_weight is None else scalar(o.margin_weight, logits),
         gradient,
-        scale_gradient if logit_scale is not None else None,
-        row_loss if value else None,
-        meter,
+        scale_gradient if o.logit_scale is not None else None,
+        row_loss if o.value else None,
+        o.meter,
         batch,
-        label_smoothing,
-        margin,
+        o.label_smoothing,
+        o.margin,
         num_warps=warps,
         # Narrow rows hide each other's waits, and 96 registers leave room for 21 of them. Wide ones may have all that a
         # program can: left alone, the assembler stops at 64 or 128 for the sake of a second one, and spills.
         maxnreg=96 if block <= 128 else min(255, 2048 // warps),
         W=width,
         BLOCK=block,
-        SEPARATED=separated,
-        SMOOTHED=label_smoothing > 0,
-        HARDEST=hardest if margin_weight is not None else 0,
+        SEPARATED=o.separated,
+        SMOOTHED=o.label_smoothing > 0,
+        HARDEST=o.hardest if o.margin_weight is not None else 0,
     )
     return gradient, scale_gradient, row_loss

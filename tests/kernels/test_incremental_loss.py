@@ -12,6 +12,7 @@ import torch
 from guards import guarded, poisoned
 
 from fastil.kernels import incremental_loss, incremental_loss_grad
+from fastil.kernels.incremental_loss import Operands
 from fastil.losses import log_prior
 
 # Relative error, the norm of the difference over the norm of the reference. The plain formula rounds z + log lambda.
@@ -103,13 +104,11 @@ def run(form, logits, target, prior, teacher=None, *, device, logit_scale=None, 
         value.backward()
         return Result(value.detach(), tensors[0].grad, None if scale is None else scale.grad, meter)
     launcher = pytest.importorskip("fastil.kernels.jit.incremental_loss", reason="triton is not installed")
+    scale = None if scale is None else scale.detach()
     with np.errstate(all="ignore"):  # masked lanes of the interpreter
         gradient, scale_gradient, row_loss = launcher.incremental_loss(
-            *tensors, *(keys[k] for k in ("num_old", "num_seen", "ce_weight", "kd_weight", "temperature")),
-            keys.get("sample_weight"), None if scale is None else scale.detach(), keys.get("margin_weight"),
-            keys.get("separated", False), keys.get("label_smoothing", 0.0), keys.get("margin", 0.5),
-            keys.get("hardest", 2), meter, True,
-        )  # fmt: skip
+            *Operands(*tensors, logit_scale=scale, meter=meter, value=True, **keys)
+        )
     return Result(row_loss.sum(), gradient, scale_gradient.sum(), meter)
 
 
@@ -259,13 +258,13 @@ def test_nothing_beside_the_tensors_is_read_or_written(device):
         weight, scale = torch.rand(rows, device=device), torch.tensor(2.0, device=device)
         options = (weight, None, None) if width > 8_192 else (weight, scale, scale)
         scalars = [torch.tensor(v, device=device) for v in (seen // 2, seen, 0.4, 0.6, 2.0)]
+        tensors = [*arguments, *scalars, *options]
         clean_meter, meter = torch.zeros(rows, 4, device=device), poisoned(torch.zeros(rows, 4, device=device))
+        keys = {"label_smoothing": 0.1, "value": True}
         with np.errstate(all="ignore"):
-            wanted = launcher.incremental_loss(*arguments, *scalars, *options, False, 0.1, 0.5, 2, clean_meter, True)
+            wanted = launcher.incremental_loss(*Operands(*tensors, meter=clean_meter, **keys))
             with guarded():
-                ours = launcher.incremental_loss(
-                    *poisoned(*arguments), *poisoned(*scalars), *poisoned(*options), False, 0.1, 0.5, 2, meter, True
-                )
+                ours = launcher.incremental_loss(*Operands(*poisoned(*tensors), meter=meter, **keys))
         for a, b in zip(ours, wanted, strict=True):
             assert torch.equal(a, b)
         assert torch.equal(meter, clean_meter)
@@ -447,9 +446,9 @@ def test_a_label_beyond_the_logits_is_an_infinite_loss_and_no_access_out_of_boun
     launcher = pytest.importorskip("fastil.kernels.jit.incremental_loss")
     logits, _, prior, teacher = (t.to(device) for t in example(2, 10, 5))
     target = torch.tensor([3, 4_000], device=device)
-    keys = (5, 10, 0.4, 0.6, 2.0, None, None, None, False, 0.0, 0.5, 2, None, True)
+    operands = Operands(poisoned(logits), target, prior, poisoned(teacher), 5, 10, 0.4, 0.6, 2.0, value=True)
     with np.errstate(all="ignore"):
-        loss = launcher.incremental_loss(poisoned(logits), target, prior, poisoned(teacher), *keys)[2]
+        loss = launcher.incremental_loss(*operands)[2]
     assert torch.isfinite(loss[0])
     assert loss[1] == math.inf
     with pytest.raises((IndexError, RuntimeError)):

@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastil.kernels import incremental_loss, incremental_loss_grad
+from fastil.kernels.incremental_loss import Operands
 from fastil.losses import log_prior
 
 BATCH, WIDTH, SEEN, OLD = 6, 56, 50, 30
@@ -86,13 +87,14 @@ def test_the_operator_follows_its_schema_with_every_option():
     scalars = [torch.as_tensor(v) for v in STEP.values()]
     scale, margin = torch.tensor(2.0), torch.tensor(0.7)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for options in (
-        (None, None, None, False, 0.0, 0.0, 0, torch.zeros(BATCH, 4), False),
-        (torch.rand(BATCH), scale, margin, True, 0.1, 0.5, 2, torch.zeros(BATCH, 4), True),
-        (None, None, None, False, 0.0, 0.0, 0, None, True),
-    ):
-        operator = torch.ops.fastil.incremental_loss.default
-        torch.library.opcheck(operator, (logits, target, prior, teacher, *scalars, *options), test_utils=checks)
+    step = Operands(logits, target, prior, teacher, *scalars)
+    for operands in (
+        step._replace(meter=torch.zeros(BATCH, 4)),
+        step._replace(sample_weight=torch.rand(BATCH), logit_scale=scale, margin_weight=margin, separated=True,
+                      label_smoothing=0.1, meter=torch.zeros(BATCH, 4), value=True),
+        step._replace(value=True),
+    ):  # fmt: skip
+        torch.library.opcheck(torch.ops.fastil.incremental_loss.default, tuple(operands), test_utils=checks)
 
 
 @pytest.mark.parametrize("strides", ["transposed", "sliced"])
@@ -101,7 +103,7 @@ def test_the_fake_gradient_is_laid_out_as_the_real_one(strides):
     logits = (features @ weight.T).detach()
     logits = logits.T.contiguous().T if strides == "transposed" else torch.stack((logits, logits), 2)[..., 0]
     scalars = [torch.as_tensor(v) for v in STEP.values()]
-    inputs = (logits, target, prior, None, *scalars, None, None, None, False, 0.0, 0.0, 0, None, True)
+    inputs = tuple(Operands(logits, target, prior, None, *scalars, value=True))
     torch.library.opcheck(torch.ops.fastil.incremental_loss.default, inputs, test_utils=("test_faketensor",))
 
 

@@ -6,6 +6,7 @@ import importlib
 import pytest
 import torch
 
+from fastil.kernels.incremental_loss import Operands
 from fastil.kernels.registration import scalar_tensor
 
 
@@ -23,12 +24,12 @@ def loss_arguments(device, cosines):
     options = [torch.tensor(2.0, device=device), torch.tensor(0.5, device=device)] if cosines else [None, None]
     scalars = [scalar_tensor(v) for v in (8, 20, 0.4, 0.6, 2.0)]  # numbers: on the CPU beside any device
     target = torch.tensor([0, 19, -1, 7, 8], device=device)
-    return [logits, target, prior, teacher, *scalars, None, *options, False, 0.0, 0.5, 2, None, True]
+    return Operands(logits, target, prior, teacher, *scalars, None, *options, value=True)
 
 
 def alpha_arguments(device):
-    logits, target, prior, tangent, *rest = loss_arguments(device, False)
-    return [logits, tangent, target, prior, *rest[:3]]
+    o = loss_arguments(device, False)
+    return [o.logits, o.teacher, o.target, o.log_prior, o.num_old, o.num_seen, o.ce_weight]
 
 
 def herd_arguments(device):
@@ -77,8 +78,8 @@ def test_wide_logits_without_cosines_are_streamed(device, monkeypatch):
     ("module", "function"),
     [
         ("alpha_hypergradient", "alpha_hypergradient"), ("augment", "augment"), ("cosine_head", "cosine_head"),
-        ("cosine_head", "cosine_head_grad"), ("herd", "herd"), ("incremental_loss", "incremental_loss"),
-        ("less_forget", "less_forget"), ("pod_spatial", "pod_spatial"),
+        ("cosine_head", "cosine_head_grad"), ("herd", "herd"), ("less_forget", "less_forget"),
+        ("pod_spatial", "pod_spatial"),
     ],
 )  # fmt: skip
 def test_the_three_forms_of_an_operator_take_the_same_arguments(module, function):
@@ -93,9 +94,14 @@ def test_the_three_forms_of_an_operator_take_the_same_arguments(module, function
     assert jitted.__code__.co_varnames[: len(schema)] == tuple(schema)
 
 
+def test_the_operands_of_the_loss_are_those_of_its_schema():
+    """Whose forms all take them by these names."""
+    assert [*Operands._fields] == [a.name for a in torch.ops.fastil.incremental_loss.default._schema.arguments]
+
+
 def test_a_tensor_on_another_device_is_named(device):
     registration = importlib.import_module("fastil.kernels.registration")
     arguments = loss_arguments(device, False)
-    arguments[3] = arguments[3].to("meta")
+    arguments = arguments._replace(teacher=arguments.teacher.to("meta"))
     with pytest.raises(ValueError, match=f"all tensors must be on {device}.*, not one on meta"):
         registration.jitted("incremental_loss", "incremental_loss")(*arguments)

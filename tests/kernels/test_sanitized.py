@@ -7,19 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from fastil.kernels.incremental_loss import Operands
+
 
 def loss(device):
     logits, teacher = torch.randn(2, 3, 37, device=device)
     scalars = [torch.tensor(v, device=device) for v in (20, 37, 0.4, 0.6, 2.0)]
     target, prior = torch.tensor([36, -1, 0], device=device), torch.zeros(37, device=device)
     scale, meter = torch.tensor(2.0, device=device), torch.zeros(3, 4, device=device)
-    return [logits, target, prior, teacher, *scalars, torch.rand(3, device=device), scale, scale, True, 0.1, 0.5, 2,
-            meter, True]  # fmt: skip
+    return Operands(logits, target, prior, teacher, *scalars, torch.rand(3, device=device), logit_scale=scale,
+                    margin_weight=scale, separated=True, label_smoothing=0.1, meter=meter, value=True)  # fmt: skip
 
 
 def alpha(device):
-    logits, target, prior, tangent, *rest = loss(device)
-    return [logits, tangent, target, prior, *rest[:3]]
+    o = loss(device)
+    return [o.logits, o.teacher, o.target, o.log_prior, o.num_old, o.num_seen, o.ce_weight]
 
 
 def augment(device):
