@@ -47,7 +47,7 @@ def steps(name: str, how: str) -> None:
     """Print the median seconds of a forward and backward pass: in "fp32", in "bf16" by autocast, or with float32
     tensors that oneDNN rounds in "convolutions"."""
     side, batch = STEPS[name]
-    network = build_network(ModelConfig(name), 100, 0)  # type: ignore[arg-type]
+    network = build_network(ModelConfig(name), 100, 0)
     precision: Precision = "bf16" if how == "bf16" else "fp32"
     images = torch.randn(batch, 3, side, side).to(pixel_dtype(precision), memory_format=torch.channels_last)
     if how == "convolutions":

@@ -80,8 +80,7 @@ class Contestant:
             plan=plan,
             epochs=1,
             schedule=lambda epoch: 0.001,
-            backward=self.method.backward,
-            weights=self.method.weights,
+            method=self.method,
             before_update=hook,
         )
 

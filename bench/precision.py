@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import save
-from fastil.reporting.runs import read_run
+from fastil.reporting.runs import Run
 from fastil.reproduce.bootstrap import average_accuracy, paired_interval
 from fastil.reproduce.table_text import predictions
 
@@ -63,7 +63,7 @@ def main() -> None:
         list(pool.map(train, commands, folders.values()))
     results = {}
     for method in METHODS:
-        half, single = ([predictions(read_run(folders[s, method, p])) for s in seeds] for p in ("bf16", "fp32"))
+        half, single = ([predictions(Run(folders[s, method, p])) for s in seeds] for p in ("bf16", "fp32"))
         pairs = [(average_accuracy(ours), average_accuracy(theirs)) for ours, theirs in zip(half, single, strict=True)]
         difference = statistics.mean(ours - theirs for ours, theirs in pairs)
         low, high = paired_interval(half, single)

@@ -80,7 +80,7 @@ class Training:
         self.phase = Phase(
             name="train", step=0, parameters=list(student.parameters()), plan=lambda epoch: plan(), epochs=1,
             schedule=lambda epoch: 0.0,  # or steps take as long as what has been learned makes them
-            backward=method.backward, weights=method.weights, teacher=False,
+            method=method, teacher=False,
         )  # fmt: skip
 
     def seconds(self) -> float:

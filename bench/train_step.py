@@ -104,8 +104,7 @@ def build(
             plan=lambda epoch: training_plan(np.arange(images), Key(0, 1), TRANSFORM, BATCH),
             epochs=1,
             schedule=lambda epoch: 0.01,
-            backward=method.backward,
-            weights=method.weights,
+            method=method,
             teacher=with_teacher,
         )
 
@@ -185,7 +184,7 @@ class Contestant:
             teacher_out = trainer.folded_teacher(one.images) if teacher else None
             with trainer.autocast():
                 out = trainer.fast_student(one.images)
-            phase.backward(one, out, teacher_out, trainer.meter)
+            phase.method.backward(one, out, teacher_out, trainer.meter)
             update.apply()
             trainer.student.zero_grad()
         trainer.meter.rows.sum(0).tolist()  # the end of the queue

@@ -66,12 +66,13 @@ def run(
     from fastil.device import keep_freed_memory
     from fastil.fidelity import had_published
     from fastil.recipe import load
-    from fastil.reporting.runs import read_run
+    from fastil.reporting.runs import Run
     from fastil.training.experiment import Experiment
+    from fastil.training.start import out_of
     from fastil.training.trainer import Stopped
 
     loaded = load(recipe, overrides or [], data=data, val=val)
-    folder = out or Path("runs") / f"{loaded.name}-s{loaded.train.seed}"
+    folder = out_of(loaded, out)
     keep_freed_memory()
     experiment = Experiment(loaded, folder, resume, base)
     try:
@@ -81,9 +82,10 @@ def run(
         raise typer.Exit(128 + (experiment.interrupt.number or 0)) from None
     finally:
         experiment.close()
-    average, final = results["average_incremental_accuracy"], results["final_top1"]
-    print(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
-    shown = read_run(folder).recipe
+    print(
+        f"average incremental accuracy {results.average_incremental_accuracy:.2f}, final top-1 {results.final_top1:.2f}"
+    )
+    shown = Run(folder).recipe
     if shown.published is not None:
         print(f"published: average incremental accuracy {shown.published:.2f}")
     elif had_published(shown):
@@ -197,13 +199,13 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check structure, checksums, images and counts of data set files; exit status 1 if anything is wrong."""
-    from fastil.tools.pool import default_workers
+    from fastil import machine
     from fastil.tools.reporting import Reporter
     from fastil.tools.verify import verify as verify_file
 
     reporter, good = Reporter(as_json), True
     for path in paths:
-        problems = verify_file(path, sample, default_workers() if workers is None else workers, reporter)
+        problems = verify_file(path, sample, machine.cores() if workers is None else workers, reporter)
         for problem in problems:
             reporter.say(f"{path}: {problem}" if str(path) not in problem else problem, "problem", problem=problem)
         state = "FAILED" if problems else "good"

@@ -83,12 +83,12 @@ def _precision() -> list[str]:
 
 def _streaming(gpu: bool) -> list[str]:
     """How fast these cores read images from a .beton, and what would be faster."""
+    from fastil import machine
     from fastil.data.loaders.choose import GPU_RATE, cpu_rate, installed
-    from fastil.data.loaders.streaming import default_workers
 
     large, small = (float(f"{_images_per_second(*size):.2g}") for size in ((375, 500), (256, 256)))
     lines = [
-        f"about {large:,.0f} JPEGs of 500x375 per second by loader=threads on {default_workers()} cores (timed)",
+        f"about {large:,.0f} JPEGs of 500x375 per second by loader=threads on {machine.cores()} cores (timed)",
         f"faster: about {small:,.0f} of 256x256 (fastil convert --squash 256, which changes their shapes)",
     ]
     if not gpu:
@@ -107,8 +107,8 @@ def _images_per_second(height: int, width: int) -> float:
     import simplejpeg
     import torch
 
+    from fastil import machine
     from fastil.data.loaders.frames import scaled
-    from fastil.data.loaders.streaming import default_workers
 
     noise = np.random.default_rng(0).normal(128, 40, (height // 4, width // 4, 3)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
@@ -119,4 +119,4 @@ def _images_per_second(height: int, width: int) -> float:
         began = time.perf_counter()
         scaled(torch.from_numpy(simplejpeg.decode_jpeg(file.getvalue())), (224, 224))
         took.append(time.perf_counter() - began)
-    return default_workers() / float(np.median(took))
+    return machine.cores() / float(np.median(took))

@@ -1,12 +1,13 @@
 """One pass over the test set, or over training images for herding: everything a step needs from a frozen network."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from fastil.data import Loader
@@ -16,6 +17,9 @@ from fastil.models import Folded, Output
 from fastil.plan import sequential_plan
 
 BATCH = 256  # images of a forward without gradients
+# Checked where a result is read again, by fastil.run_files.
+Count = Annotated[int, Field(strict=True, ge=0)]
+Percent = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,14 @@ class EvaluationConfig:
 class StepResult:
     """Accuracy after one step, percent, over the test images of every class seen so far; a line of results.json."""
 
-    step: int
-    classes_seen: int
-    top1: float
-    top1_base: float  # over the classes of the base step
-    top1_old: float | None  # over the classes of all earlier steps
-    top1_new: float  # over the classes of this step
-    top5: float | None  # where there are more than five classes
-    nme_top1: float | None = None  # of the nearest-mean-of-exemplars classifier, for methods that use one
+    step: Count
+    classes_seen: Count
+    top1: Percent
+    top1_base: Percent  # over the classes of the base step
+    top1_old: Percent | None  # over the classes of all earlier steps
+    top1_new: Percent  # over the classes of this step
+    top5: Percent | None  # where there are more than five classes
+    nme_top1: Percent | None = None  # of the nearest-mean-of-exemplars classifier, for methods that use one
 
 
 def forward(network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored: bool = False) -> Output:
@@ -57,17 +61,23 @@ def forward(network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored
     return Output(torch.cat(features), [], torch.cat(logits))
 
 
-def nearest_mean_scores(features: Tensor, exemplars: Tensor, mirrored: Tensor, positions: Tensor) -> Tensor:
-    """iCaRL's nearest-mean-of-exemplars classifier: the highest score is the nearest mean.
+def class_means(exemplars: Tensor, mirrored: Tensor, positions: Tensor) -> Tensor:
+    """The means of iCaRL's nearest-mean-of-exemplars classifier (NME), float [classes, d], of length 1.
 
-    features: [n, d] to classify. exemplars, mirrored: [m, d], features of the exemplars and of their mirror images.
-    positions: int64 [m], incremental positions, every class from 0 on among them. Each feature is L2-normalised and
-    averaged per class, the two means are averaged and normalised again. Returns [n, classes]: beside means of length 1
-    the smallest distance is the largest product, so the length of a test feature does not matter.
+    exemplars, mirrored: [m, d], features of the exemplars and of their mirror images. positions: int64 [m], incremental
+    positions, every class from 0 on among them. Each feature is L2-normalised and averaged per class, the two means are
+    averaged and normalised again.
     """
     means = exemplars.new_zeros(int(positions.max()) + 1, exemplars.shape[1])
     means.index_add_(0, positions, F.normalize(exemplars) + F.normalize(mirrored))  # a sum has the mean's direction
-    return features @ F.normalize(means).T
+    return F.normalize(means)
+
+
+def nearest_mean_scores(features: Tensor, means: Tensor) -> Tensor:
+    """Scores of the NME classifier: the highest is the nearest mean. features: [n, d] to classify. Returns
+    [n, classes]. Among means of length 1 the smallest distance is the largest product, so the length of a feature does
+    not matter."""
+    return features @ means.T
 
 
 def evaluate(

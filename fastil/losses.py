@@ -2,7 +2,18 @@
 
 Shapes: B images, W columns. W is the padded width of the whole run; columns of classes not seen yet are masked with
 `where`, so whatever they hold (NaN included) never reaches a result or a gradient. Every mean divides by B.
-Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning" (arXiv 2103.12532).
+Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning" (arXiv 2103.12532). Where they stand:
+
+    eq. 1, the weighted sum; rho    fastil/methods/il_baseline.py; fused: fastil/kernels/incremental_loss.py
+    eq. 2, distillation             `distillation`
+    eq. 3, Balanced Softmax         `balanced_cross_entropy` with `log_prior`
+    eq. 4, its cross-entropy        `balanced_cross_entropy`
+    eq. 5, alpha on old classes     `log_prior`
+    Algorithm 1                     fastil/methods/meta.py
+    section 4.3.1, memory size      fastil/memory.py, MemoryConfig
+    section 4.3.2, alpha            fastil/methods/classification.py, LossConfig
+    section 4.3.3, Table 4          fastil/methods/classification.py (rescaling, Separated Softmax), fastil/plan.py
+                                    (oversampling), fastil/methods/corrections.py (balanced finetuning)
 """
 
 import math
@@ -40,7 +51,8 @@ def log_prior(counts: Tensor, num_old: int | Tensor = 0, alpha: float | Tensor =
 
 
 def balanced_cross_entropy(logits: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:
-    """Balanced Softmax cross-entropy, eq. 3 to 5: the mean over the batch of -log q_y, q = softmax(z + log lambda).
+    """Balanced Softmax cross-entropy: the mean over the batch of -log q_y (eq. 4), where q = softmax(z + log lambda) is
+    eq. 3, or eq. 5 with alpha in the prior.
 
     logits [B, W], target int64 [B] (-1: the row contributes nothing), log_prior [W] as `log_prior` makes it. Returns a
     scalar.

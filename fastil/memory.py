@@ -19,7 +19,7 @@ GRAM_BYTES = 256 * 2**20  # Gram matrices of as many classes as fit in this are 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Size and choice of the rehearsal memory (section 3.1)."""
+    """Size and choice of the rehearsal memory (section 3.1; its size is varied in section 4.3.1, Table 3)."""
 
     exemplars_per_class: int | None = 20  # R, growing memory
     memory_budget: int | None = None  # fixed total instead: budget // classes seen for each class

@@ -44,10 +44,7 @@ class TrainConfig:
             raise UserError(f"base_epochs={self.base_epochs}: must be above 0")
         if self.batch_size < 2:
             raise UserError("batch_size=1: batch normalisation needs at least 2 images")
-        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != self.milestones:
-            raise UserError(
-                f"milestones={self.milestones}: give rising parts of a step between 0 and 1, such as [0.4, 0.6, 0.8]"
-            )
+        check_milestones("milestones", self.milestones)
         if not 0 < self.lr_drop <= 1:
             raise UserError(f"lr_drop={self.lr_drop}: must lie above 0 and be at most 1, such as 0.1")
         if not 0 <= self.momentum < 1 or not 0 <= self.weight_decay < float("inf"):
@@ -59,11 +56,22 @@ class TrainConfig:
         return self.base_epochs if step == 0 and self.base_epochs else self.epochs
 
     def learning_rate(self, epoch: int, epochs: int) -> float:
-        """Of an epoch (from 0) among `epochs`. A drop takes effect at the start of epoch round(milestone * epochs), but
-        never in the first."""
+        """Of an epoch (from 0) among `epochs`."""
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-        return self.lr * self.lr_drop ** sum(epoch >= max(1, round(m * epochs)) for m in self.milestones)
+        return self.lr * self.lr_drop ** drops(self.milestones, epoch, epochs)
+
+
+def check_milestones(key: str, milestones: list[float]) -> None:
+    """Raise UserError unless these are rising parts of a training."""
+    if any(not 0 < m < 1 for m in milestones) or sorted(milestones) != milestones:
+        raise UserError(f"{key}={milestones}: give rising parts of a step between 0 and 1, such as [0.4, 0.6, 0.8]")
+
+
+def drops(milestones: list[float], epoch: int, epochs: int) -> int:
+    """How often the learning rate has dropped by an epoch (from 0) among `epochs`. A drop takes effect at the start of
+    epoch round(milestone * epochs), but never in the first."""
+    return sum(epoch >= max(1, round(m * epochs)) for m in milestones)
 
 
 class Update:

@@ -34,7 +34,7 @@ from fastil.methods import (
     configs_of,
     find,
 )
-from fastil.models import ModelConfig
+from fastil.models import ModelConfig, find_factory
 from fastil.optimiser import TrainConfig
 from fastil.plan import SamplerConfig
 from fastil.protocol import ProtocolConfig
@@ -64,6 +64,7 @@ Keys = dict[str, Any]
 # Beginnings of keys, the longer ones first, that are read beside some values of other keys only: when, and what to set.
 # Each method says which of its keys are read.
 READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
+    "last_relu": (lambda k: ":" not in k["model"], "model=resnet32"),
     "size": (lambda k: k["dataset"] in ("folder", "imagenet"), "dataset=folder"),
     "nca_margin": (lambda k: k["loss"] == "nca" and k["nca_variant"] == "paper", "loss=nca nca_variant=paper"),
     "nca_": (lambda k: k["loss"] == "nca", "loss=nca"),
@@ -218,33 +219,42 @@ def shipped(name: str) -> Recipe | None:
     return load(name) if name in names() else None
 
 
-def load(name: str, overrides: Iterable[str] = (), **paths: str | None) -> Recipe:
-    """A recipe by name, or by the path of a YAML file, with KEY=VALUE overrides; paths: the keys `data` and `val`."""
-    values, overrides = _read(name), list(overrides)
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"{override}: overrides are written KEY=VALUE")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"{override}: the value is not valid YAML; quote it") from None
-    values |= {key: path for key, path in paths.items() if path is not None}
+def load(name: str, overrides: Iterable[str] | Keys = (), **paths: str | None) -> Recipe:
+    """A recipe by name, or by the path of a YAML file, with KEY=VALUE overrides, or a dictionary of them; paths: the
+    keys `data` and `val`. What `method` and `model` name outside the package is imported."""
+    if isinstance(overrides, dict):
+        written, given = {key: f"{key}={value}" for key, value in overrides.items()}, overrides
+    else:
+        written = {override.partition("=")[0]: override for override in overrides}
+        given = {key: _parsed(override) for key, override in written.items()}
+    values = _read(name) | given | {key: path for key, path in paths.items() if path is not None}
     find(_method_in(values))
+    find_factory(str(values.get("model")))
     keys = _parts_of(_configs(_method_in(values)))
-    for override in overrides:
-        _known(override.partition("=")[0], keys)
+    for key in given:
+        _known(key, keys)
     recipe = _build(Path(name).stem, values)
     try:
         if recipe.method.method not in BUILT_IN:
             recipe.dump()
     except yaml.YAMLError as error:
         raise UserError(f"method={recipe.method.method}: a key cannot be written as YAML: {error.args[0]}") from None
-    for override in overrides:
-        reader = recipe.reader(override.partition("=")[0])
+    for key, override in written.items():
+        reader = recipe.reader(key)
         if reader:
             raise UserError(f"{override}: nothing reads it here; set {reader} as well, or leave it out")
     return recipe
+
+
+def _parsed(override: str) -> Any:
+    """The value of KEY=VALUE."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"{override}: overrides are written KEY=VALUE")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override}: the value is not valid YAML; quote it") from None
 
 
 def read_effective(path: Path) -> Recipe:

@@ -41,6 +41,26 @@ def test_a_method_of_ones_own_runs(fastil, tmp_path):
     assert len(json.loads((tmp_path / "run/results.json").read_text())["steps"]) == 2
 
 
+def test_a_network_of_ones_own_runs(fastil, tmp_path):
+    settings = ["digits", *TINY, "classes=6", "base_classes=4", "increment=2"]
+    done = fastil("run", *settings, f"model={ROOT}/examples/your_own_network.py:backbone", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "run/results.json").read_text())["steps"]) == 2
+
+
+def test_a_finished_run_classifies(tmp_path):
+    """Images of one colour a class, which a few epochs suffice for."""
+    import predict
+
+    folder = make_folder(tmp_path / "images", classes=10, size=40)
+    image = next((folder / "val").glob("*/*"))
+    out = str(tmp_path / "run")
+    probabilities = predict.main(str(folder), str(image), out)
+    assert len(probabilities) == 10
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+    assert predict.main(str(folder), str(image), out) == probabilities  # read again, not trained again
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short(path):
     assert len(path.read_text().splitlines()) <= 45

@@ -19,7 +19,8 @@ from fastil.data.formats.records import canonical
 from fastil.fidelity import labelled
 from fastil.recipe import load, read_effective
 from fastil.reporting import report
-from fastil.reporting.runs import read_run
+from fastil.reporting.runs import Run
+from fastil.run_files import ProtocolFile
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
@@ -30,11 +31,11 @@ def protocol(dataset="cifar100", **other):
     """Of a run on the images published under this name."""
     expected = published.table()[dataset]
     splits = {
-        split: {"sha256": "", "images": part.images, "identity": other.get(split, part.identity)}
+        split: {"sha256": "", "images": part.images, "identity": part.identity} | other.get(split, {})
         for split, part in (("train", expected.train), ("val", expected.val))
     }
     names = other.get("class_names", expected.class_names)
-    return {"dataset": {"name": dataset} | splits, "class_names": names}
+    return ProtocolFile(class_order=[], class_names=names, steps=[[]], dataset={"name": dataset} | splits)
 
 
 # Which recipe a run directory shows
@@ -57,11 +58,11 @@ def test_an_unchanged_recipe_on_the_published_images_keeps_its_number(overrides)
         (["schedule=cosine"], {}, ["schedule=cosine"]),  # the milestones are not read any more, which says nothing new
         (["method=lucir", "head=cosine", "last_relu=false"], {}, ["head=cosine", "last_relu=false", "method=lucir"]),
         (["flip=false", "milestones=[0.5]"], {}, ["flip=false", "milestones=[0.5]"]),
-        ([], {"train": "pixels:0"}, ["other data"]),
-        ([], {"val": "pixels:0"}, ["other data"]),
+        ([], {"train": {"identity": "pixels:0"}}, ["other data"]),
+        ([], {"val": {"identity": "pixels:0"}}, ["other data"]),
         ([], {"class_names": [f"class {i}" for i in range(100)]}, ["other data"]),
-        ([], {"train": None}, ["unidentified data"]),  # a run from before identities
-        (["epochs=6", "verify=false"], {"train": "pixels:0"}, ["epochs=6", "other data"]),
+        ([], {"train": {"identity": None}}, ["unidentified data"]),  # a run from before identities
+        (["epochs=6", "verify=false"], {"train": {"identity": "pixels:0"}}, ["epochs=6", "other data"]),
     ],
 )
 def test_anything_else_is_labelled_with_what_was_modified(overrides, described, changes):
@@ -101,9 +102,9 @@ VAL_BYTES = 6_744_924_160 - 50_000 * 768
 )  # fmt: skip
 def test_imagenet_is_known_by_wnids_counts_and_untouched_files(change, known):
     names = change.pop("names", [f"n{i:08d}" for i in range(1000)])
-    split = {"sha256": "", "images": 1_281_167, "identity": "stored:1", "bytes": TRAIN_BYTES} | change
-    val = {"sha256": "", "images": 50_000, "identity": "stored:2", "bytes": VAL_BYTES}
-    shown = labelled(load("imagenet_balanced_5"), {"dataset": {"train": split, "val": val}, "class_names": names})
+    train = {"images": 1_281_167, "identity": "stored:1", "bytes": TRAIN_BYTES} | change
+    val = {"images": 50_000, "identity": "stored:2", "bytes": VAL_BYTES}
+    shown = labelled(load("imagenet_balanced_5"), protocol("imagenet", train=train, val=val, class_names=names))
     assert shown.published == (66.45 if known else None)
 
 
@@ -214,7 +215,7 @@ def test_a_run_from_before_identities_can_be_read_and_resumed(first, images, tmp
     for split in ("train", "val"):
         del described["dataset"][split]["identity"]
     path.write_text(json.dumps(described))
-    assert "unidentified data" in read_run(tmp_path / "run").recipe.fidelity
+    assert "unidentified data" in Run(tmp_path / "run").recipe.fidelity
     cli.run("cifar100_balanced_5", list(SETTINGS), data=str(images), out=tmp_path / "run", resume=True)
     assert (tmp_path / "run/results.json").read_bytes() == (first / "results.json").read_bytes()
     assert json.loads(path.read_text()) == json.loads((first / "protocol.json").read_text())

@@ -11,10 +11,14 @@ import fastil
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.choose import make_loader
 from fastil.methods import Method, register
+from fastil.reporting.runs import Run
+from fastil.training.start import run
 
 
 def test_the_names_are_those_of_their_homes():
     assert (fastil.Beton, fastil.make_loader, fastil.Method, fastil.register) == (Beton, make_loader, Method, register)
+    assert (fastil.run, fastil.Run) == (run, Run)
+    assert all(hasattr(fastil, name) for name in fastil.__all__)
     assert fastil.__version__ == version("fastil")
     with pytest.raises(AttributeError, match="no attribute nothing"):
         fastil.nothing  # noqa: B018

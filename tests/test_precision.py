@@ -13,8 +13,8 @@ from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.recipe import load, read_effective
 from fastil.reporting.rows import paired_gain
-from fastil.reporting.runs import group_runs, read_run
-from fastil.training import compiling
+from fastil.reporting.runs import Run, group_runs
+from fastil.training import compiling, step_plan
 from fastil.training.experiment import Experiment
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -119,7 +119,7 @@ def test_only_training_sees_bfloat16(tmp_path, monkeypatch):
     for name, network in (
         ("student", experiment.trainer.student),
         ("teacher", experiment.trainer.folded_teacher.plain),
-        ("frozen", experiment.frozen.plain),
+        ("frozen", experiment.frozen.folded.plain),
     ):
         network.register_forward_hook(
             lambda module, inputs, out, name=name: seen[name].add((inputs[0].dtype, out.features.dtype))
@@ -180,11 +180,11 @@ def test_runs_of_two_precisions_are_rows_of_their_own_and_never_paired(tmp_path)
         for loss in ("softmax", "balanced"):
             out = runs[precision, loss] = tmp_path / f"{precision}-{loss}"
             train(out, f"precision={precision}", f"loss={loss}")
-    groups = group_runs([read_run(path) for path in runs.values()])
+    groups = group_runs([Run(path) for path in runs.values()])
     assert len(groups) == 4
     assert sum("precision=bf16" in label for label in groups) == 2
     assert len(paired_gain(groups)) == 2
-    mixed = [read_run(runs["fp32", "softmax"]), read_run(runs["bf16", "balanced"])]
+    mixed = [Run(runs["fp32", "softmax"]), Run(runs["bf16", "balanced"])]
     assert paired_gain(group_runs(mixed)) == []
 
 
@@ -211,4 +211,4 @@ def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled
     assert "compiled in" in out
     counts = np.bincount(experiment.dataset.val.labels)[experiment.protocol.order]
     trained = np.bincount(experiment.dataset.train.labels)[experiment.protocol.order]
-    assert experiment.frozen_visits() == trained.sum() + counts[:4].sum() + counts.sum()
+    assert step_plan.frozen_visits(experiment.steps, counts) == trained.sum() + counts[:4].sum() + counts.sum()

@@ -6,7 +6,7 @@ from importlib import resources
 
 import pytest
 import yaml
-from conftest import SOAK
+from conftest import ROOT, SOAK
 
 from fastil import recipe
 from fastil.errors import UserError
@@ -493,6 +493,7 @@ RELEASED, BILEVEL = (["loss=softmax", "method=mnemonics", f"mnemonics={m}", *COS
 NCA = ["loss=nca", "head=proxies"]
 # Of each key: settings beside which nothing reads it, and beside which something does.
 READ = {
+    "last_relu=false": ([[f"model={ROOT}/examples/your_own_network.py:backbone"]], [["model=resnet8"]]),
     "size=24": ([["dataset=cifar100"], ["dataset=idx"]], [["dataset=folder"], ["dataset=imagenet"]]),
     "nca_margin=0.5": ([["loss=softmax"], NCA], [[*NCA, "nca_variant=paper"]]),
     "nca_variant=released": ([["loss=balanced"]], [NCA]),

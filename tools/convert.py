@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from fastil import files, machine
 from fastil.data.formats import beton
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.manifest import manifest_path, read_manifest
@@ -32,9 +33,9 @@ from fastil.tools.audit import (
     summary,
 )
 from fastil.tools.choice import choose
-from fastil.tools.files import full_disk, opened, reading_order, spooled
+from fastil.tools.files import AGAIN, opened, reading_order, spooled
 from fastil.tools.images import JPEG_SIDE, SMALL_SIDE, Mode, Storage
-from fastil.tools.pool import Pool, default_workers
+from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 from fastil.tools.writing import OnCorrupt, Task, Writing
 
@@ -51,7 +52,7 @@ class Options:
     per_class: int | None = None
     storage: Storage = field(default_factory=Storage)
     on_corrupt: OnCorrupt = "fail"
-    workers: int = field(default_factory=default_workers)
+    workers: int = field(default_factory=machine.cores)
 
     def __post_init__(self) -> None:
         if not 1 <= self.storage.quality <= 100:
@@ -89,7 +90,7 @@ def options_of(
         if value not in allowed:
             raise UserError(f"--{key} {value}: use one of {', '.join(allowed)}")
     storage = Storage(cast(Mode, mode), quality, max_side, squash, check)
-    workers = default_workers() if workers is None else workers
+    workers = machine.cores() if workers is None else workers
     return Options(storage=storage, on_corrupt=cast(OnCorrupt, on_corrupt), workers=workers, **others)
 
 
@@ -226,7 +227,7 @@ class Job:
             if dry_run:
                 records = records.take(reading_order(records))
             else:
-                with full_disk(self.task.spool):
+                with files.written(self.task.spool, AGAIN):
                     records = spooled(records, self.task.spool, self.task.reporter)
             self.task = replace(self.task, records=records)
         self.audit = audit(self.task.split, records, self.task.storage, pool, self.task.reporter)
@@ -250,5 +251,5 @@ class Job:
     def write(self, pool: Pool) -> None:
         assert self.audit is not None
         assert self.file is not None
-        with full_disk(self.task.partial):
+        with files.written(self.task.partial, AGAIN):
             Writing(self.task, self.audit, self.file).run(pool)

@@ -1,13 +1,12 @@
 """Files that outlast a kill: locked while they are written, synced, read back, renamed."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 
+from fastil import files
 from fastil.data.formats.beton import place
 from fastil.data.formats.records import Files, Ids, Listing, Records
 from fastil.errors import UserError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 READ = 1 << 20  # bytes at once when a file is read back
+AGAIN = "run the same command, which goes on from what is in place"  # once a file can be written
 WRITTEN = 1 << 20  # bytes at once when it is written, while they are in a cache of the processor
 
 
@@ -49,12 +50,9 @@ def opened(path: Path) -> Iterator[io.FileIO]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another output") from None
     with raw as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another conversion is writing it; wait for it") from None
-        except OSError:  # a file system without locks
-            pass
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not files.lock(file.fileno()):
+                raise UserError(f"{path}: another conversion is writing it; wait for it")
         if not is_at(path, file):
             raise UserError(f"{path}: another conversion has just finished it; run the command again")
         try:
@@ -67,19 +65,6 @@ def opened(path: Path) -> Iterator[io.FileIO]:
 def is_at(path: Path, file: io.FileIO) -> bool:
     """Whether this is the file that has the name now."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
-
-
-@contextlib.contextmanager
-def full_disk(path: Path) -> Iterator[None]:
-    """Turn a failed write into a UserError."""
-    try:
-        yield
-    except BrokenPipeError:  # whoever reads what is shown has gone
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror or error}; once that is mended, the same command goes on from what is in place"
-        ) from None
 
 
 class Pages:
@@ -207,22 +192,3 @@ def spooled(records: Records, path: Path, reporter: Reporter) -> Files:
     for i in range(len(records)):
         listing.add(records.name(i), int(records.labels[i]), int(size[i]), str(path), int(offset[i]))
     return Spooled(**vars(listing.files()), origin=records)
-
-
-def write_synced(path: Path, pieces: Iterable[str]) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -172,8 +172,3 @@ def _do(
             return _Failed(number, f"{type(error).__name__}: {error}", traceback.format_exc())
     at[slot] = -1
     return results
-
-
-def default_workers() -> int:
-    """As many as there are cores for this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

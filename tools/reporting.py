@@ -1,11 +1,10 @@
 """What the command line tools show: bars on a terminal, a line now and then elsewhere, JSON lines if asked for."""
 
 import json
-import sys
 import time
 from typing import Any
 
-from tqdm import tqdm
+from fastil.bar import Bar
 
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -14,25 +13,23 @@ class Reporter:
     """Stages of a long job. as_json: everything goes to stdout as one JSON object per line."""
 
     def __init__(self, as_json: bool = False) -> None:
-        self.as_json = as_json
-        self.bar: tqdm[Any] | None = None
+        self.as_json, self.shown = as_json, Bar()
         self.stage, self.total, self.done, self.bytes = "", 0, 0, 0
         self.began = self.last = time.monotonic()
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
         """A stage over so many samples, `done` of them before a resume."""
-        self.end()
         self.stage, self.total, self.done, self.first, self.bytes = stage, total, done, done, 0
         self.began = self.last = time.monotonic()
-        if not self.as_json and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=stage, unit="img", leave=False, dynamic_ncols=True)
+        if not self.as_json:
+            self.shown.begin(stage, total, done)
 
     def advance(self, samples: int, size: int = 0) -> None:
         """So many samples, of so many bytes in all, are done."""
         self.done += samples
         self.bytes += size
-        if self.bar is not None:
-            self.bar.update(samples)
+        self.shown.advance(samples)
+        if self.shown.bar is not None:
             return
         now = time.monotonic()
         if now - self.last < LINE_EVERY:
@@ -54,18 +51,14 @@ class Reporter:
             )
 
     def end(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.shown.end()
 
     def say(self, text: str, event: str = "note", **fields: Any) -> None:
         """A text for people; an event with these fields, or the text, for programs."""
         if self.as_json:
             self.event(event, **(fields or {"text": text}))
         else:
-            if self.bar is not None:
-                self.bar.clear()
-            print(text, flush=True)
+            self.shown.say(text)
 
     def event(self, event: str, **fields: Any) -> None:
         print(json.dumps({"event": event} | fields), flush=True)

@@ -20,12 +20,13 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from PIL import features
 
+from fastil import files
 from fastil.data.formats import beton
 from fastil.data.formats.manifest import FORMAT, Changed, Manifest, manifest_path
 from fastil.data.formats.records import Extent, Records, Source
 from fastil.errors import UserError
 from fastil.tools.audit import Audit, chunks, item_of, planned
-from fastil.tools.files import Pages, ReadBack, sync_folder, write_synced
+from fastil.tools.files import AGAIN, Pages, ReadBack
 from fastil.tools.images import Item, Prepared, Storage, prepare
 from fastil.tools.journal import Journal, Progress
 from fastil.tools.pool import Pool
@@ -205,9 +206,11 @@ class Writing:
         synced.result()
         sha256 = back.digest.hexdigest()
         manifest = self.manifest(sha256, size)
-        write_synced(manifest_path(task.target), manifest.pieces())
+        files.write_atomically(
+            manifest_path(task.target), lambda out: out.writelines(piece.encode() for piece in manifest.pieces()), AGAIN
+        )
         os.replace(task.partial, task.target)
-        sync_folder(task.target.parent)
+        files.sync_folder(task.target.parent)
         task.reporter.say(
             f"{task.target}: {len(entries):,} images, {size / 1e6:,.1f} MB, {len(manifest.reencoded):,} encoded anew, "
             f"{len(manifest.skipped):,} left out, sha256 {sha256[:16]}...",

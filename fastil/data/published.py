@@ -11,12 +11,10 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from fastil.data.identity import Identity
+from fastil.data.formats.identity import Identity
 
 DIGITS = 12  # of the digest of a class that are kept
 NAMED = 2  # classes that a message names before it counts the rest
-WNID = len("n01440764")
-SIZE_TOLERANCE = 1e-3  # what tar adds to the files of ImageNet is 0.6 % and known to a tenth of it
 
 
 @dataclass(frozen=True)
@@ -188,25 +186,3 @@ def same_images(expected: Published, train: Identity, val: Identity) -> bool:
 def recognised(train: Identity, val: Identity) -> Published | None:
     """The published data set that has these images."""
     return next((expected for expected in table().values() if same_images(expected, train, val)), None)
-
-
-def is_published(name: str, described: Mapping[str, Any], class_names: Sequence[str]) -> bool:
-    """Whether a run was on the data published under this name. described: "dataset" of its protocol.json."""
-    expected = table().get(name)
-    if expected is None:
-        return False
-    for split, theirs in (("train", expected.train), ("val", expected.val)):
-        identity = described[split].get("identity") or ""
-        if theirs.identity is not None:
-            if identity != theirs.identity:
-                return False
-        # ImageNet: image files as they are in the source, so many and so large, in classes that are wnids.
-        elif not identity.startswith("stored:") or described[split]["images"] != theirs.images:
-            return False
-        elif theirs.bytes is None or abs(described[split].get("bytes", 0) / theirs.bytes - 1) > SIZE_TOLERANCE:
-            return False  # resized or re-encoded before it was converted
-    if expected.class_names is not None:
-        return official_labels(expected, class_names) == list(range(expected.classes))
-    return len(class_names) == expected.classes and all(
-        len(name) == WNID and name[0] == "n" and name[1:].isdecimal() for name in class_names
-    )

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from fastil.data import published
 from fastil.data.formats import cifar, folder
 from fastil.data.formats.beton import Beton, check_same_classes, val_path_of
-from fastil.data.formats.detect import KINDS, PACKED, detect, open_source
+from fastil.data.formats.detect import KINDS, PACKED, SMOKE_TEST, detect, open_source
+from fastil.data.formats.identity import Identity, of_pixels
 from fastil.data.formats.idx import read as read_idx_files
 from fastil.data.formats.records import SAME, ByClass, Source, relabelled
-from fastil.data.identity import Identity, of_pixels
 from fastil.errors import UserError
 
 BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")  # what reads the images of a split
@@ -84,7 +84,7 @@ class Split(ByClass):
 
     @cached_property
     def identity(self) -> Identity:
-        """What the split holds, in whatever order: see `fastil.data.identity`."""
+        """What the split holds, in whatever order: see `fastil.data.formats.identity`."""
         return of_pixels(self.images, self.labels)
 
 
@@ -274,7 +274,7 @@ def imagenet(config: DataConfig) -> Dataset:
     if config.val:  # given now, whatever was missing then
         notes = tuple(note for note in notes if not note.startswith("no validation images"))
     if config.val == SAME:
-        notes += ("validation images are the training images: a smoke test, not a result",)
+        notes += (SMOKE_TEST,)
     return Dataset(train.manifest.source["name"] if train.manifest else path.stem, names, train, val, notes)
 
 

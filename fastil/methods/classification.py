@@ -27,6 +27,10 @@ class StepContext:
     num_seen: int  # with those of this one
     counts: NDArray[np.int64]  # [W] training images per incremental position, exemplars included
 
+    @property
+    def num_new(self) -> int:
+        return self.num_seen - self.num_old
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -39,7 +43,7 @@ class LossConfig:
     """
 
     loss: Literal["softmax", "balanced", "meta_balanced", "separated", "rescaled", "nca"] = "balanced"
-    alpha: float = 1.0  # balanced: weight of the old classes (eq. 5); section 4.1.3: 1, which is eq. 3
+    alpha: float = 1.0  # balanced: weight of the old classes (eq. 5); 4.1.3: 1, which is eq. 3; varied in 4.3.2
     nca_variant: Literal["released", "paper"] = "released"  # nca: PODNet's code, in which its margin cancels, or eq. 8
     nca_margin: float = 0.6  # nca: of the paper's variant
 

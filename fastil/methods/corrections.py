@@ -12,6 +12,7 @@ from torch import nn
 
 from fastil.errors import UserError
 from fastil.models import Network
+from fastil.optimiser import check_milestones, drops
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,7 @@ class CorrectionConfig:
             raise UserError(f"finetune_epochs={self.finetune_epochs}: must be at least 1")
         if not 0 < self.finetune_lr < float("inf"):
             raise UserError(f"finetune_lr={self.finetune_lr}: must be above 0 and finite")
-        if any(not 0 < m < 1 for m in self.finetune_milestones):
-            raise UserError(
-                f"finetune_milestones={self.finetune_milestones}: give parts between 0 and 1, such as [0.5]"
-            )
+        check_milestones("finetune_milestones", self.finetune_milestones)
 
     def epochs_of(self, step: int) -> int:
         """Of finetuning after a step: none after the base step."""
@@ -48,5 +46,4 @@ class CorrectionConfig:
 
     def learning_rate(self, epoch: int) -> float:
         """Of an epoch of finetuning, from 0."""
-        drops = (max(1, round(m * self.finetune_epochs)) for m in self.finetune_milestones)
-        return self.finetune_lr * 0.1 ** sum(epoch >= drop for drop in drops)
+        return self.finetune_lr * 0.1 ** drops(self.finetune_milestones, epoch, self.finetune_epochs)

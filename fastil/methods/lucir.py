@@ -52,11 +52,18 @@ class Lucir(Method):
     distils_logits = False
 
     def weigh(self, context: StepContext) -> tuple[float, float]:
-        config: LucirConfig = self.parts["lucir"]
-        old, new = context.num_old, context.num_seen - context.num_old
-        self.adaptive_lambda = config.lucir_lambda * math.sqrt(old / new)
-        self.ranking_weight = config.lucir_ranking
         return 1.0, 0.0
+
+    @property
+    def adaptive_lambda(self) -> float:
+        """lambda of eq. 7."""
+        config: LucirConfig = self.parts["lucir"]
+        return config.lucir_lambda * math.sqrt(self.context.num_old / self.context.num_new)
+
+    @property
+    def ranking_weight(self) -> float:
+        config: LucirConfig = self.parts["lucir"]
+        return config.lucir_ranking
 
     def ranking(self, batch: Batch) -> dict[str, Any]:
         """Eq. 8. The kernel's mean is over the batch, the released code's over the images of old classes in it."""

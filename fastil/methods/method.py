@@ -209,7 +209,10 @@ class Method:
         in_kernel = 0.0 if self.classification.config.loss == "nca" else ce
         self.weights = (in_kernel, kd, self.ranking_weight if context.num_old else 0.0)
 
-    ranking_weight = 0.0  # as the shown loss has it
+    @property
+    def ranking_weight(self) -> float:
+        """Of LUCIR's margin ranking, as the shown loss has it."""
+        return 0.0
 
     def trainable(self, network: Network) -> dict[nn.Parameter, Tensor]:
         """Masks of the parameters that move in part in training."""

@@ -87,6 +87,10 @@ class Mnemonics(Lucir):
             return super().weigh(context)
         return 1.0, self.parts["icarl"].icarl_beta if context.num_old else 0.0
 
+    @property
+    def ranking_weight(self) -> float:
+        return 0.0 if self.released else super().ranking_weight
+
     def ranking(self, batch: Batch) -> dict[str, Any]:
         return {} if self.released else super().ranking(batch)
 

@@ -52,7 +52,6 @@ class Podnet(Method):
     clamp = 5.0
 
     def weigh(self, context: StepContext) -> tuple[float, float]:
-        self.adaptive = math.sqrt(context.num_seen / (context.num_seen - context.num_old))
         return 1.0, 0.0
 
     def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:
@@ -62,7 +61,7 @@ class Podnet(Method):
         config: PodnetConfig = self.parts["podnet"]
         flat: Tensor = config.pod_flat * forms.less_forget(out.features, teacher_out.features)
         spatial: Tensor = config.pod_spatial * forms.pod_spatial(out.maps, teacher_out.maps)
-        return self.adaptive * (flat + spatial)
+        return math.sqrt(self.context.num_seen / self.context.num_new) * (flat + spatial)
 
     def open_classes(self, network: Network, start: int, stop: int, generator: torch.Generator, images: Images) -> None:
         """New proxies are the centres of k-means on the normalised features of their class, times the mean length of

@@ -26,7 +26,6 @@ from torch import Tensor
 from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.losses import topology
-from fastil.methods.classification import StepContext
 from fastil.methods.lucir import Lucir, mean_direction
 from fastil.methods.method import Keys, Memory
 from fastil.methods.registry import register
@@ -64,12 +63,9 @@ class Tpcil(Lucir):
         self.joined = torch.eye(width, dtype=torch.bool, device=self.device)
         self.vertices = torch.zeros(width, 0, device=self.device)
 
-    def weigh(self, context: StepContext) -> tuple[float, float]:
-        weights = super().weigh(context)
-        self.adaptive_lambda = self.own.tpcil_lambda * math.sqrt(
-            context.num_old / (context.num_seen - context.num_old)
-        )  # fmt: skip
-        return weights
+    @property
+    def adaptive_lambda(self) -> float:
+        return self.own.tpcil_lambda * math.sqrt(self.context.num_old / self.context.num_new)
 
     def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:
         """An image is a signal: its edges are those to the vertex that wins it under the teacher and to the vertices

@@ -1,6 +1,25 @@
 """Networks: a backbone and a head, with features, maps and logits from one forward."""
 
 from fastil.models.folding import Folded
-from fastil.models.network import MODELS, ModelConfig, Network, Output, build_network
+from fastil.models.network import (
+    FACTORIES,
+    MODELS,
+    ModelConfig,
+    Network,
+    Output,
+    add_factory,
+    build_network,
+    find_factory,
+)
 
-__all__ = ["MODELS", "Folded", "ModelConfig", "Network", "Output", "build_network"]
+__all__ = [
+    "FACTORIES",
+    "MODELS",
+    "Folded",
+    "ModelConfig",
+    "Network",
+    "Output",
+    "add_factory",
+    "build_network",
+    "find_factory",
+]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fusion
 
-from fastil.models.network import Network, Output
+from fastil.models.network import Network, Output, Outside
 
 
 class Folded:
@@ -71,8 +71,9 @@ def _without_normalisation(network: Network, dtype: torch.dtype) -> Network:
         for name, normalisation in getattr(part, "normalised", {}).items():
             setattr(part, name, _with_bias(part.get_submodule(name)))
             setattr(part, normalisation, nn.Identity())
-    for parameter in twin.parameters():
-        if parameter.ndim:  # a cosine head's scale stays in float32, as in training
+    own = isinstance(twin.backbone, Outside)  # which casts for itself
+    for name, parameter in twin.named_parameters():
+        if parameter.ndim and not (own and name.startswith("backbone.")):  # a cosine head's scale stays in float32
             parameter.data = parameter.data.to(dtype)
     return twin.requires_grad_(False)
 

@@ -1,28 +1,35 @@
-"""A backbone under a head."""
+"""A backbone under a head.
+
+A backbone from outside (`model=module:factory`, `model=path/to/file.py:factory`): factory() returns a module that takes
+images [B, 3, H, W] to features [B, d], or to (features, maps of the stages) for methods that read them, and says d as
+its `feature_dim` or `num_features`.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastil import outside
 from fastil.errors import UserError
 from fastil.models.blocks import scale_filters
 from fastil.models.heads import CosineHead, Head, LinearHead, padded_width
 from fastil.models.resnet_cifar import ResNetCifar, ResNetRebuffi
 from fastil.models.resnet_imagenet import ResNet18
 
-ModelName = Literal["resnet8", "resnet14", "resnet20", "resnet32", "resnet32_rebuffi", "resnet18", "resnet18_pod"]
-MODELS: tuple[str, ...] = ModelName.__args__  # type: ignore[attr-defined]
+MODELS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet32_rebuffi", "resnet18", "resnet18_pod")
+FACTORIES: dict[str, Callable[[], nn.Module]] = {}  # of backbones from outside, by module:factory
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network. The paper says "32-layer ResNet" (CIFAR) and "18-layer" (ImageNet) and leaves the variant open."""
 
-    model: ModelName = "resnet32"
+    model: str = "resnet32"  # resnet8|14|20|32 | resnet32_rebuffi | resnet18 | resnet18_pod | module:factory
     last_relu: bool = True  # ReLU on the features; off in LUCIR's cosine networks and under PODNet's classifier
     stem: Literal["own", "7x7", "3x3"] = (
         "own"  # resnet18*: 7x7 with stride 2, or PODNet's 3x3 with 1 (3.8 times the work)
@@ -32,6 +39,10 @@ class ModelConfig:
     weight_transfer: bool = False  # a factor for each filter of each convolution (meta-transfer learning; Mnemonics)
 
     def __post_init__(self) -> None:
+        if self.model not in MODELS and ":" not in self.model:
+            near = difflib.get_close_matches(self.model, MODELS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(MODELS)}, or module:factory"
+            raise UserError(f"model={self.model}: unknown; {hint}")
         if self.stem != "own" and not self.model.startswith("resnet18"):
             raise UserError(f"stem={self.stem}: model={self.model} has another; use model=resnet18 or resnet18_pod")
         if self.proxies < 1:
@@ -50,6 +61,32 @@ class Output(NamedTuple):
     def scaled(self) -> Tensor:
         """What a softmax is taken of, [B, W]."""
         return self.logits if self.scale is None else self.scale * self.logits
+
+
+class Outside(nn.Module):
+    """A backbone from outside, as the network calls it. wants_maps: whether the method reads the maps of the stages."""
+
+    def __init__(self, name: str, module: nn.Module, wants_maps: bool) -> None:
+        super().__init__()
+        self.name, self.module, self.wants_maps = name, module, wants_maps
+        width = getattr(module, "feature_dim", getattr(module, "num_features", None))
+        if not isinstance(width, int):
+            raise UserError(f"model={name}: the module needs `feature_dim`, an int: the width of its features")
+        self.feature_dim = width
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        half = images.dtype == torch.bfloat16
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):  # its weights stay in float32
+            out = self.module(images)
+        features, maps = out if isinstance(out, tuple) else (out, [])
+        if features.shape != (len(images), self.feature_dim):
+            raise UserError(
+                f"model={self.name}: features are {[*features.shape]}, not {[len(images), self.feature_dim]}; pool and "
+                "flatten them"
+            )
+        if self.wants_maps and not maps:
+            raise UserError(f"model={self.name}: the method reads the stages' maps; return (features, maps), too")
+        return features.to(images.dtype), maps
 
 
 class Network(nn.Module):
@@ -94,7 +131,10 @@ def build_network(config: ModelConfig, num_classes: int, seed: int, *, keeps_map
     name = config.model
     backbone: nn.Module
     with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator before `initialise`
-        if name == "resnet32_rebuffi":
+        if ":" in name:
+            torch.default_generator.manual_seed(seed)
+            backbone = _from_outside(name, keeps_maps)
+        elif name == "resnet32_rebuffi":
             backbone = ResNetRebuffi(config.last_relu, generator)
         elif name.startswith("resnet18"):
             small = config.stem == "3x3" if config.stem != "own" else name == "resnet18_pod"
@@ -105,3 +145,28 @@ def build_network(config: ModelConfig, num_classes: int, seed: int, *, keeps_map
         scale_filters(backbone)
     network = Network(backbone, num_classes, config, keeps_maps)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def find_factory(name: str) -> None:
+    """Import the backbone that a command names as module:factory, if it does. Raises UserError for what is not there.
+
+    A name out of a run directory never comes here, so that reading a run runs no code that it names.
+    """
+    if ":" in name and name not in FACTORIES:
+        FACTORIES[name] = outside.attribute(f"model={name}")
+
+
+def add_factory(factory: Callable[[], nn.Module]) -> str:
+    """Make a backbone from outside known. Returns its name, module:factory, for `model=NAME`."""
+    name = f"{factory.__module__}:{factory.__qualname__}"
+    FACTORIES[name] = factory
+    return name
+
+
+def _from_outside(name: str, wants_maps: bool) -> Outside:
+    if name not in FACTORIES:
+        raise UserError(f"model={name}: code that a run directory names is not loaded; give model= here, too")
+    module = outside.imported(f"model={name}", FACTORIES[name])
+    if not isinstance(module, nn.Module):
+        raise UserError(f"model={name}: returns {type(module).__name__}, not a torch.nn.Module")
+    return Outside(name, module, wants_maps)

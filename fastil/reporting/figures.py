@@ -9,18 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil import files
-from fastil.reporting.runs import Run, alpha_paths, geometric_mean, read_confusion, read_run
+from fastil.reporting.runs import Run, alpha_paths, geometric_mean
 
 
 def draw_run(path: Path) -> None:
     """The figures of one run directory: accuracy.png, confusion_step_K.png and, where alpha was learned, alpha.png."""
-    run = read_run(path)
-    groups = {f"{run.recipe.name}, {run.results['loss']}": [run]}
+    run = Run(path)
+    groups = {f"{run.recipe.name}, {run.results.loss}": [run]}
     draw_accuracy(groups, path / "figures/accuracy.png")
-    for step in run.results["steps"]:
-        matrix = read_confusion(run, step["step"])
-        title = f"{run.recipe.name}, {run.results['loss']}, step {step['step']}: top-1 {step['top1']:.2f} %"
-        draw_confusions([(title, matrix)], path / f"figures/confusion_step_{step['step']}.png")
+    for step in run.results.steps:
+        matrix = run.confusion(step.step)
+        title = f"{run.recipe.name}, {run.results.loss}, step {step.step}: top-1 {step.top1:.2f} %"
+        draw_confusions([(title, matrix)], path / f"figures/confusion_step_{step.step}.png")
     alphas = alpha_paths(run)
     if alphas:
         draw_alpha(alphas, path / "figures/alpha.png")
@@ -32,16 +32,14 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
     for i, (label, runs) in enumerate(groups.items()):
         length = min(len(run.curve) for run in runs)
         curves = np.array([run.curve[:length] for run in runs])
-        classes = [step["classes_seen"] for step in runs[0].results["steps"][:length]]
+        classes = [step.classes_seen for step in runs[0].results.steps[:length]]
         mean = curves.mean(axis=0)
         shown = textwrap.fill(f"{label} ({curves.mean():.1f})", 60)  # all that was modified can be long
         (line,) = axes[0].plot(classes, mean, marker="o", linestyle=("-", "--", ":")[i // 10 % 3], label=shown)
         if len(runs) > 1:
             deviation = curves.std(axis=0, ddof=1)
             axes[0].fill_between(classes, mean - deviation, mean + deviation, alpha=0.2, color=line.get_color())
-    axes[0].set_xticks(
-        sorted({step["classes_seen"] for group in groups.values() for step in group[0].results["steps"]})
-    )
+    axes[0].set_xticks(sorted({step.classes_seen for group in groups.values() for step in group[0].results.steps}))
     axes[0].set(xlabel="classes seen", ylabel="top-1 accuracy (%)", ylim=(0, 100))
     axes[0].grid(alpha=0.3)
     place, where = axes[0], "best"
@@ -81,7 +79,7 @@ def draw_last_confusions(groups: dict[str, list[Run]], path: Path) -> None:
     panels = []
     for label, runs in groups.items():
         last = min(len(run.curve) for run in runs) - 1
-        panels.append((label, np.sum([read_confusion(run, last) for run in runs], axis=0)))
+        panels.append((label, np.sum([run.confusion(last) for run in runs], axis=0)))
     draw_confusions(panels, path)
 
 

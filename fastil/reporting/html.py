@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 from collections.abc import Sequence
 from html import escape
@@ -11,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastil.errors import UserError
 from fastil.reporting.chart import WIDTH, Axis, Series, Style, chart, legend, log_axis
 from fastil.reporting.rows import rows, seed_spread, spread
-from fastil.reporting.runs import Run, alpha_paths, geometric_mean, read_confusion
+from fastil.reporting.runs import Run, alpha_paths, geometric_mean
+from fastil.run_files import read_timings
 
 COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
 DASHES = ("", "7 4", "2 3")  # of the lines beyond the tenth, and beyond the twentieth
@@ -82,7 +83,7 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
         for of_dataset in parts_of_data.values()
         for i, label in enumerate(of_dataset)
     }
-    alphas = {label: {run.results["seed"]: alpha_paths(run) for run in runs} for label, runs in groups.items()}
+    alphas = {label: {run.results.seed: alpha_paths(run) for run in runs} for label, runs in groups.items()}
     parts = [
         "<h1>fastil report</h1>",
         "<p class=soft>Top-1 in percent over all classes seen; mean ± standard deviation over seeds.</p>",
@@ -133,14 +134,14 @@ def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
 
 def accuracy(dataset: str, groups: dict[str, list[Run]], styles: dict[str, Style]) -> str:
     """Charts and values of the runs on one data set."""
-    seen = sorted({step["classes_seen"] for runs in groups.values() for run in runs for step in run.results["steps"]})
+    seen = sorted({step.classes_seen for runs in groups.values() for run in runs for step in run.results.steps})
     charts, lines = [], []
     for key, title in CURVES.items():
         series, highest = [], 1.0
         for label, runs in groups.items():
             # zip: as far as the shortest run is.
-            steps = list(zip(*(run.results["steps"] for run in runs), strict=False))
-            values = {step[0]["classes_seen"]: [result[key] for result in step] for step in steps}
+            steps = list(zip(*(run.results.steps for run in runs), strict=False))
+            values = {step[0].classes_seen: [getattr(result, key) for result in step] for step in steps}
             values = {classes: of_seeds for classes, of_seeds in values.items() if None not in of_seeds}
             lines.append([f"{label}: {title.lower()}", *(spread(values.get(classes, [])) for classes in seen)])
             if values:
@@ -217,7 +218,7 @@ def confusions(index: int, label: str, runs: Sequence[Run]) -> str:
     length = min(len(run.curve) for run in runs)
     figures = []
     for step in range(length):
-        matrix = np.sum([read_confusion(run, step) for run in runs], axis=0)
+        matrix = np.sum([run.confusion(step) for run in runs], axis=0)
         caption = f"step {step}: {len(matrix)} classes, top-1 {spread([run.curve[step] for run in runs])} %"
         figures.append(
             f'<input type=radio name="m{index}" id="m{index}-{step}"{" checked" if step == length - 1 else ""}>'
@@ -243,16 +244,15 @@ def as_png(matrix: NDArray[np.int64]) -> str:
 
 def protocol(label: str, runs: Sequence[Run]) -> str:
     """What was trained, step by step, on which classes, and how long it took."""
-    described, seeds = runs[0].protocol, ", ".join(str(run.results["seed"]) for run in runs)
-    effective = described.get("effective") or []
+    described, seeds = runs[0].protocol, ", ".join(str(run.results.seed) for run in runs)
+    effective, names = described.effective, described.class_names
     lines = [[shown(value) for value in step.values()] for step in effective]
     plan = table([key.replace("_", " ") for key in effective[0]], lines) if effective else ""
-    names = described["class_names"]
-    classes = [[str(k), ", ".join(str(names[c]) for c in members)] for k, members in enumerate(described["steps"])]
-    listed = "".join(f"<li>step {k}: {escape(text)}</li>" for k, text in classes)
+    classes = [", ".join(names[c] for c in members) for members in described.steps]
+    listed = "".join(f"<li>step {k}: {escape(text)}</li>" for k, text in enumerate(classes))
     return (
         f"<h3 class=run>{escape(label)}</h3><p class=soft>{escape(runs[0].dataset)}, class list "
-        f"{escape(str(described.get('class_list_hash', 'of an earlier version')))}, seeds {seeds}</p>{plan}"
+        f"{escape(described.class_list_hash)}, seeds {seeds}</p>{plan}"
         f"<details><summary>Classes of each step</summary><ul>{listed}</ul></details>"
         f"<details><summary>Effective recipe</summary><pre>{escape(runs[0].recipe.dump())}</pre></details>"
         f"{timings(runs)}"
@@ -265,17 +265,15 @@ def timings(runs: Sequence[Run]) -> str:
     lines: list[list[str]] = []
     notes: list[str] = []
     for run in runs:
-        seed = str(run.results["seed"])
+        seed = str(run.results.seed)
         try:
-            content = json.loads((run.path / "timings.json").read_text())
-            seconds = [[f"{seed}, step {k}", *map(shown, step.values())] for k, step in content["steps"].items()]
-            keys = [key.replace("_", " ") for key in next(iter(content["steps"].values()))]
-            machine = ", ".join(f"{k} {v}" for part in ("versions", "machine") for k, v in content[part].items())
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, StopIteration):
+            content = read_timings(run.path)
+        except UserError:
             notes.append(f"seed {seed}: timings.json is missing or damaged")
             continue
-        header, lines = ["seed and step", *keys], [*lines, *seconds]
-        notes.append(f"seed {seed}: {machine}")
+        header = ["seed and step", *(key.replace("_", " ") for key in next(iter(content.steps.values())))]
+        lines += [[f"{seed}, step {k}", *map(shown, step.values())] for k, step in content.steps.items()]
+        notes.append(f"seed {seed}: " + ", ".join(f"{k} {v}" for k, v in (content.versions | content.machine).items()))
     body = (table(header, lines) if lines else "") + "".join(f"<p class=soft>{escape(note)}</p>" for note in notes)
     return f"<details><summary>Seconds per step, versions, machine</summary>{body}</details>"
 

@@ -7,7 +7,7 @@ from fastil.errors import UserError
 from fastil.reporting.figures import draw_accuracy, draw_last_confusions
 from fastil.reporting.html import page
 from fastil.reporting.rows import paired_gain, rows
-from fastil.reporting.runs import group_runs, read_run
+from fastil.reporting.runs import Run, group_runs
 from fastil.text import format_table
 
 
@@ -17,7 +17,7 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
     out = Path("report") if as_html and out is None else out
     started = [path for path in paths if not (path / "recipe.yaml").exists() or (path / "results.json").exists()]
     skipped = [f"{path}: no results yet, left out" for path in paths if path not in started] if started else []
-    groups = group_runs([read_run(path) for path in started or paths])
+    groups = group_runs([Run(path) for path in started or paths])
     notes = [*paired_gain(groups), *skipped]
     text = "\n\n".join(
         [

@@ -12,19 +12,19 @@ def rows(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str,
     """Header and a row per group; mean and, over several seeds, the sample standard deviation. Percent."""
     lines: list[tuple[str, ...]] = []
     for label, runs in groups.items():
-        last = [run.results["steps"][-1] for run in runs]
+        last = [run.results.steps[-1] for run in runs]
         unfinished = [run for run in runs if len(run.curve) < run.total_steps]
         published = runs[0].recipe.published
         lines.append(
             (
                 label + (f" (unfinished: {len(unfinished)})" if unfinished else ""),
                 str(len(runs)),
-                spread([run.results["average_incremental_accuracy"] for run in runs]),
+                spread([run.results.average_incremental_accuracy for run in runs]),
                 "" if published is None else f"{published:.2f}",
                 spread([run.curve[0] for run in runs]),
-                spread([step["top1"] for step in last]),
-                spread([step["top1_old"] for step in last]),
-                spread([step["top1_new"] for step in last]),
+                spread([step.top1 for step in last]),
+                spread([step.top1_old for step in last]),
+                spread([step.top1_new for step in last]),
             )
         )
     return HEADER, lines
@@ -37,12 +37,12 @@ def paired_gain(groups: dict[str, list[Run]]) -> list[str]:
         for other, softmax in groups.items():
             if not _differ_in_loss_only(balanced[0], softmax[0]):
                 continue
-            by_seed = {run.results["seed"]: run for run in softmax}
+            by_seed = {run.results.seed: run for run in softmax}
             gains = [
-                run.results["average_incremental_accuracy"]
-                - by_seed[run.results["seed"]].results["average_incremental_accuracy"]
+                run.results.average_incremental_accuracy
+                - by_seed[run.results.seed].results.average_incremental_accuracy
                 for run in balanced
-                if run.results["seed"] in by_seed
+                if run.results.seed in by_seed
             ]
             if gains:
                 lines.append(f"{label} minus {other}: {spread(gains, sign=True)} points on average, paired over seeds")

@@ -1,10 +1,10 @@
 """What a report, a figure or a table reads of run directories."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,106 +12,104 @@ from numpy.typing import NDArray
 from fastil.errors import UserError
 from fastil.fidelity import MODIFIED, had_published, labelled
 from fastil.recipe import Recipe, read_effective, shipped
+from fastil.run_files import AGAIN, read_metrics, read_protocol, read_results
+
+if TYPE_CHECKING:
+    from fastil.classifier import Classifier
 
 
-@dataclass(frozen=True)
 class Run:
-    """A run directory with at least one finished step."""
+    """A run directory with at least one finished step: what it says, and its network.
 
-    path: Path
-    recipe: Recipe  # with a published number only if that may stand beside the run: see fastil.fidelity
-    results: dict[str, Any]  # results.json
-    protocol: dict[str, Any]  # protocol.json
+    recipe: with a published number only if that may stand beside the run (see fastil.fidelity). results, protocol: the
+    content of results.json and protocol.json. Raises UserError for what is missing or damaged. Nothing that the
+    directory names as code is imported.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"{path}: no such run directory")
+        recipe = read_effective(path / "recipe.yaml")
+        if not (path / "results.json").exists():
+            raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)")
+        self.results, self.protocol = read_results(path), read_protocol(path)
+        seen = list(accumulate(len(classes) for classes in self.protocol.steps))
+        if [step.classes_seen for step in self.results.steps] != seen[: len(self.results.steps)]:
+            raise UserError(f"{path}: results.json has other steps than protocol.json; run again with --resume")
+        self.recipe: Recipe = labelled(recipe, self.protocol)
 
     @property
     def curve(self) -> list[float]:
         """Top-1 over all classes seen after each finished step, percent."""
-        return [step["top1"] for step in self.results["steps"]]
+        return [step.top1 for step in self.results.steps]
 
     @property
     def total_steps(self) -> int:
-        return len(self.protocol["steps"])
+        return len(self.protocol.steps)
 
     @property
     def dataset(self) -> str:
-        return str(self.protocol["dataset"]["name"])
+        return self.protocol.dataset.name
 
     @property
-    def images(self) -> tuple[str, ...]:
+    def images(self) -> tuple[str, str]:
         """Hashes of the training and the test images."""
-        return tuple(self.protocol["dataset"][split]["sha256"] for split in ("train", "val"))
+        return self.protocol.dataset.train.sha256, self.protocol.dataset.val.sha256
 
+    def confusion(self, step: int = -1) -> NDArray[np.int64]:
+        """The confusion matrix of a step, -1 for the last one: int64 [seen, seen], rows are true classes in incremental
+        order."""
+        step = self.step(step)
+        path = self.path / f"confusion/step_{step}.npy"
+        try:
+            matrix: NDArray[np.int64] = np.load(path)
+            whole = matrix.shape == (self.results.steps[step].classes_seen,) * 2 and matrix.dtype == np.int64
+        except (OSError, EOFError, ValueError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}: missing or damaged; run again in a new --out")
+        return matrix
 
-def read_run(path: Path) -> Run:
-    """A run directory; an error says what is missing."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such run directory")
-    recipe = read_effective(path / "recipe.yaml")
-    try:
-        results = json.loads((path / "results.json").read_text())
-        protocol = json.loads((path / "protocol.json").read_text())
-        run = Run(path, labelled(recipe, protocol), results, protocol)
-        # Everything that a report reads without looking.
-        _ = run.curve[0], run.images[0][:6], run.dataset, results["seed"], results["loss"]
-        _ = f"{results['average_incremental_accuracy']:.2f}"
-        for step in results["steps"]:
-            _ = [f"{step[key] or 0:.2f}" for key in ("step", "classes_seen", "top1", "top1_old", "top1_new")]
-        _ = [run.protocol["class_names"][c] for classes in run.protocol["steps"] for c in classes]
-        _ = [first for first, *_ in map(dict.values, run.protocol.get("effective", []))]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)") from None
-    except OSError as error:
-        raise UserError(
-            f"{error.filename}: cannot be read ({error.strerror}); mend that or leave the run out"
-        ) from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path}: results.json or protocol.json is damaged; run again with --resume") from None
-    return run
+    def network(self, step: int = -1) -> "Classifier":
+        """The network after a step as a classifier in eval mode, on the CPU: images to probabilities over its
+        `class_names`. See fastil.classifier.Classifier."""
+        from fastil.classifier import load_classifier
 
+        return load_classifier(self.path, self.recipe, self.protocol, self.step(step))
 
-def read_confusion(run: Run, step: int) -> NDArray[np.int64]:
-    """The matrix of one step of a run: int64 [seen, seen], rows are true classes in incremental order."""
-    path = run.path / f"confusion/step_{step}.npy"
-    try:
-        matrix: NDArray[np.int64] = np.load(path)
-        whole = matrix.shape == (run.results["steps"][step]["classes_seen"],) * 2 and matrix.dtype == np.int64
-    except (OSError, EOFError, ValueError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path}: missing or damaged; run again in a new --out")
-    return matrix
+    def predict(self, paths: Iterable[str | os.PathLike[str]], step: int = -1) -> list[dict[str, float]]:
+        """For each image file the probability of each class seen, the likeliest first."""
+        import torch
 
+        network, found = self.network(step), []
+        for path in paths:
+            with torch.no_grad():
+                (row,) = network(torch.from_numpy(network.image(Path(path)).copy())[None]).tolist()
+            order = sorted(range(len(row)), key=lambda c: -row[c])
+            found.append({network.class_names[c]: row[c] for c in order})
+        return found
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl but for a last one that is half written. Raises UserError for a damaged file."""
-    path = run / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    except (OSError, ValueError):
-        raise UserError(f"{path}: missing or damaged; train this run again in a new --out") from None
+    def step(self, step: int) -> int:
+        """A finished step by its number; negative ones count from the last."""
+        finished = len(self.results.steps)
+        if not -finished <= step < finished:
+            raise UserError(f"{self.path}: step {step}: has finished steps 0 to {finished - 1}")
+        return step % finished
 
 
 def alpha_paths(run: Run) -> dict[int, NDArray[np.float64]]:
     """Alpha (eq. 5) of the incremental steps of a run that learned it, by step: [epochs, 1], or [epochs, old classes]
-    with an alpha per class. Empty for other runs. A last line that is being written is left out."""
+    with an alpha per class. Empty for other runs, and where metrics.jsonl was not kept."""
     path = run.path / "metrics.jsonl"
     found: dict[int, list[NDArray[np.float64]]] = {}
-    try:
-        for line in path.read_text().splitlines(keepends=True):
-            record = json.loads(line) if line.endswith("\n") else {}
-            if "alpha" in record and record["phase"] == "train":
-                found.setdefault(int(record["step"]), []).append(np.atleast_1d(np.array(record["alpha"], dtype=float)))
-        steps = {step: np.stack(alphas) for step, alphas in sorted(found.items())}
-        if not all(
-            alphas.ndim == 2 and alphas.size and (alphas > 0).all() and np.isfinite(alphas).all()
-            for alphas in steps.values()
-        ):
-            raise ValueError
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"{path}: damaged; repeat the run in a new --out, or leave it out of the report") from None
-    return steps
+    for line in read_metrics(run.path) if path.exists() else ():
+        if line.alpha is not None and line.phase == "train":
+            alphas = found.setdefault(line.step, [])
+            alphas.append(np.atleast_1d(line.alpha))
+            if len(alphas[-1]) != len(alphas[0]):
+                raise UserError(f"{path}: damaged (the alphas of step {line.step} are of other classes); {AGAIN}")
+    return {step: np.stack(alphas) for step, alphas in sorted(found.items())}
 
 
 def geometric_mean(alphas: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -138,13 +136,13 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
             and any(i.get(key) != value for i in same_recipe)
             and (key not in usual or usual[key] != value)
         ]
-        parts = [run.recipe.name, run.results["loss"]]
+        parts = [run.recipe.name, run.results.loss]
         if run.recipe.fidelity.startswith(MODIFIED) and had_published(run.recipe):
             parts.append(run.recipe.fidelity)
             differing = [key for key in differing if key not in (run.recipe.differences() or {})]
         label = ", ".join([*parts, *(f"{key}={identity[key]}" for key in differing)])
         group = groups.setdefault(label, [])
-        twin = next((other for other in group if other.results["seed"] == run.results["seed"]), None)
+        twin = next((other for other in group if other.results.seed == run.results.seed), None)
         if twin is not None:
             raise UserError(
                 f"{run.path}: the same run as {twin.path} (same settings, images and seed); give one of them"

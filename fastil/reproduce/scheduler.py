@@ -8,17 +8,17 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from fastil import machine
+from fastil.bar import Bar
 from fastil.device import pick_device
 from fastil.errors import UserError
-from fastil.reporting.runs import read_run
+from fastil.reporting.runs import Run
 from fastil.reproduce.table_text import write
 from fastil.reproduce.tables import Entry, Table
 from fastil.reproduce.worklist import Job, WorkList
@@ -31,15 +31,16 @@ LINE_EVERY = 60.0  # seconds between lines of progress where there is no termina
 MOST_SEEDS = 1000  # of a row; a larger number is a seed that was meant
 
 
-class Scheduler:
+class Scheduler(Bar):
     """Runs a work list, several runs at once, and shows how far it is."""
 
     def __init__(self, work: WorkList, at_once: int) -> None:
+        super().__init__()
         self.work, self.at_once = work, at_once
         self.interrupt = Interrupt()
         self.began = self.last_line = time.monotonic()
         self.total = sum(work.left(job) for job in work.jobs)
-        self.bar = tqdm(total=self.total, unit="img", dynamic_ncols=True) if sys.stderr.isatty() else None
+        self.begin(None, self.total)
 
     def run(self) -> None:
         """Until nothing is left or a signal came; a run that fails does not stop the others."""
@@ -56,8 +57,7 @@ class Scheduler:
                     time.sleep(POLL)
             finally:
                 self.stop()
-                if self.bar is not None:
-                    self.bar.close()
+                self.end()
 
     def running(self) -> int:
         return sum(job.running for job in self.work.jobs)
@@ -82,7 +82,7 @@ class Scheduler:
             status = job.process.returncode
             job.finished = status == 0
             if job.finished:
-                average = read_run(job.folder).results["average_incremental_accuracy"]
+                average = Run(job.folder).results.average_incremental_accuracy
                 self.say(f"{job.name}: average incremental accuracy {average:.2f}")
             elif not self.interrupt.requested():
                 job.failure = f"killed by {signal.Signals(-status).name}" if status < 0 else last_line(job.log)
@@ -108,7 +108,7 @@ class Scheduler:
         if self.bar is not None:
             self.bar.set_description(f"{finished} of {len(self.work.jobs)} runs")
             self.bar.total = total
-            self.bar.update(done - self.bar.n)
+            self.advance(int(done - self.bar.n))
         else:
             self.last_line = time.monotonic()
             rate = done / (time.monotonic() - self.began)
@@ -117,11 +117,6 @@ class Scheduler:
                 f"{finished} of {len(self.work.jobs)} runs, {self.running()} running, "
                 f"{100 * done / max(1, total):.0f} % of what was missing, {rate:,.0f} img/s{hours}"
             )
-
-    def say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.clear()
-        print(line, flush=True)
 
 
 def last_line(log: Path) -> str:
@@ -189,7 +184,7 @@ def usual_jobs(work: WorkList) -> int:
     """On a CPU a run per core, each with one thread: small networks gain less from a second thread than from that."""
     if any(pick_device(job.recipe.train.device).type == "cuda" for job in work.jobs):
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return machine.cores()
 
 
 def crowd(at_once: int, usual: int) -> str:

@@ -11,9 +11,9 @@ from fastil.reproduce.tables import Entry, Found, Table, on_paper_data
 
 # What the paper publishes of a row, and where a run has it.
 METRICS: dict[str, tuple[str, Callable[[Run], float]]] = {
-    "average": ("average incremental accuracy", lambda run: run.results["average_incremental_accuracy"]),
-    "base": ("final, base classes", lambda run: run.results["steps"][-1]["top1_base"]),
-    "final": ("final, all classes", lambda run: run.results["steps"][-1]["top1"]),
+    "average": ("average incremental accuracy", lambda run: run.results.average_incremental_accuracy),
+    "base": ("final, base classes", lambda run: run.results.steps[-1].top1_base),
+    "final": ("final, all classes", lambda run: run.results.steps[-1].top1),
 }
 
 

@@ -20,7 +20,6 @@ HEADER = (
     "95 % interval",
     "base step", "final", "published final", "final base", "published base", "final old", "final new",
 )  # fmt: skip
-AVERAGE = "average_incremental_accuracy"
 
 
 def predictions(run: Run) -> Predictions:
@@ -35,7 +34,7 @@ def difference(ours: dict[int, Run], theirs: dict[int, Run]) -> tuple[str, str, 
     pairs = [(ours[s], theirs[s]) for s in ours if s in theirs]
     if not pairs:
         return "-", "-", 0
-    gains = [a.results[AVERAGE] - b.results[AVERAGE] for a, b in pairs]
+    gains = [a.results.average_incremental_accuracy - b.results.average_incremental_accuracy for a, b in pairs]
     low, high = paired_interval([predictions(a) for a, _ in pairs], [predictions(b) for _, b in pairs])
     return f"{statistics.mean(gains):+.2f}", f"{low:+.2f} to {high:+.2f}", len(pairs)
 
@@ -46,8 +45,8 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
     paired: set[int] = set()
     for entry in table.entries:
         runs, published = found[entry.row, entry.steps], entry.published
-        last = [run.results["steps"][-1] for run in runs.values()]
-        averages = [run.results[AVERAGE] for run in runs.values()]
+        last = [run.results.steps[-1] for run in runs.values()]
+        averages = [run.results.average_incremental_accuracy for run in runs.values()]
         gain, interval = "-", "-"
         if entry.against is not None:
             gain, interval, pairs = difference(runs, found[entry.against, entry.steps])
@@ -61,9 +60,9 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
             (
                 str(entry.steps), entry.label, str(len(runs)), known[0], spread(averages) or "-", distance, gain,
                 interval, spread([run.curve[0] for run in runs.values()]) or "-",
-                spread([step["top1"] for step in last]) or "-", known[1],
-                spread([step["top1_base"] for step in last]) or "-", known[2],
-                spread([step["top1_old"] for step in last]) or "-", spread([step["top1_new"] for step in last]) or "-",
+                spread([step.top1 for step in last]) or "-", known[1],
+                spread([step.top1_base for step in last]) or "-", known[2],
+                spread([step.top1_old for step in last]) or "-", spread([step.top1_new for step in last]) or "-",
             )
         )  # fmt: skip
     return lines, paired

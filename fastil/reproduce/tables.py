@@ -13,7 +13,7 @@ from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.fidelity import on_published_data
 from fastil.recipe import Recipe
-from fastil.reporting.runs import Run, read_run
+from fastil.reporting.runs import Run
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def finished_run(folder: Path, wanted: Recipe) -> Run | None:
     """The run of this directory, if it went through all of its steps with the settings of `wanted`."""
     if not (folder / "results.json").exists():
         return None
-    run = read_run(folder)
+    run = Run(folder)
     if wanted.train.precision == "auto":  # it took what its machine had
         wanted = wanted.in_precision(run.recipe.precision)
     return run if len(run.curve) == run.total_steps and run.recipe.identity() == wanted.identity() else None

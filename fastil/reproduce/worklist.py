@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,10 @@ from fastil.data.sources import image_size
 from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
-from fastil.reporting.runs import read_metrics, read_run
+from fastil.reporting.runs import Run
 from fastil.reproduce import tables
 from fastil.reproduce.tables import Entry
+from fastil.run_files import MetricsLine, read_metrics
 from fastil.training import base_step, step_plan
 
 
@@ -55,7 +55,7 @@ class Job:
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[MetricsLine]:
         """The lines of metrics.jsonl; the last one may be half written."""
         try:
             return read_metrics(self.folder)
@@ -63,13 +63,13 @@ class Job:
             return []
 
     def done_visits(self) -> int:
-        return sum(line["images"] for line in self.lines())
+        return sum(line.images for line in self.lines())
 
     def state(self) -> str:
         if self.finished:
             return "finished"
         lines = self.lines()
-        return f"at step {lines[-1]['step']}" if lines else "missing"
+        return f"at step {lines[-1].step}" if lines else "missing"
 
 
 class WorkList:
@@ -109,7 +109,7 @@ class WorkList:
             if key not in datasets:
                 datasets[key] = _dataset(job.recipe, preview)
             dataset = datasets[key]
-            if job.finished and dataset is not None and read_run(job.folder).images != hashes(dataset):
+            if job.finished and dataset is not None and Run(job.folder).images != hashes(dataset):
                 raise UserError(f"{job.folder}: was trained on other images than those of --data; choose another --out")
             self._measure(job, dataset)
 

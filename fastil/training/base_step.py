@@ -4,7 +4,6 @@ kind of device, in the same precision, with as many threads, compiled or not ali
 Methods that compare only in how they go on share hours of base training this way, and their differences are paired.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from fastil.data import Dataset
 from fastil.errors import UserError
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective, values_of
-from fastil.reporting.runs import read_metrics
+from fastil.run_files import read_metrics, read_protocol
 
 # Keys that the base step never reads: it has no old class and no memory, and all classification losses are the plain
 # cross-entropy, bit for bit, where every class has the same number of images.
@@ -61,12 +60,10 @@ def check(
     if changed:
         raise UserError(f"--base {base_run}: its base step is another one ({'; '.join(changed)})")
     try:
-        described = json.loads((base_run / "protocol.json").read_text())
-        same_images = described["dataset"]["train"]["sha256"] == dataset.train.sha256
-        same_classes = described["steps"][0] == protocol.steps[0].tolist()
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"--base {base_run}: protocol.json is missing or damaged; give another run") from None
-    if not same_images or not same_classes:
+        described = read_protocol(base_run)
+    except UserError as error:
+        raise UserError(f"--base {base_run}: give another run, or leave --base out ({error})") from None
+    if described.dataset.train.sha256 != dataset.train.sha256 or described.steps[0] != protocol.steps[0].tolist():
         raise UserError(
             f"--base {base_run}: was trained on other images or base classes; give a run on the same --data"
         )
@@ -92,7 +89,7 @@ class BaseStep:
 def read(base_run: Path, device: torch.device) -> BaseStep:
     try:
         weights = files.load(base_run / "checkpoints/step_0.pt", device)
-        lines = [line for line in read_metrics(base_run) if line["step"] == 0]
+        lines = [line.model_dump(exclude_unset=True) for line in read_metrics(base_run) if line.step == 0]
     except UserError as error:
         raise UserError(f"--base {base_run}: give another run, or leave --base out ({error})") from None
     return BaseStep(str(base_run), weights, lines)

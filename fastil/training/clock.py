@@ -1,6 +1,5 @@
 """Where the time of a run went: timings.json, which no rerun reproduces."""
 
-import os
 import platform
 from collections import defaultdict
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastil import machine
 from fastil.device import device_name
 
 
@@ -55,5 +55,5 @@ def versions(device: torch.device) -> dict[str, Any]:
     """What ran, on what."""
     return {
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "machine": {"device": device_name(device), "cores": os.cpu_count(), "platform": platform.platform()},
+        "machine": {"device": device_name(device), "cores": machine.cores(), "platform": platform.platform()},
     }

@@ -6,6 +6,7 @@ that is overwritten in place is never compiled again; a batch of another size wo
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -44,6 +45,28 @@ def decide(wanted: Literal["auto", True, False], device: torch.device, run_flops
     if device.type == "cpu" and not has_cxx_compiler():
         return False, "no C++ compiler found: training runs uncompiled (apt-get install g++ makes it faster)"
     return True, None
+
+
+def compile_run(
+    wanted: Literal["auto", True, False],
+    device: torch.device,
+    compile_training: Callable[[], str | None],
+    training_flops: float,
+    compile_evaluation: Callable[[], str | None],
+    evaluation_flops: float,
+) -> list[str]:
+    """Compile training, and evaluation too where that is repaid. Each function returns why it failed, in one line, or
+    None; flops: of the whole run. Returns lines for the user."""
+    compiled, note = decide(wanted, device, training_flops)
+    if not compiled:
+        return [note] if note else []
+    began = time.perf_counter()
+    why_not = compile_training()
+    if why_not is not None:
+        return [why_not]
+    repaid = evaluation_flops >= REPAID_BY[device.type]
+    slower = compile_evaluation() if repaid else None
+    return [*([slower] if slower else []), f"compiled in {time.perf_counter() - began:.0f} s"]
 
 
 def compile_network(

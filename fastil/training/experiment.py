@@ -1,306 +1,241 @@
-"""One run: for each step train, select exemplars, evaluate, save."""
+"""One run: for each step open the classes, train, correct, select exemplars, evaluate, save."""
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fastil import files
-from fastil.data import Batch, Dataset, Split, load_dataset, make_loader
-from fastil.data.loaders.choose import check_resident, choose
-from fastil.data.loaders.streaming import Streaming
-from fastil.data.sources import image_size
-from fastil.device import device_name, multiplying_in, pick_device, precision_note
-from fastil.errors import UserError
-from fastil.evaluation import BATCH, StepResult, evaluate, forward, nearest_mean_scores
-from fastil.methods import Images, Memory, MetaAlpha, StepContext, build_method
-from fastil.models import Folded, Output, build_network
-from fastil.plan import Transform
+from fastil.data import load_dataset
+from fastil.device import multiplying_in, pick_device
+from fastil.evaluation import StepResult, evaluate, nearest_mean_scores
+from fastil.methods import Images, Memory, MetaAlpha, Method, StepContext, build_method
+from fastil.models import build_network
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.reporting import figures
-from fastil.training import base_step, compiling, run_directory, step_plan
+from fastil.run_files import Results
+from fastil.training import base_step, compiling, messages, run_directory, step_plan
 from fastil.training.clock import Clock, versions
+from fastil.training.frozen import FrozenNetwork
 from fastil.training.interrupt import Interrupt
 from fastil.training.phases import Phases
 from fastil.training.progress import Progress
 from fastil.training.rehearsal import Rehearsal
 from fastil.training.run_directory import Position, RunDirectory
-from fastil.training.trainer import EpochRecord, Stopped, Trainer
+from fastil.training.run_loaders import RunLoaders
+from fastil.training.step_plan import StepPlan
+from fastil.training.trainer import EpochRecord, Trainer
 
 Ids = NDArray[np.int64]
-LONG_ENOUGH = 5.0  # seconds of an epoch that says what the bottleneck is
-RESIZE = 256 / 224  # short side before the central crop, over the side of the crop
 
 
 class Experiment:
     """The state of a run. Its directory is made only when everything that can be wrong has been checked."""
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None) -> None:
-        self.resume = resume
-        self.directory = RunDirectory(out, resume)
-        self.interrupt = Interrupt()
-        self.progress = Progress()
+        self.resume, self.directory = resume, RunDirectory(out, resume)
+        self.interrupt, self.progress, self.clock = Interrupt(), Progress(), Clock()
         self.device = pick_device(recipe.train.device)
         self.recipe = recipe = recipe.settled(self.device, self.directory.precision())
-        self.dataset: Dataset = load_dataset(recipe.data)
+        self.dataset = load_dataset(recipe.data)
         for note in self.dataset.notes:
             self.progress.say(note)
-        num_classes = len(self.dataset.class_names)
-        self.protocol = build_protocol(recipe.protocol, num_classes)
-        self.class_steps = self.protocol.steps
-        train_counts = np.bincount(self.dataset.train.labels, minlength=num_classes)
-        self.steps = step_plan.effective_steps(recipe, self.protocol, train_counts, self.dataset.class_names)
+        names = self.dataset.class_names
+        self.protocol = build_protocol(recipe.protocol, len(names))
+        counts = np.bincount(self.dataset.train.labels, minlength=len(names))
+        self.steps = step_plan.effective_steps(recipe, self.protocol, counts, names)
         self.base: base_step.BaseStep | None = None
         if base_run is not None and not (resume and self.directory.last.exists()):  # else it is behind us
-            base_step.check(base_run, recipe, self.protocol, self.dataset, train_counts)
+            base_step.check(base_run, recipe, self.protocol, self.dataset, counts)
             self.base = base_step.read(base_run, self.device)
         self.base_step_of: str | None = None
-        augmented, plain = transforms(recipe, self.dataset)
-        total = len(self.protocol.order)
-        self.train_loader = make_loader(self.dataset.train, recipe.data.loader, augmented, self.device)
-        if recipe.data.memory == "resident":
-            exemplars = recipe.memory.total(train_counts[self.protocol.order])
-            check_resident(self.dataset.train, exemplars, self.train_loader.name, self.device)
-        # Training images as the frozen network sees them; a resident loader crops only what its plans ask for.
-        self.plain_loader = self.train_loader
-        if plain != augmented:
-            self.plain_loader = make_loader(self.dataset.train, recipe.data.loader, plain, self.device)
-        self.val_loader = make_loader(self.dataset.val, recipe.data.loader, plain, self.device)
+        order = self.protocol.order
+        self.loaders = RunLoaders(recipe, self.dataset, self.device, recipe.memory.total(counts[order]))
         maps = recipe.procedure.reads_maps
         student, teacher = (
-            build_network(recipe.model, total, recipe.train.seed, keeps_maps=maps).to(self.device) for _ in range(2)
+            build_network(recipe.model, len(order), recipe.train.seed, keeps_maps=maps).to(self.device)
+            for _ in range(2)
         )
         self.method = build_method(
-            recipe.method, recipe.loss, recipe.of_methods, width=student.width, num_classes=total, device=self.device
-        )
-        self.meta = None
+            recipe.method, recipe.loss, recipe.of_methods, width=student.width, num_classes=len(order),
+            device=self.device,
+        )  # fmt: skip
+        self.meta: MetaAlpha | None = None
         if recipe.loss.loss == "meta_balanced":
             self.meta = MetaAlpha(recipe.meta, self.method, recipe.train.batch_size)
-        self.phases = Phases(recipe, student, self.method, self.meta, self.train_loader, len(self.class_steps))
+        self.phases = Phases(recipe, student, self.method, self.meta, self.loaders.train, len(self.steps))
         self.trainer = Trainer(
-            recipe.train,
-            student,
-            teacher,
-            self.train_loader,
-            torch.from_numpy(self.protocol.positions(num_classes)).to(self.device),
-            save=self.save_in_training,
-            report=self.report_epoch,
-            tick=self.progress.tick,
-            stop=self.interrupt.requested,
-        )
-        self.frozen = Folded(student, torch.float32, BATCH)  # the student between two trainings
-        self.frozen.plain.keeps_maps = False
-        self.rehearsal = Rehearsal(
-            recipe, self.protocol, self.dataset, lambda ids: self.frozen_output(ids).features, self.progress.say
-        )
-        self.memory = self.rehearsal.memory
-        self.images = Images(self.frozen_output, lambda p: self.dataset.train.of_class(self.protocol.order[p]))
-        self.overlay: dict[str, torch.Tensor] = {}  # "ids" and "images" of exemplars whose pixels were learned
-        self.finetuning_ids = np.empty(0, dtype=np.int64)  # of the correction that is under way
+            recipe.train, student, teacher, self.loaders.train,
+            torch.from_numpy(self.protocol.positions(len(names))).to(self.device),
+            save=lambda *place: self.save(Position(self.step, *place)), report=self.report,
+            tick=self.progress.advance, stop=self.interrupt.requested,
+        )  # fmt: skip
+        self.frozen = FrozenNetwork(student, self.loaders)
+        self.rehearsal = Rehearsal(recipe, self.protocol, self.dataset, self.frozen, self.progress.say)
+        self.images = Images(self.frozen.of_training, lambda p: self.dataset.train.of_class(order[p]))
         self.results: list[StepResult] = []
         self.step = 0
-        self.clock = Clock()
 
-    def run(self) -> dict[str, Any]:
-        """Train what is left of the run; returns the content of results.json.
+    def run(self) -> Results:
+        """Train what is left of the run. Returns the content of results.json.
 
         Raises trainer.Stopped on SIGTERM or SIGINT, with a checkpoint written.
         """
         self.directory.create()
         with files.locked(self.directory.path), self.interrupt, multiplying_in("fp32", self.device):
-            position = self.restore(self.resume)
-            if position.step < len(self.class_steps):
-                self.announce()
+            position = self.restore()
+            if position.step < len(self.steps):
+                self.progress.say(
+                    messages.announcement(
+                        self.recipe, self.dataset, self.protocol, self.steps, self.loaders, self.directory.path
+                    )
+                )
                 self.compile()
-            for step in range(position.step, len(self.class_steps)):
-                self.run_step(step, position)
+            for plan in self.steps[position.step :]:
+                self.run_step(plan, position if position.step == plan.step else Position(plan.step))
                 self.directory.write_results(self.recipe, self.results)
                 self.write_timings()
-                weights = self.directory.path / f"checkpoints/step_{step}.pt"
+                weights = self.directory.path / f"checkpoints/step_{plan.step}.pt"
                 files.save(weights, self.trainer.student.state_dict())
-                self.save(Position(step + 1))  # last: only now is the step never done again
+                self.save(Position(plan.step + 1))  # last: only now is the step never done again
             results = self.directory.write_results(self.recipe, self.results)
             figures.draw_run(self.directory.path)
             return results
 
-    def close(self) -> None:
-        """Free what the loaders hold."""
-        for loader in (self.train_loader, self.plain_loader, self.val_loader):
-            loader.close()
-
-    def run_step(self, step: int, resumed: Position) -> None:
-        """One step, from its beginning, or from the resumed position if that lies inside it."""
-        self.step = step
-        position = resumed if resumed.step == step else Position(step)
-        num_old, num_seen = self.rehearsal.classes(step)
-        if position == Position(step):
-            self.trainer.begin_step()
-            generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, step))
-            self.method.open_classes(self.trainer.student, num_old, num_seen, generator, self.images)
-            if step == 0 and self.base is not None:
-                self.take_base(self.base)
-                position = Position(step, "memory")
+    def run_step(self, plan: StepPlan, position: Position) -> None:
+        """One step, from its beginning or from a position inside it."""
+        self.step = plan.step
+        if position == Position(plan.step):
+            position = self.open_classes(plan)
         if position.phase == "train":
-            self.train(step, num_old, num_seen, position)
-            position = Position(step, "memory")
-            if self.recipe.correction.epochs_of(step):
-                position = Position(step, "correct")
-                self.finetuning_ids = self.rehearsal.balanced_set(step)
-            self.save(position)
+            position = self.train(plan, position)
         if position.phase == "correct":
-            self.finetune(step, num_old, num_seen, position)
-            self.save(Position(step, "memory"))
+            self.finetune(plan, position)
         began = time.perf_counter()
-        ids, held_out = self.rehearsal.training_set(step)
-        self.begin(step, num_old, num_seen, ids, Position(step, "memory"))
-        if step > 0:
-            positions = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
-            self.method.after_training(self.trainer.student, self.images, held_out, positions)
-        self.directory.write_exemplars(step, self.rehearsal.update(step))
-        self.after_memory(step, ids)
+        self.select_exemplars(plan)
         selected = time.perf_counter()
-        result = self.evaluate_step(step, num_old, num_seen)
-        self.clock.set(step, memory=selected - began, evaluate=time.perf_counter() - selected)
-        self.results.append(result)
-        split = "" if result.top1_old is None else f", old {result.top1_old:.2f}, new {result.top1_new:.2f}"
-        self.progress.say(
-            f"step {step}: {num_seen} classes, top-1 {result.top1:.2f}{split}  ({self.clock.trained(step):.0f} s)"
-        )
+        self.results.append(self.evaluate(plan))
+        self.clock.set(plan.step, memory=selected - began, evaluate=time.perf_counter() - selected)
+        self.progress.say(messages.of_step(self.results[-1], self.clock.trained(plan.step)))
 
-    def train(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
-        ids, held_out = self.rehearsal.training_set(step)
-        self.begin(step, num_old, num_seen, ids, position)
-        probabilities = self.recipe.sampler.probabilities(self.rehearsal.positions_of(ids), num_old)
-        phase = self.phases.training(step, ids, probabilities, held_out)
-        self.keep_memory()
+    def open_classes(self, plan: StepPlan) -> Position:
+        """Freeze the teacher and initialise the head's rows of the new classes; a base step may be another run's."""
+        self.trainer.begin_step()
+        generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, plan.step))
+        student = self.trainer.student
+        self.method.open_classes(student, plan.classes_old, plan.classes_seen, generator, self.images)
+        if self.base is None or plan.step > 0:
+            return Position(plan.step)
+        student.load_state_dict(self.base.weights)
+        for line in self.base.metrics:
+            self.directory.append_metrics(line)
+        self.base_step_of = self.base.source
+        self.progress.say(f"base step taken from {self.base.source}")
+        return Position(plan.step, "memory")
+
+    def train(self, plan: StepPlan, position: Position) -> Position:
+        """Train on the new classes and the exemplars. Returns where the step goes on."""
+        ids, held_out = self.rehearsal.training_set(plan.step)
+        self.begin(plan, ids, fresh=position.epoch == position.batch == 0)
+        probabilities = self.recipe.sampler.probabilities(self.rehearsal.positions_of(ids), plan.classes_old)
+        phase = self.phases.training(plan.step, ids, probabilities, held_out)
+        self.loaders.keep(self.rehearsal.memory.ids())
         done = position.epoch * len(ids) + position.batch * self.recipe.train.batch_size
-        self.progress.begin(f"step {step}", self.steps[step].visits, done)
+        self.progress.begin(f"step {plan.step}", plan.visits, done)
         self.trainer.fit(phase, position.epoch, position.batch)
         self.progress.end()
+        position = Position(plan.step, "memory")
+        if self.recipe.correction.epochs_of(plan.step):
+            self.rehearsal.choose_balanced(plan.step)
+            position = Position(plan.step, "correct")
+        self.save(position)
+        return position
 
-    def after_memory(self, step: int, trained: Ids) -> None:
-        """What a method does with the exemplars, now that those of the new classes are among them."""
-        ids = self.memory.ids()
-
-        def training(epoch: int) -> Iterator[Batch]:
-            plan = self.phases.training_epoch(step, trained, None, epoch)
-            for batch in self.train_loader.batches(plan):
-                if self.interrupt.requested():  # the checkpoint before the memory phase stands; this begins anew
-                    raise Stopped
-                self.progress.tick(len(batch.ids))
-                yield batch._replace(labels=self.trainer.table[batch.labels])
-
-        visits = self.steps[step].memory_visits
-        if visits:
-            self.progress.begin(f"step {step}, exemplars", visits, 0)
-        context = Memory(ids, self.rehearsal.positions_of(ids), self.images, self.plain_loader, training)
-        changed = self.method.after_memory(self.trainer.student, context)
-        self.progress.end()
-        if changed:
-            self.overlay = changed
-            self.show_overlay()
-
-    def keep_memory(self) -> None:
-        """The exemplars stay where they are trained on, if that was asked for."""
-        if self.recipe.data.memory == "resident":
-            self.train_loader.keep(self.memory.ids())
-
-    def show_overlay(self) -> None:
-        for loader in {id(loader): loader for loader in (self.train_loader, self.plain_loader)}.values():
-            loader.overlay(**self.overlay)
-
-    def frozen_output(self, ids: Ids, mirrored: bool = False) -> Output:
-        return forward(self.frozen, self.plain_loader, ids, mirrored=mirrored)
-
-    def finetune(self, step: int, num_old: int, num_seen: int, position: Position) -> None:
+    def finetune(self, plan: StepPlan, position: Position) -> None:
         """Balanced finetuning on the exemplars of every class seen, herded for it."""
-        ids = self.finetuning_ids
-        self.begin(step, num_old, num_seen, ids, position)
-        self.keep_memory()
-        self.trainer.fit(self.phases.finetuning(step, ids), position.epoch, position.batch)
+        ids = self.rehearsal.balanced
+        self.begin(plan, ids, fresh=position.epoch == position.batch == 0)
+        self.loaders.keep(self.rehearsal.memory.ids())
+        self.trainer.fit(self.phases.finetuning(plan.step, ids), position.epoch, position.batch)
+        self.save(Position(plan.step, "memory"))
 
-    def begin(self, step: int, num_old: int, num_seen: int, ids: Ids, position: Position) -> None:
-        """Set the method to what is trained on now; alpha starts anew or goes on from the checkpoint."""
+    def begin(self, plan: StepPlan, ids: Ids, *, fresh: bool) -> None:
+        """Set the method to what is trained on now. fresh: Meta's alpha starts again; otherwise it goes on."""
         counts = np.bincount(self.rehearsal.positions_of(ids), minlength=self.trainer.student.width)
-        self.method.begin_step(StepContext(step, num_old, num_seen, counts))
+        self.method.begin_step(StepContext(plan.step, plan.classes_old, plan.classes_seen, counts))
         if self.meta is not None:
-            if position.phase != "memory" and position.epoch == position.batch == 0:
-                self.meta.begin_step()
-            else:
-                self.meta.refresh()
+            self.meta.begin_step() if fresh else self.meta.refresh()
 
-    def take_base(self, taken: base_step.BaseStep) -> None:
-        """The base step of another run, where this one would train the same."""
-        self.trainer.student.load_state_dict(taken.weights)
-        for line in taken.metrics:
-            self.directory.append_metrics(line)
-        self.base_step_of = taken.source
-        self.progress.say(f"base step taken from {taken.source}")
+    def select_exemplars(self, plan: StepPlan) -> None:
+        """Let the method correct what it has trained, select the exemplars, and let the method work on them."""
+        ids, held_out = self.rehearsal.training_set(plan.step)
+        self.begin(plan, ids, fresh=False)
+        student = self.trainer.student
+        if plan.step > 0:
+            positions = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
+            self.method.after_training(student, self.images, held_out, positions)
+        self.directory.write_exemplars(plan.step, self.rehearsal.update(plan.step))
+        if plan.memory_visits:
+            self.progress.begin(f"step {plan.step}, exemplars", plan.memory_visits, 0)
+        kept = self.rehearsal.memory.ids()
+        memory = Memory(
+            kept, self.rehearsal.positions_of(kept), self.images, self.loaders.plain,
+            lambda epoch: self.trainer.batches(self.phases.training_epoch(plan.step, ids, None, epoch)),
+        )  # fmt: skip
+        self.loaders.overlay(self.method.after_memory(student, memory))
+        self.progress.end()
 
-    def evaluate_step(self, step: int, num_old: int, num_seen: int) -> StepResult:
+    def evaluate(self, plan: StepPlan) -> StepResult:
+        """Top-1 over the test images of every class seen, by the recipe's predictor."""
         positions = self.rehearsal.positions[self.dataset.val.labels]
-        ids = np.flatnonzero((positions >= 0) & (positions < num_seen))
-        out = forward(self.frozen, self.val_loader, ids)
+        ids = np.flatnonzero((positions >= 0) & (positions < plan.classes_seen))
+        out = self.frozen.of_test(ids)
         nme = self.recipe.evaluation.predictor == "nme"
-        scores = self.nearest_mean_scores(out.features) if nme else self.method.predict(out.logits)
-        true = torch.from_numpy(positions[ids]).to(self.device)
-        num_base = len(self.class_steps[0])
+        if nme:
+            kept, mirrored = self.rehearsal.memory.ids(), self.recipe.evaluation.nme_mirrored
+            means = self.frozen.class_means(kept, self.rehearsal.positions_of(kept), mirrored)
+            scores = nearest_mean_scores(out.features, means)
+            self.directory.write_predictor(plan.step, {"means": means})
+        else:
+            scores = self.method.predict(out.logits)
+            if type(self.method).predict is not Method.predict:
+                self.directory.write_predictor(plan.step, {"method": self.method.state_dict()})
         result, confusion, predicted = evaluate(
-            scores, true, step=step, num_base=num_base, num_old=num_old, num_seen=num_seen
-        )
-        self.directory.write_confusion(step, confusion)
-        self.directory.write_predictions(step, positions[ids], predicted)
+            scores, torch.from_numpy(positions[ids]).to(self.device), step=plan.step,
+            num_base=self.steps[0].classes_seen, num_old=plan.classes_old, num_seen=plan.classes_seen,
+        )  # fmt: skip
+        self.directory.write_confusion(plan.step, confusion)
+        self.directory.write_predictions(plan.step, positions[ids], predicted)
         return dataclasses.replace(result, nme_top1=result.top1) if nme else result
 
-    @property
-    def mirrors(self) -> bool:
-        """Whether class means take in mirror images: only where training has seen some."""
-        return self.train_loader.transform.flip and self.recipe.evaluation.nme_mirrored
-
-    def nearest_mean_scores(self, features: torch.Tensor) -> torch.Tensor:
-        ids = self.memory.ids()
-        exemplars = self.frozen_output(ids).features
-        mirrored = self.frozen_output(ids, mirrored=True).features if self.mirrors else exemplars
-        positions = torch.from_numpy(self.rehearsal.positions_of(ids)).to(self.device)
-        return nearest_mean_scores(features, exemplars, mirrored, positions)
-
-    def restore(self, resuming: bool) -> Position:
+    def restore(self) -> Position:
         """Claim the directory and take up its last checkpoint, if there is one."""
-        protocol = run_directory.describe(self.dataset, self.protocol, self.steps)
+        transform = self.loaders.test.transform
+        size = transform.height, transform.width
+        protocol = run_directory.describe(self.dataset, self.protocol, self.steps, size)
         state = self.directory.claim(self.recipe, protocol, self.device)
         if state is None:
-            if resuming:
-                self.progress.say(f"{self.directory.path}: no checkpoint to resume from, starting anew")
+            if self.resume:
+                self.progress.say(f"{self.directory.path}: no checkpoint to resume from, starting from the beginning")
             return Position()
         position = Position(*state["position"])
-        self.trainer.load_state_dict(state["trainer"], self.phases.all(position.step))
+        self.trainer.load_state_dict(state["trainer"])
         if self.meta is not None:
             self.meta.load_state_dict(state["meta"])
         self.method.load_state_dict(state["method"])
+        self.loaders.overlay(state["overlay"])
+        self.rehearsal.load_state_dict(state)
         self.base_step_of = state["base_step_of"]
-        self.overlay = state["overlay"]
-        if self.overlay:
-            self.show_overlay()
-        self.finetuning_ids = np.array(state["finetuning"], dtype=np.int64)
-        self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in state["memory"].items()}
         self.results = [StepResult(**result) for result in state["results"]]
         self.clock.load_state_dict(state["seconds"])
-        if position.step == len(self.class_steps):
-            self.progress.say(f"{self.directory.path}: finished already")
-            return position
-        before, now = state.get("loader", self.train_loader.name), self.train_loader.name
-        if before != now:  # by loader=auto, on another machine
-            self.progress.say(f"read by loader={before} so far and by {now} from here on: pixels differ a little")
-        self.progress.say(
-            f"{self.directory.path}: going on at step {position.step}, phase {position.phase}, "
-            f"epoch {position.epoch + 1}, batch {position.batch + 1}"
-        )
+        where = "finished already"
+        if position.step < len(self.steps):
+            where = messages.of_resume(position, state.get("loader", self.loaders.train.name), self.loaders.train.name)
+        self.progress.say(f"{self.directory.path}: {where}")
         return position
 
     def save(self, position: Position) -> None:
@@ -310,106 +245,40 @@ class Experiment:
                 "trainer": self.trainer.state_dict(),
                 "meta": {} if self.meta is None else self.meta.state_dict(),
                 "method": self.method.state_dict(),
-                "overlay": self.overlay,
+                "overlay": self.loaders.pixels,
+                **self.rehearsal.state_dict(),
                 "base_step_of": self.base_step_of,
-                "finetuning": self.finetuning_ids.tolist(),
-                "loader": self.train_loader.name,
-                "memory": {class_id: ids.tolist() for class_id, ids in self.memory.exemplars.items()},
+                "loader": self.loaders.train.name,
                 "results": [dataclasses.asdict(result) for result in self.results],
                 "seconds": self.clock.state_dict(),
             }
         )
 
-    def save_in_training(self, phase: str, epoch: int, batch: int) -> None:
-        self.save(Position(self.step, phase, epoch, batch))
-
-    def report_epoch(self, record: EpochRecord) -> None:
+    def report(self, record: EpochRecord) -> None:
+        """Write and show an epoch."""
         line = dataclasses.asdict(record)
         self.clock.epoch(record.step, record.phase, record.images, line.pop("seconds"), line.pop("data_seconds"))
-        line |= line.pop("observed")
-        self.directory.append_metrics(line)
-        shown = "".join(f"  {name} {value:.3g}" for name, value in record.observed.items() if isinstance(value, float))
-        self.progress.epoch(
-            f"{'' if record.phase == 'train' else 'finetuning, '}epoch {record.epoch}/{record.epochs}  "
-            f"lr {record.lr:.3g}  loss {record.loss:.4f}  train top-1 {record.train_top1:.2f}{shown}  "
-            f"{record.images / record.seconds:,.0f} img/s{waiting(record, isinstance(self.train_loader, Streaming))}",
-            last=record.epoch == record.epochs,
-        )
-
-    def write_timings(self) -> None:
-        run = {
-            "base_step_of": self.base_step_of,
-            "compiled": self.trainer.fast_student is not self.trainer.student,
-        }
-        files.write_json(self.directory.path / "timings.json", self.clock.summary() | run | versions(self.device))
-
-    def announce(self) -> None:
-        """The effective protocol, so that no one has to guess what was trained."""
-        recipe, names = self.recipe, self.dataset.class_names
-        slow = precision_note(recipe.precision, self.device)
-        lines = [
-            f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
-            f"seed {recipe.train.seed}, on {device_name(self.device)}, {recipe.precision}",
-            f"{self.dataset.name}, class list {self.protocol.class_hash(names)}, into {self.directory.path}",
-            f"loader {self.train_loader.name}: "
-            + (choose(self.dataset.train, self.device)[1] if recipe.data.loader == "auto" else "as asked for")
-            + ("; exemplars stay decoded" if recipe.data.memory == "resident" else ""),
-            *([] if slow is None else [slow]),
-            step_plan.as_table(self.steps),
-        ]
-        self.progress.say("\n".join(lines))
+        self.directory.append_metrics(line | line.pop("observed"))
+        self.progress.epoch(messages.of_epoch(record, self.loaders.streams), last=record.epoch == record.epochs)
 
     def compile(self) -> None:
-        student, config, size = self.trainer.student, self.recipe.train, self.train_loader.transform
-        flops = compiling.flops_per_image(student, size.height, size.width)
-        wanted, note = compiling.decide(config.compile, self.device, step_plan.run_flops(self.steps, flops))
-        if wanted:
-            began = time.perf_counter()
-            note = self.trainer.compile()
-            if note is None and flops * self.frozen_visits() >= compiling.REPAID_BY[self.device.type]:
-                example = torch.zeros(BATCH, 3, size.height, size.width, device=self.device)
-                example = example.to(memory_format=torch.channels_last)
-                self.frozen.fast, slower = compiling.compile_network(
-                    self.frozen.plain, example, train=False, use="evaluation"
-                )
-                if slower:
-                    self.progress.say(slower)
-            note = note or f"compiled in {time.perf_counter() - began:.0f} s"
-        if note:
+        """Compile training and evaluation, each where the run repays it."""
+        transform, of_test = self.loaders.train.transform, np.bincount(self.dataset.val.labels)
+        flops = compiling.flops_per_image(self.trainer.student, transform.height, transform.width)
+        frozen = flops * step_plan.frozen_visits(self.steps, of_test[self.protocol.order])
+        notes = compiling.compile_run(
+            self.recipe.train.compile, self.device, self.trainer.compile, step_plan.run_flops(self.steps, flops),
+            self.frozen.compile, frozen,
+        )  # fmt: skip
+        for note in notes:
             self.progress.say(note)
 
-    def frozen_visits(self) -> int:
-        """Images that the run passes through the frozen network: to select exemplars and to evaluate."""
-        per_class = np.bincount(self.dataset.val.labels)[self.protocol.order].cumsum()
-        return sum(plan.new_images + int(per_class[plan.classes_seen - 1]) for plan in self.steps)
+    def write_timings(self) -> None:
+        run = {"base_step_of": self.base_step_of, "compiled": self.trainer.compiled}
+        files.write_json(self.directory.path / "timings.json", self.clock.summary() | run | versions(self.device))
 
-
-def transforms(recipe: Recipe, dataset: Dataset) -> tuple[Transform, Transform]:
-    """The transforms of training images and of all others.
-
-    Images that are streamed are trained on in random resized crops and seen otherwise by their centre, as ImageNet's
-    (resize to 256, crop 224, and so in proportion for another size).
-    """
-    config = recipe.data
-    height, width = image_size(config, dataset)
-    plain = Transform(height, width, config.pad, config.flip, tuple(config.mean), tuple(config.std))
-    if isinstance(dataset.train, Split):
-        return plain, plain
-    if config.pad:
-        raise UserError(f"pad={config.pad}: images that are streamed are trained on in random resized crops; set pad=0")
-    resize = round(height * RESIZE)
-    return dataclasses.replace(plain, pad=0, resized=True), dataclasses.replace(plain, pad=0, resize=resize)
-
-
-def waiting(record: EpochRecord, streamed: bool) -> str:
-    """For an epoch's line: how long the loop has waited for data that is streamed. The loader works ahead, so but for
-    the first batch, which is much of a short epoch, the loop waits only if it is the faster of the two."""
-    if not streamed:
-        return ""
-    waited = f", {record.data_seconds:.1f} s waiting for data"
-    if record.seconds < LONG_ENOUGH:
-        return waited
-    return f"{waited}: the {'loader' if record.data_seconds > record.seconds / 5 else 'network'} is the bottleneck"
+    def close(self) -> None:
+        self.loaders.close()
 
 
 def init_seed(seed: int, step: int) -> int:

@@ -1,19 +1,22 @@
 """SIGTERM, SIGINT and SIGHUP as a flag that the training loop reads between batches."""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
 
 class Interrupt:
-    """While entered, the first signal only sets `number`; a second one acts as it would have without this."""
+    """While entered, the first signal only sets `number`; a second one acts as it would have without this. In a thread
+    other than the main one Python handles no signals, and nothing changes."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if main else ():
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: outlive the terminal
                 self.previous[number] = signal.signal(number, self._note)
         return self

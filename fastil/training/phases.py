@@ -47,8 +47,7 @@ class Phases:
             plan=partial(self.training_epoch, step, ids, probabilities),
             epochs=epochs,
             schedule=lambda epoch: config.learning_rate(epoch, epochs),
-            backward=self.method.backward,
-            weights=self.method.weights,
+            method=self.method,
             teacher=step > 0,
             observed=partial(self.observed, step),
             **extra,
@@ -81,15 +80,6 @@ class Phases:
             plan=lambda epoch: self.plan(ids, Key(config.seed, step, "correct", epoch)),
             epochs=correction.finetune_epochs,
             schedule=correction.learning_rate,
-            backward=self.method.backward,
-            weights=self.method.weights,
+            method=self.method,
             bn_mode=correction.finetune_bn,
         )
-
-    def all(self, step: int) -> list[Phase]:
-        """Of a step, without images: what a checkpoint needs to find its momentum."""
-        nothing = np.empty(0, dtype=np.int64)
-        phases = [self.training(step, nothing, None, nothing)]
-        if self.recipe.correction.correction != "none":
-            phases.append(self.finetuning(step, nothing))
-        return phases

@@ -1,17 +1,18 @@
 """Which images a step trains on, holds out and keeps: new classes, exemplars of old ones, and how these are chosen."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastil import memory
 from fastil.data import Dataset
 from fastil.plan import Key
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe
+from fastil.training.frozen import FrozenNetwork
 
 Ids = NDArray[np.int64]
 NAMED = 5  # classes in a message
@@ -20,7 +21,7 @@ NAMED = 5  # classes in a message
 class Rehearsal:
     """The rehearsal memory of a run and the sets of images that are made with it.
 
-    features(ids): float [n, d], of the network as it is now, for herding. say: prints what the user should know.
+    network: its features are herded. say: prints what the user should know.
     """
 
     def __init__(
@@ -28,13 +29,14 @@ class Rehearsal:
         recipe: Recipe,
         protocol: Protocol,
         dataset: Dataset,
-        features: Callable[[Ids], Tensor],
+        network: FrozenNetwork,
         say: Callable[[str], None],
     ) -> None:
-        self.recipe, self.protocol, self.dataset, self.features, self.say = recipe, protocol, dataset, features, say
+        self.recipe, self.protocol, self.dataset, self.network, self.say = recipe, protocol, dataset, network, say
         self.steps = protocol.steps
         self.positions = protocol.positions(len(dataset.class_names))
         self.memory = memory.RehearsalMemory()
+        self.balanced = np.empty(0, dtype=np.int64)  # what is finetuned on, while that is under way
 
     def positions_of(self, ids: Ids) -> Ids:
         """Incremental positions of the classes of training images."""
@@ -66,13 +68,14 @@ class Rehearsal:
         drawn = [memory.select_at_random(self.dataset.train.of_class(c), per_class, key) for c in classes]
         return np.concatenate(drawn)
 
-    def balanced_set(self, step: int) -> Ids:
-        """As many exemplars of every class seen, none of them held out: the quota, or what the smallest class has."""
+    def choose_balanced(self, step: int) -> None:
+        """Set `balanced`: as many exemplars of every class seen, none of them held out: the quota, or what the smallest
+        class has."""
         held_out = self.training_set(step)[1]
         exemplars = [*self.memory.exemplars.values(), *self.choose(step).values()]
         exemplars = [ids[~np.isin(ids, held_out)] for ids in exemplars]
         size = min(self.quota(self.classes(step)[1]), *map(len, exemplars))
-        return np.concatenate([ids[:size] for ids in exemplars])
+        self.balanced = np.concatenate([ids[:size] for ids in exemplars])
 
     def choose(self, step: int) -> dict[int, Ids]:
         """The exemplars of each new class, best first, in one pass over its images."""
@@ -83,7 +86,7 @@ class Rehearsal:
             reserved = self.reserved(classes, num_old or num_seen)
             ids = [i[~np.isin(i, reserved)] for i in ids]
         if self.recipe.memory.exemplar_selection == "herding":
-            features = torch.split(self.features(np.concatenate(ids)), [len(i) for i in ids])
+            features = torch.split(self.network.of_training(np.concatenate(ids)).features, [len(i) for i in ids])
             chosen = [i[rank] for i, rank in zip(ids, memory.herd_classes(features, quota), strict=True)]
         else:
             key = Key(self.recipe.train.seed, step, "memory")
@@ -110,3 +113,13 @@ class Rehearsal:
         """Exemplars of a class that are trained on, once num_seen classes share the memory."""
         quota = self.recipe.memory.quota(num_seen)
         return quota - self.recipe.held_out(quota) if self.recipe.reserves else quota
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "memory": {class_id: ids.tolist() for class_id, ids in self.memory.exemplars.items()},
+            "finetuning": self.balanced.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in state["memory"].items()}
+        self.balanced = np.array(state["finetuning"], dtype=np.int64)

@@ -24,6 +24,7 @@ from fastil.evaluation import StepResult
 from fastil.fidelity import labelled
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
+from fastil.run_files import DescribedDataset, DescribedSplit, ProtocolFile, Results, read_protocol
 from fastil.training.step_plan import StepPlan
 
 FORMAT = 2  # of the checkpoint
@@ -65,12 +66,12 @@ class RunDirectory:
         path = self.path / "recipe.yaml"
         return read_effective(path).precision if path.exists() else None
 
-    def claim(self, recipe: Recipe, protocol: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+    def claim(self, recipe: Recipe, protocol: ProtocolFile, device: torch.device) -> dict[str, Any] | None:
         """Write recipe.yaml and protocol.json and return the last checkpoint, if there is one.
 
         A directory of another recipe, or of other images, is an error and stays as it was.
         """
-        recipe_path, protocol_path = self.path / "recipe.yaml", self.path / "protocol.json"
+        recipe_path = self.path / "recipe.yaml"
         if recipe_path.exists():
             old, new = read_effective(recipe_path).identity(), recipe.identity()
             changed = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
@@ -81,7 +82,7 @@ class RunDirectory:
                 )
         elif self.last.exists():
             raise UserError(f"{recipe_path}: missing, so the run cannot be told; choose another --out")
-        if self.last.exists() and _images_of(protocol_path) != _images_in(protocol):
+        if self.last.exists() and _images_in(read_protocol(self.path)) != _images_in(protocol):
             raise UserError(f"{self.path}: was run on other images than those of --data; give the same ones")
         state = files.load(self.last, device) if self.last.exists() else None
         if state is not None and state.get("format") != FORMAT:
@@ -92,7 +93,7 @@ class RunDirectory:
         if length and (not self.metrics.exists() or self.metrics.stat().st_size < length):
             raise UserError(f"{self.metrics}: shorter than the checkpoint says; choose another --out")
         files.write_text(recipe_path, labelled(recipe, protocol).dump())
-        files.write_json(protocol_path, protocol)
+        files.write_json(self.path / "protocol.json", protocol.model_dump(exclude_unset=True))
         with files.written(self.metrics), open(self.metrics, "ab") as file:
             file.truncate(length)
         return state
@@ -111,6 +112,10 @@ class RunDirectory:
         content = {str(class_id): ids.tolist() for class_id, ids in exemplars.items()}
         files.write_json(self.path / f"memory/step_{step}.json", content)
 
+    def write_predictor(self, step: int, state: dict[str, Any]) -> None:
+        """What the predictor of a step has beside the network: class means, or the state of the method's correction."""
+        files.save(self.path / f"checkpoints/predictor_{step}.pt", state)
+
     def write_confusion(self, step: int, matrix: NDArray[np.int64]) -> None:
         files.write_atomically(self.path / f"confusion/step_{step}.npy", lambda file: np.save(file, matrix))
 
@@ -120,48 +125,43 @@ class RunDirectory:
         content = np.stack((true, predicted), axis=1).astype(np.int16)
         files.write_atomically(self.path / f"predictions/step_{step}.npy", lambda file: np.save(file, content))
 
-    def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> dict[str, Any]:
+    def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> Results:
         """results.json: only what is reproducible."""
         accuracies = [result.top1 for result in steps]
-        results = {
-            "recipe": recipe.name,
-            "method": recipe.method.method,
-            "loss": recipe.loss.loss,
-            "seed": recipe.train.seed,
-            "steps": [dataclasses.asdict(result) for result in steps],
-            "average_incremental_accuracy": sum(accuracies) / len(accuracies),
-            "final_top1": accuracies[-1],
-        }
-        files.write_json(self.path / "results.json", results)
+        results = Results(
+            recipe=recipe.name,
+            method=recipe.method.method,
+            loss=recipe.loss.loss,
+            seed=recipe.train.seed,
+            steps=list(steps),
+            average_incremental_accuracy=sum(accuracies) / len(accuracies),
+            final_top1=accuracies[-1],
+        )
+        files.write_json(self.path / "results.json", results.model_dump())
         return results
 
 
-def _images_in(protocol: dict[str, Any]) -> list[Any]:
+def _images_in(protocol: ProtocolFile) -> tuple[Any, ...]:
     """What must not change between a run and its resume: the images in their order, and the classes."""
-    splits = [[protocol["dataset"][split][key] for key in ("sha256", "images")] for split in ("train", "val")]
-    return [*splits, protocol["class_order"], protocol["class_names"]]
+    splits = [(split.sha256, split.images) for split in (protocol.dataset.train, protocol.dataset.val)]
+    return splits, protocol.class_order, protocol.class_names
 
 
-def _images_of(path: Path) -> list[Any]:
-    try:
-        return _images_in(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: missing or damaged, so the run cannot be told; choose another --out") from None
+def describe(dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan], size: tuple[int, int]) -> ProtocolFile:
+    """The content of protocol.json. size: height and width of what the network is shown."""
 
-
-def describe(dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan]) -> dict[str, Any]:
-    """The content of protocol.json."""
-
-    def described(split: Split | Beton) -> dict[str, Any]:
+    def described(split: Split | Beton) -> DescribedSplit:
         identity = None if split.identity is None else split.identity.text
-        content = {"sha256": split.sha256, "images": len(split.labels), "identity": identity}
-        return content | ({"bytes": int(split.lengths.sum())} if isinstance(split, Beton) else {})
+        streamed = {"bytes": int(split.lengths.sum())} if isinstance(split, Beton) else {}
+        return DescribedSplit(sha256=split.sha256, images=len(split.labels), identity=identity, **streamed)
 
-    return {
-        "class_order": protocol.order.tolist(),
-        "class_names": dataset.class_names,
-        "class_list_hash": protocol.class_hash(dataset.class_names),
-        "steps": [classes.tolist() for classes in protocol.steps],
-        "dataset": {"name": dataset.name, "train": described(dataset.train), "val": described(dataset.val)},
-        "effective": [dataclasses.asdict(plan) for plan in steps],
-    }
+    return ProtocolFile(
+        class_order=protocol.order.tolist(),
+        class_names=dataset.class_names,
+        class_list_hash=protocol.class_hash(dataset.class_names),
+        steps=[classes.tolist() for classes in protocol.steps],
+        dataset=DescribedDataset(
+            name=dataset.name, size=size, train=described(dataset.train), val=described(dataset.val)
+        ),
+        effective=[dataclasses.asdict(plan) for plan in steps],
+    )

@@ -32,6 +32,11 @@ class StepPlan:
     first_lr: float
     last_lr: float
 
+    @property
+    def classes_old(self) -> int:
+        """Classes of earlier steps."""
+        return self.classes_seen - self.new_classes
+
 
 def effective_steps(
     recipe: Recipe, protocol: Protocol, train_counts: NDArray[np.int64], names: Sequence[str] | None = None
@@ -95,13 +100,20 @@ def effective_steps(
     return plans
 
 
-def run_flops(steps: list[StepPlan], forward: int) -> float:
+def run_flops(steps: Sequence[StepPlan], forward: int) -> float:
     """Floating-point operations of training: three forwards' worth per visit, four with a teacher."""
     visits = ((plan.visits + plan.finetune_visits + plan.memory_visits, 4 if plan.step else 3) for plan in steps)
     return float(sum(count * forward * cost for count, cost in visits))
 
 
-def as_table(steps: list[StepPlan]) -> str:
+def frozen_visits(steps: Sequence[StepPlan], test_counts: NDArray[np.int64]) -> int:
+    """Images that a run passes through the frozen network: to select exemplars and to evaluate. test_counts: test
+    images of each class, in incremental order."""
+    seen = test_counts.cumsum()
+    return sum(plan.new_images + int(seen[plan.classes_seen - 1]) for plan in steps)
+
+
+def as_table(steps: Sequence[StepPlan]) -> str:
     """The steps for a terminal."""
     header = ("step", "classes", "new images", "exemplars", "epochs", "lr", "iterations", "image visits")
     rows = [

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastil.data import Batch, Loader
 from fastil.device import Precision, autocast, fastest_precision, multiplying_in, pixel_dtype
 from fastil.errors import UserError
-from fastil.methods import Meter
+from fastil.methods import Meter, Method
 from fastil.methods.meta import UpdateContext
 from fastil.models import Folded, Network, Output
 from fastil.optimiser import TrainConfig, Update
@@ -41,9 +41,7 @@ class Phase:
     plan: Callable[[int], EpochPlan]  # of an epoch
     epochs: int
     schedule: Callable[[int], float]  # learning rate of an epoch
-    # (batch, student, teacher, meter): gradients into the parameters, the terms of the loss into the meter
-    backward: Callable[[Batch, Output, Output | None, Meter], None]
-    weights: tuple[float, float, float]  # in the loss shown: of cross-entropy, distillation, margin ranking
+    method: Method  # its loss
     trainable: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # masks of parameters that move in part
     clamp: float | None = None  # of each element of a gradient
     weight_decay: float | None = None  # default: the run's
@@ -111,6 +109,7 @@ class Trainer:
         self.meter = Meter(rows, torch.zeros((), device=self.device))
         self.images = 0  # counted in the meter
         self.updates: dict[str, Update] = {}
+        self.momentum: dict[str, list[Tensor]] = {}  # of phases in a checkpoint, until they go on
         self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
 
     def compile(self) -> str | None:
@@ -126,6 +125,10 @@ class Trainer:
         if why_not is None:
             self.fast_student, self.folded_teacher.fast = student, teacher
         return why_not
+
+    @property
+    def compiled(self) -> bool:
+        return self.fast_student is not self.student
 
     def autocast(self) -> torch.autocast:
         return autocast(self.precision, self.device)
@@ -168,7 +171,7 @@ class Trainer:
             first_batch = 0
             sums = torch.cat((self.meter.rows.sum(0), self.meter.further[None]))
             ce, kd, hits, ranking, further = sums.tolist()  # the epoch's one wait for the device
-            loss = further + sum(w * term for w, term in zip(phase.weights, (ce, kd, ranking), strict=True))
+            loss = further + sum(w * term for w, term in zip(phase.method.weights, (ce, kd, ranking), strict=True))
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; "
@@ -194,6 +197,15 @@ class Trainer:
                 self.save(phase.name, epoch + 1, 0)
                 saved = time.monotonic()
 
+    def batches(self, plan: EpochPlan) -> Iterator[Batch]:
+        """Training batches for other uses than `fit`; labels are incremental positions. Raises Stopped after a signal,
+        without a checkpoint: the last one stands, and what was begun is done again."""
+        for batch in self.loader.batches(plan):
+            if self.stop():
+                raise Stopped
+            self.tick(len(batch.ids))
+            yield batch._replace(labels=self.table[batch.labels])
+
     def held_out(self, phase: Phase, first: int, last: int) -> Iterator[Batch]:
         """A batch of held-out images for each occasion of `before_update` among the updates first to last."""
         hook = phase.before_update
@@ -214,7 +226,7 @@ class Trainer:
             phase.before_update.run(context)
         with self.autocast():
             out = student(batch.images)
-        phase.backward(batch, out, teacher_out, self.meter)
+        phase.method.backward(batch, out, teacher_out, self.meter)
         update.apply()
         self.student.zero_grad()
 
@@ -226,6 +238,11 @@ class Trainer:
         if known is None or list(map(id, known.parameters)) != list(map(id, phase.parameters)):
             known = Update(phase.parameters, self.lr, self.config.momentum, decay, phase.trainable, phase.clamp)
             self.updates[phase.name] = known
+            saved = self.momentum.pop(phase.name, [])
+            # Otherwise it belongs to an earlier step that trained other parameters, and this one begins without.
+            if [value.shape for value in saved] == [buffer.shape for buffer in known.buffers]:
+                for buffer, value in zip(known.buffers, saved, strict=True):
+                    buffer.copy_(value)
         known.set_weight_decay(decay)
         return known
 
@@ -245,23 +262,17 @@ class Trainer:
             "teacher": self.teacher.state_dict(),
             "meter": list(self.meter),
             "clock": [self.images, self.seconds, self.waited],
-            "momentum": {name: update.buffers for name, update in self.updates.items()},
+            "momentum": self.momentum | {name: update.buffers for name, update in self.updates.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any], phases: list[Phase]) -> None:
-        """phases: those whose momentum the state may hold."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.folded_teacher.refresh()
-        for part, saved_part in zip(self.meter, state["meter"], strict=True):
-            part.copy_(saved_part)
+        for part, saved in zip(self.meter, state["meter"], strict=True):
+            part.copy_(saved)
         self.images, self.seconds, self.waited = state["clock"]
-        for phase in phases:
-            saved, buffers = state["momentum"].get(phase.name, []), self.update(phase).buffers
-            # Otherwise it belongs to an earlier step that trained other parameters, and this one begins without.
-            if [v.shape for v in saved] == [b.shape for b in buffers]:
-                for buffer, value in zip(buffers, saved, strict=True):
-                    buffer.copy_(value)
+        self.updates, self.momentum = {}, dict(state["momentum"])
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

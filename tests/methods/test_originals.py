@@ -21,7 +21,7 @@ from test_published import NUM_SEEN as SEEN
 from torch import nn
 
 from fastil import losses
-from fastil.evaluation import nearest_mean_scores
+from fastil.evaluation import class_means, nearest_mean_scores
 from fastil.memory import herd
 from fastil.methods import Images, Memory, Meter
 from fastil.methods.bic import BiCConfig, fit_bias
@@ -162,7 +162,7 @@ def test_herding_exemplar_mean_and_imprinting():
     of_500 = [364, 109, 168, 412, 145, 237, 156, 69, 36, 468, 403, 131, 419, 353, 230, 427, 20, 370, 266, 169]
     assert herd(random(23, 500, 64).abs(), 20).tolist() == of_500
     one_class = torch.zeros(20, dtype=torch.int64)
-    mean = nearest_mean_scores(torch.eye(D).double(), features[picks], flipped[picks], one_class)
+    mean = nearest_mean_scores(torch.eye(D).double(), class_means(features[picks], flipped[picks], one_class))
     same(mean, [1.0, 0.3634576, 0.3150281, 0.3577269])
     head = head_of(CosineHead, random(3, SEEN, D)[:OLD])
     head.imprint(OLD, mean_direction(features.float())[None])

@@ -139,7 +139,7 @@ def test_reserved_images_are_the_same_in_every_step_and_never_trained_on(tmp_pat
     trained, reserved = (np.unique(np.concatenate(ids)) for ids in zip(*sets, strict=True))
     assert np.bincount(labels[reserved]).tolist() == [1] * 10  # a tenth of 10
     assert not np.isin(trained, reserved).any()
-    assert np.isin(experiment.memory.ids(), trained).all()
+    assert np.isin(experiment.rehearsal.memory.ids(), trained).all()
     memory = json.loads((tmp_path / "run/memory/step_2.json").read_text())
     assert np.isin(reserved, np.concatenate([*memory.values()])).all()
 
@@ -157,9 +157,9 @@ def test_balanced_finetuning_never_sees_held_out_images(overrides, tmp_path, mon
         sets[step] = training_set(rehearsal, step)
         return sets[step]
 
-    def spy_too(experiment, step, *arguments):
-        finetuned[step] = experiment.finetuning_ids
-        finetune(experiment, step, *arguments)
+    def spy_too(experiment, plan, *arguments):
+        finetuned[plan.step] = experiment.rehearsal.balanced
+        finetune(experiment, plan, *arguments)
 
     monkeypatch.setattr(Rehearsal, "training_set", spy)
     monkeypatch.setattr(Experiment, "finetune", spy_too)
@@ -215,7 +215,8 @@ def test_class_means_take_in_mirror_images_where_training_has_them_and_they_are_
     found = {}
     for sides in ([False], [False, True]):
         means = [
-            sum(directions(train, ids, side).sum(0) for side in sides) for ids in experiment.memory.exemplars.values()
+            sum(directions(train, ids, side).sum(0) for side in sides)
+            for ids in experiment.rehearsal.memory.exemplars.values()
         ]
         means = np.stack([m / np.linalg.norm(m) for m in means])
         of_test = directions(val, np.arange(len(val.labels)), False)
@@ -246,8 +247,8 @@ def ablated(tmp_path_factory):
                 load("digits", [*SHORT, *ONE_STEP, *overrides]), root / f"{len(runs)}", False, bases.get(network)
             )
             ends = []
-            after_memory = experiment.after_memory
-            experiment.after_memory = lambda *a: (ends.append(changes(experiment)), after_memory(*a))
+            after_memory = experiment.method.after_memory
+            experiment.method.after_memory = lambda *a: (ends.append(changes(experiment)), after_memory(*a))[1]
             experiment.run()
             bases.setdefault(network, root / f"{len(runs)}")
             runs[overrides] = ends[-1]
@@ -261,7 +262,7 @@ def changes(experiment):
     the topology loss among them, as TPCIL has it at the end of the step."""
     positions = experiment.rehearsal.positions[experiment.dataset.val.labels]
     ids = np.flatnonzero(positions < 6)
-    images = experiment.val_loader.whole(ids)
+    images = experiment.loaders.test.whole(ids)
     networks = (experiment.trainer.student, experiment.trainer.teacher)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         for network in networks:
@@ -272,7 +273,7 @@ def changes(experiment):
             "maps": float(losses.pod_spatial(student.maps, teacher.maps)),
         }
         if experiment.step and experiment.recipe.method.method == "tpcil":
-            experiment.method.adaptive_lambda = 1.0
+            patch.setattr(type(experiment.method), "adaptive_lambda", 1.0)
             batch = Batch(images, torch.from_numpy(positions[ids]), torch.from_numpy(ids))
             found["topology"] = float(experiment.method.further(batch, student, teacher, losses))
     return found
@@ -346,8 +347,8 @@ def test_weight_transfer_trains_factors_of_frozen_filters(trained):
 def test_mnemonics_change_the_pixels_of_the_memory_and_of_nothing_else(name, trained):
     experiment = trained(name)[0]
     original = torch.from_numpy(experiment.dataset.train.images)
-    changed = (experiment.train_loader.images.cpu() != original).flatten(1).any(1).numpy()
-    memory = experiment.memory.ids()
+    changed = (experiment.loaders.train.images.cpu() != original).flatten(1).any(1).numpy()
+    memory = experiment.rehearsal.memory.ids()
     assert changed[memory].mean() > 0.5
     assert not changed[np.setdiff1d(np.arange(len(changed)), memory)].any()
 

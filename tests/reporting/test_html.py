@@ -15,7 +15,7 @@ from PIL import Image
 from fastil.errors import UserError
 from fastil.recipe import load
 from fastil.reporting.report import write_report
-from fastil.reporting.runs import alpha_paths, geometric_mean, group_runs, read_run
+from fastil.reporting.runs import Run, alpha_paths, geometric_mean, group_runs
 from fastil.training.experiment import Experiment
 
 SETTINGS = [*TINY, "base_classes=6", "increment=2"]
@@ -109,7 +109,7 @@ def test_no_alpha_no_section(runs, tmp_path):
 def test_alpha_of_every_class_becomes_its_geometric_mean(runs):
     lines = [json.loads(line) for line in (runs / "meta-s0/metrics.jsonl").read_text().splitlines()]
     wanted = [(line["step"], np.prod(line["alpha"]) ** (1 / len(line["alpha"]))) for line in lines if line["step"] > 0]
-    found = alpha_paths(read_run(runs / "meta-s0"))
+    found = alpha_paths(Run(runs / "meta-s0"))
     assert [step for step, alphas in found.items() for _ in alphas] == [step for step, _ in wanted]
     means = np.concatenate([geometric_mean(alphas) for alphas in found.values()])
     np.testing.assert_allclose(means, [alpha for _, alpha in wanted])
@@ -216,7 +216,7 @@ def test_a_label_names_the_keys_that_are_not_as_the_recipe_has_them(runs, tmp_pa
     run = copy_of(runs / "balanced-s0", tmp_path / "warm")
     path = run / "recipe.yaml"
     path.write_text(path.read_text().replace("temperature: 2.0", "temperature: 4.0"))
-    found = group_runs([read_run(runs / "balanced-s0"), read_run(run)])
+    found = group_runs([Run(runs / "balanced-s0"), Run(run)])
     assert list(found) == ["digits, balanced", "digits, balanced, temperature=4.0"]
 
 
@@ -241,10 +241,10 @@ def test_a_name_that_is_no_valid_text_keeps_nothing_from_being_written(runs, tmp
 
 def test_a_line_that_is_being_written_is_not_read(runs, tmp_path):
     run = copy_of(runs / "meta-s0", tmp_path / "run")
-    whole = alpha_paths(read_run(run))
+    whole = alpha_paths(Run(run))
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "phase": "train", "alp')
-    found = alpha_paths(read_run(run))
+    found = alpha_paths(Run(run))
     assert {step: alphas.tolist() for step, alphas in found.items()} == {s: a.tolist() for s, a in whole.items()}
 
 
@@ -252,33 +252,50 @@ def test_a_line_that_is_being_written_is_not_read(runs, tmp_path):
     ("name", "content"),
     [
         ("results.json", b"[]"),
-        ("results.json", b'{"seed": 0, "loss": "x", "average_incremental_accuracy": 1.0, "steps": [{"top1": 1.0}]}'),
         ("protocol.json", b'{"steps": [[0]]}'),
-        ("metrics.jsonl", b'{"step": 1, "phase": "train", "alpha": 0}\n'),
-        ("metrics.jsonl", b'{"step": 1, "phase": "train", "alpha": NaN}\n'),
-        ("metrics.jsonl", b'{"step": 1, "phase": "train", "alpha": [1, [2]]}\n'),
-        ("metrics.jsonl", b'{"alpha": 1}\n'),
         ("metrics.jsonl", b"7\n"),
-        ("metrics.jsonl", b"\xff\xfe\n"),
         ("confusion/step_1.npy", b""),
         ("confusion/step_1.npy", b"\x93NUMPY and then nothing"),
         ("recipe.yaml", b"seed: ["),
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(runs, tmp_path, name, content):
+    """Whatever else is damaged in one that is read as typed content: tests/test_run_files.py."""
     run = copy_of(runs / "meta-s0", tmp_path / "run")
     (run / name).write_bytes(content)
     with pytest.raises(UserError, match=name) as caught:
-        write_report([run], tmp_path / "report", True)
+        write_report([runs / "balanced-s0", run], tmp_path / "report", True)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report/report.html").exists()
 
 
-@pytest.mark.parametrize("values", [{"effective": 5}, {"effective": [{}]}, {"effective": [3]}, {"steps": [[99]]}])
-def test_a_protocol_that_makes_no_sense_is_named(runs, tmp_path, values):
-    run = copy_of(runs / "balanced-s0", tmp_path / "run", protocol=values)
-    with pytest.raises(UserError, match=r"protocol\.json"):
-        write_report([run], tmp_path / "report", True)
+def test_results_and_protocol_of_two_runs_are_named(runs, tmp_path):
+    """Each is whole, but a reader takes the classes seen from one and the classes from the other."""
+    steps = json.loads((runs / "balanced-s0/protocol.json").read_text())["steps"]
+    for number, other in enumerate((steps[:2], [*steps[:2], []], [[*steps[0], *steps[1]], steps[2]])):
+        run = copy_of(runs / "balanced-s0", tmp_path / str(number), protocol={"steps": other})
+        with pytest.raises(
+            UserError, match=r"results\.json has other steps than protocol\.json; run again with --resume"
+        ):
+            Run(run)
+
+
+def test_a_step_whose_alphas_are_not_of_the_same_classes_is_named(runs, tmp_path):
+    run = copy_of(runs / "meta-s0", tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(last | {"alpha": last["alpha"][1:]}), ""]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: damaged \(the alphas of step 2 are of other classes\)"):
+        alpha_paths(Run(run))
+
+
+def test_a_run_without_metrics_or_results(runs, tmp_path):
+    run = copy_of(runs / "meta-s0", tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    assert alpha_paths(Run(run)) == {}
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match="run: no results yet"):
+        Run(run)
 
 
 @pytest.mark.parametrize("matrix", [np.eye(8, dtype=np.int64), np.eye(10), np.ones(10, dtype=np.int64)])

@@ -859,8 +859,9 @@ def test_any_write_that_fails_is_one_line_and_a_later_run_writes_the_same_bytes(
             assert len(calls) < failing
             break
         assert "\n" not in message
-        assert str(folder / "x.beton") in message
+        assert str(folder / "x.") in message
         assert os.strerror(number) in message
+        assert "goes on from what is in place" in message
         monkeypatch.setattr(os, "fsync", real)
         run(small, folder / "x.beton", commit_bytes=2000)
         assert sha256(folder / "x.beton") == sha256(tmp_path / "y.beton")

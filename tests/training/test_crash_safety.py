@@ -156,6 +156,8 @@ def test_an_existing_directory_another_recipe_and_other_images_are_refused(fasti
     protocol["dataset"]["train"]["sha256"] = "0" * 64
     (run / "protocol.json").write_text(json.dumps(protocol))
     assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "other images", "--data")
+    (run / "protocol.json").write_text("{")
+    assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "protocol.json: damaged", "new --out")
     assert (run / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
     (run / "recipe.yaml").unlink()
     assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "recipe.yaml", "missing")

@@ -8,12 +8,13 @@ import torch
 from conftest import make_folder
 
 from fastil.data import DataConfig, load_dataset, make_loader
+from fastil.data.transforms import transforms
 from fastil.models import build_network
 from fastil.plan import sequential_plan
 from fastil.recipe import load
 from fastil.reporting.rows import paired_gain
-from fastil.reporting.runs import group_runs, read_run
-from fastil.training.experiment import Experiment, transforms
+from fastil.reporting.runs import Run, group_runs
+from fastil.training.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -45,7 +46,7 @@ def test_the_base_is_learned_and_the_balanced_softmax_keeps_the_old_classes(runs
 def test_exemplars_are_of_their_class_and_in_the_herding_rank_of_the_released_loop(runs):
     dataset = load_dataset(DataConfig("digits"))
     recipe = load("digits", QUICK)
-    transform, _ = transforms(recipe, dataset)
+    transform, _ = transforms(recipe.data, (8, 8), streamed=False)
     loader = make_loader(dataset.train, "auto", transform, "cpu")
     for step in (0, 1):
         network = build_network(recipe.model, 10, 0)
@@ -128,7 +129,7 @@ def test_runs_on_different_images_are_never_averaged_or_paired(tmp_path):
         data = make_folder(tmp_path / name / "data", train=train)
         recipe = load("folder", [*settings, f"loss={loss}", "exemplars_per_class=2"], data=str(data))
         Experiment(recipe, tmp_path / name / "run", resume=False).run()
-    found = [read_run(tmp_path / name / "run") for name in ("a", "b", "c")]
+    found = [Run(tmp_path / name / "run") for name in ("a", "b", "c")]
     groups = group_runs(found)
     assert sorted(len(group) for group in groups.values()) == [1, 1, 1]
     assert paired_gain(group_runs(found[:2])) == []

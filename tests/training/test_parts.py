@@ -11,7 +11,7 @@ from conftest import assert_user_error, make_folder
 
 from fastil.data import DataConfig, load_dataset
 from fastil.errors import UserError
-from fastil.evaluation import nearest_mean_scores
+from fastil.evaluation import class_means, nearest_mean_scores
 from fastil.recipe import load
 from fastil.reporting.figures import draw_run
 from fastil.training.experiment import Experiment
@@ -207,7 +207,7 @@ def test_the_nearest_mean_predictor_is_icarls():
     random = torch.Generator().manual_seed(0)
     features, exemplars, mirrored = (torch.randn(n, 5, generator=random).double() for n in (20, 12, 12))
     positions = torch.tensor([0, 1, 2, 2, 1, 0, 3, 3, 3, 1, 0, 2])
-    scores = nearest_mean_scores(features, exemplars, mirrored, positions)
+    scores = nearest_mean_scores(features, class_means(exemplars, mirrored, positions))
 
     def unit(x):
         return x / x.square().sum(-1, keepdim=True).sqrt()
@@ -284,13 +284,15 @@ def test_a_taken_base_step_is_remembered_over_a_resume_and_its_run_may_go(folder
     assert json.loads((out / "timings.json").read_text())["base_step_of"] == str(own_donor)
 
 
-@pytest.mark.parametrize("damage", ["no metrics", "damaged metrics", "damaged weights"])
+@pytest.mark.parametrize("damage", ["no metrics", "damaged metrics", "damaged protocol", "damaged weights"])
 def test_a_damaged_run_gives_no_base_step_and_leaves_nothing_behind(folder, own_donor, tmp_path, damage):
     recipe = load("folder", SMALL, data=str(folder))
     if damage == "no metrics":
         (own_donor / "metrics.jsonl").unlink()
     elif damage == "damaged metrics":
         (own_donor / "metrics.jsonl").write_text("{\n")
+    elif damage == "damaged protocol":
+        (own_donor / "protocol.json").write_text("{}")
     else:
         (own_donor / "checkpoints/step_0.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"--base .*donor: give another run, or leave --base out"):

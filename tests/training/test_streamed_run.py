@@ -16,7 +16,8 @@ from fastil.errors import UserError
 from fastil.recipe import load
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
-from fastil.training.experiment import Experiment, waiting
+from fastil.training.experiment import Experiment
+from fastil.training.messages import of_epoch
 from fastil.training.trainer import EpochRecord
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -103,10 +104,10 @@ def test_a_resident_memory_is_held_again_after_a_resume(file, tmp_path, monkeypa
     stopped = Experiment(recipe, tmp_path / "run", resume=False)
     train = stopped.train
 
-    def stop_in_the_last_step(step, *arguments):
-        if step == 2:
+    def stop_in_the_last_step(plan, *arguments):
+        if plan.step == 2:
             raise KeyboardInterrupt
-        train(step, *arguments)
+        return train(plan, *arguments)
 
     monkeypatch.setattr(stopped, "train", stop_in_the_last_step)
     with pytest.raises(KeyboardInterrupt):
@@ -116,7 +117,7 @@ def test_a_resident_memory_is_held_again_after_a_resume(file, tmp_path, monkeypa
     held, fit = [], resumed.trainer.fit
 
     def look(*arguments):
-        held.append(sorted(resumed.train_loader.held))
+        held.append(sorted(resumed.loaders.train.held))
         fit(*arguments)
 
     monkeypatch.setattr(resumed.trainer, "fit", look)
@@ -167,7 +168,7 @@ def test_what_a_run_prints_names_the_loader(fastil, file):
 )  # fmt: skip
 def test_who_is_the_bottleneck(seconds, waited, streamed, line):
     record = EpochRecord(0, "train", 1, 1, 0.1, 1.0, 50.0, 100, seconds, waited, {})
-    assert waiting(record, streamed) == line
+    assert of_epoch(record, streamed).endswith(f" {100 / seconds:.0f} img/s{line}")
 
 
 def test_pad_has_no_meaning_for_streamed_images_and_is_refused(fastil, file):

@@ -96,8 +96,8 @@ def make_phase(trainer, method, ids, *, step=0, epochs=2, batch_size=16, teacher
     return Phase(
         name="train", step=step, parameters=list(trainer.student.parameters()),
         plan=lambda epoch: training_plan(ids, Key(0, step, "train", epoch), TRANSFORM, batch_size),
-        epochs=epochs, schedule=lambda epoch: lr, backward=method.backward,
-        weights=method.weights, teacher=bool(step) if teacher is None else teacher,
+        epochs=epochs, schedule=lambda epoch: lr, method=method,
+        teacher=bool(step) if teacher is None else teacher,
     )  # fmt: skip
 
 
@@ -405,7 +405,7 @@ def test_stopping_between_any_two_batches_and_going_on_gives_the_same_weights(st
 
     rest = make_trainer(images_of(), report=resumed_records.append)
     phase = make_phase(rest, method, ids)
-    rest.load_state_dict(saved["state"], [phase])
+    rest.load_state_dict(saved["state"])
     rest.fit(phase, saved["epoch"], saved["batch"])
     for name, value in whole.student.state_dict().items():
         assert torch.equal(value, rest.student.state_dict()[name]), name

@@ -20,9 +20,9 @@ from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastil.data.formats.identity import Identity
 from fastil.data.formats.manifest import Manifest, identity_of, manifest_path, read_manifest
 from fastil.data.formats.records import CHANGED, MOST_CLASSES, ByClass, Files, Ids, Records, Source, Texts
-from fastil.data.identity import Identity
 from fastil.errors import UserError
 
 VERSION = 2
@@ -257,7 +257,7 @@ class Beton(ByClass):
 
     @cached_property
     def identity(self) -> Identity | None:
-        """What the file holds, in whatever order: see `fastil.data.identity`. None without a manifest."""
+        """What the file holds, in whatever order: see `fastil.data.formats.identity`. None without a manifest."""
         return None if self.manifest is None else identity_of(self.manifest, self.labels, self.lengths)
 
     def name(self, i: int) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastil import machine
 from fastil.data.formats.pixels import to_rgb
 from fastil.data.formats.records import SAME, Ids, Listing, Pixels, Records, Source, canonical, is_sequential
 from fastil.errors import UserError
@@ -26,7 +27,7 @@ IMAGES = frozenset(
 )  # fmt: skip
 NAMED = 3  # how many damaged files a message names before it counts the rest
 TOGETHER = 64  # images that a thread takes in one go: small ones decode in less time than they are handed over
-AT_ONCE = 2 * TOGETHER * (os.cpu_count() or 1)  # encoded images of a sequential source that wait for a thread
+AT_ONCE = 2 * TOGETHER * machine.cores()  # encoded images of a sequential source that wait for a thread
 
 
 def open_folder(path: Path, val: str | None) -> Source:
@@ -161,7 +162,7 @@ def read(source: Source, size: int | None, skip_corrupt: bool) -> tuple[list[Arr
             continue
         height, width = (size, size) if size is not None else _own_size(records)
         needed = len(records) * height * width * 3
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = machine.memory()
         if needed > memory // 2:
             raise UserError(
                 f"{source.name}, {split}: {len(records)} images at {width}x{height} need {needed / 2**30:.0f} GiB, "
@@ -228,7 +229,7 @@ def _decode_all(
             return error
 
     rows = range(len(records))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the GIL
+    with ThreadPoolExecutor(machine.cores()) as pool:  # Pillow decodes and resizes without the GIL
         if not is_sequential(records):
             parts = [rows[start : start + TOGETHER] for start in rows[::TOGETHER]]
             list(pool.map(work, parts, [None] * len(parts)))

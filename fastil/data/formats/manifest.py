@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pydantic
 
-from fastil.data.identity import BYTES, Identity, Ids, of_hashes
+from fastil.data.formats.identity import BYTES, Identity, Ids, of_hashes
 from fastil.errors import UserError
 
 FORMAT = 1

@@ -1,9 +1,7 @@
 """Which loader reads a split: all the same plan, all the same batches within what their decoders differ by."""
 
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastil import machine
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.batch import Batch
 from fastil.data.loaders.reference import Reference
 from fastil.data.loaders.resident import Resident
-from fastil.data.loaders.streaming import Images, default_workers
+from fastil.data.loaders.streaming import Images
 from fastil.data.loaders.threads import Threads
 from fastil.data.sources import BACKENDS, Split
 from fastil.errors import UserError
@@ -109,7 +108,7 @@ def choose(dataset: Images, device: torch.device) -> tuple[str, str]:
         return "threads", "on a CPU the fastest"
     if dataset.mode != "jpeg":
         return "threads", "pixels are stored, not JPEGs only"
-    cores, rate = default_workers(), cpu_rate(mean_pixels(dataset))
+    cores, rate = machine.cores(), cpu_rate(mean_pixels(dataset))
     cores_read = f"{cores} cores read about {rate:,.0f} images/s of this size"
     if rate >= GPU_RATE:
         return "threads", f"{cores_read}, as many as a GPU trains on"
@@ -120,7 +119,7 @@ def choose(dataset: Images, device: torch.device) -> tuple[str, str]:
 
 def cpu_rate(pixels: float) -> float:
     """JPEGs of so many pixels that loader=threads reads per second on all cores, about."""
-    return float(f"{default_workers() / (PER_IMAGE + PER_PIXEL * pixels):.2g}")
+    return float(f"{machine.cores() / (PER_IMAGE + PER_PIXEL * pixels):.2g}")
 
 
 def resident_bytes(dataset: Images, exemplars: int) -> int:
@@ -154,8 +153,4 @@ def memory_of(device: torch.device) -> int:
     """Bytes of a GPU, or that this process may use of the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # none, or "max"
-        return total
+    return machine.memory()

@@ -15,9 +15,10 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
+from fastil import machine
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.frames import central
-from fastil.data.loaders.streaming import Images, Streaming, default_workers
+from fastil.data.loaders.streaming import Images, Streaming
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
@@ -37,7 +38,7 @@ class Dali(Streaming):
             raise UserError(f"{images.path}: holds JPEGs and pixels, which DALI cannot mix; use loader=threads")
         self.encoded = isinstance(images, Beton) and images.mode == "jpeg"
         self.reads_held = False
-        self.workers = workers or default_workers()
+        self.workers = workers or machine.cores()
         self.idle: list[_Fed] = []
 
     def frames(self, plan: EpochPlan, parts: list[slice]) -> Generator[Tensor, None, None]:

@@ -6,7 +6,6 @@ held there as pixels: exemplars (memory=resident), and those that an overlay rep
 """
 
 import io
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fastil import kernels
+from fastil import kernels, machine
 from fastil.data.formats.beton import RAW, Beton
 from fastil.data.loaders.batch import Batch
 from fastil.data.loaders.frames import Box, frame_of, resized
@@ -140,7 +139,7 @@ class Streaming(ABC):
         wanted = set(ids.tolist()) | self.replaced
         self.held = {i: pixels for i, pixels in self.held.items() if i in wanted}
         missing = sorted(wanted - self.held.keys())
-        with ThreadPoolExecutor(default_workers(), thread_name_prefix="fastil-keep") as pool:
+        with ThreadPoolExecutor(machine.cores(), thread_name_prefix="fastil-keep") as pool:
             for start in range(0, len(missing), TOGETHER):  # not all of them at once on their way to a GPU
                 some = missing[start : start + TOGETHER]
                 for i, pixels in zip(some, pool.map(self.decoded, some), strict=True):
@@ -209,8 +208,3 @@ def _received(sent: Tensor, arrived: torch.cuda.Event, working: torch.cuda.Strea
     working.wait_event(arrived)
     sent.record_stream(working)
     return sent
-
-
-def default_workers() -> int:
-    """As many as there are cores for this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastil import machine
 from fastil.data.loaders.frames import Box, cut, frame_of, scaled
-from fastil.data.loaders.streaming import Images, Streaming, default_workers
+from fastil.data.loaders.streaming import Images, Streaming
 from fastil.plan import EpochPlan, Transform
 
 AHEAD = 2  # batches that are in work beside the one that is asked for
@@ -34,7 +35,7 @@ class Threads(Streaming):
         # an epoch took a quarter longer. torch counts by thread; one that never asked takes the last count set by any.
         torch.get_num_threads()
         self.pool = ThreadPoolExecutor(
-            workers or default_workers(), "fastil-threads", initializer=torch.set_num_threads, initargs=(1,)
+            workers or machine.cores(), "fastil-threads", initializer=torch.set_num_threads, initargs=(1,)
         )
         self.free: list[Tensor] = []  # buffers of frames
         self.local = threading.local()

@@ -488,7 +488,7 @@ def test_what_is_decoded_is_what_the_bytes_say(opened, files):
 def test_auto_goes_by_the_device_the_cores_and_what_is_installed(
     files, monkeypatch, device, mode, cores, dali, name, why
 ):
-    monkeypatch.setattr("fastil.data.loaders.choose.default_workers", lambda: cores)
+    monkeypatch.setattr("fastil.machine.cores", lambda: cores)
     monkeypatch.setattr("fastil.data.loaders.choose.installed", lambda module: dali)
     with Beton(files[mode, "different"]) as beton:
         chosen, reason = choose(beton, torch.device(device))
@@ -498,7 +498,7 @@ def test_auto_goes_by_the_device_the_cores_and_what_is_installed(
 
 def test_auto_goes_by_the_size_of_the_images(files, monkeypatch):
     """What many cores read of small images in time, they do not of large ones."""
-    monkeypatch.setattr("fastil.data.loaders.choose.default_workers", lambda: 8)
+    monkeypatch.setattr("fastil.machine.cores", lambda: 8)
     monkeypatch.setattr("fastil.data.loaders.choose.installed", lambda module: True)
     with Beton(files["jpeg", "different"]) as beton:
         assert choose(beton, torch.device("cuda"))[0] == "threads"

@@ -10,13 +10,15 @@ import pytest
 from conftest import SHARED, SOAK, encoded
 from making import write_tar
 
+from fastil import fidelity
 from fastil.data import DataConfig, Split, load_dataset, published
 from fastil.data.formats import folder
 from fastil.data.formats.beton import Beton
 from fastil.data.formats.detect import open_source
+from fastil.data.formats.identity import Identity, of_pixels
 from fastil.data.formats.records import canonical
-from fastil.data.identity import Identity, of_pixels
 from fastil.errors import UserError
+from fastil.run_files import ProtocolFile
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
@@ -44,7 +46,8 @@ SHIPPED = published.table()
 @pytest.fixture(autouse=True)
 def small_table(monkeypatch):
     """A published data set of 28 images under the name cifar100."""
-    monkeypatch.setattr(published, "table", lambda: {"cifar100": entry()})
+    for module in (published, fidelity):
+        monkeypatch.setattr(module, "table", lambda: {"cifar100": entry()})
 
 
 def load(path, **settings):
@@ -308,8 +311,11 @@ def test_another_data_set_is_refused_with_what_differs_and_trained_on_when_asked
     dataset = load(path, verify=False)
     assert dataset.class_names == names
     np.testing.assert_array_equal(dataset.train.images, splits["train"][0])
-    described = {s: {"identity": getattr(dataset, s).identity.text, "images": 1} for s in ("train", "val")}
-    assert not published.is_published("cifar100", described, dataset.class_names)
+    described = {
+        s: {"identity": getattr(dataset, s).identity.text, "images": 1, "sha256": ""} for s in ("train", "val")
+    }
+    protocol = ProtocolFile(class_order=[], class_names=names, steps=[[]], dataset={"name": ""} | described)
+    assert not fidelity.on_published_data("cifar100", protocol)
 
 
 def test_missing_classes_are_named(tmp_path):

@@ -6,7 +6,6 @@ may go on. Names of classes differ between containers and are compared apart.
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastil import machine
 
 Ids = NDArray[np.int64]
 BYTES = 16  # of the digest of an image or of a class
@@ -44,7 +45,7 @@ def of_pixels(images: NDArray[np.uint8], labels: Ids) -> Identity:
     """The identity of images in memory. images: uint8 [n, h, w, 3]; labels: int64 [n], from 0."""
     hashes = np.empty((len(images), BYTES // 8), ">u8")
     starts = range(0, len(images), TOGETHER)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(machine.cores()) as pool:  # hashing lets go of the interpreter
         list(pool.map(partial(_hash_some, images, hashes), starts))
     shape = images.shape[1:]
     return of_hashes("pixels", shape, hashes, labels, repr(shape))

@@ -1,0 +1,108 @@
+"""The network of a step as a classifier of images: what a finished run is for."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastil import files
+from fastil.data.formats import folder, pixels
+from fastil.data.loaders.frames import frame_of, resized
+from fastil.data.published import table
+from fastil.data.transforms import transforms
+from fastil.errors import UserError
+from fastil.evaluation import nearest_mean_scores
+from fastil.methods import METHODS, Method
+from fastil.models import Network, build_network
+from fastil.plan import Transform
+from fastil.recipe import Recipe
+from fastil.run_files import ProtocolFile
+
+CPU = torch.device("cpu")
+
+
+class Classifier(nn.Module):
+    """Images to probabilities, by the predictor of the run.
+
+    Takes uint8 [n, h, w, 3], or float [n, 3, h, w] in 0 to 1, of the size that `transform` has, and returns float32
+    [n, classes] over `class_names`: the classes seen, in the order in which they were learned. The scores of nearest
+    class means (iCaRL) are no probabilities; their softmax ranks the classes as they do.
+    """
+
+    mean: Tensor
+    std: Tensor
+    means: Tensor | None
+
+    def __init__(
+        self,
+        network: Network,
+        class_names: list[str],
+        transform: Transform,
+        method: Method | None = None,
+        means: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.class_names, self.transform, self.method = network, class_names, transform, method
+        self.register_buffer("mean", torch.tensor(transform.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(transform.std).view(3, 1, 1), persistent=False)
+        self.register_buffer("means", means, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            images = images.permute(0, 3, 1, 2) / 255
+        out = self.network((images - self.mean) / self.std)
+        if self.means is not None:
+            scores = nearest_mean_scores(out.features, self.means)
+        else:
+            scores = out.scaled if self.method is None else self.method.predict(out.scaled)
+        return scores[:, : len(self.class_names)].softmax(1)
+
+    def image(self, path: Path) -> NDArray[np.uint8]:
+        """An image file, prepared as the test images of the run were, uint8 [h, w, 3]."""
+        transform = self.transform
+        try:
+            if transform.resize is None and transform.height == transform.width:
+                return folder.decode(path, transform.height)
+            with pixels.open_image(path.read_bytes()) as opened:
+                whole = torch.from_numpy(pixels.as_array(pixels.to_rgb(pixels.upright(opened))).copy())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or 'not a readable image'}; give an image file") from None
+        except Exception as error:  # Pillow's readers raise many kinds on damaged files
+            raise UserError(f"{path}: not a readable image ({error}); leave it out") from None
+        return frame_of(whole, (0, 0, *whole.shape[:2]), transform, resized).numpy()
+
+
+def load_classifier(run: Path, recipe: Recipe, protocol: ProtocolFile, step: int) -> Classifier:
+    """The classifier after a step, in eval mode, on the CPU. Raises UserError for what the run did not keep, and where
+    it needs code that its directory names and nothing else does."""
+    state = files.load(run / f"checkpoints/step_{step}.pt", CPU)
+    network = build_network(recipe.model, len(protocol.class_order), 0)
+    network.load_state_dict(state)
+    method, means = None, None
+    path, predictor = run / f"checkpoints/predictor_{step}.pt", METHODS.get(recipe.method.method, Method).predict
+    if path.exists():
+        kept = files.load(path, CPU)
+        means = kept.get("means")
+        if means is None:
+            classes = len(protocol.class_order)
+            method = recipe.procedure(recipe.method, recipe.loss, network.width, CPU, recipe.of_methods, classes)
+            method.load_state_dict(kept["method"])
+    elif recipe.evaluation.predictor == "nme" or predictor is not Method.predict:
+        raise UserError(f"{path}: missing, as in runs of older versions, which did not keep it; train the run again")
+    names = [protocol.class_names[c] for classes in protocol.steps[: step + 1] for c in classes]
+    transform = transforms(
+        recipe.data, _image_size(recipe, protocol), streamed=protocol.dataset.train.bytes is not None
+    )[1]
+    return Classifier(network, names, transform, method, means).eval()
+
+
+def _image_size(recipe: Recipe, protocol: ProtocolFile) -> tuple[int, int]:
+    """Height and width of what the network is shown; runs of older versions do not say it."""
+    if protocol.dataset.size is not None:
+        return protocol.dataset.size
+    known = table().get(recipe.data.dataset)
+    if known is not None and recipe.data.dataset != "imagenet":
+        return known.shape[0], known.shape[1]
+    return recipe.data.size, recipe.data.size

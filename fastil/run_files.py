@@ -1,0 +1,155 @@
+"""What the files of a run directory hold that are read again, and the one place that reads them.
+
+A key that this version does not know is no error, and only what older runs lack may be missing. What a damaged file
+raises is a UserError that names the file, the field and the fix.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import pydantic
+from pydantic import Field, JsonValue, StrictFloat
+
+from fastil.errors import UserError
+from fastil.evaluation import Count, Percent, StepResult
+
+AGAIN = "train this run again in a new --out"
+Row = Annotated[dict[str, JsonValue], Field(min_length=1)]  # of a table that is shown as it is, whatever its columns
+Alpha = Annotated[StrictFloat, Field(gt=0)]
+
+
+class _Content(pydantic.BaseModel):
+    """A file, or a part of one."""
+
+    model_config = pydantic.ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class Results(_Content):
+    """results.json: what is reproducible, after each finished step."""
+
+    recipe: str
+    method: str
+    loss: str
+    seed: Count
+    steps: list[StepResult] = Field(min_length=1)
+    average_incremental_accuracy: Percent
+    final_top1: Percent
+
+    @pydantic.field_validator("steps")
+    @classmethod
+    def in_order(cls, steps: list[StepResult]) -> list[StepResult]:
+        if [result.step for result in steps] != list(range(len(steps))):
+            raise ValueError("not numbered from 0 on")
+        return steps
+
+
+class DescribedSplit(_Content):
+    """The images of a split. bytes: of their files, where they are streamed from one."""
+
+    sha256: str
+    images: Count
+    identity: str | None = None  # runs from before identities have none
+    bytes: Count | None = None
+
+
+class DescribedDataset(_Content):
+    """What a run is trained and tested on. size: height and width of what the network is shown."""
+
+    name: str
+    size: tuple[Count, Count] | None = None  # runs from before `Run.network` do not say it
+    train: DescribedSplit
+    val: DescribedSplit
+
+
+class ProtocolFile(_Content):
+    """protocol.json: which classes come when, of which images. Classes are ids, places in class_names; effective: the
+    step plan, a row per step, shown as the version that wrote it has it."""
+
+    class_order: list[Count]
+    class_names: list[str]
+    class_list_hash: str = "of an earlier version"
+    steps: list[list[Count]] = Field(min_length=1)
+    dataset: DescribedDataset
+    effective: list[Row] = []
+
+    @pydantic.model_validator(mode="after")
+    def named(self) -> "ProtocolFile":
+        nameless = {c for classes in self.steps for c in classes if c >= len(self.class_names)}
+        if nameless:
+            raise ValueError(f"steps: class {min(nameless)} has no name in class_names")
+        return self
+
+
+class MetricsLine(_Content):
+    """A line of metrics.jsonl: an epoch."""
+
+    model_config = pydantic.ConfigDict(extra="allow")  # a base step is taken over with all that its lines say
+
+    step: Count
+    phase: str  # "train" or "correct"
+    epoch: Count
+    epochs: Count
+    lr: StrictFloat
+    loss: StrictFloat
+    train_top1: Percent
+    images: Count
+    scale: StrictFloat | None = None  # of a cosine head
+    alpha: Alpha | Annotated[list[Alpha], Field(min_length=1)] | None = None  # of Meta: one, or one per old class
+
+
+class Timings(_Content):
+    """timings.json: seconds of each step by phase, and what ran on what."""
+
+    steps: dict[str, Row] = Field(min_length=1)
+    versions: dict[str, JsonValue]
+    machine: dict[str, JsonValue]
+
+
+Content = TypeVar("Content", bound=_Content)
+
+
+def read_results(run: Path) -> Results:
+    return _read(run / "results.json", Results, "run again with --resume")
+
+
+def read_protocol(run: Path) -> ProtocolFile:
+    return _read(run / "protocol.json", ProtocolFile, AGAIN)
+
+
+def read_timings(run: Path) -> Timings:
+    return _read(run / "timings.json", Timings, AGAIN)
+
+
+def read_metrics(run: Path) -> list[MetricsLine]:
+    """The lines of metrics.jsonl but for a last one that is half written."""
+    path = run / "metrics.jsonl"
+    lines = _bytes(path, AGAIN).split(b"\n")[:-1]
+    return [_parsed(line, MetricsLine, path, AGAIN, f"line {number}, ") for number, line in enumerate(lines, 1)]
+
+
+def _read(path: Path, model: type[Content], fix: str) -> Content:
+    return _parsed(_bytes(path, fix), model, path, fix)
+
+
+def _bytes(path: Path, fix: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {fix}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that or leave the run out") from None
+
+
+def _parsed(text: bytes, model: type[Content], path: Path, fix: str, line: str = "") -> Content:
+    try:
+        return model.model_validate(json.loads(text))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"][:6])
+        what = re.sub(r"^Value error, | or (an )?instance of \w+$", "", first["msg"])
+        reason = f"{place}: {what}" if place else what
+    except (ValueError, RecursionError):  # cut off, binary, or nested without end
+        reason = "not JSON"
+    raise UserError(f"{path}: damaged ({line}{' '.join(reason.split())}); {fix}")

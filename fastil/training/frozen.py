@@ -1,0 +1,44 @@
+"""The student between two trainings: what exemplars, class means and accuracies are computed from."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastil.evaluation import BATCH, class_means, forward
+from fastil.models import Folded, Network, Output
+from fastil.training import compiling
+from fastil.training.run_loaders import RunLoaders
+
+Ids = NDArray[np.int64]
+
+
+class FrozenNetwork:
+    """The student in float32, at the weights that it has when it is asked, and the images that it looks at."""
+
+    def __init__(self, student: Network, loaders: RunLoaders) -> None:
+        self.loaders, self.folded = loaders, Folded(student, torch.float32, BATCH)
+        self.folded.plain.keeps_maps = False
+
+    def of_training(self, ids: Ids, mirrored: bool = False) -> Output:
+        """Features [n, d] and logits [n, W] of training images, by the test-time transform."""
+        return forward(self.folded, self.loaders.plain, ids, mirrored=mirrored)
+
+    def of_test(self, ids: Ids) -> Output:
+        return forward(self.folded, self.loaders.test, ids)
+
+    def class_means(self, exemplars: Ids, positions: Ids, mirrored: bool) -> Tensor:
+        """Means of the exemplars' features, float32 [classes, d]. positions: the classes of the exemplars, int64 [m].
+        mirrored: whether they take in mirror images, where training has seen some."""
+        plain = self.of_training(exemplars).features
+        mirrored = mirrored and self.loaders.train.transform.flip
+        other = self.of_training(exemplars, mirrored=True).features if mirrored else plain
+        return class_means(plain, other, torch.from_numpy(positions).to(plain.device))
+
+    def compile(self) -> str | None:
+        """Compile it for full batches. Returns why not, in one line, if that failed."""
+        transform = self.loaders.test.transform
+        example = torch.zeros(BATCH, 3, transform.height, transform.width, device=self.loaders.test.device)
+        example = example.to(memory_format=torch.channels_last)
+        self.folded.fast, why_not = compiling.compile_network(self.folded.plain, example, train=False, use="evaluation")
+        return why_not

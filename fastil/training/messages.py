@@ -1,0 +1,76 @@
+"""What a run says of itself: before it trains, after an epoch, after a step, and when it goes on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastil.data import Dataset
+from fastil.device import device_name, precision_note
+from fastil.evaluation import StepResult
+from fastil.protocol import Protocol
+from fastil.recipe import Recipe
+from fastil.training import step_plan
+from fastil.training.run_directory import Position
+from fastil.training.run_loaders import RunLoaders
+from fastil.training.step_plan import StepPlan
+from fastil.training.trainer import EpochRecord
+
+LONG_ENOUGH = 5.0  # seconds of an epoch that says what the bottleneck is
+
+
+def announcement(
+    recipe: Recipe,
+    dataset: Dataset,
+    protocol: Protocol,
+    steps: Sequence[StepPlan],
+    loaders: RunLoaders,
+    out: Path,
+) -> str:
+    """The effective protocol, so that no one has to guess what was trained."""
+    device = loaders.train.device
+    slow = precision_note(recipe.precision, device)
+    lines = [
+        f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
+        f"seed {recipe.train.seed}, on {device_name(device)}, {recipe.precision}",
+        f"{dataset.name}, class list {protocol.class_hash(dataset.class_names)}, into {out}",
+        f"loader {loaders.train.name}: {loaders.why}" + ("; exemplars stay decoded" if loaders.keeps_exemplars else ""),
+        *([] if slow is None else [slow]),
+        step_plan.as_table(steps),
+    ]
+    return "\n".join(lines)
+
+
+def of_epoch(record: EpochRecord, streamed: bool) -> str:
+    """The line of an epoch. streamed: whether its images were read from a file, so that the loop may wait for them."""
+    shown = "".join(f"  {name} {value:.3g}" for name, value in record.observed.items() if isinstance(value, float))
+    return (
+        f"{'' if record.phase == 'train' else 'finetuning, '}epoch {record.epoch}/{record.epochs}  "
+        f"lr {record.lr:.3g}  loss {record.loss:.4f}  train top-1 {record.train_top1:.2f}{shown}  "
+        f"{record.images / record.seconds:,.0f} img/s{waiting(record) if streamed else ''}"
+    )
+
+
+def waiting(record: EpochRecord) -> str:
+    """How long the loop has waited for data that is streamed. The loader works ahead, so except for the first batch,
+    which is much of a short epoch, the loop waits only if it is the faster of the two."""
+    waited = f", {record.data_seconds:.1f} s waiting for data"
+    if record.seconds < LONG_ENOUGH:
+        return waited
+    return f"{waited}: the {'loader' if record.data_seconds > record.seconds / 5 else 'network'} is the bottleneck"
+
+
+def of_step(result: StepResult, seconds: float) -> str:
+    """The line of a step that took so many seconds to train."""
+    split = "" if result.top1_old is None else f", old {result.top1_old:.2f}, new {result.top1_new:.2f}"
+    return f"step {result.step}: {result.classes_seen} classes, top-1 {result.top1:.2f}{split}  ({seconds:.0f} s)"
+
+
+def of_resume(position: Position, before: str, now: str) -> str:
+    """Where a run goes on. before, now: the loader that read its images so far, and the one from here on."""
+    going_on = (
+        f"going on at step {position.step}, phase {position.phase}, epoch {position.epoch + 1}, "
+        f"batch {position.batch + 1}"
+    )
+    if before == now:
+        return going_on
+    # By loader=auto, on another machine.
+    return f"{going_on}; read by loader={before} so far and by {now} from here on: pixels differ a little"
