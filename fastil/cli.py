@@ -64,8 +64,8 @@ def run(
 ) -> None:
     """Train one recipe."""
     from fastil.device import keep_freed_memory
-    from fastil.fidelity import had_published
     from fastil.recipe import load
+    from fastil.reporting.fidelity import had_published
     from fastil.reporting.runs import Run
     from fastil.training.experiment import Experiment
     from fastil.training.start import out_of

@@ -17,7 +17,7 @@ from fastil.models import Folded, Output
 from fastil.plan import sequential_plan
 
 BATCH = 256  # images of a forward without gradients
-# Checked where a result is read again, by fastil.run_files.
+# Checked where a result is read again, by fastil.reporting.run_files.
 Count = Annotated[int, Field(strict=True, ge=0)]
 Percent = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 

@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from fastil.bar import Bar
+from fastil.text import Bar
 
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 

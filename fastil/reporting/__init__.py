@@ -1,1 +1,1 @@
-"""Finished runs side by side: tables, figures, pages."""
+"""Finished runs: read, put side by side in tables, figures and pages, and used to classify images."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from fastil.errors import UserError
 from fastil.reporting.chart import WIDTH, Axis, Series, Style, chart, legend, log_axis
 from fastil.reporting.rows import rows, seed_spread, spread
+from fastil.reporting.run_files import read_timings
 from fastil.reporting.runs import Run, alpha_paths, geometric_mean
-from fastil.run_files import read_timings
 
 COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
 DASHES = ("", "7 4", "2 3")  # of the lines beyond the tenth, and beyond the twentieth

@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.errors import UserError
-from fastil.fidelity import MODIFIED, had_published, labelled
 from fastil.recipe import Recipe, read_effective, shipped
-from fastil.run_files import AGAIN, read_metrics, read_protocol, read_results
+from fastil.reporting.fidelity import MODIFIED, had_published, labelled
+from fastil.reporting.run_files import AGAIN, read_metrics, read_protocol, read_results
 
 if TYPE_CHECKING:
-    from fastil.classifier import Classifier
+    from fastil.reporting.classifier import Classifier
 
 
 class Run:
     """A run directory with at least one finished step: what it says, and its network.
 
-    recipe: with a published number only if that may stand beside the run (see fastil.fidelity). results, protocol: the
+    recipe: with a published number only if that may stand beside the run (`fidelity.labelled`). results, protocol: the
     content of results.json and protocol.json. Raises UserError for what is missing or damaged. Nothing that the
     directory names as code is imported.
     """
@@ -72,9 +72,9 @@ class Run:
         return matrix
 
     def network(self, step: int = -1) -> "Classifier":
-        """The network after a step as a classifier in eval mode, on the CPU: images to probabilities over its
-        `class_names`. See fastil.classifier.Classifier."""
-        from fastil.classifier import load_classifier
+        """The network after a step as a `Classifier` in eval mode, on the CPU: images to probabilities over its
+        `class_names`."""
+        from fastil.reporting.classifier import load_classifier
 
         return load_classifier(self.path, self.recipe, self.protocol, self.step(step))
 

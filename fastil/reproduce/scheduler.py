@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 
 from fastil import machine
-from fastil.bar import Bar
 from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.reporting.runs import Run
 from fastil.reproduce.table_text import write
 from fastil.reproduce.tables import Entry, Table
 from fastil.reproduce.worklist import Job, WorkList
-from fastil.text import format_table
+from fastil.text import Bar, format_table
 from fastil.training import estimate
 from fastil.training.interrupt import Interrupt
 

@@ -11,8 +11,8 @@ import yaml
 from fastil import recipe
 from fastil.device import Precision
 from fastil.errors import UserError
-from fastil.fidelity import on_published_data
 from fastil.recipe import Recipe
+from fastil.reporting.fidelity import on_published_data
 from fastil.reporting.runs import Run
 
 

@@ -16,10 +16,10 @@ from fastil.data.sources import image_size
 from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
+from fastil.reporting.run_files import MetricsLine, read_metrics
 from fastil.reporting.runs import Run
 from fastil.reproduce import tables
 from fastil.reproduce.tables import Entry
-from fastil.run_files import MetricsLine, read_metrics
 from fastil.training import base_step, step_plan
 
 

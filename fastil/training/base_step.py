@@ -18,7 +18,7 @@ from fastil.data import Dataset
 from fastil.errors import UserError
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective, values_of
-from fastil.run_files import read_metrics, read_protocol
+from fastil.reporting.run_files import read_metrics, read_protocol
 
 # Keys that the base step never reads: it has no old class and no memory, and all classification losses are the plain
 # cross-entropy, bit for bit, where every class has the same number of images.

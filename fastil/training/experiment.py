@@ -17,7 +17,7 @@ from fastil.models import build_network
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.reporting import figures
-from fastil.run_files import Results
+from fastil.reporting.run_files import Results
 from fastil.training import base_step, compiling, messages, run_directory, step_plan
 from fastil.training.clock import Clock, versions
 from fastil.training.frozen import FrozenNetwork

@@ -2,7 +2,7 @@
 
 import time
 
-from fastil.bar import Bar
+from fastil.text import Bar
 
 LINE_EVERY = 10.0  # seconds between the lines of epochs where there is no terminal
 

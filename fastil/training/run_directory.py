@@ -21,10 +21,10 @@ from fastil.data.formats.beton import Beton
 from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.evaluation import StepResult
-from fastil.fidelity import labelled
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective
-from fastil.run_files import DescribedDataset, DescribedSplit, ProtocolFile, Results, read_protocol
+from fastil.reporting.fidelity import labelled
+from fastil.reporting.run_files import DescribedDataset, DescribedSplit, ProtocolFile, Results, read_protocol
 from fastil.training.step_plan import StepPlan
 
 FORMAT = 2  # of the checkpoint

@@ -56,7 +56,7 @@ FINETUNED = ["correction=balanced_finetuning", "finetune_epochs=1"]
 
 
 def run(overrides, out, resume=False, base=None):
-    return Experiment(load("digits", [*SHORT, *overrides]), out, resume, base).run()
+    return Experiment(load("digits", [*SHORT, *overrides]), out, resume, base).run().model_dump()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def trained(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(files, "save", save_and_copy)
             experiment = Experiment(load("digits", [*SHORT, *METHODS[name]]), folder, False)
-            return experiment, folder, experiment.run()
+            return experiment, folder, experiment.run().model_dump()
 
     return of
 
@@ -201,7 +201,7 @@ def test_class_means_take_in_mirror_images_where_training_has_them_and_they_are_
     keys = [f"flip={flip}", f"nme_mirrored={asked}", "base_classes=10", "base_epochs=1", "increment=1"]
     recipe = load("digits", [*SHORT, *METHODS["icarl"], *keys])
     experiment = Experiment(recipe, tmp_path / "run", False)
-    results = experiment.run()
+    results = experiment.run().model_dump()
     network = experiment.trainer.student.eval()
 
     def directions(split, ids, mirrored):

@@ -18,7 +18,7 @@ from fastil.data.formats.detect import open_source
 from fastil.data.formats.identity import Identity, of_pixels
 from fastil.data.formats.records import canonical
 from fastil.errors import UserError
-from fastil.run_files import ProtocolFile
+from fastil.reporting.run_files import ProtocolFile
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 

@@ -18,7 +18,7 @@ from fastil.methods import METHODS, Method
 from fastil.models import Network, build_network
 from fastil.plan import Transform
 from fastil.recipe import Recipe
-from fastil.run_files import ProtocolFile
+from fastil.reporting.run_files import ProtocolFile
 
 CPU = torch.device("cpu")
 

@@ -16,11 +16,11 @@ from fastil.data import published
 from fastil.data.formats import folder
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.records import canonical
-from fastil.fidelity import labelled
 from fastil.recipe import load, read_effective
 from fastil.reporting import report
+from fastil.reporting.fidelity import labelled
+from fastil.reporting.run_files import ProtocolFile
 from fastil.reporting.runs import Run
-from fastil.run_files import ProtocolFile
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastil.data.published import official_labels, table
 from fastil.recipe import Recipe, load, shipped
-from fastil.run_files import ProtocolFile
+from fastil.reporting.run_files import ProtocolFile
 
 MODIFIED = "modified: "
 WNID = len("n01440764")

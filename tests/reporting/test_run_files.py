@@ -6,7 +6,7 @@ import pytest
 
 from fastil.errors import UserError
 from fastil.evaluation import StepResult
-from fastil.run_files import ProtocolFile, Results, read_metrics, read_protocol, read_results, read_timings
+from fastil.reporting.run_files import ProtocolFile, Results, read_metrics, read_protocol, read_results, read_timings
 
 STEP = {"step": 0, "classes_seen": 2, "top1": 75.5, "top1_base": 75.5, "top1_old": None, "top1_new": 75.5, "top5": None}
 LATER = {"step": 1, "classes_seen": 3, "top1": 50, "top1_base": 40.0, "top1_old": 40.0, "top1_new": 60.0, "top5": None}
