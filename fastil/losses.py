@@ -11,8 +11,8 @@ Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning"
     eq. 5, alpha on old classes     `log_prior`
     Algorithm 1                     fastil/methods/meta.py
     section 4.3.1, memory size      fastil/memory.py, MemoryConfig
-    section 4.3.2, alpha            fastil/methods/classification.py, LossConfig
-    section 4.3.3, Table 4          fastil/methods/classification.py (rescaling, Separated Softmax), fastil/plan.py
+    section 4.3.2, alpha            fastil/methods/classification_loss.py, LossConfig
+    section 4.3.3, Table 4          fastil/methods/classification_loss.py (rescaling, Separated Softmax), fastil/plan.py
                                     (oversampling), fastil/methods/corrections.py (balanced finetuning)
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastil.errors import UserError
-from fastil.methods.classification import ClassificationLoss, LossConfig, StepContext
+from fastil.methods.classification_loss import ClassificationLoss, LossConfig, StepContext
 from fastil.methods.corrections import CorrectionConfig
 from fastil.methods.meta import MetaAlpha, MetaConfig
 from fastil.methods.method import Images, Keys, Memory, Meter, Method, MethodConfig

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastil.errors import UserError
-from fastil.methods.classification import StepContext
+from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Ids, Images, Keys, Method
 from fastil.methods.registry import register
 from fastil.models import Network, Output

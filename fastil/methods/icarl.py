@@ -17,7 +17,7 @@ from torch import Tensor
 from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.losses import icarl_cross_entropy
-from fastil.methods.classification import StepContext
+from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Method
 from fastil.methods.registry import register
 from fastil.models import Output

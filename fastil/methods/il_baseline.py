@@ -4,7 +4,7 @@
 released BiC code weighs the two by the step number and leaves T^2 out; here both are the paper's.
 """
 
-from fastil.methods.classification import StepContext
+from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Method
 from fastil.methods.registry import register
 

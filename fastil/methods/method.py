@@ -18,7 +18,7 @@ from fastil import kernels, losses
 from fastil.data import Batch, Loader
 from fastil.errors import UserError
 from fastil.kernels import incremental_loss, incremental_loss_grad
-from fastil.methods.classification import ClassificationLoss, LossConfig, StepContext
+from fastil.methods.classification_loss import ClassificationLoss, LossConfig, StepContext
 from fastil.models import Network, Output
 
 Ids = NDArray[np.int64]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.methods.classification import StepContext
+from fastil.methods.classification_loss import StepContext
 from fastil.methods.lucir import Lucir
 from fastil.methods.method import Keys, Memory
 from fastil.methods.registry import register

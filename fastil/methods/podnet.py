@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.methods.classification import StepContext
+from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import Images, Method
 from fastil.methods.registry import register
 from fastil.models import Network, Output

@@ -7,7 +7,7 @@ weights is left out, as in other code bases that compare against it.
 import torch
 from torch import Tensor
 
-from fastil.methods.classification import StepContext
+from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Ids, Images, Method
 from fastil.methods.registry import register
 from fastil.models import Network

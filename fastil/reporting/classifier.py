@@ -13,9 +13,9 @@ from fastil.data.loaders.frames import frame_of, resized
 from fastil.data.published import table
 from fastil.data.transforms import transforms
 from fastil.errors import UserError
-from fastil.evaluation import nearest_mean_scores
 from fastil.methods import METHODS, Method
 from fastil.models import Network, build_network
+from fastil.nearest_mean import nearest_mean_scores
 from fastil.plan import Transform
 from fastil.recipe import Recipe
 from fastil.reporting.run_files import ProtocolFile

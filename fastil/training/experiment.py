@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from fastil import files
 from fastil.data import load_dataset
 from fastil.device import multiplying_in, pick_device
-from fastil.evaluation import StepResult, evaluate, nearest_mean_scores
+from fastil.evaluation import StepResult, evaluate
 from fastil.methods import Images, Memory, MetaAlpha, Method, StepContext, build_method
 from fastil.models import build_network
+from fastil.nearest_mean import nearest_mean_scores
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.reporting import figures

@@ -5,8 +5,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastil.evaluation import BATCH, class_means, forward
+from fastil.evaluation import BATCH, forward
 from fastil.models import Folded, Network, Output
+from fastil.nearest_mean import class_means
 from fastil.training import compiling
 from fastil.training.run_loaders import RunLoaders
 

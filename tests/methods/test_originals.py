@@ -21,7 +21,6 @@ from test_published import NUM_SEEN as SEEN
 from torch import nn
 
 from fastil import losses
-from fastil.evaluation import class_means, nearest_mean_scores
 from fastil.memory import herd
 from fastil.methods import Images, Memory, Meter
 from fastil.methods.bic import BiCConfig, fit_bias
@@ -30,6 +29,7 @@ from fastil.methods.mnemonics import Exemplars
 from fastil.methods.podnet import class_proxies
 from fastil.models import ModelConfig, Output, build_network
 from fastil.models.heads import CosineHead, LinearHead
+from fastil.nearest_mean import class_means, nearest_mean_scores
 from fastil.optimiser import TrainConfig
 from fastil.recipe import load
 

@@ -11,7 +11,7 @@ from conftest import assert_user_error, make_folder
 
 from fastil.data import DataConfig, load_dataset
 from fastil.errors import UserError
-from fastil.evaluation import class_means, nearest_mean_scores
+from fastil.nearest_mean import class_means, nearest_mean_scores
 from fastil.recipe import load
 from fastil.reporting.figures import draw_run
 from fastil.training.experiment import Experiment

@@ -1,0 +1,23 @@
+"""iCaRL's nearest-mean-of-exemplars classifier (NME)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def class_means(exemplars: Tensor, mirrored: Tensor, positions: Tensor) -> Tensor:
+    """The mean of each class's exemplars, float [classes, d], of length 1.
+
+    exemplars, mirrored: [m, d], features of the exemplars and of their mirror images. positions: int64 [m], incremental
+    positions, every class from 0 on among them. Each feature is L2-normalised and averaged per class, the two means are
+    averaged and normalised again.
+    """
+    means = exemplars.new_zeros(int(positions.max()) + 1, exemplars.shape[1])
+    means.index_add_(0, positions, F.normalize(exemplars) + F.normalize(mirrored))  # a sum has the mean's direction
+    return F.normalize(means)
+
+
+def nearest_mean_scores(features: Tensor, means: Tensor) -> Tensor:
+    """Scores of the classes: the highest is the nearest mean. features: [n, d] to classify. Returns
+    [n, classes]. Among means of length 1 the smallest distance is the largest product, so the length of a feature does
+    not matter."""
+    return features @ means.T
