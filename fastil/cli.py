@@ -97,9 +97,9 @@ def run(
 def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val: Val = None) -> None:
     """Print what a recipe would do, without training."""
     from fastil.recipe import load
-    from fastil.training.estimate import describe
+    from fastil.training.estimate import plan_text
 
-    print(describe(load(recipe, overrides or [], data=data, val=val)))
+    print(plan_text(load(recipe, overrides or [], data=data, val=val)))
 
 
 @app.command()

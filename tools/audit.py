@@ -204,7 +204,7 @@ def check_classes(source: Source, splits: dict[str, Records]) -> None:
             )
 
 
-def describe(source: Source, audits: Sequence[Audit], free: int, notes: Sequence[str]) -> str:
+def audit_text(source: Source, audits: Sequence[Audit], free: int, notes: Sequence[str]) -> str:
     """The audit for people."""
     lines = [f"{source.kind}: {source.name}, {len(source.class_names):,} classes"]
     for found in audits:

@@ -13,7 +13,7 @@ from fastil.protocol import imagenet_subset
 SUBSETS = ("lucir", "first100")
 
 
-def choose(source: Source, classes: str | None, per_class: int | None) -> Source:
+def subset(source: Source, classes: str | None, per_class: int | None) -> Source:
     """The source with these classes only, labels numbered anew in the source's order, every split sorted by class, then
     by name (images whose files have an official order keep it within a class).
 

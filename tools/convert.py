@@ -26,13 +26,13 @@ from fastil.tools.audit import (
     all_small_lossless,
     amount,
     audit,
+    audit_text,
     check_classes,
-    describe,
     shortfall,
     some_of,
     summary,
 )
-from fastil.tools.choice import choose
+from fastil.tools.choice import subset
 from fastil.tools.files import AGAIN, opened, reading_order, spooled
 from fastil.tools.images import JPEG_SIDE, SMALL_SIDE, Mode, Storage
 from fastil.tools.pool import Pool
@@ -111,7 +111,7 @@ def convert(
         pool.start()
         source = open_source(path, options.kind, options.val, verify=options.kind is None)
         notes = list(source.notes)
-        source = choose(source, options.classes, options.per_class)
+        source = subset(source, options.classes, options.per_class)
         splits = {name: r for name, r in (("train", source.train), ("val", source.val)) if r is not None}
         check_classes(source, splits)
         kept, said = False, []
@@ -155,7 +155,7 @@ def convert(
         if needed > free:
             notes.append(f"{amount(needed)} are needed, {amount(free)} are free: the conversion would stop")
         reporter.say(
-            describe(source, audits, free, [*notes, *said]), "audit", source=source.name, kind=source.kind,
+            audit_text(source, audits, free, [*notes, *said]), "audit", source=source.name, kind=source.kind,
             classes=len(source.class_names), splits=[summary(a, len(source.class_names)) for a in audits],
             notes=[*notes, *said], free_bytes=free,
         )  # fmt: skip

@@ -106,7 +106,7 @@ def _look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
     except MemoryError:
         raise  # says nothing of the image
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        return Head("unknown", "", 0, 0, len(content), (), describe(error))
+        return Head("unknown", "", 0, 0, len(content), (), reason_of(error))
     kind = str(image.format)
     if kind != "JPEG":
         reasons.append(kind)
@@ -164,7 +164,7 @@ def prepare(item: Item, storage: Storage) -> Prepared:
     except MemoryError:
         raise
     except Exception as error:
-        return Prepared(None, 0, 0, None, describe(error))
+        return Prepared(None, 0, 0, None, reason_of(error))
 
 
 def decoded(content: bytes | NDArray[np.uint8]) -> Image.Image:
@@ -184,7 +184,7 @@ def encode(image: Image.Image, storage: Storage) -> bytes:
     return file.getvalue()
 
 
-def describe(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What is wrong with an image, in one line without the address that Pillow names an unknown stream by."""
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image of a known format"

@@ -8,7 +8,7 @@ import torch
 
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.choose import check_resident, choose, cpu_rate, mean_pixels, resident_bytes
-from fastil.data.loaders.streaming import Images
+from fastil.data.loaders.streaming import AnySplit
 from fastil.data.published import table
 from fastil.data.sources import Split, image_size, load_dataset
 from fastil.device import (
@@ -31,11 +31,11 @@ TIMED_PIXELS = 2**18  # of a batch that is timed on a CPU
 META_COST = 3.1  # training steps that an update of alpha takes beside its own (python -m bench.meta)
 
 
-def describe(recipe: Recipe) -> str:
+def plan_text(recipe: Recipe) -> str:
     """The effective protocol as text. Without the files, a published shape of the data set is used."""
     try:
         dataset = load_dataset(recipe.data)
-        images: Images | None = dataset.train
+        images: AnySplit | None = dataset.train
         counts = np.bincount(dataset.train.labels)
         names, size = dataset.class_names, image_size(recipe.data, dataset)
         source = f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.val.labels):,} test images"

@@ -24,7 +24,7 @@ from fastil.training.clock import Clock, versions
 from fastil.training.frozen import FrozenNetwork
 from fastil.training.interrupt import Interrupt
 from fastil.training.phases import Phases
-from fastil.training.progress import Progress
+from fastil.training.progress import StepBar
 from fastil.training.rehearsal import Rehearsal
 from fastil.training.run_directory import Position, RunDirectory
 from fastil.training.run_loaders import RunLoaders
@@ -39,7 +39,7 @@ class Experiment:
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None) -> None:
         self.resume, self.directory = resume, RunDirectory(out, resume)
-        self.interrupt, self.progress, self.clock = Interrupt(), Progress(), Clock()
+        self.interrupt, self.progress, self.clock = Interrupt(), StepBar(), Clock()
         self.device = pick_device(recipe.train.device)
         self.recipe = recipe = recipe.settled(self.device, self.directory.precision())
         self.dataset = load_dataset(recipe.data)
@@ -151,7 +151,7 @@ class Experiment:
         self.progress.end()
         position = Position(plan.step, "memory")
         if self.recipe.correction.epochs_of(plan.step):
-            self.rehearsal.choose_balanced(plan.step)
+            self.rehearsal.select_balanced(plan.step)
             position = Position(plan.step, "correct")
         self.save(position)
         return position
@@ -217,7 +217,7 @@ class Experiment:
         """Claim the directory and take up its last checkpoint, if there is one."""
         transform = self.loaders.test.transform
         size = transform.height, transform.width
-        protocol = run_directory.describe(self.dataset, self.protocol, self.steps, size)
+        protocol = run_directory.protocol_file(self.dataset, self.protocol, self.steps, size)
         state = self.directory.claim(self.recipe, protocol, self.device)
         if state is None:
             if self.resume:

@@ -7,7 +7,7 @@ from fastil.text import Bar
 LINE_EVERY = 10.0  # seconds between the lines of epochs where there is no terminal
 
 
-class Progress(Bar):
+class StepBar(Bar):
     """Counts image visits within a step and shows its epochs."""
 
     last_line = 0.0

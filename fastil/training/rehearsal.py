@@ -68,16 +68,16 @@ class Rehearsal:
         drawn = [memory.select_at_random(self.dataset.train.of_class(c), per_class, key) for c in classes]
         return np.concatenate(drawn)
 
-    def choose_balanced(self, step: int) -> None:
+    def select_balanced(self, step: int) -> None:
         """Set `balanced`: as many exemplars of every class seen, none of them held out: the quota, or what the smallest
         class has."""
         held_out = self.training_set(step)[1]
-        exemplars = [*self.memory.exemplars.values(), *self.choose(step).values()]
+        exemplars = [*self.memory.exemplars.values(), *self.select(step).values()]
         exemplars = [ids[~np.isin(ids, held_out)] for ids in exemplars]
         size = min(self.quota(self.classes(step)[1]), *map(len, exemplars))
         self.balanced = np.concatenate([ids[:size] for ids in exemplars])
 
-    def choose(self, step: int) -> dict[int, Ids]:
+    def select(self, step: int) -> dict[int, Ids]:
         """The exemplars of each new class, best first, in one pass over its images."""
         classes, (num_old, num_seen) = self.steps[step], self.classes(step)
         quota = self.quota(num_seen)
@@ -100,7 +100,7 @@ class Rehearsal:
     def update(self, step: int) -> dict[int, Ids]:
         """Take the exemplars of the new classes into the memory; the older ones keep a prefix of what they have.
         Returns what is kept of every class, what is reserved included."""
-        chosen, num_seen = self.choose(step), self.classes(step)[1]
+        chosen, num_seen = self.select(step), self.classes(step)[1]
         self.memory.reduce(self.quota(num_seen))
         for class_id, exemplars in chosen.items():
             self.memory.add(class_id, exemplars)

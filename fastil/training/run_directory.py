@@ -147,7 +147,9 @@ def _images_in(protocol: ProtocolFile) -> tuple[Any, ...]:
     return splits, protocol.class_order, protocol.class_names
 
 
-def describe(dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan], size: tuple[int, int]) -> ProtocolFile:
+def protocol_file(
+    dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan], size: tuple[int, int]
+) -> ProtocolFile:
     """The content of protocol.json. size: height and width of what the network is shown."""
 
     def described(split: Split | Beton) -> DescribedSplit:

@@ -112,11 +112,11 @@ class Rows:
 def open_parquet(path: Path, val: str | None) -> Source:
     """A folder with train-*.parquet and validation-*, val-* or test-*.parquet (in it, in data/, or in folders named
     like the splits), or a single file. val: the same for validation images."""
-    train_files, val_files = shards.choose(path, ".parquet")
+    train_files, val_files = shards.split_files(path, ".parquet")
     if val == SAME:
         val_files = []
     elif val is not None:
-        val_files = shards.choose_val(Path(val), ".parquet")
+        val_files = shards.val_files(Path(val), ".parquet")
     for files in (train_files, val_files):
         shards.check_complete(files)
     train, names = _listed(train_files)

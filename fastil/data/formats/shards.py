@@ -35,7 +35,7 @@ def grouped(path: Path, suffix: str) -> dict[str | None, list[Path]]:
     return splits
 
 
-def choose(path: Path, suffix: str) -> tuple[list[Path], list[Path]]:
+def split_files(path: Path, suffix: str) -> tuple[list[Path], list[Path]]:
     """Train and val shards of a path that is a shard, a name with braces, or a folder.
 
     Where no name tells a split, all are training shards; test stands in for val.
@@ -53,7 +53,7 @@ def choose(path: Path, suffix: str) -> tuple[list[Path], list[Path]]:
     return train, splits.get("val") or splits.get("test") or []
 
 
-def choose_val(path: Path, suffix: str) -> list[Path]:
+def val_files(path: Path, suffix: str) -> list[Path]:
     """Shards of a path given for the validation images; of a folder those that are called val, if any are."""
     if "{" in str(path) or not path.is_dir():
         return expand(path)

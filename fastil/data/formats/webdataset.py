@@ -37,11 +37,11 @@ def looks_like_webdataset(path: Path) -> bool:
 def open_webdataset(path: Path, val: str | None) -> Source:
     """A folder of shards, a shard, or a name with braces; val: the same for validation images. Classes are the lines of
     classnames.txt beside the shards, otherwise numbers."""
-    train_shards, val_shards = shards.choose(path, ".tar")
+    train_shards, val_shards = shards.split_files(path, ".tar")
     if val == SAME:
         val_shards = []
     elif val is not None:
-        val_shards = shards.choose_val(Path(val), ".tar")
+        val_shards = shards.val_files(Path(val), ".tar")
     train = _listed(train_shards)
     val_records = _listed(val_shards) if val_shards else None
     splits = [train] + ([val_records] if val_records else [])

@@ -14,7 +14,7 @@ from fastil.data.formats.beton import Beton
 from fastil.data.loaders.batch import Batch
 from fastil.data.loaders.reference import Reference
 from fastil.data.loaders.resident import Resident
-from fastil.data.loaders.streaming import Images
+from fastil.data.loaders.streaming import AnySplit
 from fastil.data.loaders.threads import Threads
 from fastil.data.sources import BACKENDS, Split
 from fastil.errors import UserError
@@ -61,7 +61,7 @@ class Loader(Protocol):
         ...
 
 
-def make_loader(dataset: Images, backend: str, transform: Transform, device: str | torch.device) -> Loader:
+def make_loader(dataset: AnySplit, backend: str, transform: Transform, device: str | torch.device) -> Loader:
     """A loader over one split, which lies in memory or in a .beton.
 
     backend: "resident" (all pixels on the device; only for a split in memory), "threads", "ffcv", "dali", "reference",
@@ -100,7 +100,7 @@ def installed(module: str) -> bool:
         return False
 
 
-def choose(dataset: Images, device: torch.device) -> tuple[str, str]:
+def choose(dataset: AnySplit, device: torch.device) -> tuple[str, str]:
     """The backend for a split whose batches are for this device, and why."""
     if isinstance(dataset, Split):
         return "resident", "its pixels are in memory already"
@@ -122,17 +122,17 @@ def cpu_rate(pixels: float) -> float:
     return float(f"{machine.cores() / (PER_IMAGE + PER_PIXEL * pixels):.2g}")
 
 
-def resident_bytes(dataset: Images, exemplars: int) -> int:
+def resident_bytes(dataset: AnySplit, exemplars: int) -> int:
     """Of so many exemplars of average size on the device."""
     return round(exemplars * 3 * mean_pixels(dataset))
 
 
-def mean_pixels(dataset: Images) -> float:
+def mean_pixels(dataset: AnySplit) -> float:
     """Of an image."""
     return float(dataset.sizes.prod(axis=1, dtype=np.int64).mean())
 
 
-def check_resident(dataset: Images, exemplars: int, backend: str, device: torch.device) -> None:
+def check_resident(dataset: AnySplit, exemplars: int, backend: str, device: torch.device) -> None:
     """Raise UserError where memory=resident is no use or cannot be. backend: not "auto"."""
     if isinstance(dataset, Split):
         raise UserError("memory=resident: all images are in memory already; leave it out")

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastil import machine
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.frames import central
-from fastil.data.loaders.streaming import Images, Streaming
+from fastil.data.loaders.streaming import AnySplit, Streaming
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
@@ -32,7 +32,9 @@ class Dali(Streaming):
 
     name = "dali"
 
-    def __init__(self, images: Images, transform: Transform, device: torch.device, workers: int | None = None) -> None:
+    def __init__(
+        self, images: AnySplit, transform: Transform, device: torch.device, workers: int | None = None
+    ) -> None:
         super().__init__(images, transform, device)
         if isinstance(images, Beton) and images.mode == "mixed":
             raise UserError(f"{images.path}: holds JPEGs and pixels, which DALI cannot mix; use loader=threads")

@@ -12,7 +12,7 @@ from fastil.plan import Transform
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 Image = TypeVar("Image")
-Pixels = TypeVar("Pixels", NDArray[np.uint8], Tensor)  # uint8 [h, w, 3]
+Array = TypeVar("Array", NDArray[np.uint8], Tensor)  # uint8 [h, w, 3]
 
 
 def frame_of(
@@ -39,7 +39,7 @@ def central(size: tuple[int, int], transform: Transform) -> tuple[tuple[int, int
     return new, (round((new[0] - height) / 2), round((new[1] - width) / 2), height, width)
 
 
-def cut(image: Pixels, box: Box, room: Callable[[int, int], Pixels]) -> Pixels:
+def cut(image: Array, box: Box, room: Callable[[int, int], Array]) -> Array:
     """A box of an image; outside the image is black. A view where it lies inside, else in room(height, width)."""
     top, left, height, width = box
     inside = image[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]

@@ -26,7 +26,7 @@ from fastil.data.sources import Split
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform, sequential_plan
 
-Images = Beton | Split
+AnySplit = Beton | Split
 TOGETHER = 256  # images that are decoded to be held
 
 
@@ -38,7 +38,7 @@ class Streaming(ABC):
 
     name: str
 
-    def __init__(self, images: Images, transform: Transform, device: torch.device) -> None:
+    def __init__(self, images: AnySplit, transform: Transform, device: torch.device) -> None:
         self.images, self.transform, self.device = images, transform, device
         self.unresized = replace(transform, resize=None)
         self.where = str(images.path) if isinstance(images, Beton) else "the data set"

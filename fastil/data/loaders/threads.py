@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastil import machine
 from fastil.data.loaders.frames import Box, cut, frame_of, scaled
-from fastil.data.loaders.streaming import Images, Streaming
+from fastil.data.loaders.streaming import AnySplit, Streaming
 from fastil.plan import EpochPlan, Transform
 
 AHEAD = 2  # batches that are in work beside the one that is asked for
@@ -29,7 +29,9 @@ class Threads(Streaming):
 
     name = "threads"
 
-    def __init__(self, images: Images, transform: Transform, device: torch.device, workers: int | None = None) -> None:
+    def __init__(
+        self, images: AnySplit, transform: Transform, device: torch.device, workers: int | None = None
+    ) -> None:
         super().__init__(images, transform, device)
         # A resize must not be shared out to threads again, beside those of the pool and the network: with two of each
         # an epoch took a quarter longer. torch counts by thread; one that never asked takes the last count set by any.
