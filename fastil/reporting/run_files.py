@@ -53,6 +53,10 @@ class DescribedSplit(_Content):
     identity: str | None = None  # runs from before identities have none
     bytes: Count | None = None
 
+    def same_in_another_order(self, other: "DescribedSplit") -> bool:
+        """Whether both hold the same images, but not with the same ids."""
+        return self.identity is not None and self.identity == other.identity and self.sha256 != other.sha256
+
 
 class DescribedDataset(_Content):
     """What a run is trained and tested on. size: height and width of what the network is shown."""

@@ -19,6 +19,7 @@ from fastil.errors import UserError
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective, values_of
 from fastil.reporting.run_files import read_metrics, read_protocol
+from fastil.training.run_directory import described
 
 # Keys that the base step never reads: it has no old class and no memory, and all classification losses are the plain
 # cross-entropy, bit for bit, where every class has the same number of images.
@@ -60,10 +61,15 @@ def check(
     if changed:
         raise UserError(f"--base {base_run}: its base step is another one ({'; '.join(changed)})")
     try:
-        described = read_protocol(base_run)
+        there = read_protocol(base_run)
     except UserError as error:
         raise UserError(f"--base {base_run}: give another run, or leave --base out ({error})") from None
-    if described.dataset.train.sha256 != dataset.train.sha256 or described.steps[0] != protocol.steps[0].tolist():
+    here = described(dataset.train)
+    if there.dataset.train.same_in_another_order(here):
+        raise UserError(
+            f"--base {base_run}: was trained on the same images in another order; give --data in the same kind of file"
+        )
+    if there.dataset.train.sha256 != here.sha256 or there.steps[0] != protocol.steps[0].tolist():
         raise UserError(
             f"--base {base_run}: was trained on other images or base classes; give a run on the same --data"
         )

@@ -82,8 +82,8 @@ class RunDirectory:
                 )
         elif self.last.exists():
             raise UserError(f"{recipe_path}: missing, so the run cannot be told; choose another --out")
-        if self.last.exists() and _images_in(read_protocol(self.path)) != _images_in(protocol):
-            raise UserError(f"{self.path}: was run on other images than those of --data; give the same ones")
+        if self.last.exists():
+            _check_images(self.path, read_protocol(self.path), protocol)
         state = files.load(self.last, device) if self.last.exists() else None
         if state is not None and state.get("format") != FORMAT:
             raise UserError(
@@ -141,29 +141,36 @@ class RunDirectory:
         return results
 
 
-def _images_in(protocol: ProtocolFile) -> tuple[Any, ...]:
-    """What must not change between a run and its resume: the images in their order, and the classes."""
-    splits = [(split.sha256, split.images) for split in (protocol.dataset.train, protocol.dataset.val)]
-    return splits, protocol.class_order, protocol.class_names
+def _check_images(run: Path, before: ProtocolFile, now: ProtocolFile) -> None:
+    """Raise UserError where a resume would see other images, another order of them, or other classes."""
+    pairs = [(before.dataset.train, now.dataset.train), (before.dataset.val, now.dataset.val)]
+    if any(old.same_in_another_order(new) for old, new in pairs):
+        raise UserError(
+            f"{run}: was run on the same images in another order, so their ids differ; give --data as it was then, in "
+            "the same kind of file"
+        )
+    same = all((old.sha256, old.images) == (new.sha256, new.images) for old, new in pairs)
+    if not same or (before.class_order, before.class_names) != (now.class_order, now.class_names):
+        raise UserError(f"{run}: was run on other images than those of --data; give the same ones")
 
 
 def protocol_file(
     dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan], size: tuple[int, int]
 ) -> ProtocolFile:
     """The content of protocol.json. size: height and width of what the network is shown."""
-
-    def described(split: Split | Beton) -> DescribedSplit:
-        identity = None if split.identity is None else split.identity.text
-        streamed = {"bytes": int(split.lengths.sum())} if isinstance(split, Beton) else {}
-        return DescribedSplit(sha256=split.sha256, images=len(split.labels), identity=identity, **streamed)
-
+    train, val = described(dataset.train), described(dataset.val)
     return ProtocolFile(
         class_order=protocol.order.tolist(),
         class_names=dataset.class_names,
         class_list_hash=protocol.class_hash(dataset.class_names),
         steps=[classes.tolist() for classes in protocol.steps],
-        dataset=DescribedDataset(
-            name=dataset.name, size=size, train=described(dataset.train), val=described(dataset.val)
-        ),
+        dataset=DescribedDataset(name=dataset.name, size=size, train=train, val=val),
         effective=[dataclasses.asdict(plan) for plan in steps],
     )
+
+
+def described(split: Split | Beton) -> DescribedSplit:
+    """What protocol.json says of a split."""
+    identity = None if split.identity is None else split.identity.text
+    streamed = {"bytes": int(split.lengths.sum())} if isinstance(split, Beton) else {}
+    return DescribedSplit(sha256=split.sha256, images=len(split.labels), identity=identity, **streamed)

@@ -1,6 +1,7 @@
 """Methods from outside: in a file, in a module, installed; and that no run directory makes its code run."""
 
 import json
+import sys
 import time
 from types import SimpleNamespace
 
@@ -229,3 +230,11 @@ def test_wa_gives_new_rows_the_mean_length_of_the_old_ones():
     expected = before.copy()
     expected[6:9] *= length[:6].mean() / length[6:9].mean()
     np.testing.assert_allclose(after, expected, rtol=1e-6)
+
+
+def test_a_module_in_the_current_folder_is_found_by_the_script_too(tmp_path, mine, monkeypatch):
+    """`python -m` looks there by itself, an installed script does not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    assert load("digits", ["method=mine:Mine", "loss=softmax"]).procedure.__module__ == "mine"
+    del sys.modules["mine"]

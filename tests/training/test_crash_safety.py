@@ -194,6 +194,12 @@ def test_a_folder_that_was_moved_resumes_and_other_images_do_not(fastil, tmp_pat
     assert fastil("run", *settings, "--data", tmp_path / "there", "--resume").returncode == 0
     other = make_folder(tmp_path / "other", train=7)
     assert_user_error(fastil("run", *settings, "--data", other, "--resume"), "other images")
+    image = next((tmp_path / "there/train/class0").iterdir())
+    image.rename(image.with_name("zz.png"))
+    resumed = fastil("run", *settings, "--data", tmp_path / "there", "--resume")
+    assert_user_error(resumed, "the same images in another order")
+    resumed = fastil("run", *settings[:-1], "based", "--data", tmp_path / "there", "--base", "run")
+    assert_user_error(resumed, "the same images in another order")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
