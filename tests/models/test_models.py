@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastil.errors import UserError
 from fastil.models import MODELS, ModelConfig, build_network
 from fastil.models.blocks import SliceShortcut
 from fastil.models.heads import CosineHead, LinearHead, padded_width
+from fastil.models.resnet_cifar import ResNetCifar
 
 CIFAR = ("resnet8", "resnet14", "resnet20", "resnet32")
 # channels and blocks of each stage, and the stride of its first block
@@ -289,10 +291,12 @@ def test_weights_lie_channels_last(name):
             assert part.weight.stride(1) == 1
 
 
-@pytest.mark.parametrize("name", ["resnet9", "resnet2", "resnet0"])
-def test_a_depth_that_is_not_6n_plus_2_is_an_error(name):
+@pytest.mark.parametrize("depth", [9, 2, 0])
+def test_a_depth_that_is_not_6n_plus_2_is_an_error(depth):
     with pytest.raises(ValueError, match="6n"):
-        build(name)
+        ResNetCifar(depth, True, torch.Generator())
+    with pytest.raises(UserError, match=f"model=resnet{depth}: unknown; did you mean resnet"):
+        build(f"resnet{depth}")
 
 
 # --- the head

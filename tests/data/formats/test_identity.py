@@ -10,7 +10,6 @@ import pytest
 from conftest import SHARED, SOAK, encoded
 from making import write_tar
 
-from fastil import fidelity
 from fastil.data import DataConfig, Split, load_dataset, published
 from fastil.data.formats import folder
 from fastil.data.formats.beton import Beton
@@ -18,6 +17,7 @@ from fastil.data.formats.detect import open_source
 from fastil.data.formats.identity import Identity, of_pixels
 from fastil.data.formats.records import canonical
 from fastil.errors import UserError
+from fastil.reporting import fidelity
 from fastil.reporting.run_files import ProtocolFile
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
