@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     name = Path(given.recipe).stem
     seeds, data = range(given.seeds), ["--data", given.data] if given.data else []
     # All rows of a seed first, so that a comparison that is stopped has whole seeds.

@@ -14,6 +14,7 @@ from fastil.data.loaders.choose import check_resident
 from fastil.data.loaders.streaming import Streaming
 from fastil.errors import UserError
 from fastil.recipe import load
+from fastil.reporting.runs import Run
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 from fastil.training.experiment import Experiment
@@ -147,6 +148,23 @@ def test_the_reference_loader_trains_the_same_to_a_rounding(file, tmp_path):
         state = torch.load(tmp_path / name / "checkpoints/step_0.pt", weights_only=True)
         weights.append(torch.cat([value.flatten().double() for value in state.values()]))
     assert torch.linalg.norm(weights[0] - weights[1]) < 0.02 * torch.linalg.norm(weights[1])
+
+
+def test_a_finished_run_classifies_image_files_as_it_saw_them(file, tmp_path):
+    """The stored bytes of the test images, out of the file and as files of their own."""
+    run(file, tmp_path / "run", "epochs=2")
+    finished, paths = Run(tmp_path / "run"), []
+    with Beton(file.with_suffix(".val.beton")) as val:
+        for i in range(len(val)):
+            paths.append(tmp_path / f"{i}.jpg")
+            paths[-1].write_bytes(val.encoded(i))
+        names = [val.class_names[label] for label in val.labels]
+    network = finished.network()
+    assert (network.transform.height, network.transform.resize) == (32, 37)
+    found = [next(iter(probabilities)) for probabilities in finished.predict(paths)]
+    true, predicted = np.load(tmp_path / "run/predictions/step_2.npy").T
+    assert [network.class_names[position] for position in true] == names
+    assert [network.class_names[position] for position in predicted] == found
 
 
 def test_what_a_run_prints_names_the_loader(fastil, file):
