@@ -12,7 +12,7 @@ from fastil.methods.classification_loss import ClassificationLoss, LossConfig, S
 from fastil.methods.corrections import CorrectionConfig
 from fastil.methods.meta import MetaAlpha, MetaConfig
 from fastil.methods.method import Images, Keys, Memory, Meter, Method, MethodConfig
-from fastil.methods.registry import METHODS, find, register
+from fastil.methods.registry import METHODS, find, known_as, register
 
 for _file in pkgutil.iter_modules(__path__):  # each registers its own
     importlib.import_module(f"{__name__}.{_file.name}")
@@ -76,5 +76,6 @@ __all__ = [
     "check_parts",
     "configs_of",
     "find",
+    "known_as",
     "register",
 ]

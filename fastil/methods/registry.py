@@ -42,14 +42,16 @@ def find(name: str, *, named: bool = True) -> type[Method] | None:
     entry = next((entry for entry in entry_points(group=GROUP) if entry.name == name), None)
     if entry is not None:
         with contextlib.nullcontext() if named else contextlib.suppress(UserError):
-            return _known_as(name, outside.imported(f"method={name}", entry.load))
+            return known_as(name, outside.imported(f"method={name}", entry.load))
         return None
     if not named:
         return None
     if ":" in name:
-        return _known_as(name, outside.attribute(f"method={name}"))
-    near = difflib.get_close_matches(name, METHODS, n=1)
+        return known_as(name, outside.attribute(f"method={name}"))
+    near = difflib.get_close_matches(name.lower(), METHODS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"methods are {', '.join(sorted(METHODS))}"
+    if name.endswith(".py"):
+        hint = f"write {name}:NAME, with the name of the class"
     raise UserError(f"method={name}: unknown; {hint}")
 
 
@@ -58,10 +60,13 @@ def _checked(name: str, found: Any) -> type[Method]:
         raise UserError(f"method={name}: is not a subclass of fastil.Method")
     if found.Config is not None and not is_dataclass(found.Config):
         raise UserError(f"method={name}: its Config is not a dataclass")
+    if found.weigh is Method.weigh:
+        raise UserError(f"method={name}: write weigh(self, context), the weights of cross-entropy and of distillation")
     return found
 
 
-def _known_as(name: str, found: Any) -> type[Method]:
+def known_as(name: str, found: Any) -> type[Method]:
+    """Make a class known under the name that a recipe has for it."""
     method = _checked(name, found)
     if not method.__dict__.get("name"):
         method.name = name

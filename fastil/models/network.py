@@ -40,8 +40,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.model not in MODELS and ":" not in self.model:
-            near = difflib.get_close_matches(self.model, MODELS, n=1)
+            near = difflib.get_close_matches(self.model.lower(), MODELS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(MODELS)}, or module:factory"
+            if self.model.endswith(".py"):
+                hint = f"write {self.model}:NAME, with the name of the function that returns the backbone"
             raise UserError(f"model={self.model}: unknown; {hint}")
         if self.stem != "own" and not self.model.startswith("resnet18"):
             raise UserError(f"stem={self.stem}: model={self.model} has another; use model=resnet18 or resnet18_pod")
@@ -147,17 +149,24 @@ def build_network(config: ModelConfig, num_classes: int, seed: int, *, keeps_map
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def find_factory(name: str) -> None:
-    """Import the backbone that a command names as module:factory, if it does. Raises UserError for what is not there.
+def find_factory(name: str) -> Callable[[], nn.Module] | None:
+    """The backbone that a command names as module:factory, imported. None for those that come with fastil. Raises
+    UserError for what is not there.
 
     A name out of a run directory never comes here, so that reading a run runs no code that it names.
     """
     if ":" in name and name not in FACTORIES:
         FACTORIES[name] = outside.attribute(f"model={name}")
+    return FACTORIES.get(name)
 
 
 def add_factory(factory: Callable[[], nn.Module]) -> str:
     """Make a backbone from outside known. Returns its name, module:factory, for `model=NAME`."""
+    if not hasattr(factory, "__qualname__"):
+        raise UserError(
+            f"model: give a function or a class that returns a backbone, not {type(factory).__name__}: the run builds "
+            "it twice, from its seed"
+        )
     name = f"{factory.__module__}:{factory.__qualname__}"
     FACTORIES[name] = factory
     return name

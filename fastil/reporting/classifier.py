@@ -50,14 +50,26 @@ class Classifier(nn.Module):
         self.register_buffer("means", means, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.dtype == torch.uint8:
-            images = images.permute(0, 3, 1, 2) / 255
+        images = self.checked(images)
         out = self.network((images - self.mean) / self.std)
         if self.means is not None:
             scores = nearest_mean_scores(out.features, self.means)
         else:
             scores = out.scaled if self.method is None else self.method.predict(out.scaled)
         return scores[:, : len(self.class_names)].softmax(1)
+
+    def checked(self, images: Tensor) -> Tensor:
+        """As float [n, 3, h, w] in 0 to 1. Raises UserError for anything else: it would be classified, but wrongly."""
+        height, width = self.transform.height, self.transform.width
+        if images.dtype == torch.uint8 and images.shape[1:] == (height, width, 3):
+            return images.permute(0, 3, 1, 2) / 255
+        good = images.is_floating_point() and images.shape[1:] == (3, height, width)
+        if not good or bool((images.amin() < 0) | (images.amax() > 1)):
+            raise UserError(
+                f"images are {images.dtype} {[*images.shape]}: give uint8 [n, {height}, {width}, 3], or float "
+                f"[n, 3, {height}, {width}] in 0 to 1"
+            )
+        return images
 
     def image(self, path: Path) -> NDArray[np.uint8]:
         """An image file, prepared as the test images of the run were, uint8 [h, w, 3]."""

@@ -1,15 +1,17 @@
 """What a report, a figure or a table reads of run directories."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastil.errors import UserError
+from fastil.methods import Method, find, known_as
+from fastil.models import FACTORIES, find_factory
 from fastil.recipe import Recipe, read_effective, shipped
 from fastil.reporting.fidelity import MODIFIED, had_published, labelled
 from fastil.reporting.run_files import AGAIN, read_metrics, read_protocol, read_results
@@ -18,19 +20,36 @@ if TYPE_CHECKING:
     from fastil.reporting.classifier import Classifier
 
 
+ALWAYS_NAMED = ("method", "model")  # in a label, where they are not the recipe's
+PathLike = str | os.PathLike[str]
+
+
 class Run:
     """A run directory with at least one finished step: what it says, and its network.
 
     recipe: with a published number only if that may stand beside the run (`fidelity.labelled`). results, protocol: the
     content of results.json and protocol.json. Raises UserError for what is missing or damaged. Nothing that the
-    directory names as code is imported.
+    directory names as code is imported: method (a class) and model (a function that returns a backbone) are what it
+    names, or `fastil.run`'s strings for them; `network` and `predict` need them.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        path: PathLike,
+        *,
+        method: type[Method] | str | None = None,
+        model: Callable[[], Any] | str | None = None,
+    ) -> None:
         self.path = path = Path(path)
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
         recipe = read_effective(path / "recipe.yaml")
+        if method is not None:
+            known_as(recipe.method.method, find(method) if isinstance(method, str) else method)
+            recipe = read_effective(path / "recipe.yaml")  # with its keys
+        factory = find_factory(model) if isinstance(model, str) else model
+        if factory is not None and ":" in recipe.model.model:
+            FACTORIES[recipe.model.model] = factory
         if not (path / "results.json").exists():
             raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)")
         self.results, self.protocol = read_results(path), read_protocol(path)
@@ -38,6 +57,16 @@ class Run:
         if [step.classes_seen for step in self.results.steps] != seen[: len(self.results.steps)]:
             raise UserError(f"{path}: results.json has other steps than protocol.json; run again with --resume")
         self.recipe: Recipe = labelled(recipe, self.protocol)
+
+    def __repr__(self) -> str:
+        average = self.results.average_incremental_accuracy
+        what = f"{self.recipe.name}, {self.recipe.method.method}, {len(self.curve)} of {self.total_steps} steps"
+        return f"Run({str(self.path)!r}): {what}, average {average:.2f}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return len(self.curve) == self.total_steps
 
     @property
     def curve(self) -> list[float]:
@@ -78,8 +107,10 @@ class Run:
 
         return load_classifier(self.path, self.recipe, self.protocol, self.step(step))
 
-    def predict(self, paths: Iterable[str | os.PathLike[str]], step: int = -1) -> list[dict[str, float]]:
+    def predict(self, paths: PathLike | Iterable[PathLike], step: int = -1) -> list[dict[str, float]]:
         """For each image file the probability of each class seen, the likeliest first."""
+        if isinstance(paths, str | os.PathLike):
+            paths = [paths]
         import torch
 
         network, found = self.network(step), []
@@ -120,8 +151,8 @@ def geometric_mean(alphas: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in nothing but the seed, under a label that says what sets the group apart: all that was
-    modified, if a number was published for the recipe, and otherwise, of the keys in which runs of a recipe differ,
-    those that are not as the recipe has them."""
+    modified, if a number was published for the recipe, and otherwise method, model and the keys in which runs of a
+    recipe differ, where they are not as the recipe has them."""
     groups: dict[str, list[Run]] = {}
     identities = [run.recipe.identity(seed=False) | {"images": f"{run.dataset} {run.images[0][:6]}"} for run in runs]
     for run, identity in zip(runs, identities, strict=True):
@@ -133,7 +164,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
             for key, value in identity.items()
             if key != "loss"
             and value is not None
-            and any(i.get(key) != value for i in same_recipe)
+            and (key in ALWAYS_NAMED or any(i.get(key) != value for i in same_recipe))
             and (key not in usual or usual[key] != value)
         ]
         parts = [run.recipe.name, run.results.loss]

@@ -75,6 +75,8 @@ class Experiment:
             save=lambda *place: self.save(Position(self.step, *place)), report=self.report,
             tick=self.progress.advance, stop=self.interrupt.requested,
         )  # fmt: skip
+        transform = self.loaders.train.transform
+        self.flops = compiling.flops_per_image(student, transform.height, transform.width)
         self.frozen = FrozenNetwork(student, self.loaders)
         self.rehearsal = Rehearsal(recipe, self.protocol, self.dataset, self.frozen, self.progress.say)
         self.images = Images(self.frozen.of_training, lambda p: self.dataset.train.of_class(order[p]))
@@ -264,11 +266,10 @@ class Experiment:
 
     def compile(self) -> None:
         """Compile training and evaluation, each where the run repays it."""
-        transform, of_test = self.loaders.train.transform, np.bincount(self.dataset.val.labels)
-        flops = compiling.flops_per_image(self.trainer.student, transform.height, transform.width)
-        frozen = flops * step_plan.frozen_visits(self.steps, of_test[self.protocol.order])
+        of_test = np.bincount(self.dataset.val.labels)[self.protocol.order]
+        frozen = self.flops * step_plan.frozen_visits(self.steps, of_test)
         notes = compiling.compile_run(
-            self.recipe.train.compile, self.device, self.trainer.compile, step_plan.run_flops(self.steps, flops),
+            self.recipe.train.compile, self.device, self.trainer.compile, step_plan.run_flops(self.steps, self.flops),
             self.frozen.compile, frozen,
         )  # fmt: skip
         for note in notes:

@@ -22,7 +22,7 @@ from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.evaluation import StepResult
 from fastil.protocol import Protocol
-from fastil.recipe import Recipe, read_effective
+from fastil.recipe import Recipe, read_effective, values_of
 from fastil.reporting.fidelity import labelled
 from fastil.reporting.run_files import DescribedDataset, DescribedSplit, ProtocolFile, Results, read_protocol
 from fastil.training.step_plan import StepPlan
@@ -74,6 +74,9 @@ class RunDirectory:
         recipe_path = self.path / "recipe.yaml"
         if recipe_path.exists():
             old, new = read_effective(recipe_path).identity(), recipe.identity()
+            if old["method"] != new["method"]:  # which keys of methods are read differs by that alone
+                of_methods = {key for part in recipe.of_methods.values() for key in values_of(part)}
+                new = {key: value for key, value in new.items() if key not in of_methods}
             changed = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
             if changed:
                 raise UserError(

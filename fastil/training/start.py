@@ -34,7 +34,7 @@ def run(
     """
     if isinstance(settings.get("method"), type):
         settings["method"] = register(settings["method"]).name
-    if callable(settings.get("model")):
+    if not isinstance(settings.get("model", ""), str):
         settings["model"] = add_factory(settings["model"])
     loaded = load(os.fspath(recipe), settings, data=None if data is None else os.fspath(data))
     experiment = Experiment(loaded, out_of(loaded, out), resume, None if base is None else Path(base))

@@ -143,7 +143,8 @@ def entries(monkeypatch, load):
 
 def test_an_installed_method_is_found_by_its_entry_point(monkeypatch):
     class Installed(Method):
-        pass
+        def weigh(self, context):
+            return 1.0, 0.0
 
     entries(monkeypatch, lambda: Installed)
     assert find("installed", named=False) is Installed
@@ -211,10 +212,13 @@ def test_register_takes_a_name_once():
     class Mine(Method):
         name = "of_my_own"
 
+        def weigh(self, context):
+            return 1.0, 0.0
+
     assert register(Mine) is Mine is register(Mine)
     assert load("digits", ["method=of_my_own"]).procedure is Mine
     with pytest.raises(ValueError, match="method=of_my_own is"):
-        register(type("Other", (Method,), {"name": "of_my_own"}))
+        register(type("Other", (Method,), {"name": "of_my_own", "weigh": Mine.weigh}))
 
 
 def test_wa_gives_new_rows_the_mean_length_of_the_old_ones():

@@ -124,6 +124,13 @@ def test_features_that_are_not_pooled_and_maps_that_are_missing_are_named():
         build_network(config(plain), 5, 0, keeps_maps=True)(torch.rand(2, 3, 6, 6))
 
 
+def test_a_network_that_does_not_take_the_images_is_named_before_a_directory_is_made(fastil, tmp_path):
+    (tmp_path / "net.py").write_text(NETWORK.replace("widths = (3,", "widths = (1,"))
+    done = fastil("run", *SETTINGS, "model=net.py:backbone", "--out", "run")
+    assert_user_error(done, "fails on images [1, 3, 8, 8]", "RuntimeError")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [("nowhere.py:x", "no file"), ("math:nothing", "math has no nothing"), ("resnet23", "did you mean resnet"),

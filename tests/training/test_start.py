@@ -105,6 +105,7 @@ def test_images_of_a_folder_are_classified_as_the_test_images_were(folder, tmp_p
     predicted = [names.index(next(iter(probabilities))) for probabilities in found]
     assert sorted(predicted) == sorted(np.load(run.path / "predictions/step_1.npy")[:, 1].tolist())
     assert all(list(p.values()) == sorted(p.values(), reverse=True) for p in found)
+    assert run.predict(str(files[0])) == run.predict([files[0]]) == found[:1]
     with pytest.raises(UserError, match=r"nowhere\.png: No such file"):
         run.predict([folder / "nowhere.png"])
     (tmp_path / "text.png").write_text("no image")
@@ -143,8 +144,48 @@ def test_a_method_and_a_network_of_a_script_go_in_as_they_are_and_again_after_be
     assert len(run.network().class_names) == 6
     FACTORIES.clear()
     assert run.results.steps[1].classes_seen == 6
-    with pytest.raises(UserError, match="code that a run directory names is not loaded"):
+    with pytest.raises(UserError, match="code that a run directory names is not loaded; give model= here, too"):
         fastil.Run(tmp_path / "1").network()
+    images = torch.from_numpy(load_dataset(DataConfig()).val.images[:5])
+    with torch.no_grad():
+        again = fastil.Run(tmp_path / "1", model=backbone).network()(images)
+        torch.testing.assert_close(again, run.network()(images))
+
+
+def test_a_method_that_predicts_by_itself_is_given_to_a_run_again(tmp_path):
+    class Turned(fastil.Method):
+        def weigh(self, context):
+            return 1.0, 0.0
+
+        def predict(self, logits):
+            return -logits
+
+    images = torch.from_numpy(load_dataset(DataConfig()).val.images[:5])
+    run = fastil.run("digits", out=tmp_path / "run", **SETTINGS, method=Turned, loss="softmax")
+    network = run.network()
+    with torch.no_grad():
+        wanted = network(images)
+        pixels = (images.permute(0, 3, 1, 2) / 255 - network.mean) / network.std
+        torch.testing.assert_close(wanted.log(), (-network.network(pixels).logits[:, :6]).log_softmax(1))
+        del METHODS["turned"]
+        with pytest.raises(UserError, match="give method= here, too"):
+            fastil.Run(tmp_path / "run").network()
+        assert fastil.Run(tmp_path / "run").finished
+        torch.testing.assert_close(fastil.Run(tmp_path / "run", method=Turned).network()(images), wanted)
+
+
+@pytest.mark.parametrize(
+    ("images", "shown"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"uint8 \[2, 3, 8, 8\]"),
+        (torch.full((2, 3, 8, 8), 255.0), "float32"), (torch.zeros(2, 1, 8, 8), r"\[2, 1, 8, 8\]"),
+        (torch.zeros(3, 8, 8), r"\[3, 8, 8\]"), (torch.zeros(2, 3, 16, 16), "16"),
+        (torch.zeros(2, 8, 8, 3).long(), "int64"),
+    ],
+)  # fmt: skip
+def test_images_that_would_be_taken_wrongly_are_refused(run, images, shown):
+    with pytest.raises(UserError, match=f"{shown}.*: give uint8 .n, 8, 8, 3., or float .n, 3, 8, 8. in 0 to 1"):
+        run.network()(images)
 
 
 def test_resume_goes_on_from_a_stop_by_a_signal(tmp_path, monkeypatch):
@@ -183,7 +224,10 @@ def test_it_runs_in_a_thread(tmp_path):
     [
         ({"epoch": 3}, "unknown key epoch: did you mean epochs"), ({"epochs": "many"}, "epochs=many"),
         ({"lucir_lambda": 3.0}, "lucir_lambda=3.0: nothing reads it here"), ({"method": dict}, "method"),
-        ({"model": 3}, "model"), ({"seed": True}, "seed=True: must be a number"),
+        ({"model": torch.nn.Identity()}, "give a function or a class"), ({"model": torch.nn.Identity}, "feature_dim"),
+        ({"method": "BiC"}, "did you mean bic"), ({"method": "mine.py"}, "write mine.py:NAME"),
+        ({"model": "net.py"}, "write net.py:NAME"), ({"method": fastil.Method}, "write weigh"),
+        ({"seed": True}, "seed=True: must be a number"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(settings, words, tmp_path):
