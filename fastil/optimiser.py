@@ -56,7 +56,7 @@ class TrainConfig:
         return self.base_epochs if step == 0 and self.base_epochs else self.epochs
 
     def learning_rate(self, epoch: int, epochs: int) -> float:
-        """Of an epoch (from 0) among `epochs`."""
+        """The learning rate of an epoch, counted from 0, among `epochs`."""
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         return self.lr * self.lr_drop ** drops(self.milestones, epoch, epochs)

@@ -211,7 +211,7 @@ class Method:
 
     @property
     def ranking_weight(self) -> float:
-        """Of LUCIR's margin ranking, as the shown loss has it."""
+        """The weight of LUCIR's margin ranking in the loss that is shown."""
         return 0.0
 
     def trainable(self, network: Network) -> dict[nn.Parameter, Tensor]:

@@ -116,7 +116,7 @@ class RunDirectory:
         files.write_json(self.path / f"memory/step_{step}.json", content)
 
     def write_predictor(self, step: int, state: dict[str, Any]) -> None:
-        """What the predictor of a step has beside the network: class means, or the state of the method's correction."""
+        """Write what a step predicts with besides the network: class means, or the state of the method's correction."""
         files.save(self.path / f"checkpoints/predictor_{step}.pt", state)
 
     def write_confusion(self, step: int, matrix: NDArray[np.int64]) -> None:

@@ -153,7 +153,7 @@ def test_an_existing_directory_another_recipe_and_other_images_are_refused(fasti
     other = [*SETTINGS, "lr=0.05", "--out", "run", "--resume"]
     assert_user_error(fastil("run", *other), "another recipe", "lr was 0.03, now 0.05")
     protocol = json.loads((run / "protocol.json").read_text())
-    protocol["dataset"]["train"]["sha256"] = "0" * 64
+    protocol["dataset"]["train"] |= {"sha256": "0" * 64, "identity": "other"}
     (run / "protocol.json").write_text(json.dumps(protocol))
     assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "other images", "--data")
     (run / "protocol.json").write_text("{")
