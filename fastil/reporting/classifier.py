@@ -52,10 +52,11 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         images = self.checked(images)
         out = self.network((images - self.mean) / self.std)
+        scores = out.scaled
         if self.means is not None:
             scores = nearest_mean_scores(out.features, self.means)
-        else:
-            scores = out.scaled if self.method is None else self.method.predict(out.scaled)
+        elif self.method is not None:  # no module, so it stays on the CPU when this moves to a GPU
+            scores = self.method.predict(scores.to(self.method.device)).to(scores.device)
         return scores[:, : len(self.class_names)].softmax(1)
 
     def checked(self, images: Tensor) -> Tensor:
