@@ -67,15 +67,20 @@ def processor_name() -> str:
     return f"{found.get('cpu_name') or platform.machine()} ({', '.join(flags) or 'no bfloat16'})"
 
 
-def fastest_precision(device: torch.device) -> Precision:
-    """What `precision=auto` means: bf16 where the device computes in it faster than in float32, otherwise fp32.
-
-    Told by what the device is, never by timing it, so that the same machine always trains the same. Of processors those
-    with AMX gain (python -m bench.cpu); AVX-512 has bfloat16 products too, but nobody has measured a gain there yet.
-    """
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether the device has bfloat16 products of its own, so that bf16 trains faster than float32 (bench.cpu)."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if cpu_capabilities().get("amx_bf16") else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = cpu_capabilities()
+    return any(found.get(flag) for flag in BF16_FLAGS)
+
+
+def fastest_precision(device: torch.device) -> Precision:
+    """What `precision=auto` means: bf16 where the device multiplies in it, otherwise fp32.
+
+    Told by what the device is, never by timing it, so that the same machine always trains the same.
+    """
+    return "bf16" if multiplies_in_bf16(device) else "fp32"
 
 
 def settle_precision(wanted: Literal["auto", "fp32", "tf32", "bf16"], device: torch.device) -> Precision:
@@ -91,13 +96,9 @@ def precision_note(precision: Precision, device: torch.device) -> str | None:
     """A line for the user where this device is slow in the precision, or lacks it (a run may be resumed anywhere)."""
     if precision == "tf32" and device.type != "cuda":
         return "precision=tf32: this device has none and computes in float32"
-    if precision != "bf16":
+    if precision != "bf16" or multiplies_in_bf16(device):
         return None
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = any(cpu_capabilities().get(flag) for flag in BF16_FLAGS)
-    return None if native else "precision=bf16: this device only emulates it, so training will be several times slower"
+    return "precision=bf16: this device only emulates it, so training will be several times slower"
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:

@@ -74,8 +74,6 @@ def _precision() -> list[str]:
     slow = precision_note("bf16", device)
     if slow is not None:
         lines.append(slow)
-    elif fastest_precision(device) == "fp32":
-        lines.append("precision=bf16 computes natively here, too; whether it is faster has not been measured")
     if torch.cuda.is_available():
         lines.append("precision=fp32 is IEEE float32 on the GPU; precision=tf32 is faster and rounds to 10 bits")
     return lines

@@ -32,7 +32,8 @@ def gpu(monkeypatch, native):
     ("flags", "wanted"),
     [
         (["amx_tile", "amx_bf16", "avx512_bf16"], "bf16"),
-        (["avx512_bf16", "avx512_f"], "fp32"),
+        (["avx512_bf16", "avx512_f"], "bf16"),
+        (["avx512_f"], "fp32"),
         (["avx2"], "fp32"),
         ([], "fp32"),
     ],
