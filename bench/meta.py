@@ -1,6 +1,6 @@
 """What learning alpha costs: time per training step and peak memory, beside a step without it and two unrolled graphs.
 
-python -m bench.meta [--rounds N]      (pip install higher for the public library; left out where it is missing)
+python -m bench.meta [--rounds N] [--precision bf16]   (pip install higher for the public library; left out where it is missing)
 
 plain: a step of BalancedS-CE with distillation. jvp, difference: Meta BalancedS-CE as fastil computes it, at every step
 and at every tenth (section 4.1.3). unrolled: the graph through the update that the paper describes, every step. higher:
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.harness import digits_at, ratio, save, show, spread, take_turns
 from bench.train_step import BATCH, NUM_OLD, build
-from fastil.device import pick_device
+from fastil.device import Precision, pick_device
 from fastil.losses import balanced_cross_entropy
 from fastil.methods import LossConfig, MetaAlpha, MetaConfig
 from fastil.methods.meta import UpdateContext
@@ -33,12 +33,13 @@ CYCLE = 10  # steps per turn: a tenth of them with an update of alpha where ever
 class Bench:
     """A trainer in the middle of an incremental step, its batch and a balanced one."""
 
-    def __init__(self) -> None:
+    def __init__(self, precision: Precision) -> None:
         self.device = pick_device("auto")
         split = digits_at(32, 2 * BATCH)
-        self.trainer, self.method, self.phase, _ = build(split, self.device, 2 * BATCH, LossConfig("meta_balanced"))
+        loss = LossConfig("meta_balanced")
+        self.trainer, self.method, self.phase, _ = build(split, self.device, 2 * BATCH, loss, precision)
         self.trainer.table = torch.arange(0, 60, 6, device=self.device)  # the ten digits, over old and new classes
-        self.batch, self.held_out = self.trainer.loader.batches(self.phase.plan(0))
+        self.batch, self.held_out = self.trainer.loader.batches(self.phase.plan(0), 0, self.trainer.pixels)
         self.trainer.lr.fill_(0.01)
         self.trainer.student.train()
         self.update = self.trainer.update(self.phase)
@@ -119,8 +120,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    bench = Bench()
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
+    bench = Bench(arguments.precision)
     higher = with_higher(bench)
     gradients = {
         name: float(bench.meta(name).gradient(bench.context()).sum()) for name in ("unrolled", "jvp", "difference")
@@ -165,6 +168,7 @@ def main() -> None:
         "rounds": rounds,
         "batch": BATCH,
         "model": "resnet32",
+        "precision": arguments.precision,
         "num_old": NUM_OLD,
         "gradients of log alpha": gradients,
         "seconds per step": {name: spread(values) for name, values in figures.items()},
@@ -172,7 +176,7 @@ def main() -> None:
         "peak bytes": peaks,
         "weights and momentum, bytes": resident,
     }
-    print(f"written to {save('meta', bench.device, content)}")
+    print(f"written to {save(f'meta_{arguments.precision}', bench.device, content)}")
 
 
 if __name__ == "__main__":
