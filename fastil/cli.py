@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastil.errors import UserError
+from fastil.text import one_line, plain, say
 
 app = typer.Typer(
     name="fastil",
@@ -31,7 +32,7 @@ def say_version(asked: bool) -> None:
     if asked:
         import fastil
 
-        print(f"fastil {fastil.__version__}")
+        say(f"fastil {fastil.__version__}")
         raise typer.Exit
 
 
@@ -78,19 +79,19 @@ def run(
     try:
         results = experiment.run()
     except Stopped:
-        print(f"stopped; the same command with --resume goes on ({folder})", file=sys.stderr)
+        say(f"stopped; the same command with --resume goes on ({folder})", sys.stderr)
         raise typer.Exit(128 + (experiment.interrupt.number or 0)) from None
     finally:
         experiment.close()
-    print(
+    say(
         f"average incremental accuracy {results.average_incremental_accuracy:.2f}, final top-1 {results.final_top1:.2f}"
     )
     shown = Run(folder).recipe
     if shown.published is not None:
-        print(f"published: average incremental accuracy {shown.published:.2f}")
+        say(f"published: average incremental accuracy {shown.published:.2f}")
     elif had_published(shown):
-        print(f"{shown.fidelity}; the paper's number is of another experiment")
-    print(f"results, figures and checkpoints: {folder}")
+        say(f"{shown.fidelity}; the paper's number is of another experiment")
+    say(f"results, figures and checkpoints: {folder}")
 
 
 @app.command()
@@ -99,7 +100,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val
     from fastil.recipe import load
     from fastil.training.estimate import plan_text
 
-    print(plan_text(load(recipe, overrides or [], data=data, val=val)))
+    say(plan_text(load(recipe, overrides or [], data=data, val=val)))
 
 
 @app.command()
@@ -107,7 +108,7 @@ def recipes() -> None:
     """List the recipes with the published accuracy and how faithful they are."""
     from fastil.reporting.recipe_list import catalogue
 
-    print(catalogue())
+    say(catalogue())
 
 
 @app.command()
@@ -119,7 +120,7 @@ def download(
     """Fetch a public data set, with progress, resume and checksum."""
     from fastil.data.formats.download import download as fetch
 
-    print(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
+    say(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line instead of text.")]
@@ -183,7 +184,7 @@ def convert(
         )  # fmt: skip
         convert_source(source, out, options, Reporter(as_json), dry_run)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        say("stopped; the same command goes on", sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -207,7 +208,8 @@ def verify(
     for path in paths:
         problems = verify_file(path, sample, machine.cores() if workers is None else workers, reporter)
         for problem in problems:
-            reporter.say(f"{path}: {problem}" if str(path) not in problem else problem, "problem", problem=problem)
+            named = problem if plain(str(path)) in problem else f"{path}: {problem}"
+            reporter.say(named, "problem", problem=problem)
         state = "FAILED" if problems else "good"
         scope = "" if sample is None else f", as far as a sample of {sample} tells"
         reporter.say(f"{path}: {state}{scope}", "verified", file=str(path), good=not problems)
@@ -224,7 +226,7 @@ def info(path: BetonFile, as_json: AsJson = False) -> None:
     from fastil.tools.export import info as info_of
 
     found = info_of(path)
-    print(json.dumps(found) if as_json else as_text(found))
+    say(json.dumps(found) if as_json else as_text(found))
 
 
 @app.command()
@@ -237,7 +239,7 @@ def export(
     """Write images of a data set file back out: JPEGs byte for byte, pixels as PNG."""
     from fastil.tools.export import export as export_images
 
-    print(f"{export_images(path, folder, of_class or [], ids or [])} images in {folder}")
+    say(f"{export_images(path, folder, of_class or [], ids or [])} images in {folder}")
 
 
 @app.command()
@@ -249,7 +251,7 @@ def report(
     """Put runs side by side, with the published numbers where a recipe has them."""
     from fastil.reporting.report import write_report
 
-    print(write_report(runs, out, html))
+    say(write_report(runs, out, html))
 
 
 @app.command()
@@ -295,10 +297,10 @@ def reproduce(
     entries = tables.only(chosen, only or [], steps)
     numbers = reproduction.seeds_of(str(chosen.seeds) if seeds is None else seeds)
     if dry_run:
-        print(reproduction.preview(WorkList(entries, numbers, out, data, preview=True, table=chosen.entries), jobs))
+        say(reproduction.preview(WorkList(entries, numbers, out, data, preview=True, table=chosen.entries), jobs))
         return
     text, status = reproduction.reproduce(chosen, entries, numbers, out, data, jobs)
-    print(text)
+    say(text)
     raise typer.Exit(status)
 
 
@@ -307,7 +309,7 @@ def doctor() -> None:
     """Say what is installed, what is missing, and the command that installs it."""
     from fastil.doctor import diagnose
 
-    print(diagnose())
+    say(diagnose())
 
 
 def main() -> None:
@@ -323,7 +325,7 @@ def main() -> None:
         message = str(error)
     except usage_error as error:
         message = f"{error.format_message()} See fastil --help."  # type: ignore[attr-defined]
-    print(f"fastil: {' '.join(message.split())}", file=sys.stderr)
+    say(f"fastil: {one_line(message)}", sys.stderr)
     sys.exit(2)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from fastil.data.formats.beton import RAW, Beton
 from fastil.data.formats.records import Ids
 from fastil.errors import UserError
+from fastil.text import one_line
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines += [f"  note      {text}" for text in found["notes"]]
     else:
         lines.append("  no manifest beside it: written by FFCV, or the manifest was lost")
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def export(path: Path, folder: Path, classes: Sequence[str], ids: Sequence[int]) -> int:

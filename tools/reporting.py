@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from fastil.text import Bar
+from fastil.text import Bar, say
 
 LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -44,7 +44,7 @@ class Reporter:
                 megabytes_per_second=round(speed, 1), seconds_left=round(left, 1),
             )  # fmt: skip
         else:
-            print(
+            say(
                 f"{self.stage}: {self.done:,} of {self.total:,}, {rate:,.0f} img/s, {speed:,.0f} MB/s, "
                 f"about {f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left",
                 flush=True,
@@ -61,4 +61,4 @@ class Reporter:
             self.shown.say(text)
 
     def event(self, event: str, **fields: Any) -> None:
-        print(json.dumps({"event": event} | fields), flush=True)
+        say(json.dumps({"event": event} | fields), flush=True)

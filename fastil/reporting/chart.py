@@ -1,9 +1,9 @@
-"""Line charts as inline SVG, for a page without scripts. Their classes are styled by the page's sheet."""
+"""Line charts for a page without scripts: where everything lies. templates/chart.svg draws it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import ClassVar, NamedTuple
 
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 400, 270, 52, 18, 42, 22
 
@@ -14,10 +14,6 @@ class Style:
 
     colour: str
     dashes: str
-
-    @property
-    def stroke(self) -> str:
-        return f'stroke="{self.colour}" stroke-dasharray="{self.dashes}"' if self.dashes else f'stroke="{self.colour}"'
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,48 @@ class Axis:
     ticks: Sequence[tuple[float, str]]
 
 
-def legend(styles: dict[str, Style]) -> str:
-    items = (
-        f'<li><svg viewBox="0 0 30 10" aria-hidden="true"><path d="M1 5H29" stroke-width="3" {style.stroke}/></svg>'
-        f"{escape(label)}</li>"
-        for label, style in styles.items()
-    )
-    return f"<ul class=legend>{''.join(items)}</ul>"
+class Tick(NamedTuple):
+    """at: in pixels. text: "" where it would touch the one before."""
+
+    at: float
+    text: str
+
+
+class Dot(NamedTuple):
+    x: float
+    y: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series in pixels. path, band, thin: the d of an SVG path, "" for none."""
+
+    style: Style
+    path: str
+    band: str
+    thin: str
+    faint: float  # opacity of the thin lines
+    dots: Sequence[Dot]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What templates/chart.svg draws, in pixels. marks: vertical lines with a label on top."""
+
+    name: str
+    x_label: str
+    y_label: str
+    x_ticks: Sequence[Tick]
+    y_ticks: Sequence[Tick]
+    marks: Sequence[Tick]
+    lines: Sequence[Line]
+    width: ClassVar[int] = WIDTH
+    height: ClassVar[int] = HEIGHT
+    left: ClassVar[int] = LEFT
+    right: ClassVar[int] = WIDTH - RIGHT
+    top: ClassVar[int] = TOP
+    floor: ClassVar[int] = HEIGHT - BOTTOM
 
 
 def log_axis(label: str, low: float, high: float) -> Axis:
@@ -59,64 +90,51 @@ def log_axis(label: str, low: float, high: float) -> Axis:
     return Axis(label, (math.log10(low) - 0.02, math.log10(high) + 0.02), ticks)
 
 
-def chart(name: str, series: Sequence[Series], x: Axis, y: Axis, marks: Sequence[tuple[float, str]] = ()) -> str:
-    """Inline SVG; marks: vertical lines with a label on top. Labels that would touch the one before are left out."""
+def chart(name: str, series: Sequence[Series], x: Axis, y: Axis, marks: Sequence[tuple[float, str]] = ()) -> Chart:
+    """Lay a chart out. marks: vertical lines by their x, each with a label."""
 
     def across(value: float) -> float:
         low, high = x.limits
-        return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - low) / ((high - low) or 1) * (Chart.right - LEFT)
 
     def down(value: float) -> float:
         low, high = y.limits
-        return HEIGHT - BOTTOM - (min(max(value, low), high) - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
+        return Chart.floor - (min(max(value, low), high) - low) / (high - low) * (Chart.floor - TOP)
 
-    drawn, floor, right = [], HEIGHT - BOTTOM, WIDTH - RIGHT
-    free = math.inf
-    for value, text in sorted(y.ticks):
-        at = down(value)
-        drawn.append(f'<path class=grid d="M{LEFT} {at:.1f}H{right}"/>')
-        if at <= free:
-            drawn.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
-            free = at - 14
-    free = -math.inf
-    for value, text in x.ticks:
-        at, half = across(value), 4 * len(text)
-        drawn.append(f'<path class=axis d="M{at:.1f} {floor}v4"/>')
-        if at - half >= free:
-            drawn.append(f'<text x="{at:.1f}" y="{floor + 18}" text-anchor="middle">{text}</text>')
-            free = at + half + 5
-    free = -math.inf
-    for value, text in marks:
-        at = across(value)
-        drawn.append(f'<path class=step d="M{at:.1f} {TOP}V{floor}"/>')
-        if at >= free:
-            drawn.append(f'<text x="{at:.1f}" y="{TOP - 7}">{text}</text>')
-            free = at + 7 * len(text) + 5
-    middle = (floor + TOP) / 2
-    drawn.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{x.label}</text>')
-    drawn.append(f'<text transform="rotate(-90 13 {middle})" x="13" y="{middle}" text-anchor="middle">{y.label}</text>')
-    for line in series:
-        xs = [across(value) for value in line.x]
-        ys = [None if value is None else down(value) for value in line.y]
-        drawn.append("<g class=series>")
-        if line.band is not None and any(line.band):
-            pairs = list(zip(line.y, line.band, strict=True))
+    def line(of: Series) -> Line:
+        xs, ys = [across(value) for value in of.x], [None if value is None else down(value) for value in of.y]
+        area = ""
+        if of.band is not None and any(of.band):
+            pairs = list(zip(of.y, of.band, strict=True))
             upper, lower = ([down(v + s * b) for v, b in pairs if v is not None] for s in (1, -1))
-            area = path([*xs, *xs[::-1]], [*upper, *lower[::-1]])
-            drawn.append(f'<path d="{area}Z" fill="{line.style.colour}" opacity=".15"/>')
-        behind = "".join(path(xs, [None if v is None else down(v) for v in other]) for other in line.thin)
-        if behind:
-            faint = f'stroke="{line.style.colour}" opacity="{min(0.35, 10 / len(line.thin)):.2f}"'
-            drawn.append(f'<path class=thin {faint} d="{behind}"/>')
-        d = path(xs, ys)
-        drawn.append(f'<path class=line d="{d}" {line.style.stroke}/><path class=target d="{d}"/>')
-        for at, height, title in zip(xs, ys, line.titles, strict=True):
-            if title and height is not None:
-                place = f'cx="{at:.1f}" cy="{height:.1f}"'
-                drawn.append(f'<circle {place} r="3.5" fill="{line.style.colour}"/>')
-                drawn.append(f'<circle class=target {place} r="6"><title>{escape(title)}</title></circle>')
-        drawn.append("</g>")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">{"".join(drawn)}</svg>'
+            area = path([*xs, *xs[::-1]], [*upper, *lower[::-1]]) + "Z"
+        thin = "".join(path(xs, [None if v is None else down(v) for v in other]) for other in of.thin)
+        dots = [
+            Dot(at, height, title)
+            for at, height, title in zip(xs, ys, of.titles, strict=True)
+            if title and height is not None
+        ]
+        return Line(of.style, path(xs, ys), area, thin, min(0.35, 10 / max(1, len(of.thin))), dots)
+
+    return Chart(
+        name,
+        x.label,
+        y.label,
+        uncrowded((across(v), across(v) - 4 * len(text), across(v) + 4 * len(text) + 5, text) for v, text in x.ticks),
+        uncrowded((down(v), -down(v), 14 - down(v), text) for v, text in sorted(y.ticks)),
+        uncrowded((across(v), across(v), across(v) + 7 * len(text) + 5, text) for v, text in marks),
+        [line(of) for of in series],
+    )
+
+
+def uncrowded(places: Iterable[tuple[float, float, float, str]]) -> list[Tick]:
+    """Ticks without the labels that would touch the one before. places: where each is, where its label begins and where
+    the next one may, and the label."""
+    ticks, free = [], -math.inf
+    for at, begin, end, text in places:
+        ticks.append(Tick(at, text if begin >= free else ""))
+        free = end if begin >= free else free
+    return ticks
 
 
 def path(xs: Sequence[float], ys: Sequence[float | None]) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fastil import files
 from fastil.reporting.runs import Run, alpha_paths, geometric_mean
+from fastil.text import plain
 
 
 def draw_run(path: Path) -> None:
@@ -95,6 +96,12 @@ def draw_confusions(panels: Sequence[tuple[str, NDArray[np.int64]]], path: Path)
 
 
 def save_figure(figure: Any, path: Path) -> None:
+    """Write it as PNG. Names that stand in it are text: no control characters, and no formulas between dollar signs."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_text(plain(text.get_text()))
+        text.set_parse_math(False)
     files.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 

@@ -1,123 +1,106 @@
-"""The report as one HTML page that needs no other file, no network and no script."""
+"""The report as one HTML page that needs no other file, no network and no script.
+
+What it says is collected here as text and numbers. All the markup is in templates/page.html, which escapes every value.
+"""
 
 import base64
 import io
 import math
-from collections.abc import Sequence
-from html import escape
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from fastil.errors import UserError
-from fastil.reporting.chart import WIDTH, Axis, Series, Style, chart, legend, log_axis
+from fastil.reporting.chart import WIDTH, Axis, Chart, Series, Style, chart, log_axis
 from fastil.reporting.rows import rows, seed_spread, spread
-from fastil.reporting.run_files import read_timings
+from fastil.reporting.run_files import Timings, read_timings
 from fastil.reporting.runs import Run, alpha_paths, geometric_mean
+from fastil.text import plain
 
 COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
 DASHES = ("", "7 4", "2 3")  # of the lines beyond the tenth, and beyond the twentieth
 CURVES = {"top1": "All classes seen", "top1_old": "Classes of earlier steps", "top1_new": "Classes of this step"}
-VIRIDIS = "#440154, #3b528b, #21918c, #5ec962, #fde725"  # for the bar beside the matrices; they have all its shades
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2126; --paper: #fff; --line: #d5d9de; --soft: #626a74; --tint: #f1f3f5; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7ea; --paper: #16191d; --line: #3a4048; --soft: #9aa3ad; --tint: #22272d; } }
-@media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --line: #bbb; --soft: #444; --tint: #eee; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-  max-width: 76rem; padding: 0 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
-h3, legend { font-size: 1rem; font-weight: 600; margin: 0; padding: 0; } h3.run { margin-top: 1.8rem; }
-.soft { color: var(--soft); font-size: .9rem; margin: .3rem 0 .8rem; max-width: 50rem; }
-.scroll { overflow-x: auto; margin: .5rem 0; } table { border-spacing: 0; font-size: .9rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-  font-variant-numeric: tabular-nums; overflow-wrap: normal; } td { white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; } tbody th { font-weight: 400; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
-.runs th:first-child { min-width: 9rem; max-width: 24rem; overflow-wrap: break-word; }
-@media (max-width: 40rem) {
-  .runs th:first-child { min-width: 8rem; max-width: 9rem; } th, td { padding: .25rem .4rem; } }
-.cells { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1.2rem;
-  align-items: end; }
-.cells > * { min-width: 0; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); font-size: 13px; }
-svg .grid { stroke: var(--line); } svg .axis { stroke: var(--soft); }
-svg .step { stroke: var(--soft); stroke-dasharray: 2 3; }
-svg .line { fill: none; stroke-width: 2; } svg .thin { fill: none; stroke-width: .7; }
-svg .target { fill: none; stroke: transparent; stroke-width: 11; }
-svg circle.target { fill: transparent; stroke: none; }
-svg:has(.series:hover) .series:not(:hover) { opacity: .15; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: 0; margin: .3rem 0 1rem; list-style: none;
-  font-size: .9rem; }
-.legend li { display: flex; gap: .4rem; } .legend svg { flex: none; width: 1.9rem; height: .7rem; margin-top: .4rem; }
-fieldset { border: 0; margin: 0; padding: 0; max-width: 24rem; }
-.steps { display: flex; flex-wrap: wrap; gap: .2rem; margin-top: .4rem; }
-.steps input { position: absolute; opacity: 0; }
-.steps label { min-width: 1.65rem; padding: .1rem .3rem; text-align: center; border: 1px solid var(--line);
-  border-radius: 4px; background: var(--tint); cursor: pointer; font-size: .85rem; }
-.steps input:checked + label { background: var(--ink); color: var(--paper); border-color: var(--ink); }
-.steps input:focus-visible + label { outline: 2px solid #3b7fd0; outline-offset: 2px; }
-figure { display: none; order: 1; width: 100%; margin: .3rem 0 0; }
-.steps input:checked + label + figure { display: block; }
-figcaption { font-size: .9rem; margin-bottom: .3rem; }
-figure img { width: 100%; image-rendering: pixelated; border: 1px solid var(--line); display: block; }
-.bar { display: inline-block; width: 5rem; height: .7rem; margin: 0 .4rem; background: linear-gradient(90deg, VIRIDIS);
-  print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-details { margin: .4rem 0; } summary { cursor: pointer; }
-pre { overflow-x: auto; font-size: .8rem; background: var(--tint); padding: .6rem; border-radius: 4px; }
-@media print { body { max-width: none; margin: 0; font-size: 12px; } .cells > *, tr, figure { break-inside: avoid; }
-  h2, h3 { break-after: avoid; } .steps label { display: none; } .scroll { overflow: visible; }
-  th, td { padding: .15rem .3rem; } th:first-child { position: static; } pre { white-space: pre-wrap; } }
-""".replace("VIRIDIS", VIRIDIS)
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("fastil.reporting"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["px"] = "{:.1f}".format
+
+
+class Table(NamedTuple):
+    """Cells are text; the first of a line is its heading."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    @property
+    def wide(self) -> bool:
+        """Whether headings are so long that they want to be wrapped."""
+        return any(len(line[0]) > 20 for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Charts, by title, and values of the runs on one data set. styles: by label."""
+
+    name: str
+    styles: dict[str, Style]
+    charts: dict[str, Chart]
+    values: Table
+
+
+class Matrix(NamedTuple):
+    """The confusion matrix of a step. most: images of its largest cell. png: one pixel per cell, base64."""
+
+    classes: int
+    top1: str
+    most: str
+    png: str
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a group of runs was trained on, step by step, and how long it took. plan: None where nothing is known.
+    classes: names, by step."""
+
+    label: str
+    dataset: str
+    class_list_hash: str
+    seeds: list[int]
+    plan: Table | None
+    classes: list[list[str]]
+    recipe: str
+    timings: Table
+    machines: list[str]
 
 
 def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
     """The whole document. groups: runs that differ in the seed only, by label; notes: lines of plain text below the
     table. Raises UserError for a damaged file."""
-    parts_of_data = by_images(groups)
+    parts = by_images(groups)
     styles = {
         label: Style(COLOURS[i % 10], DASHES[i // 10 % 3])
-        for of_dataset in parts_of_data.values()
+        for of_dataset in parts.values()
         for i, label in enumerate(of_dataset)
     }
     alphas = {label: {run.results.seed: alpha_paths(run) for run in runs} for label, runs in groups.items()}
-    parts = [
-        "<h1>fastil report</h1>",
-        "<p class=soft>Top-1 in percent over all classes seen; mean ± standard deviation over seeds.</p>",
-        table(*rows(groups)),
-        *(f"<p>{escape(note)}</p>" for note in notes),
-        "<h2>Accuracy after each step</h2>",
-        "<p class=soft>Mean over seeds, with a band of one standard deviation; point at a dot for its value, or open "
-        "the table.</p>",
-        *(accuracy(dataset, of_dataset, styles) for dataset, of_dataset in parts_of_data.items()),
-        alpha_section(alphas, styles),
-        "<h2>Confusion matrices</h2>",
-        "<p class=soft>Images as log(1 + x), summed over seeds; rows are true classes, columns predictions, both in "
-        "the order in which they were learned. The buttons choose the step.</p>",
-        f"<div class=cells>{''.join(confusions(i, *group) for i, group in enumerate(groups.items()))}</div>",
-        "<h2>Effective protocols</h2>",
-        *(protocol(label, runs) for label, runs in groups.items()),
-    ]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>fastil report</title>'
-        f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    document = TEMPLATES.get_template("page.html").render(
+        summary=Table(*rows(groups)),
+        notes=notes,
+        datasets=[accuracy(dataset, of_dataset, styles) for dataset, of_dataset in parts.items()],
+        alphas=alpha_charts(alphas, styles),
+        confusions={label: confusions(runs) for label, runs in groups.items()},
+        protocols=[protocol(label, runs) for label, runs in groups.items()],
     )
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Cells are plain text; the first of a row is its heading."""
-    labels = " class=runs" if any(len(line[0]) > 20 for line in lines) else ""
-    head = "".join(f"<th scope=col>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f"<tr><th scope=row>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in rest)}</tr>"
-        for first, *rest in lines
-    )
-    return f"<div class=scroll><table{labels}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return plain(document)  # names could turn the direction of the text around them
 
 
 def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
@@ -132,10 +115,10 @@ def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
     }
 
 
-def accuracy(dataset: str, groups: dict[str, list[Run]], styles: dict[str, Style]) -> str:
-    """Charts and values of the runs on one data set."""
+def accuracy(dataset: str, groups: dict[str, list[Run]], styles: dict[str, Style]) -> Accuracy:
+    """Accuracy over the classes seen, of all, earlier and new classes."""
     seen = sorted({step.classes_seen for runs in groups.values() for run in runs for step in run.results.steps})
-    charts, lines = [], []
+    charts, lines = {}, []
     for key, title in CURVES.items():
         series, highest = [], 1.0
         for label, runs in groups.items():
@@ -152,34 +135,25 @@ def accuracy(dataset: str, groups: dict[str, list[Run]], styles: dict[str, Style
         x = Axis("classes seen", (seen[0], seen[-1]), [(c, str(c)) for c in seen])
         top = min(100, 20 * math.ceil(highest / 20))
         y = Axis("top-1 (%)", (0, top), [(v, str(v)) for v in range(0, top + 1, 10 if top <= 60 else 20)])
-        charts.append(f"<div><h3>{title}</h3>{chart(f'{title}: top-1 after each step', series, x, y)}</div>")
-    values_table = table([f"Top-1 (%) at … classes of {dataset}", *map(str, seen)], lines)
-    return (
-        f"<h3 class=run>Data set {escape(dataset)}</h3>{legend({label: styles[label] for label in groups})}"
-        f"<div class=cells>{''.join(charts)}</div><details><summary>Values as a table</summary>{values_table}</details>"
-    )
+        charts[title] = chart(f"{title}: top-1 after each step", series, x, y)
+    table = Table([f"Top-1 (%) at … classes of {dataset}", *map(str, seen)], lines)
+    return Accuracy(dataset, {label: styles[label] for label in groups}, charts, table)
 
 
-def alpha_section(alphas: dict[str, dict[int, dict[int, NDArray[np.float64]]]], styles: dict[str, Style]) -> str:
-    """A chart for each group that learned alpha, all on one scale. alphas: by label, seed and step."""
+def alpha_charts(
+    alphas: dict[str, dict[int, dict[int, NDArray[np.float64]]]], styles: dict[str, Style]
+) -> dict[str, Chart]:
+    """A chart for each group that learned alpha, by label, all on one scale. alphas: by label, seed and step."""
     learned = {label: {seed: path for seed, path in seeds.items() if path} for label, seeds in alphas.items()}
     learned = {label: seeds for label, seeds in learned.items() if seeds}
     if not learned:
-        return ""
+        return {}
     everything = [values for seeds in learned.values() for path in seeds.values() for values in path.values()]
     y = log_axis("alpha", min(v.min() for v in everything), max(v.max() for v in everything))
-    charts = (
-        f"<div><h3>{escape(label)}</h3>{alpha_chart(label, seeds, styles[label], y)}</div>"
-        for label, seeds in learned.items()
-    )
-    return (
-        "<h2>Alpha</h2><p class=soft>Weight of the old classes in the Balanced Softmax (eq. 5) after each epoch of "
-        "the incremental steps, on a logarithmic axis; a line per seed. Each step begins at 1. An alpha per class: "
-        f"thin lines, and their geometric mean.</p><div class=cells>{''.join(charts)}</div>"
-    )
+    return {label: alpha_chart(label, seeds, styles[label], y) for label, seeds in learned.items()}
 
 
-def alpha_chart(label: str, seeds: dict[int, dict[int, NDArray[np.float64]]], style: Style, y: Axis) -> str:
+def alpha_chart(label: str, seeds: dict[int, dict[int, NDArray[np.float64]]], style: Style, y: Axis) -> Chart:
     """Steps begin at the same epoch for every seed: where the longest path has them."""
     lengths: dict[int, int] = {}
     for path in seeds.values():
@@ -213,20 +187,14 @@ def alpha_chart(label: str, seeds: dict[int, dict[int, NDArray[np.float64]]], st
     return chart(f"alpha of {label}", series, x, y, [(begin, f"step {step}") for step, begin in begins.items()])
 
 
-def confusions(index: int, label: str, runs: Sequence[Run]) -> str:
-    """The matrices of a group; a button per step shows one at a time, at first the last."""
-    length = min(len(run.curve) for run in runs)
-    figures = []
-    for step in range(length):
+def confusions(runs: Sequence[Run]) -> list[Matrix]:
+    """The matrices of a group, summed over its seeds: one for each step that all of them have finished."""
+    found = []
+    for step in range(min(len(run.curve) for run in runs)):
         matrix = np.sum([run.confusion(step) for run in runs], axis=0)
-        caption = f"step {step}: {len(matrix)} classes, top-1 {spread([run.curve[step] for run in runs])} %"
-        figures.append(
-            f'<input type=radio name="m{index}" id="m{index}-{step}"{" checked" if step == length - 1 else ""}>'
-            f'<label for="m{index}-{step}">{step}</label><figure><figcaption>{caption}</figcaption>'
-            f'<img alt="confusion matrix of step {step}" src="data:image/png;base64,{as_png(matrix)}">'
-            f"<figcaption>0<span class=bar></span>{matrix.max():,} images</figcaption></figure>"
-        )
-    return f"<fieldset><legend>{escape(label)}</legend><div class=steps>{''.join(figures)}</div></fieldset>"
+        top1 = spread([run.curve[step] for run in runs])
+        found.append(Matrix(len(matrix), top1, f"{matrix.max():,}", as_png(matrix)))
+    return found
 
 
 def as_png(matrix: NDArray[np.int64]) -> str:
@@ -242,40 +210,45 @@ def as_png(matrix: NDArray[np.int64]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def protocol(label: str, runs: Sequence[Run]) -> str:
-    """What was trained, step by step, on which classes, and how long it took."""
-    described, seeds = runs[0].protocol, ", ".join(str(run.results.seed) for run in runs)
-    effective, names = described.effective, described.class_names
-    lines = [[shown(value) for value in step.values()] for step in effective]
-    plan = table([key.replace("_", " ") for key in effective[0]], lines) if effective else ""
-    classes = [", ".join(names[c] for c in members) for members in described.steps]
-    listed = "".join(f"<li>step {k}: {escape(text)}</li>" for k, text in enumerate(classes))
-    return (
-        f"<h3 class=run>{escape(label)}</h3><p class=soft>{escape(runs[0].dataset)}, class list "
-        f"{escape(described.class_list_hash)}, seeds {seeds}</p>{plan}"
-        f"<details><summary>Classes of each step</summary><ul>{listed}</ul></details>"
-        f"<details><summary>Effective recipe</summary><pre>{escape(runs[0].recipe.dump())}</pre></details>"
-        f"{timings(runs)}"
+def protocol(label: str, runs: Sequence[Run]) -> Protocol:
+    described = runs[0].protocol
+    lines = [[shown(value) for value in step.values()] for step in described.effective]
+    return Protocol(
+        label,
+        runs[0].dataset,
+        described.class_list_hash,
+        [run.results.seed for run in runs],
+        Table(headings(described.effective[0]), lines) if lines else None,
+        [[described.class_names[c] for c in members] for members in described.steps],
+        runs[0].recipe.dump(),
+        *timings(runs),
     )
 
 
-def timings(runs: Sequence[Run]) -> str:
-    """Seconds per step, versions and machines, of the runs whose timings.json can be read."""
-    header: list[str] = []
-    lines: list[list[str]] = []
+def timings(runs: Sequence[Run]) -> tuple[Table, list[str]]:
+    """Seconds per step of the runs whose timings.json can be read; and a note per run: versions and machine."""
+    known: list[tuple[int, Timings]] = []
     notes: list[str] = []
     for run in runs:
-        seed = str(run.results.seed)
+        seed = run.results.seed
         try:
             content = read_timings(run.path)
         except UserError:
             notes.append(f"seed {seed}: timings.json is missing or damaged")
             continue
-        header = ["seed and step", *(key.replace("_", " ") for key in next(iter(content.steps.values())))]
-        lines += [[f"{seed}, step {k}", *map(shown, step.values())] for k, step in content.steps.items()]
+        known.append((seed, content))
         notes.append(f"seed {seed}: " + ", ".join(f"{k} {v}" for k, v in (content.versions | content.machine).items()))
-    body = (table(header, lines) if lines else "") + "".join(f"<p class=soft>{escape(note)}</p>" for note in notes)
-    return f"<details><summary>Seconds per step, versions, machine</summary>{body}</details>"
+    header = ["seed and step", *headings(next(iter(known[-1][1].steps.values())))] if known else []
+    lines = [
+        [f"{seed}, step {k}", *map(shown, step.values())]
+        for seed, content in known
+        for k, step in content.steps.items()
+    ]
+    return Table(header, lines), notes
+
+
+def headings(keys: Iterable[str]) -> list[str]:
+    return [key.replace("_", " ") for key in keys]
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,7 @@ from fastil.reporting.figures import draw_accuracy, draw_last_confusions
 from fastil.reporting.html import page
 from fastil.reporting.rows import paired_gain, rows
 from fastil.reporting.runs import Run, group_runs
-from fastil.text import format_table
+from fastil.text import format_table, plain
 
 
 def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
@@ -19,12 +19,14 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
     skipped = [f"{path}: no results yet, left out" for path in paths if path not in started] if started else []
     groups = group_runs([Run(path) for path in started or paths])
     notes = [*paired_gain(groups), *skipped]
-    text = "\n\n".join(
-        [
-            "Top-1 in percent over all classes seen; mean ± standard deviation over seeds.",
-            format_table(*rows(groups)),
-            *notes,
-        ]
+    text = plain(
+        "\n\n".join(
+            [
+                "Top-1 in percent over all classes seen; mean ± standard deviation over seeds.",
+                format_table(*rows(groups)),
+                *notes,
+            ]
+        )
     )
     if out is None:
         return text
@@ -33,12 +35,11 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
         document = page(groups, notes)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        # A name that is no valid text, as a folder's can be, must not keep the report from being written.
-        (out / "report.md").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        (out / "report.md").write_text(text + "\n", encoding="utf-8")
         draw_accuracy(groups, out / "accuracy.png")
         draw_last_confusions(groups, out / "confusion.png")
         if document:
-            (out / "report.html").write_text(document, encoding="utf-8", errors="xmlcharrefreplace")
+            (out / "report.html").write_text(document, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     html = f"\npage: {out}/report.html" if as_html else ""

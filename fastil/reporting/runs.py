@@ -15,6 +15,7 @@ from fastil.models import FACTORIES, find_factory
 from fastil.recipe import Recipe, read_effective, shipped
 from fastil.reporting.fidelity import MODIFIED, had_published, labelled
 from fastil.reporting.run_files import AGAIN, read_metrics, read_protocol, read_results
+from fastil.text import one_line
 
 if TYPE_CHECKING:
     from fastil.reporting.classifier import Classifier
@@ -61,7 +62,7 @@ class Run:
     def __repr__(self) -> str:
         average = self.results.average_incremental_accuracy
         what = f"{self.recipe.name}, {self.recipe.method.method}, {len(self.curve)} of {self.total_steps} steps"
-        return f"Run({str(self.path)!r}): {what}, average {average:.2f}"
+        return one_line(f"Run({str(self.path)!r}): {what}, average {average:.2f}")
 
     @property
     def finished(self) -> bool:
@@ -171,7 +172,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         if run.recipe.fidelity.startswith(MODIFIED) and had_published(run.recipe):
             parts.append(run.recipe.fidelity)
             differing = [key for key in differing if key not in (run.recipe.differences() or {})]
-        label = ", ".join([*parts, *(f"{key}={identity[key]}" for key in differing)])
+        label = one_line(", ".join([*parts, *(f"{key}={identity[key]}" for key in differing)]))
         group = groups.setdefault(label, [])
         twin = next((other for other in group if other.results.seed == run.results.seed), None)
         if twin is not None:

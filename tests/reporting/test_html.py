@@ -161,7 +161,7 @@ def dots(svg):
 
 def test_dots_lie_where_the_mean_over_seeds_is(runs, tmp_path):
     text, _ = page_of([runs / "balanced-s0", runs / "balanced-s1"], tmp_path / "report")
-    charts = re.findall(r"<svg [^>]*aria-label.*?</svg>", text)
+    charts = re.findall(r"(?s)<svg [^>]*aria-label.*?</svg>", text)
     results = [json.loads((runs / f"balanced-s{seed}/results.json").read_text())["steps"] for seed in (0, 1)]
     for chart, key in zip(charts, ("top1", "top1_old", "top1_new"), strict=True):
         wanted = [np.mean([a[key], b[key]]) for a, b in zip(*results, strict=True) if a[key] is not None]
@@ -172,7 +172,7 @@ def test_dots_lie_where_the_mean_over_seeds_is(runs, tmp_path):
 
 def test_alpha_ends_where_the_last_epoch_of_each_step_left_it(runs, tmp_path):
     text, _ = page_of([runs / "meta-s0"], tmp_path / "report")
-    (chart,) = re.findall(r'<svg [^>]*aria-label="alpha of .*?</svg>', text)
+    (chart,) = re.findall(r'(?s)<svg [^>]*aria-label="alpha of .*?</svg>', text)
     lines = [json.loads(line) for line in (runs / "meta-s0/metrics.jsonl").read_text().splitlines()]
     means = [
         np.prod(line["alpha"]) ** (1 / len(line["alpha"])) for line in lines if line["step"] and line["epoch"] == 2
@@ -208,7 +208,7 @@ def test_an_unfinished_run_and_one_on_other_images_stand_apart(runs, tmp_path):
         "Data set elsewhere",
     ]
     assert sum("(unfinished: 1)" in words for words in reader.texts) == 1
-    charts = re.findall(r"<svg [^>]*aria-label.*?</svg>", text)
+    charts = re.findall(r"(?s)<svg [^>]*aria-label.*?</svg>", text)
     assert [len(dots(chart)) for chart in charts] == [3, 2, 3, 1, 0, 1]
 
 

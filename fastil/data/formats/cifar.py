@@ -43,6 +43,7 @@ class Variant:
     label_bytes: int  # in a binary record; the last one is the label that counts
     archive: str
     archive_md5: str
+    archive_bytes: int
 
 
 CIFAR10 = Variant(
@@ -66,6 +67,7 @@ CIFAR10 = Variant(
     label_bytes=1,
     archive="cifar-10-python.tar.gz",
     archive_md5="c58f30108f718f92721af3b95e74349a",
+    archive_bytes=170_498_071,
 )
 CIFAR100 = Variant(
     name="cifar100",
@@ -82,6 +84,7 @@ CIFAR100 = Variant(
     label_bytes=2,
     archive="cifar-100-python.tar.gz",
     archive_md5="eb9058c3a382ffc7106e4002c42a8d85",
+    archive_bytes=169_001_437,
 )
 
 

@@ -1,25 +1,35 @@
-"""Public data sets over HTTP: progress, resume, checksum, safe unpacking."""
+"""Public data sets over HTTP: progress, resume, checksum, safe unpacking. No server can hold it up or fill the disk."""
 
+import contextlib
 import hashlib
 import http.client
 import os
+import queue
+import re
 import shutil
-import ssl
 import tarfile
+import threading
+import time
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Generator
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from fastil.data.formats.cifar import CIFAR10, CIFAR100, Variant
 from fastil.errors import UserError
+from fastil.text import Bar
 
 SITE = "https://www.cs.toronto.edu/~kriz/"
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (CIFAR10, CIFAR100)}
-CHUNK = 2**20
-TIMEOUT = 60  # seconds without a byte
+CHUNK = 2**16
+AHEAD = 16  # chunks that are received while others are written
+STALL, LEAST = 60.0, 2**16  # a server that sends fewer than LEAST bytes in STALL seconds is given up
+SCHEMES = ("http", "https")
+MIRROR = "try --url with a mirror"
+GO_ON = "run the command again, it goes on from there"
 
 
 def download(name: str, folder: Path, url: str | None = None) -> Path:
@@ -38,7 +48,7 @@ def download(name: str, folder: Path, url: str | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         archive = folder / variant.archive
         if not archive.exists():
-            fetch(url or SITE + variant.archive, archive, variant.archive_md5)
+            fetch(url or SITE + variant.archive, archive, variant.archive_bytes, variant.archive_md5)
         elif md5_of(archive) != variant.archive_md5:
             raise UserError(
                 f"{archive}: damaged, its md5 is not {variant.archive_md5}; remove it and run the command again"
@@ -49,46 +59,154 @@ def download(name: str, folder: Path, url: str | None = None) -> Path:
     return target
 
 
-def fetch(url: str, path: Path, md5: str) -> None:
-    """Download url to path, resuming path.partial; the md5 decides whether it counts."""
-    partial = path.with_name(path.name + ".partial")
-    done = partial.stat().st_size if partial.exists() else 0
+def fetch(url: str, path: Path, size: int, md5: str) -> None:
+    """Download a file of `size` bytes from url to path, resuming path.partial; the md5 decides whether it counts."""
     try:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            if done and response.status != 206:  # a server without ranges sends everything again
-                done = 0
-            length = response.headers.get("Content-Length")
-            total = done + int(length) if length else None
-            with (
-                open(partial, "ab" if done else "wb") as file,
-                tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar,
-            ):
-                while chunk := response.read(CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-                    done += len(chunk)
-        if total is not None and done < total:
-            raise UserError(
-                f"{url}: broke off after {done} of {total} bytes; run the command again, it goes on from there"
-            )
-    except UserError:
-        raise
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: the partial file is complete already
-            raise UserError(f"{url}: {error.code} {error.reason}; try --url with a mirror") from None
-    except (http.client.InvalidURL, ValueError) as error:
-        raise UserError(f"{url}: not an address ({error}); --url needs one with http:// or https://") from None
-    except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(
-            f"{url}: {reason}; run the command again, it goes on from there, or try --url with a mirror"
-        ) from None
+        parts = urlsplit(url)
+        known = parts.scheme in SCHEMES and bool(parts.hostname)
+    except ValueError:
+        known = False
+    if not known:
+        raise UserError(f"{url}: not an address; --url needs one with http:// or https:// and a host")
+    partial = path.with_name(path.name + ".partial")
+    receive(url, partial, size)
     found = md5_of(partial)
     if found != md5:
         partial.unlink()
         raise UserError(f"{url}: md5 {found} instead of {md5}; the damaged file was removed, run the command again")
     partial.rename(path)
+
+
+def receive(url: str, partial: Path, size: int) -> None:
+    """Append to the partial file what it lacks of `size` bytes, and no byte more, whatever the server sends. Raises
+    UserError if it cannot be had; what has come by then is kept."""
+    before = done = partial.stat().st_size if partial.exists() else 0
+    if done >= size:
+        return
+    bar = Bar()
+    bar.begin(partial.stem, size, done, "B")
+    try:
+        with open(partial, "ab") as file, contextlib.closing(pieces(url, done)) as incoming:
+            for piece in incoming:
+                if piece.whole not in (None, size):  # another file, such as the page of a hotel's network
+                    done = file.truncate(before)
+                    raise UserError(f"{url}: a file of {piece.whole:,} bytes and not of {size:,}; {MIRROR}")
+                # A server without ranges begins at 0 again.
+                fresh = piece.content[max(0, done - piece.at) : size - piece.at]
+                done += file.write(fresh)
+                bar.advance(len(fresh))
+                if done == size:
+                    return
+    finally:
+        bar.end()
+        if not done:
+            partial.unlink(missing_ok=True)
+    raise UserError(f"{url}: broke off after {done} of {size} bytes; {GO_ON}")
+
+
+class Piece(NamedTuple):
+    """Content of a file from byte `at` on. whole: bytes of the whole file, None if the server does not say."""
+
+    at: int
+    whole: int | None
+    content: bytes
+
+
+def pieces(url: str, start: int) -> Generator[Piece, None, None]:
+    """Yield the file from byte `start` on, or from an earlier one if the server does not go there. The first piece is
+    empty. Raises UserError when the server sends fewer than LEAST bytes in STALL seconds, whatever it sends: the
+    deadline holds for looking up its name, headers, redirects and the lengths of chunks, too."""
+    received: queue.Queue[Piece | Exception | None] = queue.Queue(AHEAD)
+    stopped = threading.Event()
+    # A daemon, because nothing ends a read from a server that says a byte now and then.
+    threading.Thread(target=transfer, args=(url, start, received, stopped), daemon=True).start()
+    deadline, count = time.monotonic() + STALL, 0
+    try:
+        while True:
+            try:
+                item = received.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                item = TimeoutError(f"fewer than {LEAST:,} bytes in {STALL:g} s")
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise failure(url, start, item) from None
+            yield item
+            count += len(item.content)
+            if count >= LEAST:
+                deadline, count = time.monotonic() + STALL, 0
+    finally:
+        stopped.set()
+        while not received.empty():  # so that the thread can put its last one
+            received.get()
+
+
+def transfer(url: str, start: int, received: "queue.Queue[Piece | Exception | None]", stopped: threading.Event) -> None:
+    """Put the pieces of a file into the queue until it ends or nobody wants them; then None, or what went wrong."""
+    handlers = (
+        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, Redirects,
+        urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
+    )  # fmt: skip
+    opener = urllib.request.OpenerDirector()  # build_opener would add file:, ftp: and data:
+    for handler in handlers:
+        opener.add_handler(handler())
+    end: Exception | None = None
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        with opener.open(request, timeout=2 * STALL) as response:  # when it runs out, nobody waits any more
+            at, whole = extent(response, start)
+            received.put(Piece(at, whole, b""))
+            while not stopped.is_set() and (content := response.read1(CHUNK)):
+                received.put(Piece(at, whole, content))
+                at += len(content)
+            if response.chunked and not stopped.is_set():  # and has ended as it should
+                received.put(Piece(at, at, b""))
+    except urllib.error.HTTPError as error:
+        error.close()
+        end = error
+    except Exception as error:
+        end = error
+    received.put(end)
+
+
+def extent(response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
+    """Where the content begins in the file, and how long the file is if the server says it."""
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+        return 0, response.length
+    said = response.headers.get("Content-Range", "")
+    found = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", said)
+    if found is None or int(found[1]) > start:
+        raise http.client.HTTPException(f"Content-Range {said!r}, asked for {start}-")
+    return int(found[1]), None if found[2] == "*" else int(found[2])
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to http and https only, and does not read what comes with them, which may never end."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        fp.close()
+        if urlsplit(newurl).scheme not in SCHEMES:
+            raise urllib.error.HTTPError(
+                newurl, code, f"{msg} - Redirection to url '{newurl}' is not allowed", headers, fp
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def failure(url: str, start: int, error: Exception) -> UserError:
+    """What went wrong on the way, and what to do."""
+    if isinstance(error, urllib.error.HTTPError):
+        what = f"{url}: {error.code} {error.reason}"
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
+            return UserError(
+                f"{what}: it has not the {start} bytes that the .partial file has; remove that, or {MIRROR}"
+            )
+        return UserError(f"{what}; {MIRROR}")
+    if isinstance(error, http.client.InvalidURL | ValueError):
+        return UserError(f"{url}: not an address, or leads to none ({error}); {MIRROR}")
+    reason = str(getattr(error, "reason", error)) or type(error).__name__
+    return UserError(f"{url}: {reason}; {GO_ON}, or {MIRROR}")
 
 
 def md5_of(path: Path) -> str | None:
