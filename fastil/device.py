@@ -70,7 +70,7 @@ def processor_name() -> str:
 def multiplies_in_bf16(device: torch.device) -> bool:
     """Whether the device has bfloat16 products of its own, so that bf16 trains faster than float32 (bench.cpu)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = cpu_capabilities()
     return any(found.get(flag) for flag in BF16_FLAGS)
 

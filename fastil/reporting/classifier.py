@@ -52,7 +52,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         images = self.checked(images)
         out = self.network((images - self.mean) / self.std)
-        scores = out.scaled
+        scores: Tensor = out.scaled
         if self.means is not None:
             scores = nearest_mean_scores(out.features, self.means)
         elif self.method is not None:  # no module, so it stays on the CPU when this moves to a GPU
