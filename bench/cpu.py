@@ -4,8 +4,9 @@ python -m bench.cpu [--rounds N]
 
 Claim: `fastil.kernels.augment` by slices takes at most 0.6 of the time of its formula at 32x32 and 0.3 from 64x64 on
 (below 16x16 it is the formula), and a step in a process that keeps what it frees (`fastil.device.keep_freed_memory`) at
-most 0.97 of one that does not. Where the processor multiplies in bfloat16 (AMX, AVX-512) a step by autocast takes at most
-0.6 of one in float32, and less than with oneDNN's switch that rounds float32 convolutions; elsewhere float32 is faster.
+most 0.97 of one that does not. Where the processor multiplies in bfloat16 (AMX, AVX-512) a step by autocast takes at
+most 0.6 of one in float32, and less than with oneDNN's switch that rounds float32 convolutions; elsewhere float32 is
+faster.
 """
 
 import argparse

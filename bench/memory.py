@@ -2,8 +2,8 @@
 
 python -m bench.memory [--rounds N]
 
-50 classes of 500 images at 32x32 through ResNet-32, 20 exemplars each. The pure forward runs the same folded float32 network
-on batches that are already there.
+50 classes of 500 images at 32x32 through ResNet-32, 20 exemplars each. The pure forward runs the same folded float32
+network on batches that are already there.
 
 Claim: both take at most 1.15 of it.
 """

@@ -1,6 +1,8 @@
 """What learning alpha costs: time per training step and peak memory, beside a step without it and two unrolled graphs.
 
-python -m bench.meta [--rounds N] [--precision bf16]   (pip install higher for the public library; left out where it is missing)
+python -m bench.meta [--rounds N] [--precision bf16]
+
+The public library needs `pip install higher`; without it that line is left out.
 
 plain: a step of BalancedS-CE with distillation. jvp, difference: Meta BalancedS-CE as fastil computes it, at every step
 and at every tenth (section 4.1.3). unrolled: the graph through the update that the paper describes, every step. higher:
