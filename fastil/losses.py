@@ -1,7 +1,11 @@
 """Every loss as a plain formula in float32 (float64 stays): the meaning of the kernels, and the path taken on the CPU.
 
 Shapes: B images, W columns. W is the padded width of the whole run; columns of classes not seen yet are masked with
-`where`, so whatever they hold (NaN included) never reaches a result or a gradient. Every mean divides by B.
+`where`, so whatever they hold (NaN included) never reaches a result or a gradient. Every mean divides by B, the number
+of rows. A row labelled -1 or -100 has no class: it adds 0 and still counts in B (nn.CrossEntropyLoss leaves it out of
+both). Any other label outside of the classes makes the loss NaN, on a CPU as on a GPU, where raising would mean waiting
+for the device. Impossible numbers, such as a temperature of 0, raise ValueError.
+
 Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning" (arXiv 2103.12532). Where they stand:
 
     eq. 1, the weighted sum; rho    fastil/methods/il_baseline.py; fused: fastil/kernels/incremental_loss.py
@@ -24,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastil.arguments import check_classes, check_counts, check_integer, check_scalar, differentiable_in, labels
+
 # A finite stand-in for -inf: exp(MASKED - max) is exactly 0 beside any real logit, and a row in which every column is
 # masked (no old class yet) still has a finite logarithm, so that 0 * log p is 0 and not NaN.
 MASKED = -1e30
@@ -42,7 +48,14 @@ def log_prior(counts: Tensor, num_old: int | Tensor = 0, alpha: float | Tensor =
     counts: [W], training images per class of this step, 0 for a class not seen. num_old: classes of earlier steps.
     alpha: scalar or [W], the weight of the old classes; 1 gives eq. 3. Returns float32 [W]: log(n / max n), plus log
     alpha on old columns, -inf where n = 0. Equal counts and alpha = 1 give exactly 0, which is the plain softmax.
+
+    Counts that are negative, infinite, NaN or all 0 raise ValueError on the CPU. On a GPU, where that would mean
+    waiting, they give NaN, and so does the loss. An alpha that is a number must be above 0.
     """
+    check_counts(counts)
+    check_classes(num_old, len(counts), len(counts))
+    if not isinstance(alpha, Tensor):
+        check_scalar("alpha", alpha, above=0)
     counts = counts.to(torch.float32)
     prior = torch.log(counts / counts.max())
     is_old = torch.arange(counts.numel(), device=counts.device) < num_old
@@ -54,23 +67,37 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, log_prior: Tensor) ->
     """Balanced Softmax cross-entropy: the mean over the batch of -log q_y (eq. 4), where q = softmax(z + log lambda) is
     eq. 3, or eq. 5 with alpha in the prior.
 
-    logits [B, W], target int64 [B] (-1: the row contributes nothing), log_prior [W] as `log_prior` makes it. Returns a
-    scalar.
+    logits [B, W], target int64 [B] (-1 or -100: the row adds nothing; a class without images is an infinite loss),
+    log_prior [W] as `log_prior` makes it. Returns a scalar.
     """
-    seen = log_prior > -math.inf
-    shifted = torch.where(seen, _wide(logits) + log_prior, MASKED)
-    return F.cross_entropy(shifted, target, ignore_index=-1, reduction="sum") / logits.shape[0]
+    seen = log_prior != -math.inf
+    return _cross_entropy(torch.where(seen, _wide(logits) + log_prior, -math.inf), target, logits.shape[1])
 
 
+def _cross_entropy(logits: Tensor, target: Tensor, num_classes: int | Tensor) -> Tensor:
+    """The mean over the batch."""
+    y, factor = labels(target, num_classes)
+    total = F.cross_entropy(logits, y.masked_fill(factor != 1, -1), ignore_index=-1, reduction="sum")
+    return total / logits.shape[0] * _nan_if_any(factor)
+
+
+def _nan_if_any(factor: Tensor) -> Tensor:
+    """NaN if a row's factor is NaN, else 1, which changes no bit."""
+    return 1 + (0 * factor).sum()
+
+
+@differentiable_in("logits", "temperature")
 def distillation(logits: Tensor, teacher_logits: Tensor, num_old: int | Tensor, temperature: float | Tensor) -> Tensor:
     """Distillation over the old classes, eq. 2 with the mean over the batch: -T^2 sum_k p_teacher log p_student.
 
-    logits, teacher_logits [B, W]; only the first num_old columns are read. num_old = 0 gives 0. The teacher gets no
-    gradient. Returns a scalar.
+    logits, teacher_logits [B, W]; only the first num_old columns are read. num_old = 0 gives 0. A teacher that requires
+    a gradient raises RuntimeError. Returns a scalar.
     """
+    check_scalar("temperature", temperature, above=0)
+    check_classes(num_old, logits.shape[1], logits.shape[1])
     old = torch.arange(logits.shape[1], device=logits.device) < num_old
     student = torch.log_softmax(torch.where(old, _wide(logits) / temperature, MASKED), dim=1)
-    teacher = torch.softmax(torch.where(old, _wide(teacher_logits.detach()) / temperature, MASKED), dim=1)
+    teacher = torch.softmax(torch.where(old, _wide(teacher_logits) / temperature, MASKED), dim=1)
     terms = torch.where(old, teacher * student, 0.0)
     return -(temperature**2) * terms.sum() / logits.shape[0]
 
@@ -79,12 +106,13 @@ def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tenso
     """Cross-entropy with one softmax over the old and one over the new classes (SS-IL, arXiv 2003.13947): a row
     competes with the classes of its target's block only. The mean over the batch.
 
-    logits [B, W], target int64 [B] (-1: the row contributes nothing). Returns a scalar.
+    logits [B, W], target int64 [B] (-1 or -100: the row adds nothing). Returns a scalar.
     """
+    check_classes(num_old, num_seen, logits.shape[1])
     column = torch.arange(logits.shape[1], device=logits.device)
     own_block = (column < num_old) == (target < num_old)[:, None]
     separated = torch.where(own_block & (column < num_seen), _wide(logits), MASKED)
-    return F.cross_entropy(separated, target, ignore_index=-1, reduction="sum") / logits.shape[0]
+    return _cross_entropy(separated, target, num_seen)
 
 
 def hardest_new(
@@ -95,9 +123,10 @@ def hardest_new(
     column = torch.arange(cosines.shape[1], device=cosines.device)
     new = (column >= num_old) & (column < num_seen)
     highest, rival = torch.where(new, _wide(cosines), -torch.inf).topk(min(k, cosines.shape[1]), dim=1)
-    own = _wide(cosines).gather(1, target.clamp(min=0).long()[:, None])
-    counts = ((target >= 0) & (target < num_old))[:, None] & (highest > -torch.inf)
-    return torch.where(counts, margin - own + highest, 0.0).clamp(min=0), rival
+    y, factor = labels(target, num_seen)
+    own = _wide(cosines).gather(1, y[:, None])
+    old = ((factor == 1) & (y < num_old))[:, None] & (highest > -torch.inf)
+    return torch.where(old, margin - own + highest, 0.0).clamp(min=0), rival
 
 
 def margin_ranking(
@@ -111,18 +140,23 @@ def margin_ranking(
     """LUCIR's margin ranking (eq. 8): rows of old classes keep their target's cosine a margin above the k highest of
     the new classes; the mean over k and over the batch (the released code divides by the rows of old classes instead).
 
-    cosines [B, W], not scaled; target int64 [B]. Returns a scalar.
+    cosines [B, W], not scaled; target int64 [B] (-1 or -100: the row adds nothing). Returns a scalar.
     """
-    return hardest_new(cosines, target, num_old, num_seen, k, margin)[0].sum() / (k * cosines.shape[0])
+    check_classes(num_old, num_seen, cosines.shape[1])
+    check_integer("k", k, least=1)
+    check_scalar("margin", margin)
+    excess = hardest_new(cosines, target, num_old, num_seen, k, margin)[0]
+    return excess.sum() / (k * cosines.shape[0]) * _nan_if_any(labels(target, num_seen)[1])
 
 
+@differentiable_in("features")
 def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
     """LUCIR's less-forget constraint (Hou et al., CVPR 2019): the mean over the batch of 1 - cos(features, teacher's).
 
-    features, teacher_features: [B, d], not normalised. The teacher gets no gradient. A vector shorter than 1e-12 has no
-    direction: its row counts 1 and has no gradient. Returns a scalar.
+    features, teacher_features: [B, d], not normalised. A teacher that requires a gradient raises RuntimeError. A vector
+    shorter than 1e-12 has no direction: its row counts 1 and has no gradient. Returns a scalar.
     """
-    student, teacher = _unit(_wide(features)), _unit(_wide(teacher_features.detach()))
+    student, teacher = _unit(_wide(features)), _unit(_wide(teacher_features))
     # 1 - cos of unit vectors is half their squared distance, which does not cancel where they are nearly equal.
     half_squared = (student - teacher).square().sum(1) / 2
     return torch.where(student.any(1) & teacher.any(1), half_squared, 1.0).mean()
@@ -138,12 +172,14 @@ def pod_flat(features: Tensor, teacher_features: Tensor) -> Tensor:
     return less_forget(features, teacher_features)
 
 
+@differentiable_in("maps")
 def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
     """PODNet's spatial distillation (arXiv 2004.13513) as the released code computes it: the squares of a map, summed
     over its width and over its height, are concatenated and L2-normalised; the Euclidean distance to the teacher's, not
     squared, the mean over the batch and over the layers.
 
-    maps, teacher_maps: for each layer [B, C, H, W]. The teacher gets no gradient. Returns a scalar.
+    maps, teacher_maps: for each layer [B, C, H, W]. A teacher that requires a gradient raises RuntimeError. Returns a
+    scalar.
     """
 
     def pooled(x: Tensor) -> Tensor:
@@ -151,7 +187,7 @@ def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tenso
         return F.normalize(torch.cat((energy.sum(3), energy.sum(2)), 2).flatten(1), eps=SHORTEST)
 
     distances = [
-        torch.linalg.vector_norm(pooled(student) - pooled(teacher.detach()), dim=1).mean()
+        torch.linalg.vector_norm(pooled(student) - pooled(teacher), dim=1).mean()
         for student, teacher in zip(maps, teacher_maps, strict=True)
     ]
     return torch.stack(distances).mean()
@@ -173,10 +209,14 @@ def nca(
     log(1 + sum_{j != t} exp(s_j - m)) with s = scale y. That is the softmax cross-entropy where the target is the
     largest, and slightly more elsewhere; published numbers of PODNet are made with it.
 
-    similarities [B, W], target int64 [B] (-1: the row contributes nothing). Returns a scalar.
+    similarities [B, W], target int64 [B] (-1 or -100: the row adds nothing). Returns a scalar.
     """
+    check_classes(0, num_seen, similarities.shape[1])
+    check_scalar("scale", scale)
+    check_scalar("margin", margin)
     column = torch.arange(similarities.shape[1], device=similarities.device)
-    valid, own = target >= 0, target.clamp(min=0).long()[:, None]
+    y, factor = labels(target, num_seen)
+    own = y[:, None]
     s = torch.where(column < num_seen, scale * _wide(similarities), MASKED)
     s_own = s.gather(1, own)[:, 0]
     others = s.scatter(1, own, MASKED)
@@ -186,9 +226,10 @@ def nca(
         largest = s.amax(1)
         # The released code differentiates through the maximum as well.
         losses = largest - s_own + torch.log1p((others - largest[:, None]).exp().sum(1))
-    return torch.where(valid, losses, 0.0).mean()
+    return torch.where(factor == 0, 0.0, factor * losses).mean()
 
 
+@differentiable_in("logits")
 def icarl_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -202,26 +243,32 @@ def icarl_cross_entropy(
 
     The mean over the batch and over num_outputs: the released code divides by all classes of the run. (It also trains
     the outputs of classes not seen yet towards 0; here they do not exist yet.) logits, teacher_logits [B, W], target
-    int64 [B]. Returns a scalar.
+    int64 [B] (-1 or -100: the row has the teacher's aims only). A teacher that requires a gradient raises RuntimeError.
+    Returns a scalar.
     """
+    check_classes(num_old, num_seen, logits.shape[1])
+    check_integer("num_outputs", num_outputs, least=1)
     column = torch.arange(logits.shape[1], device=logits.device)
     old, seen = column < num_old, column < num_seen
-    aim = (column == target[:, None]).to(_wide(logits).dtype)
+    y, factor = labels(target, num_seen)
+    aim, factor = (column == y[:, None]).to(_wide(logits).dtype), factor[:, None]
     if teacher_logits is not None:
-        aim = torch.where(old, torch.sigmoid(_wide(teacher_logits.detach())), aim)
+        aim = torch.where(old, torch.sigmoid(_wide(teacher_logits)), aim)
+        factor = torch.where(old, 1.0, factor)
     z = torch.where(seen, _wide(logits), 0.0)
     terms = F.binary_cross_entropy_with_logits(z, torch.where(seen, aim, 0.0), reduction="none")
-    return torch.where(seen, terms, 0.0).sum() / (logits.shape[0] * num_outputs)
+    return torch.where(seen & (factor != 0), factor * terms, 0.0).sum() / (logits.shape[0] * num_outputs)
 
 
+@differentiable_in("similarities")
 def topology(similarities: Tensor, teacher_similarities: Tensor, edges: Tensor) -> Tensor:
     """1 minus Pearson's correlation, over the edges of a graph, of their weights with those that the teacher has: the
     topology-preserving loss of TPCIL (Tao et al., ECCV 2020), as far as it is known.
 
     similarities, teacher_similarities: float [B, V], of images and vertices; edges: bool [B, V], which of them count.
-    The teacher gets no gradient. Without at least two edges that differ, 0. Returns a scalar.
+    A teacher that requires a gradient raises RuntimeError. Without at least two edges that differ, 0. Returns a scalar.
     """
-    student, teacher = _wide(similarities), _wide(teacher_similarities.detach())
+    student, teacher = _wide(similarities), _wide(teacher_similarities)
     weight = edges.to(student.dtype)
     count = weight.sum().clamp(min=1)
 

@@ -78,7 +78,7 @@ def herd_classes(features: Sequence[Tensor], m: int) -> list[Ids]:
     largest = max(len(f) for f in features)
     group = max(1, GRAM_BYTES // (8 * largest**2))
     for start in range(0, len(features), group):
-        chunk = [torch.nn.functional.normalize(f.double(), dim=1) for f in features[start : start + group]]
+        chunk = [torch.nn.functional.normalize(f.detach().double(), dim=1) for f in features[start : start + group]]
         padded = torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True)
         counts = torch.tensor([len(f) for f in chunk], device=padded.device)
         ranks = kernels.herd(padded @ padded.transpose(1, 2), counts, m).cpu().numpy()

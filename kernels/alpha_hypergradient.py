@@ -5,11 +5,10 @@ dalpha>. Since alpha meets the loss beside the logits only, that is -lr times th
 derivative of the training batch's logits along v: one forward-mode pass, exact, at the memory of an ordinary step.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fastil.arguments import check_scalar, differentiable_in, labels
 from fastil.kernels.incremental_loss import check
 from fastil.kernels.registration import jitted, register, scalar_tensor
 from fastil.losses import MASKED
@@ -17,6 +16,7 @@ from fastil.losses import MASKED
 WIDEST = 8_192  # columns a Triton program holds in registers; wider rows take the plain form on CUDA too
 
 
+@differentiable_in()
 def alpha_hypergradient(
     logits: Tensor,
     tangent: Tensor,
@@ -30,35 +30,20 @@ def alpha_hypergradient(
     """The derivative of <tangent, dL/dlogits> in log alpha, class by class, L the weighted balanced cross-entropy.
 
     logits: [B, W] of the training batch at theta; tangent: [B, W], their derivative along v (float32, bfloat16 or
-    float16; computed in float32). target: int [B], -1 for rows without cross-entropy. log_prior: [W], with log alpha in
-    it (eq. 5). Counts and ce_weight (1 - rho in eq. 1) are numbers or 0-d tensors.
+    float16; computed in float32). target: int [B], -1 or -100 for rows without cross-entropy; any other label that is
+    not one of the num_seen classes makes the result NaN. log_prior: [W], with log alpha in it (eq. 5). Counts and
+    ce_weight (1 - rho in eq. 1) are numbers or 0-d tensors.
 
     Returns float32 [W]: ce_weight / B * sum over rows of q_k (u_k - <q, u>), q = softmax(z + log prior), for old
     classes, and 0 for the others. With one alpha for all old classes dL_val/dalpha = -lr * result.sum() / alpha, with
-    one per class -lr * result / alpha. Momentum does not enter (theta* is a plain step). Not differentiable.
+    one per class -lr * result / alpha. Momentum does not enter (theta* is a plain step). It has no derivative: an
+    argument that requires a gradient raises RuntimeError.
     """
-    check(logits, target, log_prior, tangent, second="tangent")
+    check(logits, target, log_prior, tangent, num_old, num_seen, second="tangent")
+    check_scalar("ce_weight", ce_weight)
     scalars = [scalar_tensor(v) for v in (num_old, num_seen, ce_weight)]
-    run = _run if torch.compiler.is_compiling() else _Constant.apply
-    result: Tensor = run(logits, tangent, target, log_prior, *scalars)
+    result: Tensor = torch.ops.fastil.alpha_hypergradient(logits, tangent, target, log_prior, *scalars)
     return result
-
-
-def _run(*arguments: Tensor) -> Tensor:
-    result: Tensor = torch.ops.fastil.alpha_hypergradient(*(a.detach() for a in arguments))
-    return result
-
-
-class _Constant(torch.autograd.Function):
-    """An operator call that refuses to be differentiated, where detaching would be wrong in silence."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Tensor) -> Tensor:
-        return _run(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError("alpha_hypergradient has no derivative")
 
 
 def plain(
@@ -71,10 +56,10 @@ def plain(
     ce_weight: Tensor,
 ) -> Tensor:
     column = torch.arange(logits.shape[1], device=logits.device)
-    seen = (column < num_seen) & (log_prior > -torch.inf)
+    seen = (column < num_seen) & (log_prior != -torch.inf)
     q = torch.softmax(torch.where(seen, logits.float() + log_prior, MASKED), 1)
     u = torch.where(seen, tangent.float(), 0)
-    rows = q * (u - (q * u).sum(1, keepdim=True)) * (target >= 0)[:, None]
+    rows = q * (u - (q * u).sum(1, keepdim=True)) * labels(target, num_seen)[1][:, None]
     return torch.where(column < num_old, rows.sum(0), 0) * (ce_weight / max(1, logits.shape[0]))
 
 

@@ -4,6 +4,7 @@ On CUDA one launch, which reads each wanted byte once and writes the batch in th
 few images at a time, so that their bytes and floats stay in its caches.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastil.arguments import check_integer, check_scalar, differentiable_in
 from fastil.kernels.registration import jitted, register
 
 CACHED = 200_000  # values; 0.8 MB as float32
 SMALL = 256  # pixels of a frame; below, a loop over images costs more than the formula
 
 
+@differentiable_in()
 def augment(
     images: Tensor,
     ids: Tensor,
@@ -36,14 +39,26 @@ def augment(
 
     Returns [B, 3, H, W] in channels-last layout; in float32 bit for bit (pixel / 255 - mean) / std. An id that the data
     set lacks raises IndexError on the CPU and gives NaN on CUDA, where raising would mean waiting for the device.
+    Shapes and types that do not fit, a size below 1 and a std that is not above 0 raise ValueError; a mean or std that
+    requires a gradient raises RuntimeError.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 [N, h, w, channels], not {images.dtype} {[*images.shape]}")
     batch_size = ids.shape[0]
-    if ids.ndim != 1 or boxes.shape != (batch_size, 4) or flips.shape != (batch_size,) or boxes.is_floating_point():
-        shapes = f"{[*ids.shape]}, {boxes.dtype} {[*boxes.shape]} and {[*flips.shape]}"
-        raise ValueError(f"ids, boxes and flips must be [B], integers [B, 4] and [B], not {shapes}")
+    fit = ids.ndim == 1 and boxes.shape == (batch_size, 4) and flips.shape == (batch_size,)
+    if not fit or ids.is_floating_point() or boxes.is_floating_point() or flips.dtype != torch.bool:
+        given = " and ".join(f"{t.dtype} {[*t.shape]}" for t in (ids, boxes, flips))
+        raise ValueError(f"ids, boxes and flips must be integers [B], integers [B, 4] and bool [B], not {given}")
     height, width = size or (images.shape[1], images.shape[2])
+    for side in (height, width):
+        check_integer("size", side, least=1)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: must be a floating-point type")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != images.shape[3]:
+            raise ValueError(f"{name} must have {images.shape[3]} values, one per channel, not {len(values)}")
+        for value in () if isinstance(values, Tensor) else values:
+            check_scalar(name, value, above=0 if name == "std" else -math.inf)
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device) for v in (mean, std))
     batch: Tensor = torch.ops.fastil.augment(images, ids, boxes, flips, mean, std, dtype, height, width)
     return batch

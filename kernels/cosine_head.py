@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastil.arguments import check_scalar, differentiable_in
 from fastil.kernels.registration import jitted, refuse_second_order, register
 
 EPS = 1e-12  # F.normalize's
 
 
+@differentiable_in("features", "weight", "scale")
 def cosine_head(features: Tensor, weight: Tensor, scale: Tensor, sharpness: float = 1.0) -> Tensor:
     """Scaled cosine similarity of every image to every class.
 
@@ -27,14 +29,15 @@ def cosine_head(features: Tensor, weight: Tensor, scale: Tensor, sharpness: floa
     gets gradient 0, where F.normalize would multiply the gradient by 1e12.
 
     Returns similarities [B, W] in the dtype of features. Differentiable once, in features, weight and scale: a second
-    derivative or a forward-mode one raises RuntimeError. Wrong shapes raise ValueError, other dtypes TypeError.
+    derivative or a forward-mode one raises RuntimeError. Wrong shapes and a sharpness that is not finite raise
+    ValueError, other dtypes TypeError.
     """
     if features.ndim != 2 or weight.ndim not in (2, 3) or weight.shape[-1] != features.shape[1]:
         raise ValueError(
             f"features and weight must be [B, d] and [W, d] or [W, P, d], not {[*features.shape]} and {[*weight.shape]}"
         )
-    if scale.ndim:
-        raise ValueError(f"scale must be a 0-d tensor, not {[*scale.shape]}")
+    check_scalar("scale", scale)
+    check_scalar("sharpness", sharpness)
     for name, tensor in (("features", features), ("weight", weight)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"{name} must be float32, bfloat16 or float16, not {tensor.dtype}")

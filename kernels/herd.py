@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastil.arguments import check_integer, differentiable_in
 from fastil.kernels.registration import jitted, register
 
 TIE = 1e-9  # scores this close are equal: far above float64's rounding, far below what tells two images apart
@@ -12,11 +13,13 @@ MAX_TURNS = 1000  # where iCaRL's released loop gives up on repeats
 LARGEST = 4_096  # images of a class that a Triton program holds in registers; above, the plain form runs on CUDA too
 
 
+@differentiable_in()
 def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
     """Exemplars of G classes in the order iCaRL's released loop picks them.
 
     gram: [G, n, n] inner products of the L2-normalised features of each class, padded to n. counts: int64 [G], images
-    of each class. Returns int64 [G, m], positions within the class, -1 beyond the class's count.
+    of each class. Returns int64 [G, m], positions within the class, -1 beyond the class's count. Positions have no
+    derivative: a gram that requires a gradient raises RuntimeError.
 
     The released loop starts with w = mu; each turn takes i = argmax w.D over all images, then w += mu - D_i; i counts
     as picked if it is new. Written with the Gram matrix, w.D_j = (t + 1) mu.D_j - sum of D_i.D_j over the turns so
@@ -25,7 +28,10 @@ def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
     """
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or counts.shape != gram.shape[:1]:
         raise ValueError(f"gram must be [G, n, n] and counts [G], not {[*gram.shape]} and {[*counts.shape]}")
-    picks: Tensor = torch.ops.fastil.herd(gram.detach(), counts.to(gram.device), m, MAX_TURNS, TIE)
+    if not gram.is_floating_point() or counts.is_floating_point():
+        raise ValueError(f"gram must hold floats and counts integers, not {gram.dtype} and {counts.dtype}")
+    check_integer("m", m)
+    picks: Tensor = torch.ops.fastil.herd(gram, counts.to(gram.device), m, MAX_TURNS, TIE)
     return picks
 
 

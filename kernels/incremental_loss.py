@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastil.arguments import check_classes, check_integer, check_integers, check_scalar, differentiable_in, labels
 from fastil.kernels.registration import jitted, refuse_second_order, register, scalar_tensor
 from fastil.losses import MASKED, hardest_new
 
@@ -47,6 +48,7 @@ class Operands(NamedTuple):
         return torch.float32 if self.value and self.logits.dtype == torch.float16 else self.logits.dtype
 
 
+@differentiable_in("logits", "logit_scale")
 def incremental_loss(
     logits: Tensor,
     target: Tensor,
@@ -67,14 +69,14 @@ def incremental_loss(
     hardest: int = 2,
     meter: Tensor | None = None,
 ) -> Tensor:
-    """ce_weight * cross-entropy + kd_weight * distillation (T^2 inside) + margin_weight * margin ranking, each the mean
-    over the batch. Returns a float32 scalar.
+    """ce_weight * cross-entropy + kd_weight * distillation (T^2 inside) + margin_weight * margin ranking, each the sum
+    over the batch divided by B, rows without a class included. Returns a float32 scalar.
 
     logits, teacher_logits: [B, W] in float32, bfloat16 or float16, computed in float32. target: int [B], incremental
-    positions; -1 contributes no cross-entropy. log_prior: [W], -inf on classes without images; columns from num_seen on
-    are ignored whatever it or they hold; a target among the columns that do not count is an infinite loss. Counts,
-    weights and temperature are numbers or 0-d tensors on the device: a step then changes values, and neither shapes nor
-    code.
+    positions. A row labelled -1 or -100 adds no cross-entropy; any other label that is not one of the num_seen classes
+    makes the loss and its row of the gradient NaN; a class without images is an infinite loss. log_prior: [W], -inf on
+    classes without images; columns from num_seen on are ignored whatever it or they hold. Counts, weights and
+    temperature are numbers or 0-d tensors on the device: a step then changes values, and neither shapes nor code.
 
     sample_weight: [B], factor of each row's cross-entropy. separated: a row competes with the classes of its own block
     only, old or new (SS-IL). label_smoothing: in [0, 1), spread over the classes a row competes with.
@@ -83,7 +85,10 @@ def incremental_loss(
     are one launch up to 2,048 columns and the plain formula beyond.
     meter: see `incremental_loss_grad`.
 
-    Differentiable once, in logits and logit_scale: a second derivative or a forward-mode one raises RuntimeError.
+    Differentiable once, in logits and logit_scale. Another argument that requires a gradient, a second derivative and a
+    forward-mode one raise RuntimeError; the formulas of fastil.losses have them. Shapes that do not fit and impossible
+    numbers (kd_weight without a teacher, num_old > num_seen, a temperature of 0) raise ValueError. What tensors hold is
+    not read.
     """
     operands = Operands(
         logits, target, log_prior, teacher_logits, num_old, num_seen, ce_weight, kd_weight, temperature,
@@ -93,6 +98,7 @@ def incremental_loss(
     return _run(_Value.apply, operands)
 
 
+@differentiable_in("logits")  # which have it by `logits.backward(gradient)`
 def incremental_loss_grad(
     logits: Tensor,
     target: Tensor,
@@ -132,6 +138,8 @@ def check(
     target: Tensor,
     log_prior: Tensor,
     teacher: Tensor | None,
+    num_old: int | Tensor,
+    num_seen: int | Tensor,
     weight: Tensor | None = None,
     smoothing: float = 0.0,
     second: str = "teacher_logits",
@@ -148,17 +156,24 @@ def check(
     ):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {[*shape]} beside logits {[batch, width]}, not {[*tensor.shape]}")
-    if target.is_floating_point():
-        raise ValueError(f"target must hold integers, not {target.dtype}")
+    check_integers(target)
+    check_classes(num_old, num_seen, width)
     if not 0 <= smoothing < 1:
         raise ValueError(f"label_smoothing={smoothing}: must be in [0, 1)")
 
 
 def _run(function: Callable[..., Any], o: Operands) -> Tensor:
     """`function` of the operands, checked and with tensors for numbers; a meter of [4] gains the sums over its rows."""
-    check(o.logits, o.target, o.log_prior, o.teacher, o.sample_weight, o.label_smoothing)
-    if o.logit_scale is not None and o.logit_scale.ndim:
-        raise ValueError(f"logit_scale must be a 0-d tensor, not {[*o.logit_scale.shape]}")
+    check(o.logits, o.target, o.log_prior, o.teacher, o.num_old, o.num_seen, o.sample_weight, o.label_smoothing)
+    check_scalar("temperature", o.temperature, above=0)
+    for name in ("ce_weight", "kd_weight", "logit_scale", "margin_weight"):
+        if (value := getattr(o, name)) is not None:
+            check_scalar(name, value)
+    if o.teacher is None and not isinstance(o.kd_weight, Tensor) and o.kd_weight:
+        raise ValueError(f"kd_weight={o.kd_weight}: there is no teacher to distil; give teacher_logits or kd_weight=0")
+    if o.margin_weight is not None:
+        check_scalar("margin", o.margin)
+        check_integer("hardest", o.hardest, least=1)
     rows = None if o.meter is None else _rows(o.meter, o.logits.shape[0])
     tensors = o._replace(
         num_old=scalar_tensor(o.num_old),
@@ -231,28 +246,30 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     z = x if o.logit_scale is None else x * o.logit_scale
     column = torch.arange(width, device=o.logits.device)
     old, seen = column < o.num_old, column < o.num_seen
-    valid, y = o.target >= 0, o.target.clamp(min=0).long()[:, None]
-    competes = (seen & (o.log_prior > -torch.inf)).expand(batch, width)
+    y, factor = labels(o.target, o.num_seen)
+    y = y[:, None]
+    # By !=, a prior of NaN competes, and shows in the loss.
+    competes = (seen & (o.log_prior != -torch.inf)).expand(batch, width)
     if o.separated:
-        competes = competes & (old == (o.target < o.num_old)[:, None])
-    log_q = torch.log_softmax(torch.where(competes, z + o.log_prior, MASKED), 1)
+        competes = competes & (old == (y < o.num_old))
+    log_q = torch.log_softmax(torch.where(competes, z + o.log_prior, -torch.inf), 1)
     aim = torch.zeros_like(x).scatter_(1, y, 1 - o.label_smoothing)
-    # A target that does not compete, not seen or without images, has an infinite loss, as in the Triton form.
-    ce = torch.where(competes.gather(1, y), -log_q.gather(1, y), torch.inf)[:, 0]
+    ce = -log_q.gather(1, y)[:, 0]
     if o.label_smoothing:
         share = o.label_smoothing / competes.sum(1, keepdim=True).clamp(min=1)
         aim += torch.where(competes, share, 0)
         ce = (1 - o.label_smoothing) * ce - (torch.where(competes, log_q, 0) * share).sum(1)
-    weight = valid if o.sample_weight is None else valid * o.sample_weight
-    ce = torch.where(valid, ce, 0) if o.sample_weight is None else torch.where(valid, ce, 0) * o.sample_weight
-    gradient = torch.where(competes | (aim > 0), log_q.exp() - aim, 0) * (weight * (o.ce_weight / batch))[:, None]
+    ce, weight = (ce * factor).masked_fill_(factor == 0, 0), factor
+    if o.sample_weight is not None:
+        ce, weight = ce * o.sample_weight, factor * o.sample_weight
+    gradient = (log_q.exp() - aim) * (weight * (o.ce_weight / batch))[:, None]
     kd = torch.zeros_like(ce)
     if o.teacher is not None:
         log_p = torch.log_softmax(torch.where(old, z / o.temperature, MASKED), 1)
-        # By the same functions as the student's, so that equal logits give a difference of exactly 0.
+        # By the same functions as the student's: the difference is exactly 0 at equal logits, and on new columns.
         p_teacher = torch.log_softmax(torch.where(old, o.teacher.float() / o.temperature, MASKED), 1).exp()
         kd = -(o.temperature**2) * torch.where(old, p_teacher * log_p, 0).sum(1)
-        gradient += torch.where(old, log_p.exp() - p_teacher, 0) * (o.kd_weight * o.temperature / batch)
+        gradient += (log_p.exp() - p_teacher) * (o.kd_weight * o.temperature / batch)
     scale_gradient = x.new_empty(0)
     if o.logit_scale is not None:
         scale_gradient = torch.where(seen, gradient * x, 0).sum(1)
@@ -265,7 +282,8 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
         gradient.scatter_add_(1, rival, step).scatter_add_(1, y.expand_as(rival), -step)
     if o.meter is not None:
         best = torch.where(seen, x, -torch.inf).argmax(1)
-        hit = (best == o.target) & x.gather(1, y)[:, 0].isfinite()
+        own = x.gather(1, y)[:, 0]
+        hit = (best == o.target) & (own == own)  # not NaN
         o.meter[:batch] += torch.stack((ce, kd, hit.float(), ranking), 1)
     row_loss = x.new_empty(0)
     if o.value:

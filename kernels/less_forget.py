@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastil.arguments import differentiable_in
 from fastil.kernels.registration import jitted, refuse_second_order, register
 from fastil.losses import SHORTEST
 
 WIDEST = 8_192  # columns a Triton program holds in registers; wider features take the plain form on CUDA too
 
 
+@differentiable_in("features")
 def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
     """The mean over the batch of 1 - cos(features, teacher_features), as `fastil.losses.less_forget`. Returns a float32
     scalar.
@@ -18,8 +20,8 @@ def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
     features, teacher_features: [B, d] in float32, bfloat16 or float16, computed in float32.
     A vector shorter than 1e-12 has no direction: its row counts 1 and has no gradient.
 
-    Differentiable once, in features: a second derivative or a forward-mode one raises RuntimeError. The gradient keeps
-    its relative accuracy where student and teacher are nearly equal.
+    Differentiable once, in features. A teacher that requires a gradient, a second derivative and a forward-mode one
+    raise RuntimeError. The gradient keeps its relative accuracy where student and teacher are nearly equal.
     """
     if features.ndim != 2 or features.shape != teacher_features.shape:
         shapes = f"{[*features.shape]} and {[*teacher_features.shape]}"

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastil.arguments import differentiable_in
 from fastil.kernels.less_forget import unit_difference
 from fastil.kernels.registration import jitted, refuse_second_order, register
 from fastil.losses import SHORTEST
 
 
+@differentiable_in("maps")
 def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
     """PODNet's spatial distillation (arXiv 2004.13513), as `fastil.losses.pod_spatial`: the mean over the batch
     and over the layers of the distance between the pooled and normalised maps. Returns a float32 scalar.
@@ -18,8 +20,9 @@ def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tenso
     maps, teacher_maps: for each layer [B, C, H, W] in float32, bfloat16 or float16, computed in float32. On CUDA the
     kernel reads them channels-last in memory; what lies otherwise is copied, and gradients are channels-last.
 
-    Differentiable once, in maps: a second derivative or a forward-mode one raises RuntimeError. The gradient keeps its
-    relative accuracy where student and teacher are nearly equal, and is 0 where they are equal.
+    Differentiable once, in maps. A teacher that requires a gradient, a second derivative and a forward-mode one raise
+    RuntimeError. The gradient keeps its relative accuracy where student and teacher are nearly equal, and is 0 where
+    they are equal.
     """
     if not maps or len(maps) != len(teacher_maps):
         raise ValueError(f"as many maps as teacher_maps are needed, not {len(maps)} and {len(teacher_maps)}")

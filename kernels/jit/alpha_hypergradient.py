@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastil.kernels.jit.launching import LOG2E, launch, power_of_two, scalar, value_of
+from fastil.kernels.jit.loss_parts import NONE, if_class, label_of
 
 PROGRAMS = 64  # partial sums per class; each program adds up its rows in order, so the result is reproducible
-NONE = tl.constexpr(float("-inf"))
 
 
 @triton.jit(do_not_specialize=["NUM_OLD", "NUM_SEEN", "CE_WEIGHT", "batch"])
@@ -26,7 +26,8 @@ def alpha_hypergradient_rows(
     col = tl.arange(0, BLOCK)
     inside = col < W
     prior = tl.load(LOG_PRIOR + col, mask=inside, other=NONE).to(tl.float32)
-    seen = (col < value_of(NUM_SEEN, tl.int32)) & (prior > NONE)
+    num_seen = value_of(NUM_SEEN, tl.int32)
+    seen = (col < num_seen) & (prior != NONE)
     old = col < value_of(NUM_OLD, tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
     for row in range(program, batch, programs):
@@ -37,7 +38,7 @@ def alpha_hypergradient_rows(
         e = tl.where(seen, tl.exp2(((z - top) + prior) * LOG2E), 0.0)
         q = e / tl.sum(e, 0)
         h = q * (u - tl.sum(q * u, 0))
-        total += tl.where(tl.load(TARGET + row) >= 0, h, 0.0)
+        total += if_class(label_of(TARGET, row, num_seen, W), h)
     total *= value_of(CE_WEIGHT, tl.float32) / batch
     tl.store(PARTIAL + program * W + col, tl.where(old, total, 0.0), mask=inside)
 

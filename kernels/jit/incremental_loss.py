@@ -38,6 +38,7 @@ from fastil.kernels.jit.launching import (
 from fastil.kernels.jit.loss_parts import (
     NONE,
     classification_gradient,
+    if_class,
     load_columns,
     load_row_scalars,
     margin_gradient,
@@ -111,8 +112,8 @@ def incremental_loss_rows(
         number, total = tl.split(tl.sum(tl.join(tl.where(competes, 1.0, 0.0), tl.where(competes, a, 0.0)), 1))
         uniform = label_smoothing / tl.maximum(number, 1.0)
         smooth = total / tl.maximum(number, 1.0)
-    ce, kd, inv_s = row_values(valid, ay, rest, smooth, su, sv, dot, temperature, label_smoothing, SMOOTHED)
-    weight = tl.where(valid, ce_weight / batch, 0.0)
+    ce, kd, inv_s = row_values(y, ay, rest, smooth, su, sv, dot, temperature, label_smoothing, SMOOTHED)
+    weight = if_class(y, ce_weight / batch)
     if SAMPLE_WEIGHT is not None:
         given = tl.load(SAMPLE_WEIGHT + row).to(tl.float32)
         weight, ce = weight * given, ce * given
@@ -131,7 +132,7 @@ def incremental_loss_rows(
     if MARGIN_WEIGHT is not None:
         g += extra
     tl.store(DX + offset, g.to(DX.dtype.element_ty), mask=inside)
-    correct = tl.where(valid & (y < num_seen) & (x_y == x_y) & (beaten == 0.0), 1.0, 0.0)  # x == x: not NaN
+    correct = tl.where(valid & (x_y == x_y) & (beaten == 0.0), 1.0, 0.0)  # x == x: not NaN
     store_row_values(
         ROW_LOSS, METER, row, ce, kd, correct, ranking, ce_weight / batch, kd_weight / batch,
         None if MARGIN_WEIGHT is None else margin_weight / batch,
@@ -196,8 +197,8 @@ def incremental_loss_stream(
         count, sum_a = tl.split(tl.sum(tl.join(number, total), 1))
         uniform = label_smoothing / tl.maximum(count, 1.0)
         smooth = sum_a / tl.maximum(count, 1.0)
-    ce, kd, inv_s = row_values(valid, ay, rest, smooth, su, sv, dot, temperature, label_smoothing, SMOOTHED)
-    weight = tl.where(valid, ce_weight / batch, 0.0)
+    ce, kd, inv_s = row_values(y, ay, rest, smooth, su, sv, dot, temperature, label_smoothing, SMOOTHED)
+    weight = if_class(y, ce_weight / batch)
     if SAMPLE_WEIGHT is not None:
         given = tl.load(SAMPLE_WEIGHT + row).to(tl.float32)
         weight, ce = weight * given, ce * given
@@ -214,7 +215,7 @@ def incremental_loss_stream(
             ev = tl.where(old, tl.exp2((d - top_v[:, None]) * inv_t), 0.0)
             g += soft_difference(eu, ev, su, sv) * (kd_weight * temperature / batch)
         tl.store(DX + offset, g.to(DX.dtype.element_ty), mask=inside)
-    correct = tl.where(valid & (y < num_seen) & (x_y == x_y) & (beaten == 0.0), 1.0, 0.0)  # x == x: not NaN
+    correct = tl.where(valid & (x_y == x_y) & (beaten == 0.0), 1.0, 0.0)  # x == x: not NaN
     store_row_values(
         ROW_LOSS, METER, row, ce, kd, correct, tl.zeros_like(ce), ce_weight / batch, kd_weight / batch, None
     )

@@ -13,6 +13,21 @@ NO_KEY = tl.constexpr(-(2**63))
 
 
 @triton.jit
+def label_of(TARGET, row, num_seen, W: tl.constexpr):
+    """The columns of the rows' classes; -1 for the labels -1 and -100, and -2 for others that are no class."""
+    label = tl.load(TARGET + row).to(tl.int64)  # 32 bits would make class 1 of 2^40 + 1
+    none = tl.where((label == -1) | (label == -100), -1, -2)
+    return tl.where((label >= 0) & (label < tl.minimum(num_seen, W)), label, none).to(tl.int32)
+
+
+@triton.jit
+def if_class(y, value):
+    """The value where there is a class, 0 where there is none, and NaN where the label is a mistake. Made of y again at
+    each use: it would take registers to keep."""
+    return tl.where(y >= 0, value, tl.where(y == -1, 0.0, float("nan")))
+
+
+@triton.jit
 def log2_of_one_plus(x):
     """Accurate for small x (Kahan)."""
     plus = 1.0 + x
@@ -22,15 +37,14 @@ def log2_of_one_plus(x):
 
 @triton.jit
 def load_row_scalars(LOGITS, TARGET, LOG_PRIOR, row, num_old, num_seen, scale, W: tl.constexpr):
-    """Of the rows: target, whether it counts, its x, z and log lambda, whether its class is old. [R]"""
-    y = tl.load(TARGET + row).to(tl.int32)
+    """Of the rows: target, whether it is a class, its x, z and log lambda, whether its class is old. [R]"""
+    y = label_of(TARGET, row, num_seen, W)
     valid = y >= 0
-    inside = valid & (y < W)  # a label beyond the logits gives an infinite loss and never a read out of bounds
-    x_y = tl.load(LOGITS + row * W + y, mask=inside, other=0.0).to(tl.float32)
+    x_y = tl.load(LOGITS + row * W + y, mask=valid, other=0.0).to(tl.float32)
     z_y = x_y
     if scale is not None:
         z_y = x_y * scale
-    prior_y = tl.load(LOG_PRIOR + y, mask=inside & (y < num_seen), other=NONE).to(tl.float32)
+    prior_y = tl.load(LOG_PRIOR + y, mask=valid, other=NONE).to(tl.float32)
     return y, valid, x_y, z_y, prior_y, y < num_old
 
 
@@ -56,7 +70,7 @@ def load_columns(
     prior = tl.load(LOG_PRIOR + col, mask=col < W, other=NONE).to(tl.float32)[None, :]
     old = (col < num_old)[None, :]
     seen = (col < num_seen)[None, :]
-    competes = seen & (prior > NONE)
+    competes = seen & (prior != NONE)  # a prior of NaN competes, to be seen in the loss
     if SEPARATED:
         competes = competes & (old == y_is_old[:, None])
     beats = seen & ((x > x_y[:, None]) | ((x == x_y[:, None]) & (col[None, :] < y[:, None])))
@@ -64,7 +78,7 @@ def load_columns(
 
 
 @triton.jit
-def row_values(valid, ay, rest, smooth, su, sv, dot, temperature, label_smoothing, SMOOTHED: tl.constexpr):
+def row_values(y, ay, rest, smooth, su, sv, dot, temperature, label_smoothing, SMOOTHED: tl.constexpr):
     """Cross-entropy and distillation of the rows from their sums, and 1 / sum of the former's exponentials. [R]
 
     ay: (z + log lambda)_y below the maximum; rest: sum over the other columns; smooth: mean of z + log lambda over the
@@ -80,7 +94,7 @@ def row_values(valid, ay, rest, smooth, su, sv, dot, temperature, label_smoothin
     su = tl.where(has, su, 1.0)
     sv = tl.where(has, sv, 1.0)
     kd = temperature * (temperature * LN2 * tl.log2(su) - dot / sv)
-    return tl.where(valid, ce, 0.0), kd, 1.0 / tl.where(s == 0.0, 1.0, s)
+    return if_class(y, ce), kd, 1.0 / tl.where(s == 0.0, 1.0, s)
 
 
 @triton.jit

@@ -71,23 +71,89 @@ def test_two_hundred_steps_with_it_end_where_those_with_the_formula_end():
     assert ends[0] == pytest.approx(ends[1], rel=1e-3)
 
 
-def test_what_would_get_no_gradient_raises():
-    criterion = IncrementalLoss(COUNTS, 2)
-    logits, teacher = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
-        criterion(logits, torch.tensor([0, 1, 2]), teacher)
+def test_a_second_derivative_raises():
+    criterion, logits = IncrementalLoss(COUNTS, 2), torch.randn(3, 5, requires_grad=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(criterion(logits, torch.tensor([0, 1, 2])), logits, create_graph=True)
 
 
+def test_rows_without_a_class_count_in_the_mean_and_a_label_that_is_none_shows():
+    """nn.CrossEntropyLoss would divide by the two rows that have a class."""
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    target, criterion = torch.tensor([3, -1, 0, -100]), BalancedSoftmaxLoss(COUNTS)
+    kept = target >= 0
+    expected = formula(logits[kept], target[kept], COUNTS) * 2 / 4
+    torch.testing.assert_close(criterion(logits, target).double(), expected, rtol=1e-6, atol=1e-6)
+    for label in (5, -2, 2**40 + 1):
+        target[1] = label
+        assert criterion(logits, target).isnan()
+    assert criterion(logits, torch.tensor([3, 4, 0, 1])) == math.inf  # no image of class 4
+
+
+ODD_COUNTS = [
+    ([0, 0], "at least one class must have images"),
+    ([], "at least one class must have images"),
+    ([-1, 3], r"counts\[0\]=-1: "),
+    ([3.0, math.nan], r"counts\[1\]=nan: "),
+    ([3.0, math.inf], r"counts\[1\]=inf: "),
+    ([[1, 2]], r"counts must be \[W\], .* not torch.int64 \[1, 2\]"),
+    (5, r"counts must be \[W\], .* not torch.int64 \[\]"),
+    ([True, False], r"counts must be \[W\], .* not torch.bool \[2\]"),
+    ([1j, 2], r"counts must be \[W\]"),
+    (["3", "4"], r"counts must be \[W\], .* not \['3', '4'\]"),
+    ({0: 3}, r"counts must be \[W\], .* not \{0: 3\}"),
+    (None, r"counts must be \[W\], .* not None"),
+    ([[1], [2, 3]], r"counts must be \[W\]"),
+]
+
+
+@pytest.mark.parametrize(("counts", "message"), ODD_COUNTS)
+def test_odd_counts_say_what_is_wrong(counts, message):
+    for module in (
+        lambda: BalancedSoftmaxLoss(counts),
+        lambda: IncrementalLoss(counts, 0),
+        lambda: IncrementalLoss(counts, 0, balanced=False),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module()
+
+
+def test_counts_may_be_a_list_or_an_array():
+    wanted = BalancedSoftmaxLoss(COUNTS).log_prior
+    for counts in (COUNTS.tolist(), COUNTS.numpy(), COUNTS.float(), COUNTS.to(torch.int32)):
+        assert torch.equal(BalancedSoftmaxLoss(counts).log_prior, wanted)
+
+
+def test_counts_of_another_number_of_classes_than_the_logits_are_named():
+    for criterion in (BalancedSoftmaxLoss(COUNTS), IncrementalLoss(COUNTS, 2)):
+        for width in (4, 6):
+            message = rf"counts has 5 classes, logits are \[3, {width}\]"
+            with pytest.raises(ValueError, match=message):
+                criterion(torch.zeros(3, width), torch.tensor([0, 1, 2]))
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [([0, 0],), ([-1, 3],), ([[1, 2]],), ([1, 2], 0.0), ([1, 2], math.inf), ([1, 2], 1.0, 3), ([1, 2], 1.0, -1)],
-)
-def test_counts_that_are_none_are_refused(arguments):
-    with pytest.raises(ValueError, match=r"counts|num_old"):
-        BalancedSoftmaxLoss(torch.tensor(arguments[0]), *arguments[1:])
-    with pytest.raises(ValueError, match="alpha"):
-        IncrementalLoss(COUNTS, 2, balanced=False, alpha=0.5)
-    with pytest.raises(ValueError, match="rho"):
-        IncrementalLoss(COUNTS, 2, rho=1.5)
+    ("keys", "message"),
+    [
+        ({"alpha": 0.0}, "alpha=0.0: "), ({"alpha": -1.0}, "alpha=-1.0: "), ({"alpha": math.nan}, "alpha=nan: "),
+        ({"alpha": math.inf}, "alpha=inf: "), ({"num_old": 6}, "num_old=6"), ({"num_old": -1}, "num_old=-1"),
+        ({"num_old": 2.5}, "num_old=2.5"),
+    ],
+)  # fmt: skip
+def test_an_alpha_or_a_number_of_classes_that_cannot_be_is_named(keys, message):
+    for module in (BalancedSoftmaxLoss, IncrementalLoss):
+        with pytest.raises(ValueError, match=message):
+            module(COUNTS, **({"num_old": 2} | keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"balanced": False, "alpha": 0.5}, "alpha=0.5: the plain softmax"),
+        ({"rho": 1.5}, "rho=1.5"), ({"rho": math.nan}, "rho=nan"),
+        ({"temperature": 0}, "temperature=0: "), ({"temperature": math.nan}, "temperature=nan: "),
+    ],
+)  # fmt: skip
+def test_settings_of_the_incremental_loss_that_cannot_be_are_named(keys, message):
+    with pytest.raises(ValueError, match=message):
+        IncrementalLoss(COUNTS, 2, **keys)

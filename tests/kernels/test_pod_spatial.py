@@ -210,13 +210,6 @@ def test_the_gradient_scales_with_that_of_the_result():
     assert relative(x.grad, 2.5 * formula([x.detach()], [y])[1][0]) <= 1e-6
 
 
-def test_the_teacher_gets_no_gradient():
-    x, y = (z.requires_grad_() for z in example((6, 5, 4)))
-    pod_spatial([x], [y]).backward()
-    assert y.grad is None
-    assert x.grad is not None
-
-
 def test_maps_that_do_not_belong_together_are_refused():
     x = torch.zeros(2, 3, 4, 5)
     with pytest.raises(ValueError, match="as many maps as teacher_maps are needed, not 0 and 0"):
