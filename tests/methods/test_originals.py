@@ -245,8 +245,7 @@ def test_mnemonics_network_and_loss():
         part.head.scale.data.fill_(scale)
     same(network(images).features, [33.08, 1.278654, 1.120599, 1.080376])
     method, out = method_of("mnemonics", "mnemonics=released"), network.train()(images)
-    with torch.no_grad():
-        teacher_out = teacher(images)
+    teacher_out = teacher.requires_grad_(False)(images)
     loss = method.formula(BATCH, out, teacher_out, torch.where(torch.arange(W) < SEEN, 0.0, -math.inf))
     loss.backward()
     assert value(loss) - entropy(teacher_out.scaled) == pytest.approx(2.3446875, rel=1e-7)
