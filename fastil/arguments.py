@@ -40,9 +40,9 @@ def differentiable_in(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]
 
 
 def _requires_gradient(value: Any) -> bool:
-    # No isinstance(.., Tensor) first: this runs for every argument of every call.
-    one = getattr(value, "requires_grad", False)
-    return one or (isinstance(value, (list, tuple)) and any(map(_requires_gradient, value)))
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(map(_requires_gradient, value))
 
 
 def check_scalar(name: str, value: float | Tensor, above: float = -math.inf) -> None:

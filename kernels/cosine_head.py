@@ -36,7 +36,8 @@ def cosine_head(features: Tensor, weight: Tensor, scale: Tensor, sharpness: floa
         raise ValueError(
             f"features and weight must be [B, d] and [W, d] or [W, P, d], not {[*features.shape]} and {[*weight.shape]}"
         )
-    check_scalar("scale", scale)
+    if scale.ndim:
+        raise ValueError(f"scale must be a 0-d tensor, not {[*scale.shape]}")
     check_scalar("sharpness", sharpness)
     for name, tensor in (("features", features), ("weight", weight)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
