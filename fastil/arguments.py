@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+FLOAT32 = torch.finfo(torch.float32)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -45,13 +46,14 @@ def _requires_gradient(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(map(_requires_gradient, value))
 
 
-def check_scalar(name: str, value: float | Tensor, above: float = -math.inf) -> None:
-    """Raise ValueError unless it is a finite number above `above`, or a 0-d tensor."""
+def check_scalar(name: str, value: float | Tensor, *, positive: bool = False) -> None:
+    """Raise ValueError unless it is a 0-d tensor or a number that float32, in which all losses are computed, keeps
+    finite, and above 0 if it must be positive."""
     if isinstance(value, Tensor):
         if value.ndim:
             raise ValueError(f"{name} must be a number or a 0-d tensor, not {[*value.shape]}")
-    elif not above < value < math.inf:
-        raise ValueError(f"{name}={value}: must be finite" + (f" and above {above:g}" if above > -math.inf else ""))
+    elif not (FLOAT32.tiny if positive else FLOAT32.min) <= value <= FLOAT32.max:
+        raise ValueError(f"{name}={value}: must be finite{' and above 0' if positive else ''} in float32")
 
 
 def check_integer(name: str, value: int, least: int = 0) -> None:

@@ -55,7 +55,7 @@ def log_prior(counts: Tensor, num_old: int | Tensor = 0, alpha: float | Tensor =
     check_counts(counts)
     check_classes(num_old, len(counts), len(counts))
     if not isinstance(alpha, Tensor):
-        check_scalar("alpha", alpha, above=0)
+        check_scalar("alpha", alpha, positive=True)
     counts = counts.to(torch.float32)
     prior = torch.log(counts / counts.max())
     is_old = torch.arange(counts.numel(), device=counts.device) < num_old
@@ -93,7 +93,7 @@ def distillation(logits: Tensor, teacher_logits: Tensor, num_old: int | Tensor, 
     logits, teacher_logits [B, W]; only the first num_old columns are read. num_old = 0 gives 0. A teacher that requires
     a gradient raises RuntimeError. Returns a scalar.
     """
-    check_scalar("temperature", temperature, above=0)
+    check_scalar("temperature", temperature, positive=True)
     check_classes(num_old, logits.shape[1], logits.shape[1])
     old = torch.arange(logits.shape[1], device=logits.device) < num_old
     student = torch.log_softmax(torch.where(old, _wide(logits) / temperature, MASKED), dim=1)

@@ -4,7 +4,6 @@ On CUDA one launch, which reads each wanted byte once and writes the batch in th
 few images at a time, so that their bytes and floats stay in its caches.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +57,7 @@ def augment(
         if len(values) != images.shape[3]:
             raise ValueError(f"{name} must have {images.shape[3]} values, one per channel, not {len(values)}")
         for value in () if isinstance(values, Tensor) else values:
-            check_scalar(name, value, above=0 if name == "std" else -math.inf)
+            check_scalar(name, value, positive=name == "std")
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=images.device) for v in (mean, std))
     batch: Tensor = torch.ops.fastil.augment(images, ids, boxes, flips, mean, std, dtype, height, width)
     return batch

@@ -167,7 +167,7 @@ def _run(function: Callable[..., Any], o: Operands) -> Tensor:
     check(o.logits, o.target, o.log_prior, o.teacher, o.num_old, o.num_seen, o.sample_weight, o.label_smoothing)
     if o.logit_scale is not None and o.logit_scale.ndim:
         raise ValueError(f"logit_scale must be a 0-d tensor, not {[*o.logit_scale.shape]}")
-    check_scalar("temperature", o.temperature, above=0)
+    check_scalar("temperature", o.temperature, positive=True)
     for name in ("ce_weight", "kd_weight", "margin_weight"):
         if (value := getattr(o, name)) is not None:
             check_scalar(name, value)

@@ -31,7 +31,7 @@ class BalancedSoftmaxLoss(nn.Module):
     def __init__(self, counts: Tensor, alpha: float = 1.0, num_old: int = 0) -> None:
         super().__init__()
         counts = _checked(counts, num_old)
-        check_scalar("alpha", float(alpha), above=0)
+        check_scalar("alpha", float(alpha), positive=True)
         self.num_old = num_old
         self.register_buffer("log_prior", log_prior(counts, num_old, alpha))
 
@@ -74,7 +74,7 @@ class IncrementalLoss(BalancedSoftmaxLoss):
         self.rho = num_old / int((counts > 0).sum()) if rho is None else rho
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho={self.rho}: must lie in [0, 1]")
-        check_scalar("temperature", temperature, above=0)
+        check_scalar("temperature", temperature, positive=True)
         self.temperature = temperature
 
     def forward(self, logits: Tensor, target: Tensor, teacher_logits: Tensor | None = None) -> Tensor:

@@ -185,3 +185,9 @@ def test_a_class_gives_no_more_exemplars_than_it_has_images():
     counts = np.array([3, 50, 7, 20])
     assert MemoryConfig(exemplars_per_class=10).total(counts) == 3 + 10 + 7 + 10
     assert MemoryConfig(exemplars_per_class=None, memory_budget=30).total(counts) == 3 + 7 + 7 + 7
+
+
+def test_features_that_require_a_gradient_are_herded_too():
+    """Positions have no derivative; nobody need detach for them."""
+    features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    assert herd(features.clone().requires_grad_(), 5).tolist() == herd(features, 5).tolist()

@@ -227,6 +227,29 @@ def test_arguments_that_do_not_fit_are_an_error(ids, boxes, flips):
         run(augment, random_images(3, 6, 6), ids, boxes, flips)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"std": (0.2, 0.0, 0.2)}, "std=0.0: must be finite and above 0"),
+        ({"std": (0.2, -0.1, 0.2)}, "std=-0.1: must be finite and above 0"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "mean=nan: must be finite"),
+        ({"mean": (0.5, 0.5)}, "mean must have 3 values, one per channel, not 2"),
+        ({"std": torch.ones(4)}, "std must have 3 values, one per channel, not 4"),
+        ({"size": (0, 6)}, "size=0: must be an integer of at least 1"),
+        ({"dtype": torch.uint8}, "dtype=torch.uint8: must be a floating-point type"),
+        ({"flips": torch.zeros(1, dtype=torch.uint8)}, r"bool \[B\], not .*torch.uint8 \[1\]"),
+        ({"ids": torch.zeros(1)}, "ids, boxes and flips must be integers"),
+    ],
+)
+def test_numbers_and_types_that_cannot_be_are_named(change, message):
+    given = {
+        "images": torch.from_numpy(random_images(3, 6, 6)), "ids": torch.zeros(1, dtype=torch.int64),
+        "boxes": torch.tensor([[0, 0, 6, 6]]), "flips": torch.tensor([False]), "mean": MEAN, "std": STD,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        augment(**(given | change))
+
+
 def test_images_of_another_type_are_an_error():
     none = torch.empty(0, dtype=torch.int64)
     with pytest.raises(ValueError, match="images must be uint8"):

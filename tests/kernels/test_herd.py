@@ -193,6 +193,19 @@ def test_gram_matrices_that_do_not_fit_are_an_error(shape):
         herd(torch.zeros(shape), torch.tensor([3]), 2)
 
 
+@pytest.mark.parametrize(
+    ("gram", "counts", "m", "message"),
+    [
+        (torch.eye(3)[None], torch.tensor([3]), -1, "m=-1: must be an integer of at least 0"),
+        (torch.eye(3)[None].long(), torch.tensor([3]), 2, "gram must hold floats and counts integers, not torch.int64"),
+        (torch.eye(3)[None], torch.tensor([3.0]), 2, "gram must hold floats and counts integers, not torch.float32"),
+    ],
+)
+def test_numbers_and_types_that_cannot_be_are_named(gram, counts, m, message):
+    with pytest.raises(ValueError, match=message):
+        herd(gram, counts, m)
+
+
 def test_the_padding_of_the_gram_matrices_never_reaches_the_picks():
     """Where a class is smaller than the padded n there may be anything, NaN included."""
     rows = unit_rows(np.random.default_rng(0).standard_normal((11, 4)))
