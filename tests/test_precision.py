@@ -12,8 +12,7 @@ from fastil.device import fastest_precision, multiplying_in, precision_note, set
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.recipe import load, read_effective
-from fastil.reporting.rows import paired_gain
-from fastil.reporting.runs import Run, group_runs
+from fastil.reporting.report import write_report
 from fastil.training import compiling, step_plan
 from fastil.training.experiment import Experiment
 
@@ -175,18 +174,33 @@ def test_a_base_step_of_another_precision_is_not_taken(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_runs_of_two_precisions_are_rows_of_their_own_and_never_paired(tmp_path):
-    runs = {}
-    for precision in ("fp32", "bf16"):
-        for loss in ("softmax", "balanced"):
-            out = runs[precision, loss] = tmp_path / f"{precision}-{loss}"
-            train(out, f"precision={precision}", f"loss={loss}")
-    groups = group_runs([Run(path) for path in runs.values()])
-    assert len(groups) == 4
-    assert sum("precision=bf16" in label for label in groups) == 2
-    assert len(paired_gain(groups)) == 2
-    mixed = [Run(runs["fp32", "softmax"]), Run(runs["bf16", "balanced"])]
-    assert paired_gain(group_runs(mixed)) == []
+@pytest.mark.parametrize("as_html", [False, True])
+@pytest.mark.parametrize("other", ["digits", "of_another_recipe"])
+def test_runs_of_two_precisions_stand_in_no_report_together(two_precisions, other, as_html, tmp_path):
+    bf16, fp32 = two_precisions["digits", "bf16"], two_precisions[other, "fp32"]
+    with pytest.raises(UserError) as refused:
+        write_report([bf16, fp32], tmp_path / "report", as_html)
+    for part in (f"bf16 by {bf16}", f"fp32 by {fp32}", "report them apart"):
+        assert part in str(refused.value)
+    assert not (tmp_path / "report").exists()
+    write_report([two_precisions["digits", "fp32"], two_precisions["of_another_recipe", "fp32"]], None, False)
+
+
+@pytest.fixture(scope="module")
+def two_precisions(tmp_path_factory):
+    """Run directories by recipe and precision: digits, and the same as a recipe of one's own with another loss."""
+    root = tmp_path_factory.mktemp("precisions")
+    (root / "of_another_recipe.yaml").write_text("base: digits\nloss: balanced\n")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastil.reporting.figures.draw_run", lambda folder: None)
+        for recipe, name, precision in (
+            ("digits", "digits", "bf16"), ("digits", "digits", "fp32"),
+            (str(root / "of_another_recipe.yaml"), "of_another_recipe", "fp32"),
+        ):  # fmt: skip
+            out = found[name, precision] = root / f"{name}-{precision}"
+            Experiment(load(recipe, [*BRIEF, f"precision={precision}"]), out, False).run()
+    return found
 
 
 def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.recipe import Recipe
 from fastil.reporting.fidelity import on_published_data
-from fastil.reporting.runs import Run
+from fastil.reporting.runs import Run, one_precision
 
 
 @dataclass(frozen=True)
@@ -137,20 +137,14 @@ def precision_of(entries: Sequence[Entry], out: Path) -> Precision | None:
     """The precision of the runs of these entries that are in `out`, finished or not; None where there is none. Raises
     UserError where they have several, for what a table compares must differ in its rows alone. Runs of other settings
     do not count, as they do not in the table."""
-    first: tuple[Path, Precision] | None = None
+    found: list[tuple[Path, Precision]] = []
     for entry in entries:
         for path in sorted(entry.folder(out, 0).parent.glob(f"{entry.row}-s*/recipe.yaml")):
             loaded = recipe.read_effective(path)
             precision = loaded.precision
-            if loaded.identity(seed=False) != entry.load(0).in_precision(precision).identity(seed=False):
-                continue
-            if first is not None and precision != first[1]:
-                raise UserError(
-                    f"{first[0].parent} computes in {first[1]} and {path.parent} in {precision}, which one table "
-                    "cannot hold; move one set of runs to another --out"
-                )
-            first = first or (path, precision)
-    return None if first is None else first[1]
+            if loaded.identity(seed=False) == entry.load(0).in_precision(precision).identity(seed=False):
+                found.append((path.parent, precision))
+    return one_precision(found, "move one set of runs to another --out")
 
 
 def finished_runs(table: Table, out: Path) -> Found:

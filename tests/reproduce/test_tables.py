@@ -237,7 +237,7 @@ def test_runs_of_two_precisions_never_share_a_table(tmp_path):
     table = tables.table_of(CONTENT, "bars", "cpu")
     assert tables.precision_of(table.entries, tmp_path) == "bf16"
     make_run(tmp_path, "balanced", 0, 0.6, settings=["precision=fp32"])
-    with pytest.raises(UserError, match=r"computes in bf16 and .* in fp32, which one table cannot hold"):
+    with pytest.raises(UserError, match=r"one table cannot hold: bf16 by .* and fp32 by .*; move one"):
         written(tmp_path)
 
 
