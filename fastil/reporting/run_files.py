@@ -46,7 +46,7 @@ class Results(_Content):
 
 
 class DescribedSplit(_Content):
-    """The images of a split. bytes: of their files, where they are streamed from one."""
+    """The images of a split. bytes: of the image files of the source, where a .beton of them is streamed."""
 
     sha256: str
     images: Count

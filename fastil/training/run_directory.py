@@ -175,5 +175,5 @@ def protocol_file(
 def described(split: Split | Beton) -> DescribedSplit:
     """What protocol.json says of a split."""
     identity = None if split.identity is None else split.identity.text
-    streamed = {"bytes": int(split.lengths.sum())} if isinstance(split, Beton) else {}
+    streamed = {"bytes": split.source_bytes} if isinstance(split, Beton) else {}
     return DescribedSplit(sha256=split.sha256, images=len(split.labels), identity=identity, **streamed)

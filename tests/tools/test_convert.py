@@ -598,7 +598,7 @@ def test_a_dry_run_writes_nothing_and_says_what_there_is(tmp_path, capsys):
     text = capsys.readouterr().out
     for words in (
         "folder: in, 2 classes", "train: 9 images, 4 to 5 per class", "JPEG 7", "PNG 1", "unknown 1", "RGB 5", "L 2",
-        "RGBA 1", "30 to 66 wide (median 30)", "20 to 45 high (median 20)", "5 kept as they are, 3 new",
+        "RGBA 1", "30 to 66 wide (median 30)", "20 to 45 high (median 20)", "5 kept as they are, 3 encoded anew",
         "grayscale: 2", "PNG, with alpha: 1", "bad.jpg (not an image of a known format)", "output    about",
         "no validation images", "free disk space",
     ):  # fmt: skip

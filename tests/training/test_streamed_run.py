@@ -27,6 +27,7 @@ COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200
 SETTINGS = [
     "size=32", "order=alphabetical", "base_classes=4", "increment=1", "exemplars_per_class=4", "model=resnet8",
     "epochs=6", "batch_size=16", "lr=0.05", "device=cpu", "compile=false",
+    "precision=fp32",
 ]  # fmt: skip
 
 

@@ -127,6 +127,55 @@ def test_streamed_files_are_known_by_the_bytes_of_their_images(tmp_path):
         assert beton.identity is None  # FFCV's own files have no checksums
 
 
+def png_set(root, seed, side=40):
+    random = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        for name, count in (("a", 2), ("b", 1)):
+            for i in range(count):
+                path = root / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encoded(random.integers(0, 256, (side, side, 3), dtype=np.uint8), "PNG"))
+    return root
+
+
+def test_images_that_had_to_be_encoded_are_known_by_what_they_were_encoded_from(tmp_path):
+    one, other = png_set(tmp_path / "one", 1), png_set(tmp_path / "other", 2)
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        tar.add(one / "train", "train")
+    made = {
+        "one": (one, {}), "tar": (tmp_path / "one.tar", {}), "quality": (one, {"quality": 40}),
+        "roomy": (one, {"max_side": 4000}), "other": (other, {}), "resized": (one, {"max_side": 20}),
+        "squashed": (one, {"squash": 40}), "anew": (one, {"mode": "reencode"}),
+    }  # fmt: skip
+    found = {}
+    for name, (source, options) in made.items():
+        path = converted(source, tmp_path / f"{name}.beton", **{"mode": "jpeg"} | options)
+        with Beton(path) as beton:
+            found[name] = beton.identity
+            assert beton.manifest.reencoded[0].size == (one / "train/a/0.png").stat().st_size
+            assert beton.source_bytes == sum(file.stat().st_size for file in source.glob("train/*/*")) or name == "tar"
+    same = {"one", "tar", "quality", "roomy", "squashed"}  # not resized: they have that size already
+    assert {name for name, identity in found.items() if identity == found["one"]} == same
+    assert found["one"].text != found["other"].text
+    assert {name for name, identity in found.items() if identity.kind == "changed"} == {"resized", "anew"}
+
+
+def test_a_manifest_that_does_not_tell_what_was_encoded_gives_no_identity(tmp_path):
+    """Of older versions."""
+    path = converted(png_set(tmp_path / "in", 1), tmp_path / "x.beton", mode="jpeg")
+    manifest = json.loads((tmp_path / "x.manifest.json").read_text())
+    for one in manifest["reencoded"]:
+        del one["crc32"], one["size"]
+    (tmp_path / "x.manifest.json").write_text(json.dumps(manifest))
+    with Beton(path) as beton:
+        assert beton.identity is None
+        assert beton.source_bytes == beton.lengths.sum()
+    manifest["reencoded"][0]["id"] = 3
+    (tmp_path / "x.manifest.json").write_text(json.dumps(manifest))
+    with Beton(path) as beton, pytest.raises(UserError, match="damaged"):
+        _ = beton.manifest
+
+
 # One data set in many containers
 
 
