@@ -173,6 +173,20 @@ def test_an_older_recipe_with_auto_means_what_it_meant(tmp_path):
         assert read_effective(path).train.precision == wanted
 
 
+@pytest.mark.parametrize(
+    ("timings", "wanted"),
+    [
+        ('{"machine": {"device": "NVIDIA H200"}}', "bf16"), ('{"machine": {"device": "CPU (2 threads)"}}', "fp32"),
+        ('{"machine": {}}', "fp32"), ("[1]", "fp32"), ("\xff", "fp32"),
+    ],
+)  # fmt: skip
+def test_an_older_auto_of_device_auto_is_told_by_the_machine_of_the_run(timings, wanted, tmp_path):
+    keys = yaml.safe_load(load("digits").dump()) | {"precision": "auto", "device": "auto"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    (tmp_path / "timings.json").write_bytes(timings.encode("latin-1"))
+    assert read_effective(tmp_path / "recipe.yaml").precision == wanted
+
+
 def test_a_base_step_of_another_precision_is_not_taken(tmp_path):
     train(tmp_path / "a", "precision=bf16")
     with pytest.raises(UserError, match="precision is bf16 there and fp32 here"):
