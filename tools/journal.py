@@ -27,7 +27,8 @@ CHECKED = 4  # where the bytes begin that the checksum is of
 @dataclass
 class Progress:
     """How far a conversion is. done: candidates dealt with, in the order of the file; position: the first free byte;
-    entries: ENTRY [capacity], the first `placed` of them in place; changed: (candidate, reason, crc32 of the source); skipped: (candidate, reason)."""
+    entries: ENTRY [capacity], the first `placed` of them in place; changed: (candidate, reason, crc32 of the
+    source); skipped: (candidate, reason)."""
 
     entries: NDArray[np.void]
     done: int = 0

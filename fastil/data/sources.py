@@ -229,7 +229,6 @@ def _published(config: DataConfig, source: Source | None = None) -> Dataset:
     source = source or open_source(path, val=config.val, verify=config.verify)
     labels = published.official_labels(expected, source.class_names)
     if labels is not None:
-        assert expected.class_names is not None
         source = relabelled(source, labels, list(expected.class_names))
     return replace(_in_memory(config, source, None), name=config.dataset)
 

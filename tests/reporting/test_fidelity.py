@@ -37,7 +37,8 @@ def protocol(dataset="cifar100", **other):
         for split, part in (("train", expected.train), ("val", expected.val))
     }
     names = other.get("class_names", expected.class_names)
-    return ProtocolFile(class_order=[], class_names=names, steps=[[]], dataset={"name": dataset} | splits)
+    dataset = {"name": dataset, "read_by": other.get("read_by", [])} | splits
+    return ProtocolFile(class_order=[], class_names=names, steps=[[]], dataset=dataset)
 
 
 # Which recipe a run directory shows
@@ -110,23 +111,35 @@ def test_the_average_of_fewer_steps_has_no_number_beside_it(steps):
 # block of padding per image; for training images also an archive per class, which ends with up to 10 KiB of zeros.
 TRAIN_BYTES = 147_897_477_120 - 1_281_167 * 768 - 1000 * 5_600
 VAL_BYTES = 6_744_924_160 - 50_000 * 768
+WNIDS = list(published.table()["imagenet"].class_names)
+COUNTS = [1300] * 900 + [1111] * 99 + [1281167 - 900 * 1300 - 99 * 1111]  # in all as many as ImageNet has
 
 
 @pytest.mark.parametrize(
     ("change", "known"),
     [
-        ({}, True), ({"images": 1_281_166}, False), ({"identity": "changed:1"}, False), ({"identity": None}, False),
-        ({"identity": "pixels:1"}, False), ({"names": [f"class{i:04d}" for i in range(1000)]}, False),
+        ({}, True), ({"identity": "changed:1"}, False), ({"identity": None}, False), ({"identity": "pixels:1"}, False),
+        ({"counts": [*COUNTS[:-1], COUNTS[-1] - 1]}, False),
+        ({"counts": [*COUNTS[:-2], COUNTS[-2] + COUNTS[-1] - 100, 100]}, False),  # as many in all
+        ({"counts": None}, False),
+        ({"names": [f"class{i:04d}" for i in range(1000)]}, False),
+        ({"names": [f"n{i:08d}" for i in range(1000)]}, False),  # look like wnids
+        ({"names": [*WNIDS[:-1], "n99999999"]}, False), ({"names": [*WNIDS[1:], WNIDS[0]]}, False),
         ({"bytes": TRAIN_BYTES // 3}, False),  # as of copies with a short side of 256 pixels
-        ({"bytes": 0}, False),
+        ({"bytes": 0}, False), ({"read_by": ["threads"]}, True), ({"read_by": ["ffcv", "threads"]}, False),
+        ({"read_by": ["dali"]}, False),
     ],
 )  # fmt: skip
 def test_imagenet_is_known_by_wnids_counts_and_untouched_files(change, known):
-    names = change.pop("names", [f"n{i:08d}" for i in range(1000)])
-    train = {"images": 1_281_167, "identity": "stored:1", "bytes": TRAIN_BYTES} | change
-    val = {"images": 50_000, "identity": "stored:2", "bytes": VAL_BYTES}
-    shown = labelled(load("imagenet_balanced_5"), protocol("imagenet", train=train, val=val, class_names=names))
+    names, read_by = change.get("names", WNIDS), change.get("read_by", [])
+    train = {"identity": "stored:1", "bytes": TRAIN_BYTES, "counts": COUNTS} | change
+    val = {"identity": "stored:2", "bytes": VAL_BYTES, "counts": [50] * 1000}
+    shown = labelled(
+        load("imagenet_balanced_5"), protocol("imagenet", train=train, val=val, class_names=names, read_by=read_by)
+    )
     assert shown.published == (66.45 if known else None)
+    changed = [f"loader={name}" for name in read_by if name != "threads"]
+    assert known or shown.fidelity == f"modified: {', '.join(changed or ['other data'])}" or change["identity"] is None
 
 
 # Real runs

@@ -1138,7 +1138,10 @@ def test_small_lossless_images_stay_what_they_are_unless_asked_otherwise(tmp_pat
         assert (file.mode, val.mode) == (mode, mode)
         for i in range(len(file)) if mode == "raw" else ():
             np.testing.assert_array_equal(file.image(i), decoded(files[file.name(i)]))
-    assert ("all images are lossless and no larger than 96x96" in capsys.readouterr().out) == (mode == "raw")
+    printed = capsys.readouterr().out
+    for said in ("all images are lossless and no larger than 96x96", "decoded to pixels", "alpha and the low byte"):
+        assert (said in printed) == (mode == "raw")
+    assert ("encoded anew" in printed) == (mode == "jpeg")
     run(source, tmp_path / "y.beton", on_corrupt="skip", mode="jpeg")
     with Beton(tmp_path / "y.beton") as file:
         assert file.mode == "jpeg"
