@@ -67,6 +67,7 @@ def test_a_streamed_run_learns_and_is_the_same_again(file, tmp_path):
     with Beton(file) as beton:
         expected = {"sha256": beton.manifest.sha256, "images": len(beton), "identity": beton.identity.text}
         expected["bytes"] = sum(p.stat().st_size for p in file.parent.glob("in/train/*/*"))
+        expected["counts"] = [len([*file.parent.glob(f"in/train/{label}/*")]) for label in range(len(COLOURS))]
         assert described["train"] == expected
 
 
