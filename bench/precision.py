@@ -11,12 +11,15 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.harness import save
+from fastil.reporting.run_files import read_timings
 from fastil.reporting.runs import Run
 from fastil.reproduce.bootstrap import average_accuracy, paired_interval
 from fastil.reproduce.table_text import predictions
@@ -41,6 +44,20 @@ def train(command: list[str], out: Path) -> None:
         raise SystemExit(f"{out} failed; see {log.name}")
 
 
+def machine_of(folders: Iterable[Path]) -> dict[str, Any]:
+    """The one machine, with its versions, that timings.json of all these runs name. SystemExit where they differ."""
+    first, *others = folders
+    ours = read_timings(first)
+    for folder in others:
+        theirs = read_timings(folder)
+        if (theirs.machine, theirs.versions) != (ours.machine, ours.versions):
+            raise SystemExit(
+                f"{first} ran on {ours.machine | ours.versions} and {folder} on {theirs.machine | theirs.versions}: a "
+                "difference between machines is none of precisions; train all in another --out"
+            )
+    return ours.machine | ours.versions
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("recipe")
@@ -61,7 +78,7 @@ def main() -> None:
     ]
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(train, commands, folders.values()))
-    results = {}
+    machine, results = machine_of(folders.values()), {}
     for method in METHODS:
         half, single = ([predictions(Run(folders[s, method, p])) for s in seeds] for p in ("bf16", "fp32"))
         pairs = [(average_accuracy(ours), average_accuracy(theirs)) for ours, theirs in zip(half, single, strict=True)]
@@ -69,7 +86,13 @@ def main() -> None:
         low, high = paired_interval(half, single)
         results[method] = {"pairs": pairs, "difference": difference, "interval": [low, high]}
         print(f"{method:<14} bf16 minus fp32 {difference:+.2f} points ({low:+.2f} to {high:+.2f}), {len(pairs)} seeds")
-    content = {"recipe": given.recipe, "overrides": given.overrides, "seeds": given.seeds, "results": results}
+    content = {
+        "machine": machine,
+        "recipe": given.recipe,
+        "overrides": given.overrides,
+        "seeds": given.seeds,
+        "results": results,
+    }
     print(f"written to {save(f'precision_{name}', torch.device('cpu'), content)}")
 
 

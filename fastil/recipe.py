@@ -6,6 +6,7 @@ percent) and `fidelity`. Every key of every part is set at the top level, in the
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -266,11 +267,23 @@ def read_effective(path: Path) -> Recipe:
         if not text.endswith("\n") or "checkpoint_every" not in values:  # cut off: defaults must not fill it up
             raise KeyError
         if values["precision"] == "auto":  # older ones, from before it was settled when a run starts
-            values["precision"] = "bf16" if str(values["device"]).startswith("cuda") else "fp32"
+            values["precision"] = _older_auto(path.parent, str(values["device"]))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
     loaded = find(_method_in(values), named=False) is not None
     return _build(name, values, foreign=not loaded)
+
+
+def _older_auto(run: Path, device: str) -> Precision:
+    """What precision=auto meant before it was stored: bf16 on CUDA. Where device=auto took a run, its timings.json
+    tells once a step is done."""
+    if device != "auto":
+        return "bf16" if device.startswith("cuda") else "fp32"
+    try:
+        name = json.loads((run / "timings.json").read_bytes())["machine"]["device"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "fp32"
+    return "fp32" if str(name).startswith("CPU") else "bf16"
 
 
 def _method_in(values: Keys) -> str:

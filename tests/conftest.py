@@ -25,7 +25,8 @@ SLOWEST = (
     "test_runs", "test_reproduce", "test_parts", "test_crash_safety", "test_kill", "test_fuzz", "test_trainer",
     "test_cli", "test_herd", "test_pod_spatial", "test_convert", "test_incremental_loss", "test_html",
 )  # fmt: skip
-TINY = ["epochs=2", "base_epochs=2", "batch_size=64"]  # seconds instead of minutes; the digits recipe otherwise
+# Seconds instead of minutes; the digits recipe otherwise. precision: the same arithmetic on every processor.
+TINY = ["epochs=2", "base_epochs=2", "batch_size=64", "precision=fp32"]
 
 
 def pytest_collection_modifyitems(items):

@@ -12,8 +12,7 @@ from fastil.device import fastest_precision, multiplying_in, precision_note, set
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.recipe import load, read_effective
-from fastil.reporting.rows import paired_gain
-from fastil.reporting.runs import Run, group_runs
+from fastil.reporting.report import write_report
 from fastil.training import compiling, step_plan
 from fastil.training.experiment import Experiment
 
@@ -60,14 +59,18 @@ def test_a_torch_that_does_not_tell_its_flags_still_tells_amx(monkeypatch):
     assert "amx_bf16" in devices.processor_name()
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @pytest.mark.parametrize(("flags", "slow"), [(["amx_bf16"], False), (["avx512_bf16"], False), (["avx2"], True)])
-def test_emulated_bf16_is_said_to_be_slow(flags, slow, monkeypatch):
+def test_emulated_bf16_is_said_to_be_slow(flags, slow, machine, monkeypatch):
+    """By how much only where that was measured; an ARM processor may have products that torch does not tell of."""
     processor(monkeypatch, *flags)
+    monkeypatch.setattr("platform.machine", lambda: machine)
     note = precision_note("bf16", CPU)
     assert (note is not None) == slow
     assert precision_note("fp32", CPU) is None
     if note is not None:
-        assert "emulates" in note
+        assert ("emulates" in note) == ("ten times" in note) == (machine == "x86_64")
+        assert "slower" in note
         assert "\n" not in note
 
 
@@ -110,7 +113,8 @@ def test_loaders_write_the_type_that_is_asked_for_and_float32_otherwise(backend)
     loader.close()
 
 
-BRIEF = [*TINY, "classes=6", "base_classes=4", "increment=2", "epochs=1", "base_epochs=1", "device=cpu"]
+BRIEF = [setting for setting in TINY if not setting.startswith("precision")]
+BRIEF += ["classes=6", "base_classes=4", "increment=2", "epochs=1", "base_epochs=1", "device=cpu"]
 
 
 def test_only_training_sees_bfloat16(tmp_path, monkeypatch):
@@ -141,6 +145,7 @@ def test_a_run_stores_its_precision_and_keeps_it_on_another_processor(tmp_path, 
         experiment.run()
     assert read_effective(out / "recipe.yaml").train.precision == "bf16"
     processor(monkeypatch, "avx2")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     capsys.readouterr()
     resumed = Experiment(load("digits", BRIEF), out, True)
     assert resumed.trainer.precision == "bf16"
@@ -168,6 +173,20 @@ def test_an_older_recipe_with_auto_means_what_it_meant(tmp_path):
         assert read_effective(path).train.precision == wanted
 
 
+@pytest.mark.parametrize(
+    ("timings", "wanted"),
+    [
+        ('{"machine": {"device": "NVIDIA H200"}}', "bf16"), ('{"machine": {"device": "CPU (2 threads)"}}', "fp32"),
+        ('{"machine": {}}', "fp32"), ("[1]", "fp32"), ("\xff", "fp32"),
+    ],
+)  # fmt: skip
+def test_an_older_auto_of_device_auto_is_told_by_the_machine_of_the_run(timings, wanted, tmp_path):
+    keys = yaml.safe_load(load("digits").dump()) | {"precision": "auto", "device": "auto"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    (tmp_path / "timings.json").write_bytes(timings.encode("latin-1"))
+    assert read_effective(tmp_path / "recipe.yaml").precision == wanted
+
+
 def test_a_base_step_of_another_precision_is_not_taken(tmp_path):
     train(tmp_path / "a", "precision=bf16")
     with pytest.raises(UserError, match="precision is bf16 there and fp32 here"):
@@ -175,18 +194,33 @@ def test_a_base_step_of_another_precision_is_not_taken(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_runs_of_two_precisions_are_rows_of_their_own_and_never_paired(tmp_path):
-    runs = {}
-    for precision in ("fp32", "bf16"):
-        for loss in ("softmax", "balanced"):
-            out = runs[precision, loss] = tmp_path / f"{precision}-{loss}"
-            train(out, f"precision={precision}", f"loss={loss}")
-    groups = group_runs([Run(path) for path in runs.values()])
-    assert len(groups) == 4
-    assert sum("precision=bf16" in label for label in groups) == 2
-    assert len(paired_gain(groups)) == 2
-    mixed = [Run(runs["fp32", "softmax"]), Run(runs["bf16", "balanced"])]
-    assert paired_gain(group_runs(mixed)) == []
+@pytest.mark.parametrize("as_html", [False, True])
+@pytest.mark.parametrize("other", ["digits", "of_another_recipe"])
+def test_runs_of_two_precisions_stand_in_no_report_together(two_precisions, other, as_html, tmp_path):
+    bf16, fp32 = two_precisions["digits", "bf16"], two_precisions[other, "fp32"]
+    with pytest.raises(UserError) as refused:
+        write_report([bf16, fp32], tmp_path / "report", as_html)
+    for part in (f"bf16 by {bf16}", f"fp32 by {fp32}", "report them apart"):
+        assert part in str(refused.value)
+    assert not (tmp_path / "report").exists()
+    write_report([two_precisions["digits", "fp32"], two_precisions["of_another_recipe", "fp32"]], None, False)
+
+
+@pytest.fixture(scope="module")
+def two_precisions(tmp_path_factory):
+    """Run directories by recipe and precision: digits, and the same as a recipe of one's own with another loss."""
+    root = tmp_path_factory.mktemp("precisions")
+    (root / "of_another_recipe.yaml").write_text("base: digits\nloss: balanced\n")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastil.reporting.figures.draw_run", lambda folder: None)
+        for recipe, name, precision in (
+            ("digits", "digits", "bf16"), ("digits", "digits", "fp32"),
+            (str(root / "of_another_recipe.yaml"), "of_another_recipe", "fp32"),
+        ):  # fmt: skip
+            out = found[name, precision] = root / f"{name}-{precision}"
+            Experiment(load(recipe, [*BRIEF, f"precision={precision}"]), out, False).run()
+    return found
 
 
 def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled(tmp_path, monkeypatch, capsys):

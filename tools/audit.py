@@ -204,8 +204,8 @@ def check_classes(source: Source, splits: dict[str, Records]) -> None:
             )
 
 
-def audit_text(source: Source, audits: Sequence[Audit], free: int, notes: Sequence[str]) -> str:
-    """The audit for people."""
+def audit_text(source: Source, audits: Sequence[Audit], free: int, notes: Sequence[str], made: str) -> str:
+    """The audit for people. made: what becomes of images whose bytes are not kept."""
     lines = [f"{source.kind}: {source.name}, {len(source.class_names):,} classes"]
     for found in audits:
         n = len(found.records)
@@ -220,7 +220,7 @@ def audit_text(source: Source, audits: Sequence[Audit], free: int, notes: Sequen
                 f"(median {np.median(h):.0f})"
             )
         lines.append(
-            f"  bytes     {found.kept.sum():,} kept as they are, {n - found.kept.sum() - len(found.problems):,} new"
+            f"  bytes     {found.kept.sum():,} kept as they are, {n - found.kept.sum() - len(found.problems):,} {made}"
         )
         lines += [f"  reason    {reason}: {count:,}" for reason, count in Counter(found.reasons.values()).most_common()]
         lines += some_of(found.problems, found.records.where, "  unreadable")

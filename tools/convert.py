@@ -144,7 +144,8 @@ def convert(
         if kept:
             said.append(
                 f"all images are lossless and no larger than {SMALL_SIDE}x{SMALL_SIDE}: their pixels are stored as "
-                "they are; --mode jpeg encodes them"
+                "they are, in RGB of 8 bits (alpha and the low byte of 16-bit samples are dropped); --mode jpeg "
+                "encodes them"
             )
         if lossless and options.storage.mode == "jpeg":
             notes.append(
@@ -155,9 +156,9 @@ def convert(
         if needed > free:
             notes.append(f"{amount(needed)} are needed, {amount(free)} are free: the conversion would stop")
         reporter.say(
-            audit_text(source, audits, free, [*notes, *said]), "audit", source=source.name, kind=source.kind,
-            classes=len(source.class_names), splits=[summary(a, len(source.class_names)) for a in audits],
-            notes=[*notes, *said], free_bytes=free,
+            audit_text(source, audits, free, [*notes, *said], options.storage.made), "audit",
+            source=source.name, kind=source.kind, classes=len(source.class_names),
+            splits=[summary(a, len(source.class_names)) for a in audits], notes=[*notes, *said], free_bytes=free,
         )  # fmt: skip
         if dry_run:
             return []

@@ -13,6 +13,7 @@ from fastil.data.formats.beton import RAW, Beton
 from fastil.data.formats.records import Ids
 from fastil.errors import UserError
 from fastil.text import one_line
+from fastil.tools.images import MADE
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def as_text(found: dict[str, Any]) -> str:
     if "source" in found:
         lines += [
             f"  source    {found['source']['kind']}: {found['source']['path']} ({found['split']})",
-            f"  encoded   {found['reencoded']:,} anew, {found['skipped']:,} left out",
+            f"  changed   {found['reencoded']:,} {MADE[found['mode']]}, {found['skipped']:,} left out",
             f"  sha256    {found['sha256']}",
             f"  written   by {found['tool']}",
         ]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastil.data.formats import pixels
+from fastil.data.formats.manifest import RESIZED
 from fastil.data.formats.records import Extent
 
 LARGEST = 1 << 29  # bytes of an image file; an uncompressed one of the most pixels that are taken has fewer
@@ -21,6 +22,7 @@ Item = Extent | bytes | NDArray[np.uint8]  # what is known of an image: a place 
 Mode = Literal["auto", "jpeg", "reencode", "raw"]
 PIXELS = "pixels"  # in place of the format of an image file
 RAW_SIDE, JPEG_SIDE = 65_535, 65_500  # pixels: what a row has room for, what libjpeg encodes and decodes
+MADE = {"raw": "decoded to pixels", "jpeg": "encoded anew", "mixed": "decoded or encoded anew"}  # by what is stored
 MODE_NAMES = {"L": "grayscale", "LA": "grayscale", "P": "palette", "1": "black and white", "RGBA": "with alpha"}
 
 
@@ -40,6 +42,11 @@ class Storage:
     max_side: int | None = None
     squash: int | None = None
     check: bool = True
+
+    @property
+    def made(self) -> str:
+        """What becomes of images whose bytes are not kept, for people."""
+        return MADE["raw" if self.mode == "raw" else "jpeg"]
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Width and height as stored."""
@@ -70,13 +77,14 @@ class Head(NamedTuple):
 
 class Prepared(NamedTuple):
     """An image as it is stored. content None: the bytes of the source; crc32: of what is stored, None where nobody
-    has read it yet; problem: why it cannot be stored."""
+    has read it yet; problem: why it cannot be stored; source: crc32 of the source's bytes where others are stored."""
 
     content: bytes | None
     width: int
     height: int
     crc32: int | None
     problem: str | None
+    source: int | None = None
 
 
 def look(item: Item, storage: Storage) -> Head:
@@ -121,7 +129,7 @@ def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: lis
     """The Head of an image that is this wide and high when upright."""
     width, height = storage.size(*size)
     if (width, height) != size:
-        reasons.append("larger than --max-side" if storage.squash is None else "of another size than --squash")
+        reasons.append(RESIZED[storage.squash is not None])
     problem = None
     longest = RAW_SIDE if storage.mode == "raw" else JPEG_SIDE
     if max(width, height) > longest:
@@ -160,7 +168,7 @@ def prepare(item: Item, storage: Storage) -> Prepared:
         if size != image.size:
             image = image.resize(size, Image.Resampling.BILINEAR)
         new = encode(image, storage)
-        return Prepared(new, image.width, image.height, crc32(new), None)
+        return Prepared(new, image.width, image.height, crc32(new), None, crc32(content))
     except MemoryError:
         raise
     except Exception as error:

@@ -27,13 +27,14 @@ CHECKED = 4  # where the bytes begin that the checksum is of
 @dataclass
 class Progress:
     """How far a conversion is. done: candidates dealt with, in the order of the file; position: the first free byte;
-    entries: ENTRY [capacity], the first `placed` of them in place; changed, skipped: (candidate, reason)."""
+    entries: ENTRY [capacity], the first `placed` of them in place; changed: (candidate, reason, crc32 of the
+    source); skipped: (candidate, reason)."""
 
     entries: NDArray[np.void]
     done: int = 0
     placed: int = 0
     position: int = 0
-    changed: list[tuple[int, str]] = field(default_factory=list)
+    changed: list[tuple[int, str, int | None]] = field(default_factory=list)
     skipped: list[tuple[int, str]] = field(default_factory=list)
 
     def line(self, told: "Told") -> dict[str, Any]:
@@ -50,7 +51,8 @@ class Progress:
         self.entries[self.placed : self.placed + len(entries)] = entries
         self.placed += len(entries)
         self.done, self.position = line["done"], line["position"]
-        self.changed += [(candidate, reason) for candidate, reason in line["changed"]]
+        # Older versions wrote no checksum.
+        self.changed += [(one[0], one[1], one[2] if len(one) > 2 else None) for one in line["changed"]]
         self.skipped += [(candidate, reason) for candidate, reason in line["skipped"]]
 
 

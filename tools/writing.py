@@ -145,7 +145,8 @@ class Writing:
             if content is None:
                 content = item_of(records, i)
             else:
-                progress.changed.append((i, self.found.reasons.get(i, f"--mode {task.storage.mode}")))
+                reason = self.found.reasons.get(i, f"--mode {task.storage.mode}")
+                progress.changed.append((i, reason, prepared.source))
             if isinstance(content, np.ndarray):
                 content = content.tobytes()
             size = content.size if isinstance(content, Extent) else len(content)
@@ -212,7 +213,8 @@ class Writing:
         os.replace(task.partial, task.target)
         files.sync_folder(task.target.parent)
         task.reporter.say(
-            f"{task.target}: {len(entries):,} images, {size / 1e6:,.1f} MB, {len(manifest.reencoded):,} encoded anew, "
+            f"{task.target}: {len(entries):,} images, {size / 1e6:,.1f} MB, {len(manifest.reencoded):,} "
+            f"{task.storage.made}, "
             f"{len(manifest.skipped):,} left out, sha256 {sha256[:16]}...",
             "written", file=str(task.target), images=len(entries), bytes=size, sha256=sha256,
             reencoded=len(manifest.reencoded), skipped=len(manifest.skipped),
@@ -249,7 +251,10 @@ class Writing:
             sha256=sha256,
             crc32=entries["crc32"].tolist(),
             names=[task.records.name(i) for i in ids],
-            reencoded=[Changed(bisect_left(ids, i), task.records.name(i), reason) for i, reason in progress.changed],
+            reencoded=[
+                Changed(bisect_left(ids, i), task.records.name(i), reason, checksum, int(self.found.sizes[i]))
+                for i, reason, checksum in progress.changed
+            ],
             skipped=[Changed(-1, task.records.name(i), reason) for i, reason in progress.skipped],
             notes=task.notes,
         )

@@ -1,12 +1,13 @@
 """What is published of data sets: classes, counts, and the identity of their images where it could be computed.
 
-published.json holds an entry per data set, made by `entry` of its images as fastil reads them. Images of a data set
-without an identity there (CIFAR-10, ImageNet) are known by classes and counts alone.
+published.json holds an entry per data set, made by `entry` of its images as fastil reads them. That of CIFAR-100 was
+made of a lossless PNG copy, not of the official archives; how to check it is in docs/decisions.md. Images of a data set
+without an identity there (CIFAR-10, ImageNet) are known by classes and counts, and ImageNet by the size of its files.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -23,6 +24,7 @@ class PublishedSplit:
 
     images: how many in all. counts: of each class; identity: as `Identity.text`; classes: the first digits of each
     class's digest; bytes: of all image files, nearly: the official archives less what tar adds. None: not known.
+    per_class: the fewest and the most images of a class, where counts are not known.
     """
 
     images: int
@@ -30,17 +32,25 @@ class PublishedSplit:
     identity: str | None
     classes: tuple[str, ...] | None
     bytes: int | None
+    per_class: tuple[int, int] | None = None
+
+    def has_counts(self, counts: Sequence[int]) -> bool:
+        """Whether a split with these counts of images has as many, and of each class as far as that is known."""
+        if self.counts is not None:
+            return tuple(counts) == self.counts
+        least, most = self.per_class or (1, self.images)
+        return sum(counts) == self.images and least <= min(counts) and max(counts) <= most
 
 
 @dataclass(frozen=True)
 class Published:
     """A data set as published. title: what people call it. shape: of an image; of ImageNet, as a network is shown it.
-    class_names: by label, None where the table has none."""
+    class_names: by label."""
 
     title: str
     shape: tuple[int, int, int]
     classes: int
-    class_names: tuple[str, ...] | None
+    class_names: tuple[str, ...]
     train: PublishedSplit
     val: PublishedSplit
 
@@ -72,12 +82,12 @@ def parsed(found: Mapping[str, Any]) -> Published:
             part["identity"],
             None if classes is None else tuple(classes),
             part.get("bytes"),
+            tuple(part["per_class"]) if "per_class" in part else None,
         )
 
-    names = found["class_names"]
     height, width, channels = found["shape"]
     return Published(
-        found["title"], (height, width, channels), found["classes"], None if names is None else tuple(names),
+        found["title"], (height, width, channels), found["classes"], tuple(found["class_names"]),
         split(found["train"]), split(found["val"]),
     )  # fmt: skip
 
@@ -103,7 +113,7 @@ def official_labels(expected: Published, names: Sequence[str]) -> list[int] | No
     """The published label of each class of a source, by its name (letters and digits count, not their case) or, where
     all names are numbers, by these. None where the names do not tell."""
     ours = [_plain(name) for name in names]
-    theirs = [_plain(name) for name in expected.class_names or ()]
+    theirs = [_plain(name) for name in expected.class_names]
     if len(ours) == len(theirs) and set(ours) == set(theirs):
         return [theirs.index(name) for name in ours]
     if all(name.isdecimal() for name in names) and sorted(map(int, names)) == list(range(expected.classes)):
@@ -121,21 +131,43 @@ def _plain(name: str) -> str:
 def differences(expected: Published, names: Sequence[str], train: Identity, val: Identity) -> list[str]:
     """What sets a data set apart from the published one, each as a piece of a sentence; none where nothing does, as
     far as the table tells. names: by label, in the published order if `official_labels` knows one."""
-    official = expected.class_names or ()
+    official = expected.class_names
     odd = [name for name in names if _plain(name) not in map(_plain, official)]
     missing = [name for name in official if _plain(name) not in map(_plain, names)]
     if len(names) != expected.classes:
         hint = f" ({_listed(missing)} missing)" if len(odd) < len(names) and missing else ""
         return [f"it has {len(names)} classes instead of {expected.classes}{hint}"]
     found = []
-    if official and official_labels(expected, names) != list(range(len(names))):
+    if official_labels(expected, names) != list(range(len(names))):
         renamed = f"classes are renamed ({_listed(odd)} instead of {_listed(missing)})"
         found.append(renamed if odd else "its classes have other labels")
-        if same_images(expected, train, val):
-            return found
+    labels = _matched(expected, names, train, val)
+    order = sorted(range(len(names)), key=labels.__getitem__)
+    named = [names[label] for label in order]
     for split, part, known_part in (("train", train, expected.train), ("val", val, expected.val)):
-        found += _of_split(split, part, known_part, names, expected.shape)
+        counts, classes = tuple(part.counts[i] for i in order), tuple(part.classes[i] for i in order)
+        found += _of_split(split, replace(part, counts=counts, classes=classes), known_part, named, expected.shape)
     return found
+
+
+def _matched(expected: Published, names: Sequence[str], train: Identity, val: Identity) -> list[int]:
+    """The published label that each of as many classes is compared with: by its name, else by its images, else what is
+    left, in order."""
+    found = dict(enumerate(official_labels(expected, names) or ()))
+
+    def match(label: int, candidates: Iterable[int]) -> None:
+        free = next((one for one in candidates if one not in found.values()), None)
+        if label not in found and free is not None:
+            found[label] = free
+
+    for label, name in enumerate(names):
+        match(label, (i for i, other in enumerate(expected.class_names) if _plain(other) == _plain(name)))
+    for ours, theirs in ((train, expected.train), (val, expected.val)):
+        for label, digest in enumerate(ours.classes):
+            match(label, (i for i, known in enumerate(theirs.classes or ()) if digest.startswith(known)))
+    for label in range(len(names)):
+        match(label, range(expected.classes))
+    return [found[label] for label in range(len(names))]
 
 
 def _of_split(

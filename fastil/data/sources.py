@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from fastil.data import published
 from fastil.data.formats import cifar, folder
 from fastil.data.formats.beton import Beton, check_same_classes, val_path_of
-from fastil.data.formats.detect import KINDS, PACKED, SMOKE_TEST, detect, open_source
+from fastil.data.formats.detect import PACKED, SMOKE_TEST, detect, open_source
 from fastil.data.formats.identity import Identity, of_pixels
-from fastil.data.formats.idx import read as read_idx_files
 from fastil.data.formats.records import SAME, ByClass, Source, relabelled
 from fastil.errors import UserError
 
@@ -191,8 +190,8 @@ def idx(config: DataConfig) -> Dataset:
     path = _required(config)
     if path.suffix == ".beton":
         return image_folder(config)
-    names, (train, val) = read_idx_files(_unpacked(path))
-    return Dataset("idx", names, Split(*train), Split(*val))
+    source = open_source(_unpacked(path), "idx", config.val, verify=config.verify)
+    return replace(_in_memory(config, source, None), name="idx")
 
 
 def cifar10(config: DataConfig) -> Dataset:
@@ -211,9 +210,9 @@ def _cifar(config: DataConfig, variant: cifar.Variant) -> Dataset:
     path = Path(config.data)
     found = cifar.find(path, variant)
     if found is not None:
-        source = KINDS[variant.name].opened(path, config.val, config.verify)
+        source = open_source(path, variant.name, config.val, verify=config.verify)
         # Without an identity to compare with, the sums of the python version's files are what proves CIFAR-10.
-        return replace(_published(config, source), proven=config.verify and found[1] == "python")
+        return replace(_published(config, source), proven=config.verify and config.val is None and found[1] == "python")
     if path.is_dir():
         try:
             detect(path, config.val)
@@ -230,7 +229,6 @@ def _published(config: DataConfig, source: Source | None = None) -> Dataset:
     source = source or open_source(path, val=config.val, verify=config.verify)
     labels = published.official_labels(expected, source.class_names)
     if labels is not None:
-        assert expected.class_names is not None
         source = relabelled(source, labels, list(expected.class_names))
     return replace(_in_memory(config, source, None), name=config.dataset)
 

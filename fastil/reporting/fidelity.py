@@ -14,7 +14,7 @@ from fastil.recipe import Recipe, load, shipped
 from fastil.reporting.run_files import ProtocolFile
 
 MODIFIED = "modified: "
-WNID = len("n01440764")
+OTHER_PIXELS = ("ffcv", "dali")  # loaders of streamed images that decode or resize otherwise than Pillow does, visibly
 SIZE_TOLERANCE = 1e-3  # what tar adds to the files of ImageNet is 0.6 % and known to a tenth of it
 
 
@@ -34,6 +34,7 @@ def modifications(recipe: Recipe, protocol: ProtocolFile) -> Sequence[str]:
     if differences is None:
         return ["a recipe that does not come with fastil"]
     changes = [f"{key}={_shown(value)}" for key, value in sorted(differences.items())]
+    changes += [f"loader={name}" for name in protocol.dataset.read_by if name in OTHER_PIXELS]
     expected = load(recipe.name).data.dataset
     if expected in table() and not on_published_data(expected, protocol):
         known = protocol.dataset.train.identity and protocol.dataset.val.identity
@@ -43,23 +44,19 @@ def modifications(recipe: Recipe, protocol: ProtocolFile) -> Sequence[str]:
 
 def on_published_data(dataset: str, protocol: ProtocolFile) -> bool:
     """Whether the images of a run are those published under the name that the key `dataset` has for them."""
-    expected, names = table().get(dataset), protocol.class_names
+    expected = table().get(dataset)
     if expected is None:
         return False
     for ours, theirs in ((protocol.dataset.train, expected.train), (protocol.dataset.val, expected.val)):
         if theirs.identity is not None:
             if ours.identity != theirs.identity:
                 return False
-        # ImageNet: image files as they are in the source, so many and so large, in classes that are wnids.
-        elif not (ours.identity or "").startswith("stored:") or ours.images != theirs.images:
+        # ImageNet: image files as they are in the source, so many of each class and so large in all.
+        elif not (ours.identity or "").startswith("stored:") or not theirs.has_counts(ours.counts or [0]):
             return False
         elif theirs.bytes is None or abs((ours.bytes or 0) / theirs.bytes - 1) > SIZE_TOLERANCE:
             return False  # resized or re-encoded before it was converted
-    if expected.class_names is not None:
-        return official_labels(expected, names) == list(range(expected.classes))
-    return len(names) == expected.classes and all(
-        len(name) == WNID and name[0] == "n" and name[1:].isdecimal() for name in names
-    )
+    return official_labels(expected, protocol.class_names) == list(range(expected.classes))
 
 
 def had_published(recipe: Recipe) -> bool:

@@ -13,8 +13,8 @@ def rows(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str,
     lines: list[tuple[str, ...]] = []
     for label, runs in groups.items():
         last = [run.results.steps[-1] for run in runs]
-        unfinished = [run for run in runs if len(run.curve) < run.total_steps]
-        published = runs[0].recipe.published
+        unfinished = [run for run in runs if not run.finished]
+        published = None if unfinished else runs[0].recipe.published  # which is over all steps
         lines.append(
             (
                 label + (f" (unfinished: {len(unfinished)})" if unfinished else ""),

@@ -46,12 +46,14 @@ class Results(_Content):
 
 
 class DescribedSplit(_Content):
-    """The images of a split. bytes: of their files, where they are streamed from one."""
+    """The images of a split. bytes, counts: of the image files of the source, and images of each class, where a .beton
+    of them is streamed."""
 
     sha256: str
     images: Count
     identity: str | None = None  # runs from before identities have none
     bytes: Count | None = None
+    counts: list[Count] | None = None
 
     def same_in_another_order(self, other: "DescribedSplit") -> bool:
         """Whether both hold the same images, but not with the same ids."""
@@ -59,12 +61,14 @@ class DescribedSplit(_Content):
 
 
 class DescribedDataset(_Content):
-    """What a run is trained and tested on. size: height and width of what the network is shown."""
+    """What a run is trained and tested on. size: height and width of what the network is shown; read_by: the loaders
+    that have read its images so far, where they are streamed."""
 
     name: str
     size: tuple[Count, Count] | None = None  # runs from before `Run.network` do not say it
     train: DescribedSplit
     val: DescribedSplit
+    read_by: list[str] = []
 
 
 class ProtocolFile(_Content):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.methods import Method, find, known_as
 from fastil.models import FACTORIES, find_factory
@@ -150,10 +151,24 @@ def geometric_mean(alphas: NDArray[np.float64]) -> NDArray[np.float64]:
     return mean
 
 
+def one_precision(found: Iterable[tuple[Path, Precision]], fix: str) -> Precision | None:
+    """The precision that all these run directories have in common; None where there is none. UserError, which names
+    them all by precision, where they have several: no table may mix them. fix: what to do."""
+    paths: dict[Precision, list[str]] = {}
+    for path, precision in found:
+        paths.setdefault(precision, []).append(str(path))
+    if len(paths) > 1:
+        which = " and ".join(f"{precision} by {', '.join(there)}" for precision, there in paths.items())
+        raise UserError(f"runs of several precisions, which one table cannot hold: {which}; {fix}")
+    return next(iter(paths), None)
+
+
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in nothing but the seed, under a label that says what sets the group apart: all that was
     modified, if a number was published for the recipe, and otherwise method, model and the keys in which runs of a
-    recipe differ, where they are not as the recipe has them."""
+    recipe differ, where they are not as the recipe has them. UserError for a run that is there twice, and where runs
+    of several precisions would stand side by side."""
+    one_precision([(run.path, run.recipe.precision) for run in runs], "report them apart")
     groups: dict[str, list[Run]] = {}
     identities = [run.recipe.identity(seed=False) | {"images": f"{run.dataset} {run.images[0][:6]}"} for run in runs]
     for run, identity in zip(runs, identities, strict=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastil.reporting.figures import new_figure, save_figure
 from fastil.reporting.runs import Run
-from fastil.reproduce.tables import Entry, Found, Table, on_paper_data
+from fastil.reproduce.tables import Entry, Found, Table, published_of
 
 # What the paper publishes of a row, and where a run has it.
 METRICS: dict[str, tuple[str, Callable[[Run], float]]] = {
@@ -21,10 +21,7 @@ def draw(table: Table, found: Found, path: Path) -> None:
     """Ours, the mean over seeds with their range, beside the published numbers; a panel per number of steps."""
     groups = sorted({entry.steps for entry in table.entries})
     figure, axes = new_figure(len(groups))
-    on_theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
-    other_data = None if on_theirs or not table.on_paper_data else "CIFAR-100"
-    theirs = ", ".join(filter(None, (other_data, table.theirs))) or None
-    theirs = "published" if theirs is None else f"published ({theirs})"
+    theirs = f"published{published_of(table, found)}"
     for axis, steps in zip(axes, groups, strict=True):
         entries = [entry for entry in table.entries if entry.steps == steps]
         runs = {entry.row: list(found[entry.row, steps].values()) for entry in entries}

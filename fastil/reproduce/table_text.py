@@ -12,7 +12,7 @@ from fastil.reporting.rows import spread
 from fastil.reporting.runs import Run
 from fastil.reproduce.bootstrap import Predictions, paired_interval
 from fastil.reproduce.table_figures import draw
-from fastil.reproduce.tables import Found, Table, finished_runs, on_paper_data
+from fastil.reproduce.tables import Found, Table, finished_runs, modified, on_paper_data, published_of
 from fastil.text import format_table
 
 HEADER = (
@@ -73,7 +73,9 @@ def write(table: Table, out: Path) -> str:
     found = finished_runs(table, out)
     rows, paired = rows_of(table, found)
     shown = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in rows)]  # no columns of dashes
-    header, rows = tuple(HEADER[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
+    of_what = published_of(table, found)
+    headings = [f"{heading}{of_what if heading.startswith('published') else ''}" for heading in HEADER]
+    header, rows = tuple(headings[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
     theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
     text = "\n\n".join([*notes(table, paired, theirs), format_table(header, rows)])
     stem = out / f"{table.name}-{table.scale}"
@@ -81,7 +83,12 @@ def write(table: Table, out: Path) -> str:
         out.mkdir(parents=True, exist_ok=True)
         stem.with_suffix(".md").write_text(text + "\n")
         content = io.StringIO()
-        csv.writer(content, lineterminator="\n").writerows([header, *rows])
+        runs_of = [found[entry.row, entry.steps].values() for entry in table.entries]
+        fidelity = [
+            modified(table, entry, runs) if runs else "-" for entry, runs in zip(table.entries, runs_of, strict=True)
+        ]
+        lines = [(*row, of_row) for row, of_row in zip(rows, fidelity, strict=True)]
+        csv.writer(content, lineterminator="\n").writerows([(*header, "fidelity"), *lines])
         stem.with_suffix(".csv").write_text(content.getvalue())
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None

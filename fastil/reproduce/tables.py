@@ -1,6 +1,6 @@
 """The paper's tables as work lists, and the finished runs of their rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,13 +12,14 @@ from fastil import recipe
 from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.recipe import Recipe
-from fastil.reporting.fidelity import on_published_data
-from fastil.reporting.runs import Run
+from fastil.reporting.fidelity import MODIFIED, on_published_data
+from fastil.reporting.runs import Run, one_precision
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a table. published: "average", "base" (final top-1 on the base classes) and "final", percent."""
+    """A line of a table. published: "average", "base" (final top-1 on the base classes) and "final", percent. scaled:
+    the overrides that are the scale's and not the row's."""
 
     row: str
     recipe: str
@@ -27,6 +28,7 @@ class Entry:
     label: str
     against: str | None  # the row that the paired difference is taken from
     published: dict[str, float]
+    scaled: tuple[str, ...] = ()
     scale_folder: str = ""  # of the runs of its scale, in `out`; older scales have none
 
     def folder(self, out: Path, seed: int) -> Path:
@@ -68,13 +70,17 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
     settings = content["scales"][lines_of] | content["scales"][scale]
     rows, methods = content["rows"], content.get("methods", {})
 
+    def of_scale(row: str) -> dict[str, Any]:
+        """The overrides of the scale."""
+        found: dict[str, Any] = settings.get("overrides", {}) | settings.get("row_overrides", {}).get(row, {})
+        return found
+
     def trained(row: str, steps: int) -> tuple[str, tuple[str, ...]]:
         """Recipe and overrides."""
         own = row in methods and "own_recipes" in settings
         name = settings["own_recipes"].format(row=row, steps=steps) if own else settings["recipes"][steps]
         keys = {} if own else (rows | methods)[row]
-        keys = keys | settings.get("overrides", {}) | settings.get("row_overrides", {}).get(row, {})
-        return name, tuple(f"{key}={value}" for key, value in keys.items())
+        return name, tuple(f"{key}={value}" for key, value in (keys | of_scale(row)).items())
 
     entries = [
         Entry(
@@ -85,6 +91,7 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
             label=line["label"],
             against=line.get("against"),
             published={key: line[key] for key in ("average", "base", "final") if key in line},
+            scaled=tuple(f"{key}={value}" for key, value in of_scale(line["row"]).items()),
             scale_folder=settings.get("folder", ""),
         )
         for line in content["tables"][name]["entries"]
@@ -137,20 +144,14 @@ def precision_of(entries: Sequence[Entry], out: Path) -> Precision | None:
     """The precision of the runs of these entries that are in `out`, finished or not; None where there is none. Raises
     UserError where they have several, for what a table compares must differ in its rows alone. Runs of other settings
     do not count, as they do not in the table."""
-    first: tuple[Path, Precision] | None = None
+    found: list[tuple[Path, Precision]] = []
     for entry in entries:
         for path in sorted(entry.folder(out, 0).parent.glob(f"{entry.row}-s*/recipe.yaml")):
             loaded = recipe.read_effective(path)
             precision = loaded.precision
-            if loaded.identity(seed=False) != entry.load(0).in_precision(precision).identity(seed=False):
-                continue
-            if first is not None and precision != first[1]:
-                raise UserError(
-                    f"{first[0].parent} computes in {first[1]} and {path.parent} in {precision}, which one table "
-                    "cannot hold; move one set of runs to another --out"
-                )
-            first = first or (path, precision)
-    return None if first is None else first[1]
+            if loaded.identity(seed=False) == entry.load(0).in_precision(precision).identity(seed=False):
+                found.append((path.parent, precision))
+    return one_precision(found, "move one set of runs to another --out")
 
 
 def finished_runs(table: Table, out: Path) -> Found:
@@ -178,3 +179,19 @@ def finished_runs(table: Table, out: Path) -> Found:
 def on_paper_data(run: Run) -> bool:
     """Whether the images of a run are those of the paper's tables."""
     return on_published_data("cifar100", run.protocol)
+
+
+def published_of(table: Table, found: Found) -> str:
+    """What the published numbers of a table are of, in brackets, where that is not what its runs trained; or ""."""
+    on_theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
+    other_data = None if on_theirs or not table.on_paper_data else "CIFAR-100"
+    theirs = ", ".join(filter(None, (other_data, table.theirs)))
+    return f" ({theirs})" if theirs else ""
+
+
+def modified(table: Table, entry: Entry, runs: Iterable[Run]) -> str:
+    """What sets the runs of a row apart from those that its published number is of; "unchanged" where nothing does."""
+    changes = [*entry.scaled, *([] if table.on_paper_data else ["another protocol and schedule"])]
+    if not all(on_paper_data(run) for run in runs):
+        changes.append("other data")
+    return MODIFIED + ", ".join(changes) if changes else "unchanged"

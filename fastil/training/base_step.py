@@ -90,12 +90,14 @@ class BaseStep:
     source: str
     weights: dict[str, Tensor]
     metrics: list[dict[str, Any]]  # the lines of metrics.jsonl about it
+    read_by: list[str]  # the loaders that read its images
 
 
 def read(base_run: Path, device: torch.device) -> BaseStep:
     try:
         weights = files.load(base_run / "checkpoints/step_0.pt", device)
         lines = [line.model_dump(exclude_unset=True) for line in read_metrics(base_run) if line.step == 0]
+        read_by = read_protocol(base_run).dataset.read_by
     except UserError as error:
         raise UserError(f"--base {base_run}: give another run, or leave --base out ({error})") from None
-    return BaseStep(str(base_run), weights, lines)
+    return BaseStep(str(base_run), weights, lines, read_by)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastil import machine
-from fastil.device import device_name
+from fastil.device import device_name, processor_name
 
 
 class Clock:
@@ -55,5 +55,10 @@ def versions(device: torch.device) -> dict[str, Any]:
     """What ran, on what."""
     return {
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "machine": {"device": device_name(device), "cores": machine.cores(), "platform": platform.platform()},
+        "machine": {
+            "device": device_name(device),
+            "processor": processor_name(),
+            "cores": machine.cores(),
+            "platform": platform.platform(),
+        },
     }

@@ -219,7 +219,8 @@ class Experiment:
         """Claim the directory and take up its last checkpoint, if there is one."""
         transform = self.loaders.test.transform
         size = transform.height, transform.width
-        protocol = run_directory.protocol_file(self.dataset, self.protocol, self.steps, size)
+        read_by = [self.loaders.train.name, *(self.base.read_by if self.base else ())]
+        protocol = run_directory.protocol_file(self.dataset, self.protocol, self.steps, size, read_by)
         state = self.directory.claim(self.recipe, protocol, self.device)
         if state is None:
             if self.resume:

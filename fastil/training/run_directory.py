@@ -7,7 +7,7 @@ figures/.
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,12 @@ class RunDirectory:
         elif self.last.exists():
             raise UserError(f"{recipe_path}: missing, so the run cannot be told; choose another --out")
         if self.last.exists():
-            _check_images(self.path, read_protocol(self.path), protocol)
+            before = read_protocol(self.path)
+            _check_images(self.path, before, protocol)
+            if before.dataset.read_by:
+                read_by = sorted({*before.dataset.read_by, *protocol.dataset.read_by})
+                dataset = protocol.dataset.model_copy(update={"read_by": read_by})
+                protocol = protocol.model_copy(update={"dataset": dataset})
         state = files.load(self.last, device) if self.last.exists() else None
         if state is not None and state.get("format") != FORMAT:
             raise UserError(
@@ -158,16 +163,19 @@ def _check_images(run: Path, before: ProtocolFile, now: ProtocolFile) -> None:
 
 
 def protocol_file(
-    dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan], size: tuple[int, int]
+    dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan], size: tuple[int, int], read_by: Iterable[str]
 ) -> ProtocolFile:
-    """The content of protocol.json. size: height and width of what the network is shown."""
+    """The content of protocol.json. size: height and width of what the network is shown. read_by: the loaders."""
     train, val = described(dataset.train), described(dataset.val)
+    whole = DescribedDataset(name=dataset.name, size=size, train=train, val=val)
+    if isinstance(dataset.train, Beton):
+        whole = whole.model_copy(update={"read_by": sorted(set(read_by))})
     return ProtocolFile(
         class_order=protocol.order.tolist(),
         class_names=dataset.class_names,
         class_list_hash=protocol.class_hash(dataset.class_names),
         steps=[classes.tolist() for classes in protocol.steps],
-        dataset=DescribedDataset(name=dataset.name, size=size, train=train, val=val),
+        dataset=whole,
         effective=[dataclasses.asdict(plan) for plan in steps],
     )
 
@@ -175,5 +183,7 @@ def protocol_file(
 def described(split: Split | Beton) -> DescribedSplit:
     """What protocol.json says of a split."""
     identity = None if split.identity is None else split.identity.text
-    streamed = {"bytes": int(split.lengths.sum())} if isinstance(split, Beton) else {}
-    return DescribedSplit(sha256=split.sha256, images=len(split.labels), identity=identity, **streamed)
+    described = DescribedSplit(sha256=split.sha256, images=len(split.labels), identity=identity)
+    if isinstance(split, Split):
+        return described
+    return described.model_copy(update={"bytes": split.source_bytes, "counts": np.bincount(split.labels).tolist()})

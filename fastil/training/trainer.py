@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastil.data import Batch, Loader
-from fastil.device import Precision, autocast, fastest_precision, multiplying_in, pixel_dtype
+from fastil.device import Precision, autocast, multiplying_in, pixel_dtype
 from fastil.errors import UserError
 from fastil.methods import Meter, Method
 from fastil.methods.meta import UpdateContext
@@ -96,8 +96,8 @@ class Trainer:
         self.loader, self.table = loader, table
         self.save, self.report, self.tick, self.stop = save, report, tick, stop
         self.device = table.device
-        wanted = config.precision
-        self.precision: Precision = fastest_precision(self.device) if wanted == "auto" else wanted
+        assert config.precision != "auto"  # Recipe.settled has said what it means
+        self.precision: Precision = config.precision
         self.pixels = pixel_dtype(self.precision)
         self.teacher.eval().requires_grad_(False)
         self.fast_student: Callable[[Tensor], Output] = student

@@ -82,6 +82,14 @@ def test_idx_files_are_read_pixel_by_pixel(tmp_path, gz):
     assert dataset.class_names == ["0", "1", "2"]
 
 
+def test_val_same_of_idx_files_is_the_training_images_and_another_val_is_refused(tmp_path):
+    write_idx(tmp_path)
+    same = load_dataset(DataConfig(dataset="idx", data=str(tmp_path), val="same"))
+    assert same.val.sha256 == same.train.sha256
+    with pytest.raises(UserError, match="brings its own validation images"):
+        load_dataset(DataConfig(dataset="idx", data=str(tmp_path), val=str(tmp_path)))
+
+
 def test_plain_and_gzipped_idx_files_may_be_mixed(tmp_path):
     write_idx(tmp_path)
     raw = (tmp_path / FILES[0]).read_bytes()

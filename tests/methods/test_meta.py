@@ -2,13 +2,18 @@
 bfloat16 against float32."""
 
 import contextlib
+import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from torch import Tensor
 
-from fastil.data import Batch, DataConfig, load_dataset, make_loader
+from fastil.data import Batch, DataConfig, Split, load_dataset, make_loader
+from fastil.data.formats import folder
+from fastil.data.formats.detect import open_source
 from fastil.device import autocast, pixel_dtype
 from fastil.methods import LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
 from fastil.methods.il_baseline import ILBaseline
@@ -17,6 +22,7 @@ from fastil.models import Folded, ModelConfig, build_network
 from fastil.optimiser import Update
 from fastil.plan import Key, Transform, cycled_plan, training_plan
 
+CIFAR100 = SHARED / "cifar100-png.tar"
 CLASSES, NUM_OLD, NUM_SEEN, BATCH = 13, 7, 10, 12
 COUNTS = np.array([20] * NUM_OLD + [100] * (NUM_SEEN - NUM_OLD) + [0] * 6)
 
@@ -131,11 +137,32 @@ def test_the_unrolled_graph_is_the_difference_of_the_whole_procedure(case):
     assert relative(expected, brute) < 1e-5
 
 
-@pytest.mark.parametrize("gradient", ["jvp", "difference", "unrolled"])
-def test_in_bf16_it_is_the_float32_one_to_a_hundredth(gradient):
-    """Ten updates of an incremental step on real images, each precision at the same weights."""
-    split = load_dataset(DataConfig("digits")).train
-    transform = Transform(8, 8, pad=1, flip=False, mean=(0.305,) * 3, std=(0.376,) * 3)
+@functools.cache
+def ten_classes(name):
+    """Real images of ten classes, at most 150 of each, and their transform."""
+    if name == "digits":
+        split = load_dataset(DataConfig("digits")).train
+        return split, Transform(8, 8, pad=1, flip=False, mean=(0.305,) * 3, std=(0.376,) * 3)
+    source = open_source(CIFAR100)
+    ids = np.concatenate([np.flatnonzero(source.train.labels == label)[:150] for label in range(10)])
+    some = replace(source, train=source.train.take(ids), val=source.val.take(np.arange(2)))
+    (arrays, _), _ = folder.read(some, None, skip_corrupt=False)
+    return Split(*arrays), Transform(32, 32, pad=4, flip=True, mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276))
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient"),
+    [
+        ("digits", "jvp"), ("digits", "difference"), ("digits", "unrolled"),
+        pytest.param("cifar100", "jvp", marks=pytest.mark.skipif(
+            not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar beside the repository"
+        )),
+    ],
+)  # fmt: skip
+def test_in_bf16_it_is_the_float32_one_to_a_hundredth_over_ten_updates(name, gradient):
+    """Ten updates of an incremental step on real images, each precision at the same weights: the gradients of all ten
+    together, of one alpha and of one per class. A single one may differ by more, where it is small or a sum cancels."""
+    split, transform = ten_classes(name)
     loader = make_loader(split, "auto", transform, "cpu")
     student = build_network(ModelConfig("resnet8"), 10, 0)
     student.head.open_rows(0, 5, torch.Generator().manual_seed(0))
@@ -173,8 +200,9 @@ def test_in_bf16_it_is_the_float32_one_to_a_hundredth(gradient):
                 ours, folded[precision](ours.images), theirs, student, student, update,
                 lambda precision=precision: autocast(precision, torch.device("cpu")),
             )  # fmt: skip
-            gradients.append(meta.gradient(context).sum())
+            gradients.append(meta.gradient(context)[:5])
         move(batch, folded["fp32"](batch.images))
     assert len(found["fp32"]) == 10
     ours, wanted = (torch.stack(found[precision]) for precision in ("bf16", "fp32"))
-    assert relative(ours, wanted) < 1e-2
+    assert relative(ours.sum(1), wanted.sum(1)) < (1e-2 if name == "digits" else 1.5e-2)
+    assert relative(ours, wanted) < 1.5e-2

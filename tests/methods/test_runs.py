@@ -46,7 +46,7 @@ METHODS = {
 }  # fmt: skip
 SHORT = [
     "base_classes=6", "increment=2", "base_epochs=4", "epochs=3", "batch_size=64", "lr=0.06", "exemplars_per_class=10",
-    "compile=false", "checkpoint_every=1",
+    "compile=false", "checkpoint_every=1", "precision=fp32",
 ]  # fmt: skip
 
 

@@ -16,10 +16,12 @@ from fastil.data import published
 from fastil.data.formats import folder
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.records import canonical
+from fastil.evaluation import StepResult
 from fastil.recipe import load, read_effective
 from fastil.reporting import report
 from fastil.reporting.fidelity import labelled
-from fastil.reporting.run_files import ProtocolFile
+from fastil.reporting.rows import rows
+from fastil.reporting.run_files import ProtocolFile, Results
 from fastil.reporting.runs import Run
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
@@ -35,7 +37,8 @@ def protocol(dataset="cifar100", **other):
         for split, part in (("train", expected.train), ("val", expected.val))
     }
     names = other.get("class_names", expected.class_names)
-    return ProtocolFile(class_order=[], class_names=names, steps=[[]], dataset={"name": dataset} | splits)
+    dataset = {"name": dataset, "read_by": other.get("read_by", [])} | splits
+    return ProtocolFile(class_order=[], class_names=names, steps=[[]], dataset=dataset)
 
 
 # Which recipe a run directory shows
@@ -85,34 +88,66 @@ def test_no_edited_file_lets_a_number_slip_through(tmp_path):
     assert shown.fidelity.startswith("modified: ")
 
 
+def run_of(steps, seed):
+    """A run of the published recipe on the published images, with so many of six steps finished."""
+    run = Run.__new__(Run)
+    run.recipe = labelled(load("cifar100_balanced_5"), protocol())
+    run.protocol = protocol().model_copy(update={"steps": [[0]] * 6})
+    results = [StepResult(k, 10, 60.0, 60.0, None if k == 0 else 60.0, 60.0, None, None) for k in range(steps)]
+    run.results = Results(
+        recipe="", method="", loss="balanced", seed=seed, steps=results, average_incremental_accuracy=60.0,
+        final_top1=60.0,
+    )  # fmt: skip
+    return run
+
+
+@pytest.mark.parametrize("steps", [(6, 6), (6, 4), (1,)])
+def test_the_average_of_fewer_steps_has_no_number_beside_it(steps):
+    header, ((*cells,),) = rows({"label": [run_of(count, seed) for seed, count in enumerate(steps)]})
+    assert cells[header.index("paper")] == ("62.22" if set(steps) == {6} else "")
+
+
 # The sizes of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, less what tar adds: a header of 512 bytes and half a
 # block of padding per image; for training images also an archive per class, which ends with up to 10 KiB of zeros.
 TRAIN_BYTES = 147_897_477_120 - 1_281_167 * 768 - 1000 * 5_600
 VAL_BYTES = 6_744_924_160 - 50_000 * 768
+WNIDS = list(published.table()["imagenet"].class_names)
+COUNTS = [1300] * 900 + [1111] * 99 + [1281167 - 900 * 1300 - 99 * 1111]  # in all as many as ImageNet has
 
 
 @pytest.mark.parametrize(
     ("change", "known"),
     [
-        ({}, True), ({"images": 1_281_166}, False), ({"identity": "changed:1"}, False), ({"identity": None}, False),
-        ({"identity": "pixels:1"}, False), ({"names": [f"class{i:04d}" for i in range(1000)]}, False),
+        ({}, True), ({"identity": "changed:1"}, False), ({"identity": None}, False), ({"identity": "pixels:1"}, False),
+        ({"counts": [*COUNTS[:-1], COUNTS[-1] - 1]}, False),
+        ({"counts": [*COUNTS[:-2], COUNTS[-2] + COUNTS[-1] - 100, 100]}, False),  # as many in all
+        ({"counts": None}, False),
+        ({"names": [f"class{i:04d}" for i in range(1000)]}, False),
+        ({"names": [f"n{i:08d}" for i in range(1000)]}, False),  # look like wnids
+        ({"names": [*WNIDS[:-1], "n99999999"]}, False), ({"names": [*WNIDS[1:], WNIDS[0]]}, False),
         ({"bytes": TRAIN_BYTES // 3}, False),  # as of copies with a short side of 256 pixels
-        ({"bytes": 0}, False),
+        ({"bytes": 0}, False), ({"read_by": ["threads"]}, True), ({"read_by": ["ffcv", "threads"]}, False),
+        ({"read_by": ["dali"]}, False),
     ],
 )  # fmt: skip
 def test_imagenet_is_known_by_wnids_counts_and_untouched_files(change, known):
-    names = change.pop("names", [f"n{i:08d}" for i in range(1000)])
-    train = {"images": 1_281_167, "identity": "stored:1", "bytes": TRAIN_BYTES} | change
-    val = {"images": 50_000, "identity": "stored:2", "bytes": VAL_BYTES}
-    shown = labelled(load("imagenet_balanced_5"), protocol("imagenet", train=train, val=val, class_names=names))
+    names, read_by = change.get("names", WNIDS), change.get("read_by", [])
+    train = {"identity": "stored:1", "bytes": TRAIN_BYTES, "counts": COUNTS} | change
+    val = {"identity": "stored:2", "bytes": VAL_BYTES, "counts": [50] * 1000}
+    shown = labelled(
+        load("imagenet_balanced_5"), protocol("imagenet", train=train, val=val, class_names=names, read_by=read_by)
+    )
     assert shown.published == (66.45 if known else None)
+    changed = [f"loader={name}" for name in read_by if name != "threads"]
+    assert known or shown.fidelity == f"modified: {', '.join(changed or ['other data'])}" or change["identity"] is None
 
 
 # Real runs
 
 
 SETTINGS = ["verify=false", "model=resnet8", "epochs=1", "base_classes=8", "increment=2", "order=alphabetical",
-            "batch_size=32", "exemplars_per_class=5", "compile=false", "device=cpu"]  # fmt: skip
+            "batch_size=32", "exemplars_per_class=5", "compile=false", "device=cpu",
+            "precision=fp32"]  # fmt: skip
 LABEL = ("modified: base_classes=8, batch_size=32, epochs=1, exemplars_per_class=5, increment=2, model=resnet8, "
          "order=alphabetical, other data")  # fmt: skip
 CLASSES, PER_CLASS = 10, {"train": 20, "val": 10}

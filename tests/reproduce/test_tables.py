@@ -17,7 +17,13 @@ CONTENT = {
     "scales": {
         "paper": {"recipes": {5: "digits"}, "seeds": 3},
         "cpu": {"recipes": {5: "digits"}, "seeds": 2, "note": "This is not the paper's data set."},
-        "short": {"like": "paper", "overrides": {"epochs": 9}, "folder": "short", "note": "9 epochs, not 40."},
+        "short": {
+            "like": "paper",
+            "overrides": {"epochs": 9},
+            "folder": "short",
+            "theirs": "40 epochs",
+            "note": "9 epochs, not 40.",
+        },
     },
     "rows": {
         "softmax": {"loss": "softmax"},
@@ -135,6 +141,9 @@ def test_no_distance_to_the_paper_stands_beside_other_images(tmp_path):
     assert rows["ours"]["minus published"] != "-"
     assert rows["plain"]["minus published"] == "-"
     assert "not known to be CIFAR-100" in text
+    assert "published average (CIFAR-100) |" in text
+    assert rows["ours"]["published average (CIFAR-100)"] == "62.22"
+    assert (rows["ours"]["fidelity"], rows["plain"]["fidelity"]) == ("unchanged", "modified: other data")
 
 
 def test_the_distance_to_the_paper_stands_at_its_own_scale_only(tmp_path):
@@ -144,10 +153,12 @@ def test_the_distance_to_the_paper_stands_at_its_own_scale_only(tmp_path):
     text, rows = written(tmp_path, scale="paper")
     assert rows["ours"]["minus published"] == f"{np.mean(averages) - 62.22:+.2f}"
     assert rows["plain"]["minus published"] == "-"
+    assert (rows["ours"]["fidelity"], rows["plain"]["fidelity"]) == ("unchanged", "-")
     assert "not the paper's data set" not in text
     text, rows = written(tmp_path, scale="cpu")
     assert "minus published" not in rows["ours"]
     assert rows["ours"]["published average"] == "62.22"
+    assert rows["ours"]["fidelity"] == "modified: another protocol and schedule"
     assert "not the paper's data set" in text
 
 
@@ -161,7 +172,9 @@ def test_a_scale_with_a_folder_of_its_own_has_its_own_runs_and_no_distance_to_th
     for scale, average in (("paper", full), ("short", fewer)):
         text, rows = written(tmp_path, scale=scale)
         assert (rows["ours"]["seeds"], rows["ours"]["average incremental"]) == ("1", f"{average:.2f}")
-        assert rows["ours"]["published average"] == "62.22"
+        of_what = " (40 epochs)" if scale == "short" else ""
+        assert rows["ours"][f"published average{of_what}"] == "62.22"
+        assert rows["ours"]["fidelity"] == ("modified: epochs=9" if scale == "short" else "unchanged")
         assert ("minus published" in rows["ours"]) == (scale == "paper")
         assert ('Scale "short": 9 epochs, not 40.' in text) == (scale == "short")
 
@@ -237,7 +250,7 @@ def test_runs_of_two_precisions_never_share_a_table(tmp_path):
     table = tables.table_of(CONTENT, "bars", "cpu")
     assert tables.precision_of(table.entries, tmp_path) == "bf16"
     make_run(tmp_path, "balanced", 0, 0.6, settings=["precision=fp32"])
-    with pytest.raises(UserError, match=r"computes in bf16 and .* in fp32, which one table cannot hold"):
+    with pytest.raises(UserError, match=r"one table cannot hold: bf16 by .* and fp32 by .*; move one"):
         written(tmp_path)
 
 

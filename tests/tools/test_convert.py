@@ -598,7 +598,7 @@ def test_a_dry_run_writes_nothing_and_says_what_there_is(tmp_path, capsys):
     text = capsys.readouterr().out
     for words in (
         "folder: in, 2 classes", "train: 9 images, 4 to 5 per class", "JPEG 7", "PNG 1", "unknown 1", "RGB 5", "L 2",
-        "RGBA 1", "30 to 66 wide (median 30)", "20 to 45 high (median 20)", "5 kept as they are, 3 new",
+        "RGBA 1", "30 to 66 wide (median 30)", "20 to 45 high (median 20)", "5 kept as they are, 3 encoded anew",
         "grayscale: 2", "PNG, with alpha: 1", "bad.jpg (not an image of a known format)", "output    about",
         "no validation images", "free disk space",
     ):  # fmt: skip
@@ -1138,7 +1138,10 @@ def test_small_lossless_images_stay_what_they_are_unless_asked_otherwise(tmp_pat
         assert (file.mode, val.mode) == (mode, mode)
         for i in range(len(file)) if mode == "raw" else ():
             np.testing.assert_array_equal(file.image(i), decoded(files[file.name(i)]))
-    assert ("all images are lossless and no larger than 96x96" in capsys.readouterr().out) == (mode == "raw")
+    printed = capsys.readouterr().out
+    for said in ("all images are lossless and no larger than 96x96", "decoded to pixels", "alpha and the low byte"):
+        assert (said in printed) == (mode == "raw")
+    assert ("encoded anew" in printed) == (mode == "jpeg")
     run(source, tmp_path / "y.beton", on_corrupt="skip", mode="jpeg")
     with Beton(tmp_path / "y.beton") as file:
         assert file.mode == "jpeg"

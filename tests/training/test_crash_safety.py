@@ -25,7 +25,7 @@ from fastil.training.experiment import Experiment
 
 SETTINGS = [
     "digits", "base_classes=6", "increment=2", "epochs=3", "base_epochs=3", "batch_size=32", "checkpoint_every=1",
-    "exemplars_per_class=3",
+    "exemplars_per_class=3", "precision=fp32",
 ]  # fmt: skip
 STEPS, EPOCHS = 3, 9  # of the whole run
 KILLS = 25 if SOAK else 2
@@ -188,7 +188,7 @@ def test_resume_never_takes_over_a_folder_that_is_no_run(fastil, tmp_path):
 def test_a_folder_that_was_moved_resumes_and_other_images_do_not(fastil, tmp_path):
     data = make_folder(tmp_path / "here")
     settings = ["folder", "epochs=1", "base_epochs=1", "batch_size=8", "size=12", "model=resnet8", "base_classes=2"]
-    settings += ["increment=1", "exemplars_per_class=2", "--out", "run"]
+    settings += ["increment=1", "exemplars_per_class=2", "precision=fp32", "--out", "run"]
     assert fastil("run", *settings, "--data", data).returncode == 0
     data.rename(tmp_path / "there")
     assert fastil("run", *settings, "--data", tmp_path / "there", "--resume").returncode == 0

@@ -18,7 +18,7 @@ from fastil.training.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
-QUICK = ["epochs=8", "base_epochs=5", "batch_size=16", "base_classes=5", "increment=5", "device=cpu"]
+QUICK = ["epochs=8", "base_epochs=5", "batch_size=16", "base_classes=5", "increment=5", "device=cpu", "precision=fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,7 @@ def test_a_class_with_fewer_images_than_the_quota_keeps_them_all_and_says_so(tmp
         "base_classes=2",
         "increment=1",
         "batch_size=8",
+        "precision=fp32",
     ]
     recipe = load("folder", [*settings, "exemplars_per_class=8"], data=str(data))
     Experiment(recipe, tmp_path / "run", resume=False).run()
@@ -124,6 +125,7 @@ def test_runs_on_different_images_are_never_averaged_or_paired(tmp_path):
         "base_classes=2",
         "increment=1",
         "batch_size=8",
+        "precision=fp32",
     ]
     for name, train, loss in (("a", 6, "softmax"), ("b", 7, "balanced"), ("c", 7, "softmax")):
         data = make_folder(tmp_path / name / "data", train=train)

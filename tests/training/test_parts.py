@@ -19,7 +19,8 @@ from fastil.training.trainer import Stopped
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
-QUICK = ["epochs=3", "base_epochs=2", "batch_size=32", "base_classes=6", "increment=2", "exemplars_per_class=6"]
+QUICK = ["epochs=3", "base_epochs=2", "batch_size=32", "base_classes=6", "increment=2", "exemplars_per_class=6",
+         "precision=fp32"]  # fmt: skip
 META = ["loss=meta_balanced", "meta_every=3", "meta_lr=20", "meta_share=0.3"]
 FINETUNE = ["loss=softmax", "correction=balanced_finetuning", "finetune_epochs=3"]
 SAME = [
@@ -241,6 +242,7 @@ def folder(tmp_path_factory):
 
 SMALL = [
     "size=8", "base_classes=2", "increment=1", "epochs=2", "base_epochs=3", "model=resnet8", "exemplars_per_class=4",
+    "precision=fp32",
 ]  # fmt: skip
 
 

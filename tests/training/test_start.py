@@ -16,7 +16,8 @@ from fastil.errors import UserError
 from fastil.methods import METHODS
 from fastil.models import FACTORIES
 
-SETTINGS = {"epochs": 2, "base_epochs": 3, "batch_size": 64, "classes": 6, "base_classes": 4, "increment": 2}
+SETTINGS = {"epochs": 2, "base_epochs": 3, "batch_size": 64, "classes": 6, "base_classes": 4, "increment": 2,
+            "precision": "fp32"}  # fmt: skip
 COSINE = {"head": "cosine", "last_relu": False, "loss": "softmax"}
 PREDICTORS = {
     "cnn": {}, "scaled": COSINE | {"method": "lucir"}, "corrected": {"method": "bic", "exemplars_per_class": 10},

@@ -13,12 +13,14 @@ from fastil.data.formats.beton import Beton
 from fastil.data.loaders.choose import check_resident
 from fastil.data.loaders.streaming import Streaming
 from fastil.errors import UserError
-from fastil.recipe import load
+from fastil.recipe import load, read_effective
+from fastil.reporting.run_files import read_protocol
 from fastil.reporting.runs import Run
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 from fastil.training.experiment import Experiment
 from fastil.training.messages import of_epoch
+from fastil.training.run_directory import RunDirectory
 from fastil.training.trainer import EpochRecord
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -27,6 +29,7 @@ COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200
 SETTINGS = [
     "size=32", "order=alphabetical", "base_classes=4", "increment=1", "exemplars_per_class=4", "model=resnet8",
     "epochs=6", "batch_size=16", "lr=0.05", "device=cpu", "compile=false",
+    "precision=fp32",
 ]  # fmt: skip
 
 
@@ -64,6 +67,7 @@ def test_a_streamed_run_learns_and_is_the_same_again(file, tmp_path):
     with Beton(file) as beton:
         expected = {"sha256": beton.manifest.sha256, "images": len(beton), "identity": beton.identity.text}
         expected["bytes"] = sum(p.stat().st_size for p in file.parent.glob("in/train/*/*"))
+        expected["counts"] = [len([*file.parent.glob(f"in/train/{label}/*")]) for label in range(len(COLOURS))]
         assert described["train"] == expected
 
 
@@ -148,6 +152,24 @@ def test_the_reference_loader_trains_the_same_to_a_rounding(file, tmp_path):
         state = torch.load(tmp_path / name / "checkpoints/step_0.pt", weights_only=True)
         weights.append(torch.cat([value.flatten().double() for value in state.values()]))
     assert torch.linalg.norm(weights[0] - weights[1]) < 0.02 * torch.linalg.norm(weights[1])
+
+
+def test_a_run_tells_every_loader_that_has_read_its_images_over_resumes(file, tmp_path):
+    """loader=auto may take another one on another machine."""
+    short = ["epochs=1", "base_classes=6", "increment=0"]
+    out = tmp_path / "run"
+    run(file, out, *short)
+    before = read_protocol(out)
+    assert before.dataset.read_by == ["threads"]
+    assert "loader=" not in read_effective(out / "recipe.yaml").fidelity
+    recipe = load("imagenet_balanced_5", [f"data={file}", *SETTINGS, *short])
+    elsewhere = before.model_copy(update={"dataset": before.dataset.model_copy(update={"read_by": ["dali"]})})
+    for now in (elsewhere, before):  # there, and back again
+        RunDirectory(out, resume=True).claim(recipe, now, torch.device("cpu"))
+        assert read_protocol(out).dataset.read_by == ["dali", "threads"]
+        assert "loader=dali" in read_effective(out / "recipe.yaml").fidelity
+    counts = np.bincount(Beton(file).labels).tolist()
+    assert read_protocol(out).dataset.train.counts == counts
 
 
 def test_a_finished_run_classifies_image_files_as_it_saw_them(file, tmp_path):

@@ -46,7 +46,7 @@ def images_of(classes=CLASSES, each=12):
 
 
 def make_trainer(split, config=None, device="cpu", table=None, model=None, **hooks):
-    config = config or TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu")
+    config = config or TrainConfig(epochs=2, batch_size=16, lr=0.05, device="cpu", precision="fp32")
     with unset_fake_temporarily():
         model = model or ModelConfig("resnet8")
         maps = model.head == "proxies"  # PODNet reads them

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastil.data.formats.identity import Identity
-from fastil.data.formats.manifest import Manifest, identity_of, manifest_path, read_manifest
+from fastil.data.formats.manifest import Manifest, identity_of, manifest_path, read_manifest, source_files
 from fastil.data.formats.records import CHANGED, MOST_CLASSES, ByClass, Files, Ids, Records, Source, Texts
 from fastil.errors import UserError
 
@@ -257,8 +257,15 @@ class Beton(ByClass):
 
     @cached_property
     def identity(self) -> Identity | None:
-        """What the file holds, in whatever order: see `fastil.data.formats.identity`. None without a manifest."""
+        """What the file holds, in whatever order: see `fastil.data.formats.identity`. None without a manifest, and
+        where an older one does not tell enough."""
         return None if self.manifest is None else identity_of(self.manifest, self.labels, self.lengths)
+
+    @cached_property
+    def source_bytes(self) -> int:
+        """Of the image files that it was made of, or of its samples where no manifest tells."""
+        files = None if self.manifest is None else source_files(self.manifest, self.lengths)
+        return int(self.lengths.sum() if files is None else files[1].sum())
 
     def name(self, i: int) -> str:
         """What the source called the sample; its id where nothing says so."""

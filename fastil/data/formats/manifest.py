@@ -10,22 +10,26 @@ from typing import Any, ClassVar
 import numpy as np
 import pydantic
 
-from fastil.data.formats.identity import BYTES, Identity, Ids, of_hashes
+from fastil.data.formats.identity import Identity, Ids, of_hashes
 from fastil.errors import UserError
 
 FORMAT = 1
 TOGETHER = 10_000  # entries of a list in a piece of text
+RESIZED = ("larger than --max-side", "of another size than --squash")  # in the reasons of what was
 CHECKED = pydantic.ConfigDict(strict=True, revalidate_instances="always")
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A sample whose bytes are not those of its source. id: its row; -1: it was left out."""
+    """A sample whose bytes are not those of its source. id: its row; -1: it was left out. crc32, size: of the bytes of
+    the source; None of what was left out, and in manifests of older versions."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = CHECKED
     id: int
     source: str
     reason: str
+    crc32: int | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,20 +104,35 @@ def read_manifest(path: Path) -> Manifest | None:
     classes = {len(part) for part in (manifest.class_names, manifest.counts, manifest.titles) if part is not None}
     if len(set(manifest.class_names)) < len(manifest.class_names):
         raise UserError(f"{path}: damaged, it names a class twice; convert again, or fetch another copy")
+    same = same and all(0 <= one.id < manifest.images for one in manifest.reencoded)
     if not same or len(classes) != 1 or min(manifest.counts, default=-1) < 0 or "name" not in manifest.source:
         raise UserError(f"{path}: damaged, its counts differ; remove it and convert again, or fetch another copy")
     return manifest
 
 
-def identity_of(manifest: Manifest, labels: Ids, lengths: Ids) -> Identity:
+def source_files(manifest: Manifest, lengths: Ids) -> tuple[Ids, Ids] | None:
+    """crc32 and size of the image file that each sample was in the source, int64 [n]; of a file of pixels, those of the
+    pixels. lengths: int64 [n], bytes of the samples. None where an older manifest does not tell what was encoded.
+
+    What libjpeg made of an image that could not be kept depends on its version and on --quality.
+    """
+    checksums, sizes = np.array(manifest.crc32, dtype=np.int64), lengths.astype(np.int64)
+    if manifest.parameters.get("storage", {}).get("mode") == "jpeg":
+        for one in manifest.reencoded:
+            if one.crc32 is None or one.size is None:
+                return None
+            checksums[one.id], sizes[one.id] = one.crc32, one.size
+    return checksums, sizes
+
+
+def identity_of(manifest: Manifest, labels: Ids, lengths: Ids) -> Identity | None:
     """The identity of a file that is streamed, by its manifest: no image is read. labels, lengths: int64 [n], of the
-    samples and of their bytes."""
-    hashes = np.empty((len(labels), BYTES // 8), ">u8")
-    hashes[:, 0], hashes[:, 1] = manifest.crc32, lengths
-    storage = manifest.parameters.get("storage", {})
-    if storage.get("mode") == "jpeg":  # what libjpeg made of the few that could not be kept depends on its version
-        hashes[[one.id for one in manifest.reencoded if one.id >= 0]] = 0
-    resized = storage.get("max_side") is not None or storage.get("squash") is not None
-    changed = resized or storage.get("mode") == "reencode" or bool(manifest.skipped)
-    kind = "changed" if changed else "stored"
+    samples and of their bytes. None where `source_files` does not know."""
+    files = source_files(manifest, lengths)
+    if files is None:
+        return None
+    hashes = np.stack(files, axis=1).astype(">u8")
+    resized = any(reason in one.reason for one in manifest.reencoded for reason in RESIZED)
+    reencoded = manifest.parameters.get("storage", {}).get("mode") == "reencode"
+    kind = "changed" if resized or reencoded or manifest.skipped else "stored"
     return of_hashes(kind, (), hashes, labels, kind)

@@ -193,6 +193,27 @@ def test_the_binary_version_is_read_from_its_folder_or_the_one_above(tmp_path, n
     check(load(tmp_path if above else folder, name), name)
 
 
+def test_a_damaged_list_of_names_is_one_line_and_no_class_is_there_twice(tmp_path):
+    names = write_binary(tmp_path, "cifar100") / cifar.CIFAR100.names_file
+    there = names.read_bytes()
+    names.write_bytes(there.replace(b"class-7\n", b"cl\xe4ss-7\n"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load(tmp_path, "cifar100")
+    names.write_bytes(there.replace(b"class-7\n", b"class-8\n"))
+    with pytest.raises(UserError, match="two classes are called 'class-8'"):
+        load(tmp_path, "cifar100")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_val_same_is_the_training_images_and_another_val_is_refused(tmp_path, name):
+    write_python(tmp_path / "x", name)
+    dataset = load_dataset(DataConfig(dataset=name, data=str(tmp_path / "x"), val="same", verify=False))
+    assert dataset.val.sha256 == dataset.train.sha256
+    assert any("smoke test" in note for note in dataset.notes)
+    with pytest.raises(UserError, match="brings its own validation images"):
+        load_dataset(DataConfig(dataset=name, data=str(tmp_path / "x"), val=str(tmp_path), verify=False))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_images_in_the_binary_version_are_refused_by_default(tmp_path, name):
     write_binary(tmp_path, name)  # no sums of its files are published, but classes and counts are
@@ -241,7 +262,7 @@ def test_files_with_the_published_sums_are_accepted(tmp_path, variant_with_sums)
 def test_a_changed_file_is_named_and_read_only_with_verify_false(tmp_path, variant_with_sums, file):
     path = tmp_path / file
     raw = bytearray(path.read_bytes())
-    place = raw.index(b"class-9") + 6 if file == "batches.meta" else raw.index(parts_of("cifar10")[file][0].tobytes())
+    place = raw.index(b"class-9") if file == "batches.meta" else raw.index(parts_of("cifar10")[file][0].tobytes())
     raw[place] ^= 1
     path.write_bytes(raw)
     with pytest.raises(UserError, match=f"{path}.*verify=false"):

@@ -127,6 +127,56 @@ def test_streamed_files_are_known_by_the_bytes_of_their_images(tmp_path):
         assert beton.identity is None  # FFCV's own files have no checksums
 
 
+def png_set(root, seed, side=40):
+    random = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        for name, count in (("a", 2), ("b", 1)):
+            for i in range(count):
+                path = root / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(encoded(random.integers(0, 256, (side, side, 3), dtype=np.uint8), "PNG"))
+    return root
+
+
+def test_images_that_had_to_be_encoded_are_known_by_what_they_were_encoded_from(tmp_path):
+    one, other = png_set(tmp_path / "one", 1), png_set(tmp_path / "other", 2)
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        tar.add(one / "train", "train")
+    made = {
+        "one": (one, {}), "tar": (tmp_path / "one.tar", {}), "quality": (one, {"quality": 40}),
+        "roomy": (one, {"max_side": 4000}), "other": (other, {}), "resized": (one, {"max_side": 20}),
+        "squashed": (one, {"squash": 40}), "anew": (one, {"mode": "reencode"}),
+    }  # fmt: skip
+    found = {}
+    for name, (source, options) in made.items():
+        path = converted(source, tmp_path / f"{name}.beton", **{"mode": "jpeg"} | options)
+        with Beton(path) as beton:
+            found[name] = beton.identity
+            assert beton.manifest.reencoded[0].size == (one / "train/a/0.png").stat().st_size
+            if name not in ("tar", "anew"):
+                assert beton.source_bytes == sum(file.stat().st_size for file in source.glob("train/*/*"))
+    same = {"one", "tar", "quality", "roomy", "squashed"}  # not resized: they have that size already
+    assert {name for name, identity in found.items() if identity == found["one"]} == same
+    assert found["one"].text != found["other"].text
+    assert {name for name, identity in found.items() if identity.kind == "changed"} == {"resized", "anew"}
+
+
+def test_a_manifest_that_does_not_tell_what_was_encoded_gives_no_identity(tmp_path):
+    """Of older versions."""
+    path = converted(png_set(tmp_path / "in", 1), tmp_path / "x.beton", mode="jpeg")
+    manifest = json.loads((tmp_path / "x.manifest.json").read_text())
+    for one in manifest["reencoded"]:
+        del one["crc32"], one["size"]
+    (tmp_path / "x.manifest.json").write_text(json.dumps(manifest))
+    with Beton(path) as beton:
+        assert beton.identity is None
+        assert beton.source_bytes == beton.lengths.sum()
+    manifest["reencoded"][0]["id"] = 3
+    (tmp_path / "x.manifest.json").write_text(json.dumps(manifest))
+    with Beton(path) as beton, pytest.raises(UserError, match="damaged"):
+        _ = beton.manifest
+
+
 # One data set in many containers
 
 
@@ -318,6 +368,28 @@ def test_another_data_set_is_refused_with_what_differs_and_trained_on_when_asked
     assert not fidelity.on_published_data("cifar100", protocol)
 
 
+def test_a_renamed_class_that_sorts_elsewhere_is_compared_with_itself(tmp_path):
+    """Its labels are others, and those of the classes that it has moved past."""
+    names = ["apple", "bear", "crab_pot", "aardvark"]  # of the images of dog
+    splits = without_one(SPLITS)
+    with pytest.raises(UserError) as error:
+        load(write_tar(tmp_path / "x.tar", members(splits=splits, names=names)))
+    found = (
+        "classes are renamed (aardvark instead of dog); train has 1 image less of class apple (4 instead of 5). Take"
+    )
+    assert found in str(error.value)
+    of = {split: of_pixels(*part) for split, part in with_one_pixel_changed(SPLITS).items()}
+    expected = replace(entry(), class_names=("bear", "dog", "apple", "crab_pot"))
+    shifted = published.differences(replace(expected, train=entry().train), NAMES, of["train"], of["val"])
+    assert shifted[0] == "its classes have other labels"
+    moved = {  # two classes renamed, told apart by their images
+        split: of_pixels(images, np.array([2, 0, 3, 1])[labels]) for split, (images, labels) in SPLITS.items()
+    }
+    assert published.differences(entry(), ["bean", "dove", "apple", "crab_pot"], *moved.values()) == [
+        "classes are renamed (bean, dove instead of bear, dog)"
+    ]
+
+
 def test_missing_classes_are_named(tmp_path):
     keep = {split: tuple(part[labels < 3] for part in (images, labels)) for split, (images, labels) in SPLITS.items()}
     with pytest.raises(UserError, match=r"3 classes instead of 4 \(dog missing\).*verify=false"):
@@ -379,11 +451,17 @@ def test_the_real_test_images_are_known_and_one_changed_pixel_is_not():
     expected = SHIPPED["cifar100"]
     assert source.class_names == list(expected.class_names)
     assert tuple(np.bincount(source.train.labels)) == expected.train.counts
-    only_val = replace(source, train=source.val, val=source.val.take(np.arange(2)))  # 60,000 images would take long
-    ((images, labels), _), _ = folder.read(only_val, None, skip_corrupt=False)
-    val = of_pixels(images, labels)
+    chosen = np.array([0, 23, 42, 61, 99])  # classes of training images: all 50,000 would take long
+    some = source.train.take(np.flatnonzero(np.isin(source.train.labels, chosen)))
+    some = some.relabelled(np.searchsorted(chosen, some.labels))
+    ((images, labels), five), _ = folder.read(replace(source, train=source.val, val=some), None, skip_corrupt=False)
+    val, decoded = of_pixels(images, labels), of_pixels(*five)
     assert val.text == expected.val.identity
-    train = Identity("pixels", expected.shape, expected.train.counts, expected.train.classes)  # as far as it is known
+    digests = list(expected.train.classes)
+    for label, digest in zip(chosen, decoded.classes, strict=True):
+        assert digest.startswith(digests[label])
+        digests[label] = digest
+    train = Identity("pixels", expected.shape, expected.train.counts, tuple(digests))
     assert not published.differences(expected, source.class_names, train, val)
     images[4321, 7, 8, 1] ^= 1
     name = source.class_names[labels[4321]]
