@@ -63,34 +63,22 @@ def run(
     ] = None,
 ) -> None:
     """Train one recipe."""
-    from fastil.device import keep_freed_memory
     from fastil.recipe import load
     from fastil.reporting.fidelity import had_published
-    from fastil.reporting.runs import Run
-    from fastil.training.experiment import Experiment
-    from fastil.training.start import out_of
-    from fastil.training.trainer import Stopped
+    from fastil.training.start import Interrupted, train
 
-    loaded = load(recipe, overrides or [], data=data, val=val)
-    folder = out_of(loaded, out)
-    keep_freed_memory()
-    experiment = Experiment(loaded, folder, resume, base)
     try:
-        results = experiment.run()
-    except Stopped:
-        print(f"stopped; the same command with --resume goes on ({folder})", file=sys.stderr)
-        raise typer.Exit(128 + (experiment.interrupt.number or 0)) from None
-    finally:
-        experiment.close()
-    print(
-        f"average incremental accuracy {results.average_incremental_accuracy:.2f}, final top-1 {results.final_top1:.2f}"
-    )
-    shown = Run(folder).recipe
-    if shown.published is not None:
-        print(f"published: average incremental accuracy {shown.published:.2f}")
-    elif had_published(shown):
-        print(f"{shown.fidelity}; the paper's number is of another experiment")
-    print(f"results, figures and checkpoints: {folder}")
+        done = train(load(recipe, overrides or [], data=data, val=val), out, resume, base)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(128 + stop.number) from None
+    average, final = done.results.average_incremental_accuracy, done.results.final_top1
+    print(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
+    if done.recipe.published is not None:
+        print(f"published: average incremental accuracy {done.recipe.published:.2f}")
+    elif had_published(done.recipe):
+        print(f"{done.recipe.fidelity}; the paper's number is of another experiment")
+    print(f"results, figures and checkpoints: {done.path}")
 
 
 @app.command()

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.errors import UserError
-from fastil.methods import Method, find, known_as
-from fastil.models import FACTORIES, find_factory
+from fastil.methods import BUILT_IN, Method, find
+from fastil.models import MODELS, find_factory
 from fastil.recipe import Recipe, read_effective, shipped
 from fastil.reporting.fidelity import MODIFIED, had_published, labelled
 from fastil.reporting.run_files import AGAIN, read_metrics, read_protocol, read_results
@@ -44,18 +44,22 @@ class Run:
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
         recipe = read_effective(path / "recipe.yaml")
+        code: dict[str, Any] = {}
         if method is not None:
-            known_as(recipe.method.method, find(method) if isinstance(method, str) else method)
-            recipe = read_effective(path / "recipe.yaml")  # with its keys
-        factory = find_factory(model) if isinstance(model, str) else model
-        if factory is not None and ":" in recipe.model.model:
-            FACTORIES[recipe.model.model] = factory
+            code[recipe.method.method] = find(method)
+        if model is not None:
+            code[recipe.model.model] = model if callable(model) else find_factory(model)[1]
+        for name in code:
+            if name in (*BUILT_IN, *MODELS):
+                raise UserError(f"{path}: was run with {name}, which comes with fastil; leave method or model out")
+        if code:
+            recipe = read_effective(path / "recipe.yaml", code)  # with the keys of the method
         if not (path / "results.json").exists():
-            raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)")
+            raise UserError(f"{path}: no results yet; let the run go on until a step is finished")
         self.results, self.protocol = read_results(path), read_protocol(path)
         seen = list(accumulate(len(classes) for classes in self.protocol.steps))
         if [step.classes_seen for step in self.results.steps] != seen[: len(self.results.steps)]:
-            raise UserError(f"{path}: results.json has other steps than protocol.json; run again with --resume")
+            raise UserError(f"{path}: results.json has other steps than protocol.json; let the run go on")
         self.recipe: Recipe = labelled(recipe, self.protocol)
 
     def __repr__(self) -> str:
@@ -97,7 +101,7 @@ class Run:
         except (OSError, EOFError, ValueError):
             whole = False
         if not whole:
-            raise UserError(f"{path}: missing or damaged; run again in a new --out")
+            raise UserError(f"{path}: missing or damaged; train the run again in a new directory")
         return matrix
 
     def network(self, step: int = -1) -> "Classifier":
