@@ -9,19 +9,11 @@ from conftest import ROOT, TINY, assert_user_error
 from torch import nn
 
 from fastil.errors import UserError
-from fastil.models import FACTORIES, Folded, ModelConfig, add_factory, build_network
-from fastil.recipe import load
+from fastil.models import Folded, ModelConfig, build_network
+from fastil.recipe import load, read_effective
 
 NETWORK = (ROOT / "examples/your_own_network.py").read_text()
 SETTINGS = ["digits", *TINY, "classes=6", "base_classes=4", "increment=2", "loss=softmax"]
-
-
-@pytest.fixture(autouse=True)
-def forgotten():
-    before = set(FACTORIES)
-    yield
-    for name in set(FACTORIES) - before:
-        del FACTORIES[name]
 
 
 class Plain(nn.Module):
@@ -37,8 +29,8 @@ class Plain(nn.Module):
         return (features, [x, x]) if self.maps else features
 
 
-def config(factory):
-    return ModelConfig(add_factory(factory))
+def build(factory, **settings):
+    return build_network(ModelConfig("test:backbone"), 5, 0, factory=factory, **settings)
 
 
 def plain():
@@ -77,16 +69,15 @@ def test_a_backbone_in_a_file_is_trained_killed_resumed_and_reported_and_runs_on
 
 def test_a_command_does_not_take_the_network_of_a_run_directory_without_being_told(tmp_path):
     recipe = load("digits", ["loss=softmax", f"model={ROOT}/examples/your_own_network.py:backbone"])
-    FACTORIES.clear()
+    (tmp_path / "recipe.yaml").write_text(recipe.in_precision("fp32").dump())
     with pytest.raises(UserError, match="code that a run directory names is not loaded"):
-        build_network(recipe.model, 10, 0)
+        read_effective(tmp_path / "recipe.yaml").build_network(10, 0)
 
 
 def test_the_seed_decides_its_weights_and_torchs_generator_is_left_alone():
-    name = f"{ROOT}/examples/your_own_network.py:backbone"
-    load("digits", [f"model={name}"])
+    recipe = load("digits", [f"model={ROOT}/examples/your_own_network.py:backbone"])
     before = torch.get_rng_state()
-    a, b, c = (build_network(ModelConfig(name), 10, seed).state_dict() for seed in (3, 3, 4))
+    a, b, c = (recipe.build_network(10, seed).state_dict() for seed in (3, 3, 4))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["backbone.module.layers.0.weight"], c["backbone.module.layers.0.weight"])
@@ -94,7 +85,7 @@ def test_the_seed_decides_its_weights_and_torchs_generator_is_left_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_maps_and_the_frozen_twin(dtype):
-    network = build_network(config(with_maps), 5, 0, keeps_maps=True).train()
+    network = build(with_maps, keeps_maps=True).train()
     images = torch.rand(4, 3, 6, 6)
     network(images)  # moves the statistics
     out = network.eval()(images)
@@ -113,21 +104,21 @@ def test_features_maps_and_the_frozen_twin(dtype):
 )  # fmt: skip
 def test_what_is_no_backbone_is_one_line(factory, words):
     with pytest.raises(UserError, match=words):
-        build_network(config(factory), 5, 0)
+        build(factory)
 
 
 def test_features_that_are_not_pooled_and_maps_that_are_missing_are_named():
-    network = build_network(config(lambda: Plain(pooled=False)), 5, 0)
+    network = build(lambda: Plain(pooled=False))
     with pytest.raises(UserError, match=r"features are \[2, 3, 6, 6\], not \[2, 3\]; pool"):
         network(torch.rand(2, 3, 6, 6))
     with pytest.raises(UserError, match="reads the stages' maps"):
-        build_network(config(plain), 5, 0, keeps_maps=True)(torch.rand(2, 3, 6, 6))
+        build(plain, keeps_maps=True)(torch.rand(2, 3, 6, 6))
 
 
 def test_a_network_that_does_not_take_the_images_is_named_before_a_directory_is_made(fastil, tmp_path):
     (tmp_path / "net.py").write_text(NETWORK.replace("widths = (3,", "widths = (1,"))
     done = fastil("run", *SETTINGS, "model=net.py:backbone", "--out", "run")
-    assert_user_error(done, "fails on images [1, 3, 8, 8]", "RuntimeError")
+    assert_user_error(done, "fails on images [2, 3, 8, 8]", "RuntimeError")
     assert not (tmp_path / "run").exists()
 
 

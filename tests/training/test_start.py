@@ -14,7 +14,6 @@ import fastil
 from fastil.data import DataConfig, load_dataset
 from fastil.errors import UserError
 from fastil.methods import METHODS
-from fastil.models import FACTORIES
 
 SETTINGS = {"epochs": 2, "base_epochs": 3, "batch_size": 64, "classes": 6, "base_classes": 4, "increment": 2}
 COSINE = {"head": "cosine", "last_relu": False, "loss": "softmax"}
@@ -26,11 +25,10 @@ PREDICTORS = {
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    before = set(METHODS), set(FACTORIES)
+    before = set(METHODS)
     yield
-    for known, names in zip((METHODS, FACTORIES), before, strict=True):
-        for name in set(known) - names:
-            del known[name]
+    for name in set(METHODS) - before:
+        del METHODS[name]
 
 
 @pytest.fixture(scope="module", params=PREDICTORS)
@@ -142,7 +140,6 @@ def test_a_method_and_a_network_of_a_script_go_in_as_they_are_and_again_after_be
         assert run.results.method == "halved"
     assert (tmp_path / "0/metrics.jsonl").read_text() != (tmp_path / "1/metrics.jsonl").read_text()
     assert len(run.network().class_names) == 6
-    FACTORIES.clear()
     assert run.results.steps[1].classes_seen == 6
     with pytest.raises(UserError, match="code that a run directory names is not loaded; give model= here, too"):
         fastil.Run(tmp_path / "1").network()
@@ -167,7 +164,6 @@ def test_a_method_that_predicts_by_itself_is_given_to_a_run_again(tmp_path):
         wanted = network(images)
         pixels = (images.permute(0, 3, 1, 2) / 255 - network.mean) / network.std
         torch.testing.assert_close(wanted.log(), (-network.network(pixels).logits[:, :6]).log_softmax(1))
-        del METHODS["turned"]
         with pytest.raises(UserError, match="give method= here, too"):
             fastil.Run(tmp_path / "run").network()
         assert fastil.Run(tmp_path / "run").finished
@@ -224,7 +220,7 @@ def test_it_runs_in_a_thread(tmp_path):
     [
         ({"epoch": 3}, "unknown key epoch: did you mean epochs"), ({"epochs": "many"}, "epochs=many"),
         ({"lucir_lambda": 3.0}, "lucir_lambda=3.0: nothing reads it here"), ({"method": dict}, "method"),
-        ({"model": torch.nn.Identity()}, "give a function or a class"), ({"model": torch.nn.Identity}, "feature_dim"),
+        ({"model": torch.nn.Identity()}, "give a function with a name"), ({"model": torch.nn.Identity}, "feature_dim"),
         ({"method": "BiC"}, "did you mean bic"), ({"method": "mine.py"}, "write mine.py:NAME"),
         ({"model": "net.py"}, "write net.py:NAME"), ({"method": fastil.Method}, "write weigh"),
         ({"seed": True}, "seed=True: must be a number"),

@@ -405,7 +405,7 @@ def test_stopping_between_any_two_batches_and_going_on_gives_the_same_weights(st
 
     rest = make_trainer(images_of(), report=resumed_records.append)
     phase = make_phase(rest, method, ids)
-    rest.load_state_dict(saved["state"])
+    rest.load_state_dict(saved["state"], Path("last.pt"))
     rest.fit(phase, saved["epoch"], saved["batch"])
     for name, value in whole.student.state_dict().items():
         assert torch.equal(value, rest.student.state_dict()[name]), name
