@@ -73,7 +73,8 @@ def test_a_file_is_told_by_where_it_is_and_what_it_holds(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "same"),
     [
-        ("DEPTH = 2", "DEPTH = 3", False), ("mean((2, 3))", "amax((2, 3))", False), ("return Net()", "return Net( )", False),
+        ("DEPTH = 2", "DEPTH = 3", False), ("mean((2, 3))", "amax((2, 3))", False),
+        ("return Net()", "return Net( )", False),
         ("feature_dim = 3", "feature_dim = 4", False), ("DEPTH = 2", "DEPTH = 2  # layers\nepochs = 30", True),
         ("def backbone", "def main():\n    print(backbone)\n\ndef backbone", True),
     ],
