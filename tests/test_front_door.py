@@ -53,8 +53,9 @@ listed = dir(fastil)
 for module, names in {NAMES}.items():
     for name in names.split():
         getattr(getattr(fastil, module), name)
-missing = [n for n in fastil.__all__ if n not in listed or not hasattr(fastil, n)] + [n for n in fastil.data.__all__ if n not in dir(fastil.data)]
-assert not missing, missing
+assert set(fastil.__all__) <= set(listed)
+assert all(hasattr(fastil, name) for name in fastil.__all__)
+assert set(fastil.data.__all__) <= set(dir(fastil.data))
 assert fastil.data.Beton is fastil.Beton
 assert not hasattr(fastil, "__main__")
 assert not hasattr(fastil, "nothing")

@@ -124,8 +124,8 @@ def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
     """The groups apart by what they were run on: accuracies on other images have no place in one chart."""
     found: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for label, runs in groups.items():
-        found.setdefault(runs[0].images, {})[label] = runs
-    names = [next(iter(part.values()))[0].dataset for part in found.values()]
+        found.setdefault(runs[0].image_hashes, {})[label] = runs
+    names = [next(iter(part.values()))[0].dataset_name for part in found.values()]
     return {
         name if names.count(name) == 1 else f"{name} {images[0][:6]}, {images[1][:6]}": part
         for name, (images, part) in zip(names, found.items(), strict=True)
@@ -251,7 +251,7 @@ def protocol(label: str, runs: Sequence[Run]) -> str:
     classes = [", ".join(names[c] for c in members) for members in described.steps]
     listed = "".join(f"<li>step {k}: {escape(text)}</li>" for k, text in enumerate(classes))
     return (
-        f"<h3 class=run>{escape(label)}</h3><p class=soft>{escape(runs[0].dataset)}, class list "
+        f"<h3 class=run>{escape(label)}</h3><p class=soft>{escape(runs[0].dataset_name)}, class list "
         f"{escape(described.class_list_hash)}, seeds {seeds}</p>{plan}"
         f"<details><summary>Classes of each step</summary><ul>{listed}</ul></details>"
         f"<details><summary>Effective recipe</summary><pre>{escape(runs[0].recipe.dump())}</pre></details>"

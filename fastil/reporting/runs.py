@@ -82,18 +82,18 @@ class Run:
         return len(self.protocol.steps)
 
     @property
-    def dataset(self) -> str:
+    def dataset_name(self) -> str:
         return self.protocol.dataset.name
 
     @property
-    def images(self) -> tuple[str, str]:
+    def image_hashes(self) -> tuple[str, str]:
         """Hashes of the training and the test images."""
         return self.protocol.dataset.train.sha256, self.protocol.dataset.val.sha256
 
     def confusion(self, step: int = -1) -> NDArray[np.int64]:
         """The confusion matrix of a step, -1 for the last one: int64 [seen, seen], rows are true classes in incremental
         order."""
-        step = self.step(step)
+        step = self._step(step)
         path = self.path / f"confusion/step_{step}.npy"
         try:
             matrix: NDArray[np.int64] = np.load(path)
@@ -109,7 +109,7 @@ class Run:
         `class_names`."""
         from fastil.reporting.classifier import load_classifier
 
-        return load_classifier(self.path, self.recipe, self.protocol, self.step(step))
+        return load_classifier(self.path, self.recipe, self.protocol, self._step(step))
 
     def predict(self, paths: PathLike | Iterable[PathLike], step: int = -1) -> list[dict[str, float]]:
         """For each image file the probability of each class seen, the likeliest first."""
@@ -125,7 +125,7 @@ class Run:
             found.append({network.class_names[c]: row[c] for c in order})
         return found
 
-    def step(self, step: int) -> int:
+    def _step(self, step: int) -> int:
         """A finished step by its number; negative ones count from the last."""
         finished = len(self.results.steps)
         if not -finished <= step < finished:
@@ -158,7 +158,9 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     modified, if a number was published for the recipe, and otherwise method, model and the keys in which runs of a
     recipe differ, where they are not as the recipe has them."""
     groups: dict[str, list[Run]] = {}
-    identities = [run.recipe.identity(seed=False) | {"images": f"{run.dataset} {run.images[0][:6]}"} for run in runs]
+    identities = [
+        run.recipe.identity(seed=False) | {"images": f"{run.dataset_name} {run.image_hashes[0][:6]}"} for run in runs
+    ]
     for run, identity in zip(runs, identities, strict=True):
         same_recipe = [i for i, other in zip(identities, runs, strict=True) if other.recipe.name == run.recipe.name]
         own = shipped(run.recipe.name)
