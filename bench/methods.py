@@ -22,10 +22,10 @@ from bench.harness import ratio, save, spread, take_turns
 from bench.train_step import BATCH, CLASSES, COUNTS, NUM_OLD, TRANSFORM, compiled_trainer
 from fastil.data import Batch, Split
 from fastil.device import pick_device
-from fastil.methods import MetaAlpha, StepContext, build_method
+from fastil.methods import MetaAlpha, StepContext
 from fastil.methods.meta import UpdateContext
 from fastil.methods.tpcil import Tpcil
-from fastil.models import Output, build_network
+from fastil.models import Output
 from fastil.optimiser import Update
 from fastil.plan import EpochPlan, Key, training_plan
 from fastil.recipe import Recipe, load
@@ -48,9 +48,7 @@ class Contestant:
     def __init__(self, recipe: Recipe, trainer: Trainer, device: torch.device) -> None:
         self.recipe, self.trainer = recipe, trainer
         width = trainer.student.width
-        self.method = build_method(
-            recipe.method, recipe.loss, recipe.of_methods, width=width, num_classes=CLASSES, device=device
-        )  # fmt: skip
+        self.method = recipe.build_method(width, CLASSES, device)
         self.method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
         if isinstance(self.method, Tpcil):  # a graph of all classes
             ages = torch.zeros(width, width, dtype=torch.int64)
@@ -145,8 +143,7 @@ def contestants(device: torch.device) -> dict[str, Contestant]:
 
 
 def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
-    maps = recipe.procedure.reads_maps
-    student, teacher = (build_network(recipe.model, CLASSES, seed, keeps_maps=maps).to(device) for seed in (0, 1))
+    student, teacher = (recipe.build_network(CLASSES, seed).to(device) for seed in (0, 1))
     for network in (student, teacher):
         network.head.open_rows(0, CLASSES, torch.Generator().manual_seed(0))
     pixels = np.random.default_rng(0).integers(0, 256, (STEPS * BATCH, 32, 32, 3), dtype=np.uint8)

@@ -4,7 +4,6 @@ python examples/predict.py DIR IMAGE        (DIR as for `fastil run folder --dat
 """
 
 import sys
-from pathlib import Path
 
 import fastil
 
@@ -12,7 +11,7 @@ import fastil
 def main(data: str, image: str, out: str = "runs/predict") -> dict[str, float]:
     """Train, unless that is done, and return the probability of each class, the likeliest first."""
     settings = {"model": "resnet8", "size": 32, "base_epochs": 5, "epochs": 5}
-    run = fastil.Run(out) if Path(out).exists() else fastil.run("folder", data, out, **settings)
+    run = fastil.run("folder", data, out, resume=True, **settings)  # goes on where it stopped, or is done already
     print(f"average incremental accuracy {run.results.average_incremental_accuracy:.2f}")
     (probabilities,) = run.predict([image])
     return probabilities

@@ -9,32 +9,23 @@
 ... class Mine(fastil.Method): ...
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastil.lazily import names_from
 
 if TYPE_CHECKING:
     from fastil.data.formats.beton import Beton
     from fastil.data.loaders.choose import make_loader
+    from fastil.errors import UserError
     from fastil.methods import Method, register
     from fastil.reporting.runs import Run
     from fastil.training.start import run
+    from fastil.version import __version__
 
-# Imported when asked for: torch takes seconds, which `fastil --help` should not.
-_HOMES = {
+
+__getattr__, __dir__ = names_from(__name__, {
     "Beton": "data.formats.beton", "make_loader": "data.loaders.choose", "Method": "methods", "register": "methods",
-    "run": "training.start", "Run": "reporting.runs",
-}  # fmt: skip
+    "run": "training.start", "Run": "reporting.runs", "UserError": "errors", "__version__": "version",
+})  # fmt: skip
 
-__all__ = ["Beton", "Method", "Run", "__version__", "make_loader", "register", "run"]
-__version__: str
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("fastil")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__all__ = ["Beton", "Method", "Run", "UserError", "__version__", "make_loader", "register", "run"]

@@ -64,34 +64,22 @@ def run(
     ] = None,
 ) -> None:
     """Train one recipe."""
-    from fastil.device import keep_freed_memory
     from fastil.recipe import load
     from fastil.reporting.fidelity import had_published
-    from fastil.reporting.runs import Run
-    from fastil.training.experiment import Experiment
-    from fastil.training.start import out_of
-    from fastil.training.trainer import Stopped
+    from fastil.training.start import Interrupted, train
 
-    loaded = load(recipe, overrides or [], data=data, val=val)
-    folder = out_of(loaded, out)
-    keep_freed_memory()
-    experiment = Experiment(loaded, folder, resume, base)
     try:
-        results = experiment.run()
-    except Stopped:
-        say(f"stopped; the same command with --resume goes on ({folder})", sys.stderr)
-        raise typer.Exit(128 + (experiment.interrupt.number or 0)) from None
-    finally:
-        experiment.close()
-    say(
-        f"average incremental accuracy {results.average_incremental_accuracy:.2f}, final top-1 {results.final_top1:.2f}"
-    )
-    shown = Run(folder).recipe
-    if shown.published is not None:
-        say(f"published: average incremental accuracy {shown.published:.2f}")
-    elif had_published(shown):
-        say(f"{shown.fidelity}; the paper's number is of another experiment")
-    say(f"results, figures and checkpoints: {folder}")
+        done = train(load(recipe, overrides or [], data=data, val=val), out, resume, base)
+    except Interrupted as stop:
+        say(str(stop), sys.stderr)
+        raise typer.Exit(128 + stop.number) from None
+    average, final = done.results.average_incremental_accuracy, done.results.final_top1
+    say(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
+    if done.recipe.published is not None:
+        say(f"published: average incremental accuracy {done.recipe.published:.2f}")
+    elif had_published(done.recipe):
+        say(f"{done.recipe.fidelity}; the paper's number is of another experiment")
+    say(f"results, figures and checkpoints: {done.path}")
 
 
 @app.command()

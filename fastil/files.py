@@ -5,7 +5,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -84,6 +84,17 @@ def load(path: Path, device: "torch.device") -> dict[str, Any]:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise UserError(f"{path}: not a whole checkpoint ({reason}); remove it to start the run anew") from None
     return state
+
+
+def load_weights(module: "torch.nn.Module", weights: Mapping[str, Any], path: Path) -> None:
+    """Put the weights of a file into a network. Raises UserError where they are of another one."""
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{path}: its weights are of another network; give the code that they were trained with ({found})"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -139,22 +139,31 @@ class Update:
 
     def moving(self) -> list[Tensor | None]:
         """Which elements of each parameter the gradients that lie there will move, as bool tensors; None: all."""
-        masks = [self.trainable.get(p) for p in self.parameters]
-        if self.clamp is None:
-            return masks
-        free = [p.grad.abs() <= self.clamp for p in self.parameters if p.grad is not None]
-        return [f if mask is None else f & mask for f, mask in zip(free, masks, strict=True)]
+        masks = []
+        for parameter in self.parameters:
+            mask = self.trainable.get(parameter)
+            if parameter.grad is None:  # the loss does not depend on it
+                mask = torch.zeros_like(parameter, dtype=torch.bool)
+            elif self.clamp is not None:
+                free = parameter.grad.abs() <= self.clamp
+                mask = free if mask is None else free & mask
+            masks.append(mask)
+        return masks
 
     def passed_through(self, moving: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """J^T v for each parameter, J the derivative of the update in the gradients: -lr v, and 0 on elements that do
-        not move. Momentum and decay add to the update and not to its derivative."""
-        scaled = [-self.lr * v for v in vectors if v is not None]
+        not move. Momentum and decay add to the update and not to its derivative. A vector that is None is 0."""
+        pairs = zip(self.parameters, vectors, strict=True)
+        scaled = [torch.zeros_like(p) if v is None else -self.lr * v for p, v in pairs]
         return [v if mask is None else torch.where(mask, v, 0.0) for v, mask in zip(scaled, moving, strict=True)]
 
-    def formula(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters after `apply`, differentiable in the gradients."""
+    def formula(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """The parameters after `apply`, differentiable in the gradients; one without a gradient stays as it is."""
         moved = []
         for parameter, buffer, gradient in zip(self.parameters, self.buffers, gradients, strict=True):
+            if gradient is None:
+                moved.append(parameter.detach())
+                continue
             clamped = gradient if self.clamp is None else gradient.clamp(-self.clamp, self.clamp)
             velocity = self.momentum * buffer + clamped + self.weight_decay * parameter.detach()
             new = parameter.detach() - self.lr * velocity

@@ -1,44 +1,67 @@
-"""Code from outside the package that a command names: module:attribute or path/to/file.py:attribute."""
+"""Code from outside the package: module:NAME or path/to/file.py:NAME in a command, or an object in one's own script."""
 
+import ast
 import hashlib
 import importlib
-import importlib.util
+import inspect
+import json
+import os
 import sys
+import sysconfig
+import textwrap
 import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from fastil.errors import UserError
 
+T = TypeVar("T")
+
+# Code that lies here is not the user's own.
+LIBRARIES = (
+    *{f"{sysconfig.get_path(kind)}{os.sep}" for kind in ("stdlib", "platstdlib", "purelib", "platlib")},
+    f"{Path(__file__).parent}{os.sep}",
+    "<frozen",
+)
+
 
 def attribute(setting: str) -> Any:
-    """What a setting KEY=module:attribute or KEY=path/to/file.py:attribute names; its module is imported. Raises
-    UserError for what is not there and for whatever the code raises."""
-    place, _, name = setting.partition("=")[2].rpartition(":")
-    if place.endswith(".py") and not Path(place).is_file():
+    """What a setting KEY=module:NAME or KEY=path/to/file.py:NAME names; its module is imported, and a file is read
+    again once it has changed. Raises UserError for what is not there and for whatever the code raises."""
+    key, _, written = setting.partition("=")
+    place, _, name = written.rpartition(":")
+    if not name.isidentifier() or not (place.endswith(".py") or all(map(str.isidentifier, place.split(".")))):
+        raise UserError(f"{setting}: write {key}=module:NAME or {key}=path/to/file.py:NAME")
+    if place.endswith(".py") and not os.path.isfile(place):
         raise UserError(f"{setting}: no file {place}")
-    module = imported(setting, partial(_module, place))
+    try:
+        module = imported(setting, partial(_module, place))
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, ModuleNotFoundError) and f"{place}.".startswith(f"{cause.name}."):
+            raise UserError(f"{setting}: no module {place}; for a file write path/to/file.py:NAME") from cause
+        raise
     if not hasattr(module, name):
         raise UserError(f"{setting}: {place} has no {name}")
     return getattr(module, name)
 
 
-def imported(setting: str, load: Callable[[], Any]) -> Any:
-    """What `load` returns. Whatever the user's code raises becomes one line, with the place where it happened."""
+def imported(setting: str, load: Callable[[], T]) -> T:
+    """What `load` returns. Whatever the user's code raises becomes one line, with the last place in that code."""
     try:
         return load()
+    except UserError:
+        raise
     except SyntaxError as error:
-        raise UserError(f"{setting}: {error.filename}, line {error.lineno}: {error.msg}") from None
+        raise UserError(f"{setting}: {error.filename}, line {error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:
-        module = setting.partition("=")[2].rpartition(":")[0]
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise UserError(f"{setting}: no module {module}; for a file write path/to/file.py:NAME") from None
-        last = traceback.extract_tb(error.__traceback__)[-1]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARIES)]
+        place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{setting}: {last.filename}, line {last.lineno}: {said}") from None
+        raise UserError(f"{setting}: {place}{said}") from error
 
 
 def _module(place: str) -> ModuleType:
@@ -48,16 +71,55 @@ def _module(place: str) -> ModuleType:
             sys.path.append(here)
         return importlib.import_module(place)
     path = Path(place).resolve()
-    name = f"fastil_outside_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    content = path.read_bytes()
+    name = f"fastil_outside_{path.stem}_{hashlib.sha256(bytes(path) + content).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    module = sys.modules[name] = ModuleType(name)  # dataclasses look their module up there
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(content, path, "exec"), vars(module))
     except BaseException:
         del sys.modules[name]
         raise
     return module
+
+
+def source_hash(thing: Any) -> str | None:
+    """sha256 of the source of a class or function, and of the user's functions, classes and constants that it names,
+    so that a run knows the code that it was made with. None where there is no source, as in `python -c`."""
+    found: dict[str, str] = {}
+    if isinstance(thing, partial):
+        found["arguments"], thing = repr((thing.args, thing.keywords)), thing.func
+    try:
+        _add_source("", thing, found)
+    except (OSError, TypeError, ValueError, SyntaxError):
+        return None
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _add_source(name: str, thing: Any, found: dict[str, str]) -> None:
+    text = found[name] = textwrap.dedent(inspect.getsource(thing))
+    nodes = list(ast.walk(ast.parse(text)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    around = dict(vars(sys.modules[thing.__module__]))
+    for function in filter(inspect.isfunction, (thing, *vars(thing).values())):
+        around |= inspect.getclosurevars(function).nonlocals
+    for word in {node.id for node in names} - bound:
+        value = around.get(word)
+        parts = value if isinstance(value, tuple) else (value,)
+        if word in found:
+            continue
+        if (inspect.isclass(value) or inspect.isfunction(value)) and _is_users(value):
+            _add_source(word, value, found)
+        elif all(isinstance(part, bool | int | float | str) for part in parts):
+            found[word] = repr(value)
+
+
+def _is_users(thing: Any) -> bool:
+    try:
+        return not str(inspect.getsourcefile(thing) or LIBRARIES[0]).startswith(LIBRARIES)
+    except TypeError:  # written in C
+        return False

@@ -4,12 +4,13 @@ A recipe is a YAML file of keys with a `base:` parent, `description`, `published
 percent) and `fidelity`. Every key of every part is set at the top level, in the file or as KEY=VALUE.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,6 +19,7 @@ import pydantic
 import torch
 import yaml
 
+from fastil import outside
 from fastil.data import DataConfig
 from fastil.device import Precision, settle_precision
 from fastil.errors import UserError
@@ -34,8 +36,10 @@ from fastil.methods import (
     check_parts,
     configs_of,
     find,
+    installed,
+    name_of,
 )
-from fastil.models import ModelConfig, find_factory
+from fastil.models import ModelConfig, Network, build_network, find_factory
 from fastil.optimiser import TrainConfig
 from fastil.plan import SamplerConfig
 from fastil.protocol import ProtocolConfig
@@ -99,15 +103,37 @@ class Recipe:
     train: TrainConfig
     of_methods: Mapping[str, Any]  # the validated `Config` of each method, by the method
     foreign: Mapping[str, Any]  # keys of a method whose code is not loaded
+    code: Mapping[str, Any]  # from outside, as far as it is loaded, by what `method` and `model` call it
+    sources: Mapping[str, str | None]  # sha256 of the source of that code, by `method` and `model`
 
     @property
     def procedure(self) -> type[Method]:
         """The class of the method. UserError where a run directory names code that this command does not."""
-        if self.method.method not in METHODS:
+        if self._procedure is None:
             raise UserError(
                 f"method={self.method.method}: code that a run directory names is not loaded; give method= here, too"
             )
-        return METHODS[self.method.method]
+        return self._procedure
+
+    @property
+    def _procedure(self) -> type[Method] | None:
+        return _method_of(self.method.method, self.code)
+
+    @property
+    def predicts_by_method(self) -> bool:
+        """Whether the method makes scores of its own out of logits, as far as its code is known."""
+        return self._procedure is not None and self._procedure.predict is not Method.predict
+
+    def build_method(self, width: int, num_classes: int, device: torch.device) -> Method:
+        """The method of a run, for a network of this width."""
+        make = partial(self.procedure, self.method, self.loss, width, device, self.of_methods, num_classes)
+        return outside.imported(f"method={self.method.method}", make)
+
+    def build_network(self, num_classes: int, seed: int) -> Network:
+        """The network of a run. UserError where a run directory names code that this command does not."""
+        maps = self._procedure is not None and self._procedure.reads_maps
+        factory = self.code.get(self.model.model)
+        return build_network(self.model, num_classes, seed, factory=factory, keeps_maps=maps)
 
     @property
     def holds_out(self) -> bool:
@@ -155,7 +181,8 @@ class Recipe:
         """The keys that decide what is trained; None for those that nothing reads beside the others."""
         ignored = RUNTIME_KEYS if seed else RUNTIME_KEYS | {"seed"}
         keys = {key: value for key, value in self.keys().items() if key not in ignored}
-        return {key: None if self.reader(key) else value for key, value in keys.items()}
+        code = {f"code of {key}": value[:12] for key, value in self.sources.items() if value is not None}
+        return {key: None if self.reader(key) else value for key, value in keys.items()} | code
 
     def reader(self, key: str) -> str | None:
         """A setting that would make this recipe read the key, where it does not."""
@@ -163,7 +190,7 @@ class Recipe:
         if owner is not None or key == "temperature":
             if self._read_by_method is None or key in self._read_by_method:
                 return None
-            return "method=il_baseline" if owner is None else METHODS[owner].to_read(key)
+            return "method=il_baseline" if owner is None else METHODS.get(owner, self.procedure).to_read(key)
         for prefix, (reads, advice) in READERS.items():
             if key.startswith(prefix) and key not in self.foreign:
                 return None if reads(self.keys()) else advice
@@ -172,8 +199,7 @@ class Recipe:
     @cached_property
     def _read_by_method(self) -> set[str] | None:
         """None: not known, because its code is not loaded."""
-        known = METHODS.get(self.method.method)
-        return None if known is None else known.reads(self.keys())
+        return None if self._procedure is None else self._procedure.reads(self.keys())
 
     def differences(self) -> dict[str, Any] | None:
         """The settings that differ from those of fastil's own recipe of this name, but for the seed, the runtime keys
@@ -196,6 +222,7 @@ class Recipe:
             "description": self.description,
             "published": self.published,
             "fidelity": self.fidelity,
+            **{f"{key}_source": value for key, value in self.sources.items()},
         }
         return yaml.safe_dump(head | self.keys(), sort_keys=False)
 
@@ -222,19 +249,27 @@ def shipped(name: str) -> Recipe | None:
 
 def load(name: str, overrides: Iterable[str] | Keys = (), **paths: str | None) -> Recipe:
     """A recipe by name, or by the path of a YAML file, with KEY=VALUE overrides, or a dictionary of them; paths: the
-    keys `data` and `val`. What `method` and `model` name outside the package is imported."""
+    keys `data` and `val`. What `method` and `model` name outside the package is imported; a dictionary may hold the
+    class and the function themselves."""
     if isinstance(overrides, dict):
         written, given = {key: f"{key}={value}" for key, value in overrides.items()}, overrides
     else:
         written = {override.partition("=")[0]: override for override in overrides}
         given = {key: _parsed(override) for key, override in written.items()}
     values = _read(name) | given | {key: path for key, path in paths.items() if path is not None}
-    find(_method_in(values))
-    find_factory(str(values.get("model")))
-    keys = _parts_of(_configs(_method_in(values)))
+    method = values.get("method", MethodConfig.method)
+    procedure = find(method if isinstance(method, type) else str(method))
+    values["method"] = name_of(procedure) if isinstance(method, type) else str(method)
+    given_model, factory = find_factory(values.get("model", ModelConfig.model))
+    values["model"] = given_model
+    outer: dict[str, Any] = {"method": procedure} if values["method"] not in BUILT_IN else {}
+    outer |= {} if factory is None else {"model": factory}
+    code = {values[key]: thing for key, thing in outer.items()}
+    sources = {key: outside.source_hash(thing) for key, thing in outer.items()}
+    keys = _parts_of(PARTS | configs_of(values["method"], procedure))
     for key in given:
         _known(key, keys)
-    recipe = _build(Path(name).stem, values)
+    recipe = _build(Path(name).stem, values, code, sources)
     try:
         if recipe.method.method not in BUILT_IN:
             recipe.dump()
@@ -258,8 +293,8 @@ def _parsed(override: str) -> Any:
         raise UserError(f"{override}: the value is not valid YAML; quote it") from None
 
 
-def read_effective(path: Path) -> Recipe:
-    """The recipe.yaml of a run directory."""
+def read_effective(path: Path, code: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe.yaml of a run directory. code: from outside, for what the recipe calls it; nothing is imported."""
     try:
         text = path.read_text()
         values = yaml.safe_load(text)
@@ -270,8 +305,10 @@ def read_effective(path: Path) -> Recipe:
             values["precision"] = _older_auto(path.parent, str(values["device"]))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
-    loaded = find(_method_in(values), named=False) is not None
-    return _build(name, values, foreign=not loaded)
+    with contextlib.suppress(UserError):  # it must stay readable without what is broken
+        installed(str(values.get("method")))
+    sources = {key: values.pop(f"{key}_source", None) for key in ("method", "model")}
+    return _build(name, values, code or {}, {key: str(value) for key, value in sources.items() if value is not None})
 
 
 def _older_auto(run: Path, device: str) -> Precision:
@@ -286,8 +323,10 @@ def _older_auto(run: Path, device: str) -> Precision:
     return "fp32" if str(name).startswith("CPU") else "bf16"
 
 
-def _method_in(values: Keys) -> str:
-    return str(values.get("method", MethodConfig.method))
+def _method_of(name: str, code: Mapping[str, Any]) -> type[Method] | None:
+    """None: it comes from outside and is not loaded."""
+    method: type[Method] | None = code.get(name, METHODS.get(name))
+    return method
 
 
 def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -314,25 +353,23 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{name}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{name}: a recipe is a mapping of keys to values")
-    parent = values.pop("base", None)
     values = {str(key): value for key, value in values.items()}
+    for key, kinds in (("base", (".yaml", ".yml")), ("method", (".py",)), ("model", (".py",))):
+        place, colon, attribute = str(values.get(key)).partition(":")
+        if place.endswith(kinds) and name not in names():  # a path, from the folder of this file
+            values[key] = f"{Path(name).parent / place}{colon}{attribute}"
+    parent = values.pop("base", None)
     if parent is None:
         return values
     # What was published belongs to the very recipe that says so, not to those that derive from it.
     parent = str(parent)
-    if parent.endswith((".yaml", ".yml")) and name not in names():  # a path, from the folder of this file
-        parent = str(Path(name).parent / parent)
     return {key: value for key, value in _read(parent, (*children, name)).items() if key != "published"} | values
-
-
-def _configs(method: str) -> dict[str, type]:
-    """The classes of all keys of a recipe with this method, by part."""
-    return PARTS | configs_of(method)
 
 
 def _parts_of(configs: Mapping[str, type]) -> dict[str, str]:
     """The part that each key belongs to. UserError where a method from outside has a key that is taken."""
-    parts = dict.fromkeys(("recipe", "description", "published", "fidelity", "base"), "")
+    heads = ("recipe", "description", "published", "fidelity", "base", "method_source", "model_source")
+    parts = dict.fromkeys(heads, "")
     for part, config in configs.items():
         for field in dataclasses.fields(config):
             if parts.setdefault(field.name, part) != part:
@@ -348,24 +385,29 @@ def _known(key: str, keys: Mapping[str, str]) -> str:
     raise UserError(f"unknown key {key}: {hint}")
 
 
-def _build(name: str, values: Keys, *, foreign: bool = False) -> Recipe:
-    """foreign: the method is not loaded, so that unknown keys may be its own."""
+def _build(name: str, values: Keys, code: Mapping[str, Any], sources: Mapping[str, str | None]) -> Recipe:
+    """code: what of it is loaded; without the method's, unknown keys may be its own."""
     description = str(values.pop("description", ""))
     published = values.pop("published", None)
     if published is not None and (type(published) not in (int, float) or not 0 <= published <= 100):
         raise UserError(f"published={published}: must be a percentage")
     fidelity = str(values.pop("fidelity", ""))
-    configs = _configs(_method_in(values))
+    method = str(values.get("method", MethodConfig.method))
+    procedure = _method_of(method, code)
+    configs = PARTS | configs_of(method, procedure)
     keys = _parts_of(configs)
-    unknown = {key: values.pop(key) for key in list(values) if foreign and key not in keys}
+    unknown = {key: values.pop(key) for key in list(values) if procedure is None and key not in keys}
     parts: dict[str, Keys] = {part: {} for part in configs}
     for key, value in values.items():
         parts[keys[_known(key, keys)]][key] = value
     built = {part: _validate(config, parts[part]) for part, config in configs.items()}
     own = {part: built.pop(part) for part in configs if part not in PARTS}
-    if not foreign:
-        check_parts(built["method"], built["loss"], built["model"].head)
-    return Recipe(name, description, published, fidelity, of_methods=own, foreign=unknown, **built)
+    if procedure is not None:
+        check_parts(method, procedure, built["loss"], built["model"].head)
+    code = {name: thing for name, thing in code.items() if name in (method, built["model"].model)}
+    return Recipe(
+        name, description, published, fidelity, of_methods=own, foreign=unknown, code=code, sources=sources, **built
+    )
 
 
 def _validate(config: type, values: dict[str, Any]) -> Any:

@@ -34,3 +34,31 @@ def test_importing_it_loads_neither_torch_nor_numpy():
 def test_the_command_says_its_version(forks, tmp_path, module):
     done = forks.run(["-m", module, "--version"], tmp_path, environment())
     assert (done.returncode, done.stdout) == (0, f"fastil {version('fastil')}\n")
+
+
+NAMES = {  # public, by module
+    "protocol": "class_order imagenet_subset Protocol", "memory": "herd", "plan": "EpochPlan",
+    "losses": "log_prior balanced_cross_entropy distillation separated_cross_entropy less_forget margin_ranking "
+    "pod_spatial pod_flat nca",
+    "kernels": "incremental_loss incremental_loss_grad herd augment BalancedSoftmaxLoss IncrementalLoss",
+    "data": "Beton make_loader",
+}  # fmt: skip
+
+
+def test_every_public_name_is_there_after_import_fastil_alone_and_is_listed():
+    """In a process that has imported nothing else of fastil."""
+    code = f"""
+import fastil
+listed = dir(fastil)
+for module, names in {NAMES}.items():
+    for name in names.split():
+        getattr(getattr(fastil, module), name)
+assert set(fastil.__all__) <= set(listed)
+assert all(hasattr(fastil, name) for name in fastil.__all__)
+assert set(fastil.data.__all__) <= set(dir(fastil.data))
+assert fastil.data.Beton is fastil.Beton
+assert not hasattr(fastil, "__main__")
+assert not hasattr(fastil, "nothing")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -117,3 +117,28 @@ def test_momentum_is_forgotten_in_place():
     update.reset()
     assert all((buffer == 0).all() for buffer in update.buffers)
     assert [buffer.data_ptr() for buffer in update.buffers] == pointers
+
+
+@pytest.mark.parametrize("clamp", [None, 0.4])
+def test_a_parameter_without_a_gradient_neither_moves_nor_passes_anything_through(clamp):
+    """As the formula has it, by a Jacobian, and as torch's optimiser has it."""
+    found = parameters()
+    update = an_update(found, frozen=True, clamp=clamp)
+    give_gradients(found, 1)
+    found[1].grad = None
+    gradient, vector = found[0].grad.clone(), torch.randn_like(found[0])
+
+    def moved(values):
+        return update.formula([values, None])[0]
+
+    jacobian = torch.autograd.functional.jacobian(moved, gradient)
+    expected = torch.einsum("ab,abcd->cd", vector, jacobian)
+    first, second = update.passed_through(update.moving(), [vector, None])
+    torch.testing.assert_close(first, expected)
+    assert torch.equal(second, torch.zeros(5, dtype=torch.float64))
+    before = found[1].detach().clone()
+    wanted = update.formula([gradient, None])
+    update.apply()
+    assert torch.equal(found[1], before)
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0].detach(), wanted[0])

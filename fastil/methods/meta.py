@@ -196,7 +196,7 @@ class MetaAlpha:
             out = functional_call(network, (parameters, buffers), (images,))
             prior = self.classification.of_counts + log_alpha
             loss = self.method.formula(context.batch, out, context.teacher_out, prior)
-            gradients = torch.autograd.grad(loss, update.parameters, create_graph=True)
+            gradients = torch.autograd.grad(loss, update.parameters, create_graph=True, allow_unused=True)
             moved = {names[p]: new for p, new in zip(update.parameters, update.formula(gradients), strict=True)}
             held_out = functional_call(network, (parameters | moved, buffers), (held_images,))
             seen = torch.where(prior > -math.inf, 0.0, -math.inf).detach()

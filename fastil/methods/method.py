@@ -127,7 +127,7 @@ class Method:
         if cls.base is not None:
             return {"training": cls.base}
         own = {field.name: keys[field.name] for field in fields(cls.Config)} if cls.Config else {}
-        return {"training": cls.name} | own
+        return {"training": keys["method"]} | own
 
     @classmethod
     def held_out_share(cls, keys: Keys) -> float:
@@ -203,7 +203,14 @@ class Method:
         self.context = context
         self.classification.begin_step(context)
         self.freeze()
-        ce, kd = self.weigh(context)
+        found = self.weigh(context)
+        try:
+            ce, kd = map(float, found)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"method={self.config.method}: weigh returns {found!r}; return two numbers, the weights of "
+                "cross-entropy and of distillation"
+            ) from None
         self.ce_weight.fill_(ce)
         self.kd_weight.fill_(kd)
         in_kernel = 0.0 if self.classification.config.loss == "nca" else ce

@@ -4,7 +4,6 @@ A method from outside is a subclass of `Method`. What makes it known: `register`
 group `fastil.methods` in an installed package, `method=module:Class` or `method=path/to/file.py:Class` in a command.
 """
 
-import contextlib
 import difflib
 from dataclasses import is_dataclass
 from importlib.metadata import entry_points
@@ -22,53 +21,58 @@ GROUP = "fastil.methods"
 
 def register(method: M) -> M:
     """Make a method known as `method=NAME`, by its `name` or the name of its class in lower case. Also a decorator.
-    A class that is defined again, as in a notebook, takes the place of the old one. Raises ValueError for what is no
+    A class that is defined again, as in a notebook, takes the place of the old one. Raises UserError for what is no
     method, and if another class has that name."""
-    name = method.__dict__.get("name") or method.__name__.lower()
-    _checked(name, method)
-    place, before = f"{method.__module__}.{method.__qualname__}", METHODS.get(name, method)
-    if f"{before.__module__}.{before.__qualname__}" != place:
-        raise ValueError(f"register: method={name} is {before.__module__}.{before.__qualname__} already")
-    method.name = name
-    METHODS[name] = method
+    METHODS[name_of(find(method))] = method
     return method
 
 
-def find(name: str, *, named: bool = True) -> type[Method] | None:
-    """The method that a recipe names. named: by the user, just now; otherwise by a run directory, for which nothing is
-    imported but installed entry points: None if the method is not there. Raises UserError otherwise."""
-    if name in METHODS:
-        return METHODS[name]
-    entry = next((entry for entry in entry_points(group=GROUP) if entry.name == name), None)
-    if entry is not None:
-        with contextlib.nullcontext() if named else contextlib.suppress(UserError):
-            return known_as(name, outside.imported(f"method={name}", entry.load))
-        return None
-    if not named:
-        return None
-    if ":" in name:
-        return known_as(name, outside.attribute(f"method={name}"))
-    near = difflib.get_close_matches(name.lower(), METHODS, n=1)
+def name_of(method: type[Method]) -> str:
+    """What a class that is given itself is called. Raises UserError if another class has that name."""
+    known = METHODS.get(method.name, method)
+    if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+        raise UserError(
+            f"method={method.name}: is {known.__module__}.{known.__qualname__} already; give yours another `name`"
+        )
+    return method.name
+
+
+def find(given: Any) -> type[Method]:
+    """The method that the user means by a name, module:Class or path/to/file.py:Class, or by the class itself. Raises
+    UserError for what is not there and for what is no method."""
+    if not isinstance(given, str):
+        return _checked(given.__name__.lower() if isinstance(given, type) else repr(given), given)
+    known = installed(given)
+    if known is not None:
+        return known
+    if ":" in given:
+        return _checked(given, outside.attribute(f"method={given}"))
+    near = difflib.get_close_matches(given.lower(), METHODS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"methods are {', '.join(sorted(METHODS))}"
-    if name.endswith(".py"):
-        hint = f"write {name}:NAME, with the name of the class"
-    raise UserError(f"method={name}: unknown; {hint}")
+    if given.endswith(".py"):
+        hint = f"write {given}:NAME, with the name of the class"
+    raise UserError(f"method={given}: unknown; {hint}")
+
+
+def installed(name: str) -> type[Method] | None:
+    """A method of fastil, of `register` or of an entry point: what a run directory may name without that code of its
+    own is imported. Raises UserError for an entry point that is broken."""
+    if name not in METHODS:
+        entry = next((entry for entry in entry_points(group=GROUP) if entry.name == name), None)
+        if entry is None:
+            return None
+        METHODS[name] = _checked(name, outside.imported(f"method={name}", entry.load))
+    return METHODS[name]
 
 
 def _checked(name: str, found: Any) -> type[Method]:
+    """A class as the method of this name, which it takes if it has none."""
     if not isinstance(found, type) or not issubclass(found, Method):
         raise UserError(f"method={name}: is not a subclass of fastil.Method")
     if found.Config is not None and not is_dataclass(found.Config):
         raise UserError(f"method={name}: its Config is not a dataclass")
     if found.weigh is Method.weigh:
         raise UserError(f"method={name}: write weigh(self, context), the weights of cross-entropy and of distillation")
+    if not vars(found).get("name"):
+        found.name = name
     return found
-
-
-def known_as(name: str, found: Any) -> type[Method]:
-    """Make a class known under the name that a recipe has for it."""
-    method = _checked(name, found)
-    if not method.__dict__.get("name"):
-        method.name = name
-    METHODS[name] = method
-    return method

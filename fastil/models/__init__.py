@@ -2,26 +2,26 @@
 
 from fastil.models.folding import Folded
 from fastil.models.network import (
-    FACTORIES,
     MODELS,
+    Factory,
     ModelConfig,
     Network,
     Output,
     Outside,
-    add_factory,
     build_network,
+    check_backbone,
     find_factory,
 )
 
 __all__ = [
-    "FACTORIES",
     "MODELS",
+    "Factory",
     "Folded",
     "ModelConfig",
     "Network",
     "Output",
     "Outside",
-    "add_factory",
     "build_network",
+    "check_backbone",
     "find_factory",
 ]

@@ -5,6 +5,7 @@ bias. That is worked out in float32 once per step instead of once per batch, and
 in. The network itself stays as it is: checkpoints hold that one.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +18,8 @@ from fastil.models.network import Network, Output, Outside
 
 
 class Folded:
-    """What a network computes in eval mode as it was at the last `refresh`, to rounding, without gradients.
+    """What a network computes in eval mode as it was at the last `refresh`, to rounding, without gradients. A backbone
+    from outside is not copied, for nobody knows how it could be: it is run itself, with the weights that it has.
 
     network: the one to follow. dtype: of the folded convolutions and of the head, and of the images it takes. `fast` is
     called with batches of `full` images, `plain` with all others; both are the same module, `fast` maybe compiled.
@@ -31,7 +33,7 @@ class Folded:
 
     def __call__(self, images: Tensor) -> Output:
         """Features and logits of a batch, images [B, 3, H, W] in `dtype`; the output is in it, too."""
-        with torch.no_grad():
+        with torch.no_grad(), _in_eval_mode(self.plain):
             return (self.fast if len(images) == self.full else self.plain)(images)
 
     @torch.no_grad()
@@ -53,7 +55,7 @@ class Folded:
         own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
         for tensors in (self.plain.named_parameters(), self.plain.named_buffers()):
             for name, tensor in tensors:
-                if name not in done:
+                if name not in done and tensor is not own[name]:
                     tensor.copy_(own[name])
 
 
@@ -64,18 +66,36 @@ def _pairs(network: nn.Module) -> Iterator[tuple[str, Any, Any]]:
             yield f"{prefix}.{convolution}", part.get_submodule(convolution), part.get_submodule(normalisation)
 
 
+@contextlib.contextmanager
+def _in_eval_mode(twin: Network) -> Iterator[None]:
+    """Inside, a backbone that is the student's own is in eval mode."""
+    if not twin.backbone.training:
+        yield
+        return
+    twin.backbone.eval()
+    try:
+        yield
+    finally:
+        twin.backbone.train()
+
+
 def _without_normalisation(network: Network, dtype: torch.dtype) -> Network:
     """A copy whose folded convolutions have a bias, and an identity in the place of their normalisation."""
-    twin = copy.deepcopy(network).eval()
-    for part in twin.modules():
+    if isinstance(network.backbone, Outside):  # which casts for itself
+        twin = copy.deepcopy(network, {id(network.backbone): network.backbone})
+        copied: nn.Module = twin.head
+    else:
+        twin = copy.deepcopy(network)
+        copied = twin
+    for part in copied.modules():
         for name, normalisation in getattr(part, "normalised", {}).items():
             setattr(part, name, _with_bias(part.get_submodule(name)))
             setattr(part, normalisation, nn.Identity())
-    own = isinstance(twin.backbone, Outside)  # which casts for itself
-    for name, parameter in twin.named_parameters():
-        if parameter.ndim and not (own and name.startswith("backbone.")):  # a cosine head's scale stays in float32
+    for parameter in copied.parameters():
+        if parameter.ndim:  # a cosine head's scale stays in float32
             parameter.data = parameter.data.to(dtype)
-    return twin.requires_grad_(False)
+    copied.eval().requires_grad_(False)
+    return twin
 
 
 def _with_bias(old: Any) -> nn.Conv2d:

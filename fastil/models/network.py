@@ -9,7 +9,8 @@ import contextlib
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from fastil.models.resnet_cifar import ResNetCifar, ResNetRebuffi
 from fastil.models.resnet_imagenet import ResNet18
 
 MODELS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet32_rebuffi", "resnet18", "resnet18_pod")
-FACTORIES: dict[str, Callable[[], nn.Module]] = {}  # of backbones from outside, by module:factory
+Factory = Callable[[], nn.Module]  # of a backbone from outside
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Outside(nn.Module):
 
     def __init__(self, name: str, module: nn.Module, wants_maps: bool) -> None:
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise UserError(f"model={name}: returns {type(module).__name__}, not a torch.nn.Module")
+        if any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
+            raise UserError(f"model={name}: has lazy layers, such as LazyConv2d; give each layer its size")
         self.name, self.module, self.wants_maps = name, module, wants_maps
         width = getattr(module, "feature_dim", getattr(module, "num_features", None))
         if not isinstance(width, int):
@@ -127,15 +132,20 @@ class Network(nn.Module):
                 self.head.formula = before
 
 
-def build_network(config: ModelConfig, num_classes: int, seed: int, *, keeps_maps: bool = False) -> Network:
-    """The network of a recipe, initialised from the seed, channels-last, on the CPU. keeps_maps: see Network."""
+def build_network(
+    config: ModelConfig, num_classes: int, seed: int, *, factory: Factory | None = None, keeps_maps: bool = False
+) -> Network:
+    """The network of a recipe, initialised from the seed, channels-last, on the CPU. factory: of the backbone, where it
+    comes from outside. keeps_maps: see Network."""
     generator = torch.Generator().manual_seed(seed)
     name = config.model
     backbone: nn.Module
     with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator before `initialise`
         if ":" in name:
+            if factory is None:
+                raise UserError(f"model={name}: code that a run directory names is not loaded; give model= here, too")
             torch.default_generator.manual_seed(seed)
-            backbone = _from_outside(name, keeps_maps)
+            backbone = Outside(name, outside.imported(f"model={name}", factory), keeps_maps)
         elif name == "resnet32_rebuffi":
             backbone = ResNetRebuffi(config.last_relu, generator)
         elif name.startswith("resnet18"):
@@ -149,33 +159,39 @@ def build_network(config: ModelConfig, num_classes: int, seed: int, *, keeps_map
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def find_factory(name: str) -> Callable[[], nn.Module] | None:
-    """The backbone that a command names as module:factory, imported. None for those that come with fastil. Raises
-    UserError for what is not there.
+def find_factory(given: Any) -> tuple[str, Factory | None]:
+    """The value of `model` and the backbone from outside that it means, if it does: module:factory, imported, or the
+    function itself. Raises UserError for what is not there and for what is no function with a name.
 
     A name out of a run directory never comes here, so that reading a run runs no code that it names.
     """
-    if ":" in name and name not in FACTORIES:
-        FACTORIES[name] = outside.attribute(f"model={name}")
-    return FACTORIES.get(name)
-
-
-def add_factory(factory: Callable[[], nn.Module]) -> str:
-    """Make a backbone from outside known. Returns its name, module:factory, for `model=NAME`."""
-    if not hasattr(factory, "__qualname__"):
+    if not callable(given) and ":" not in str(given):
+        return given, None
+    if isinstance(given, str):
+        factory = outside.attribute(f"model={given}")
+        if not callable(factory):
+            raise UserError(f"model={given}: is no function or class that returns a backbone")
+        return given, factory
+    name = getattr(given, "__qualname__", "<lambda>")
+    if "<lambda>" in name:
+        called = "..."
+        if isinstance(given, partial):
+            arguments = [*map(repr, given.args), *(f"{key}={value!r}" for key, value in given.keywords.items())]
+            called = f"{getattr(given.func, '__qualname__', given.func)}({', '.join(arguments)})"
         raise UserError(
-            f"model: give a function or a class that returns a backbone, not {type(factory).__name__}: the run builds "
-            "it twice, from its seed"
+            f"model={type(given).__name__}: give a function with a name, for the run builds the backbone twice and a "
+            f"resume tells it by its source; write `def backbone(): return {called}`"
         )
-    name = f"{factory.__module__}:{factory.__qualname__}"
-    FACTORIES[name] = factory
-    return name
+    return f"{given.__module__}:{name}", given
 
 
-def _from_outside(name: str, wants_maps: bool) -> Outside:
-    if name not in FACTORIES:
-        raise UserError(f"model={name}: code that a run directory names is not loaded; give model= here, too")
-    module = outside.imported(f"model={name}", FACTORIES[name])
-    if not isinstance(module, nn.Module):
-        raise UserError(f"model={name}: returns {type(module).__name__}, not a torch.nn.Module")
-    return Outside(name, module, wants_maps)
+def check_backbone(network: Network, height: int, width: int) -> None:
+    """Raise UserError for a backbone from outside that does not take images of this size, or does not return what the
+    method reads."""
+    backbone, training = network.backbone, network.training
+    if not isinstance(backbone, Outside):
+        return
+    images = torch.zeros(2, 3, height, width, device=next(network.parameters()).device)
+    with torch.no_grad():
+        outside.imported(f"model={backbone.name}: fails on images {[*images.shape]}", partial(network.eval(), images))
+    network.train(training)

@@ -13,14 +13,15 @@ from fastil.data.loaders.frames import frame_of, resized
 from fastil.data.published import table
 from fastil.data.transforms import transforms
 from fastil.errors import UserError
-from fastil.methods import METHODS, Method
-from fastil.models import Network, build_network
+from fastil.methods import Method, StepContext
+from fastil.models import Network
 from fastil.nearest_mean import nearest_mean_scores
 from fastil.plan import Transform
 from fastil.recipe import Recipe
 from fastil.reporting.run_files import ProtocolFile
 
 CPU = torch.device("cpu")
+TOLERANCE = 1e-3  # by which rounding may leave the range of pixels
 
 
 class Classifier(nn.Module):
@@ -50,27 +51,33 @@ class Classifier(nn.Module):
         self.register_buffer("means", means, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.checked(images)
-        out = self.network((images - self.mean) / self.std)
+        out = self.network((self.checked(images) - self.mean) / self.std)
         scores: Tensor = out.scaled
         if self.means is not None:
             scores = nearest_mean_scores(out.features, self.means)
         elif self.method is not None:  # no module, so it stays on the CPU when this moves to a GPU
             scores = self.method.predict(scores.to(self.method.device)).to(scores.device)
-        return scores[:, : len(self.class_names)].softmax(1)
+        probabilities: Tensor = scores[:, : len(self.class_names)].float().softmax(1)
+        return probabilities
 
     def checked(self, images: Tensor) -> Tensor:
-        """As float [n, 3, h, w] in 0 to 1. Raises UserError for anything else: it would be classified, but wrongly."""
+        """As [n, 3, h, w] in 0 to 1, in the type of the weights. Raises UserError for anything else, which would be
+        classified, but wrongly; for values out of range only on a CPU and uncompiled: elsewhere the check would wait
+        for the device, or could not be exported."""
         height, width = self.transform.height, self.transform.width
-        if images.dtype == torch.uint8 and images.shape[1:] == (height, width, 3):
-            return images.permute(0, 3, 1, 2) / 255
-        good = images.is_floating_point() and images.shape[1:] == (3, height, width)
-        if not good or bool((images.amin() < 0) | (images.amax() > 1)):
+        dtype, shape = getattr(images, "dtype", None), tuple(getattr(images, "shape", ()))
+        good = isinstance(images, Tensor)
+        if good and dtype == torch.uint8 and shape[1:] == (height, width, 3):
+            return (images.permute(0, 3, 1, 2) / 255).to(self.mean.dtype)
+        good = good and images.is_floating_point() and shape[1:] == (3, height, width)
+        if good and images.device.type == "cpu" and not torch.compiler.is_compiling():
+            good = bool(((images >= -TOLERANCE) & (images <= 1 + TOLERANCE)).all())  # not so for NaN
+        if not good:
             raise UserError(
-                f"images are {images.dtype} {[*images.shape]}: give uint8 [n, {height}, {width}, 3], or float "
-                f"[n, 3, {height}, {width}] in 0 to 1"
+                f"images are {type(images).__name__} {dtype} {[*shape]}: give uint8 [n, {height}, {width}, 3], or "
+                f"float [n, 3, {height}, {width}] in 0 to 1, as a tensor"
             )
-        return images
+        return images.to(self.mean.dtype)
 
     def image(self, path: Path) -> NDArray[np.uint8]:
         """An image file, prepared as the test images of the run were, uint8 [h, w, 3]."""
@@ -90,19 +97,20 @@ class Classifier(nn.Module):
 def load_classifier(run: Path, recipe: Recipe, protocol: ProtocolFile, step: int) -> Classifier:
     """The classifier after a step, in eval mode, on the CPU. Raises UserError for what the run did not keep, and where
     it needs code that its directory names and nothing else does."""
-    state = files.load(run / f"checkpoints/step_{step}.pt", CPU)
-    network = build_network(recipe.model, len(protocol.class_order), 0)
-    network.load_state_dict(state)
+    network = recipe.build_network(len(protocol.class_order), 0)
+    weights = run / f"checkpoints/step_{step}.pt"
+    files.load_weights(network, files.load(weights, CPU), weights)
     method, means = None, None
-    path, predictor = run / f"checkpoints/predictor_{step}.pt", METHODS.get(recipe.method.method, Method).predict
+    path = run / f"checkpoints/predictor_{step}.pt"
     if path.exists():
         kept = files.load(path, CPU)
         means = kept.get("means")
         if means is None:
-            classes = len(protocol.class_order)
-            method = recipe.procedure(recipe.method, recipe.loss, network.width, CPU, recipe.of_methods, classes)
+            method = recipe.build_method(network.width, len(protocol.class_order), CPU)
+            if "counts" in kept:  # older versions did not keep the context
+                method.begin_step(StepContext(step, kept["num_old"], kept["num_seen"], kept["counts"].numpy()))
             method.load_state_dict(kept["method"])
-    elif recipe.evaluation.predictor == "nme" or predictor is not Method.predict:
+    elif recipe.evaluation.predictor == "nme" or recipe.predicts_by_method:
         raise UserError(f"{path}: missing, as in runs of older versions, which did not keep it; train the run again")
     names = [protocol.class_names[c] for classes in protocol.steps[: step + 1] for c in classes]
     transform = transforms(

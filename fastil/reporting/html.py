@@ -107,8 +107,8 @@ def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
     """The groups apart by what they were run on: accuracies on other images have no place in one chart."""
     found: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for label, runs in groups.items():
-        found.setdefault(runs[0].images, {})[label] = runs
-    names = [next(iter(part.values()))[0].dataset for part in found.values()]
+        found.setdefault(runs[0].image_hashes, {})[label] = runs
+    names = [next(iter(part.values()))[0].dataset_name for part in found.values()]
     return {
         name if names.count(name) == 1 else f"{name} {images[0][:6]}, {images[1][:6]}": part
         for name, (images, part) in zip(names, found.items(), strict=True)
@@ -215,7 +215,7 @@ def protocol(label: str, runs: Sequence[Run]) -> Protocol:
     lines = [[shown(value) for value in step.values()] for step in described.effective]
     return Protocol(
         label,
-        runs[0].dataset,
+        runs[0].dataset_name,
         described.class_list_hash,
         [run.results.seed for run in runs],
         Table(headings(described.effective[0]), lines) if lines else None,

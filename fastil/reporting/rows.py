@@ -52,7 +52,7 @@ def paired_gain(groups: dict[str, list[Run]]) -> list[str]:
 def _differ_in_loss_only(balanced: Run, softmax: Run) -> bool:
     a, b = balanced.recipe.identity(seed=False), softmax.recipe.identity(seed=False)
     return (
-        balanced.images == softmax.images
+        balanced.image_hashes == softmax.image_hashes
         and (a["loss"], b["loss"]) == ("balanced", "softmax")
         and all(a.get(key) == b.get(key) for key in a | b if key != "loss")
     )

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from fastil.device import Precision
 from fastil.errors import UserError
-from fastil.methods import Method, find, known_as
-from fastil.models import FACTORIES, find_factory
+from fastil.methods import BUILT_IN, Method, find
+from fastil.models import MODELS, find_factory
 from fastil.recipe import Recipe, read_effective, shipped
 from fastil.reporting.fidelity import MODIFIED, had_published, labelled
 from fastil.reporting.run_files import AGAIN, read_metrics, read_protocol, read_results
@@ -46,18 +46,22 @@ class Run:
         if not path.is_dir():
             raise UserError(f"{path}: no such run directory")
         recipe = read_effective(path / "recipe.yaml")
+        code: dict[str, Any] = {}
         if method is not None:
-            known_as(recipe.method.method, find(method) if isinstance(method, str) else method)
-            recipe = read_effective(path / "recipe.yaml")  # with its keys
-        factory = find_factory(model) if isinstance(model, str) else model
-        if factory is not None and ":" in recipe.model.model:
-            FACTORIES[recipe.model.model] = factory
+            code[recipe.method.method] = find(method)
+        if model is not None:
+            code[recipe.model.model] = model if callable(model) else find_factory(model)[1]
+        for name in code:
+            if name in (*BUILT_IN, *MODELS):
+                raise UserError(f"{path}: was run with {name}, which comes with fastil; leave method or model out")
+        if code:
+            recipe = read_effective(path / "recipe.yaml", code)  # with the keys of the method
         if not (path / "results.json").exists():
-            raise UserError(f"{path}: no results yet; let the run finish a step (--resume goes on)")
+            raise UserError(f"{path}: no results yet; let the run go on until a step is finished")
         self.results, self.protocol = read_results(path), read_protocol(path)
         seen = list(accumulate(len(classes) for classes in self.protocol.steps))
         if [step.classes_seen for step in self.results.steps] != seen[: len(self.results.steps)]:
-            raise UserError(f"{path}: results.json has other steps than protocol.json; run again with --resume")
+            raise UserError(f"{path}: results.json has other steps than protocol.json; let the run go on")
         self.recipe: Recipe = labelled(recipe, self.protocol)
 
     def __repr__(self) -> str:
@@ -80,18 +84,18 @@ class Run:
         return len(self.protocol.steps)
 
     @property
-    def dataset(self) -> str:
+    def dataset_name(self) -> str:
         return self.protocol.dataset.name
 
     @property
-    def images(self) -> tuple[str, str]:
+    def image_hashes(self) -> tuple[str, str]:
         """Hashes of the training and the test images."""
         return self.protocol.dataset.train.sha256, self.protocol.dataset.val.sha256
 
     def confusion(self, step: int = -1) -> NDArray[np.int64]:
         """The confusion matrix of a step, -1 for the last one: int64 [seen, seen], rows are true classes in incremental
         order."""
-        step = self.step(step)
+        step = self._step(step)
         path = self.path / f"confusion/step_{step}.npy"
         try:
             matrix: NDArray[np.int64] = np.load(path)
@@ -99,7 +103,7 @@ class Run:
         except (OSError, EOFError, ValueError):
             whole = False
         if not whole:
-            raise UserError(f"{path}: missing or damaged; run again in a new --out")
+            raise UserError(f"{path}: missing or damaged; train the run again in a new directory")
         return matrix
 
     def network(self, step: int = -1) -> "Classifier":
@@ -107,7 +111,7 @@ class Run:
         `class_names`."""
         from fastil.reporting.classifier import load_classifier
 
-        return load_classifier(self.path, self.recipe, self.protocol, self.step(step))
+        return load_classifier(self.path, self.recipe, self.protocol, self._step(step))
 
     def predict(self, paths: PathLike | Iterable[PathLike], step: int = -1) -> list[dict[str, float]]:
         """For each image file the probability of each class seen, the likeliest first."""
@@ -123,7 +127,7 @@ class Run:
             found.append({network.class_names[c]: row[c] for c in order})
         return found
 
-    def step(self, step: int) -> int:
+    def _step(self, step: int) -> int:
         """A finished step by its number; negative ones count from the last."""
         finished = len(self.results.steps)
         if not -finished <= step < finished:
@@ -170,7 +174,9 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     of several precisions would stand side by side."""
     one_precision([(run.path, run.recipe.precision) for run in runs], "report them apart")
     groups: dict[str, list[Run]] = {}
-    identities = [run.recipe.identity(seed=False) | {"images": f"{run.dataset} {run.images[0][:6]}"} for run in runs]
+    identities = [
+        run.recipe.identity(seed=False) | {"images": f"{run.dataset_name} {run.image_hashes[0][:6]}"} for run in runs
+    ]
     for run, identity in zip(runs, identities, strict=True):
         same_recipe = [i for i, other in zip(identities, runs, strict=True) if other.recipe.name == run.recipe.name]
         own = shipped(run.recipe.name)

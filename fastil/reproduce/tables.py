@@ -168,7 +168,7 @@ def finished_runs(table: Table, out: Path) -> Found:
     precision_of(table.entries, out)
     everything = [run for of_row in found.values() for run in of_row.values()]
     for run in everything:
-        if run.images != everything[0].images:
+        if run.image_hashes != everything[0].image_hashes:
             raise UserError(
                 f"{run.path} and {everything[0].path} were trained on different images, which one table cannot hold; "
                 f"move one set of runs to another --out"

@@ -109,7 +109,7 @@ class WorkList:
             if key not in datasets:
                 datasets[key] = _dataset(job.recipe, preview)
             dataset = datasets[key]
-            if job.finished and dataset is not None and Run(job.folder).images != hashes(dataset):
+            if job.finished and dataset is not None and Run(job.folder).image_hashes != hashes(dataset):
                 raise UserError(f"{job.folder}: was trained on other images than those of --data; choose another --out")
             self._measure(job, dataset)
 
@@ -173,7 +173,7 @@ class WorkList:
 
 
 def hashes(dataset: Dataset) -> tuple[str, str]:
-    """The hashes of its splits, as `Run.images` has them."""
+    """The hashes of its splits, as `Run.image_hashes` has them."""
     return dataset.train.sha256, dataset.val.sha256
 
 

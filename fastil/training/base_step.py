@@ -16,6 +16,7 @@ from torch import Tensor
 from fastil import files
 from fastil.data import Dataset
 from fastil.errors import UserError
+from fastil.models import Network
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective, values_of
 from fastil.reporting.run_files import read_metrics, read_protocol
@@ -38,11 +39,13 @@ SAME_WITHOUT_OLD = {
 
 def base_identity(recipe: Recipe) -> dict[str, Any]:
     """What decides the network after the base step, if the base classes have equal numbers of images."""
-    own = {key for config in recipe.of_methods.values() for key in values_of(config)}
+    own = {key for config in recipe.of_methods.values() for key in values_of(config)} | {"code of method"}
     keys = {k: v for k, v in recipe.identity().items() if k not in LATER | own and not k.startswith(LATER_PARTS)}
     of_method = recipe.procedure.base_step(recipe.keys())
     if recipe.model.weight_transfer:  # methods train other parts of the network with it
         of_method |= {"training": recipe.method.method}
+    if of_method.get("training") == recipe.method.method:  # no other method shares it
+        of_method |= {"code": recipe.sources.get("method")}
     return keys | {
         "epochs of the base step": recipe.train.epochs_of(0),
         "loss of the base step": "nca" if recipe.loss.loss == "nca" else "cross-entropy",
@@ -54,7 +57,7 @@ def check(
     base_run: Path, recipe: Recipe, protocol: Protocol, dataset: Dataset, train_counts: NDArray[np.int64]
 ) -> None:
     """Raise UserError, naming the difference, unless the base step of base_run is this run's, bit for bit."""
-    other = read_effective(base_run / "recipe.yaml")
+    other = read_effective(base_run / "recipe.yaml", recipe.code)
     ours, theirs = base_identity(recipe), base_identity(other)
     other_keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
     changed = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other_keys]
@@ -93,9 +96,12 @@ class BaseStep:
     read_by: list[str]  # the loaders that read its images
 
 
-def read(base_run: Path, device: torch.device) -> BaseStep:
+def read(base_run: Path, network: Network, device: torch.device) -> BaseStep:
+    """network: one of this run's, into which the weights are put, for that says whether they fit."""
+    path = base_run / "checkpoints/step_0.pt"
     try:
-        weights = files.load(base_run / "checkpoints/step_0.pt", device)
+        weights = files.load(path, device)
+        files.load_weights(network, weights, path)
         lines = [line.model_dump(exclude_unset=True) for line in read_metrics(base_run) if line.step == 0]
         read_by = read_protocol(base_run).dataset.read_by
     except UserError as error:

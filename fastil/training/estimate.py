@@ -21,7 +21,7 @@ from fastil.device import (
     settle_precision,
 )
 from fastil.errors import UserError
-from fastil.models import Folded, Network, build_network
+from fastil.models import Folded, Network, check_backbone
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.training import compiling, step_plan
@@ -64,7 +64,8 @@ def plan_text(recipe: Recipe) -> str:
         backend = choose(images, device)[0] if recipe.data.loader == "auto" else recipe.data.loader
         check_resident(images, exemplars, backend, device)
         kept = f"; about {resident_bytes(images, exemplars) / 2**30:.1f} GiB decoded on {device}"
-    student = build_network(recipe.model, len(protocol.order), 0).to(device)
+    student = recipe.build_network(len(protocol.order), 0).to(device)
+    check_backbone(student, *size)
     plain, distilled = speeds(recipe, size)
     meta = meta_cost(recipe)
     seconds = sum(
@@ -108,7 +109,7 @@ def meta_cost(recipe: Recipe) -> float:
 def speeds(recipe: Recipe, size: tuple[int, int]) -> tuple[float, float]:
     """Images per second of training on the recipe's device, uncompiled, without and with a teacher."""
     device = pick_device(recipe.train.device)
-    student, teacher = (build_network(recipe.model, 100, 0).to(device) for _ in range(2))
+    student, teacher = (recipe.build_network(100, 0).to(device) for _ in range(2))
     folded = Folded(teacher, pixel_dtype(settle_precision(recipe.train.precision, device)), 0)
     return (
         _images_per_second(recipe, student, None, size, device),

@@ -2,18 +2,20 @@
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastil import files
+from fastil import files, outside
 from fastil.data import load_dataset
+from fastil.data.sources import image_size
 from fastil.device import multiplying_in, pick_device
 from fastil.evaluation import StepResult, evaluate
-from fastil.methods import Images, Memory, MetaAlpha, Method, StepContext, build_method
-from fastil.models import build_network
+from fastil.methods import Images, Memory, MetaAlpha, Method, StepContext
+from fastil.models import check_backbone
 from fastil.nearest_mean import nearest_mean_scores
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
@@ -29,7 +31,7 @@ from fastil.training.rehearsal import Rehearsal
 from fastil.training.run_directory import Position, RunDirectory
 from fastil.training.run_loaders import RunLoaders
 from fastil.training.step_plan import StepPlan
-from fastil.training.trainer import EpochRecord, Trainer
+from fastil.training.trainer import EpochRecord, Trainer, seed_torch
 
 Ids = NDArray[np.int64]
 
@@ -49,22 +51,21 @@ class Experiment:
         self.protocol = build_protocol(recipe.protocol, len(names))
         counts = np.bincount(self.dataset.train.labels, minlength=len(names))
         self.steps = step_plan.effective_steps(recipe, self.protocol, counts, names)
+        order = self.protocol.order
+        student, teacher = (recipe.build_network(len(order), recipe.train.seed).to(self.device) for _ in range(2))
+        check_backbone(student, *image_size(recipe.data, self.dataset))
         self.base: base_step.BaseStep | None = None
         if base_run is not None and not (resume and self.directory.last.exists()):  # else it is behind us
             base_step.check(base_run, recipe, self.protocol, self.dataset, counts)
-            self.base = base_step.read(base_run, self.device)
+            self.base = base_step.read(base_run, teacher, self.device)  # the first step overwrites the teacher
         self.base_step_of: str | None = None
-        order = self.protocol.order
         self.loaders = RunLoaders(recipe, self.dataset, self.device, recipe.memory.total(counts[order]))
-        maps = recipe.procedure.reads_maps
-        student, teacher = (
-            build_network(recipe.model, len(order), recipe.train.seed, keeps_maps=maps).to(self.device)
-            for _ in range(2)
-        )
-        self.method = build_method(
-            recipe.method, recipe.loss, recipe.of_methods, width=student.width, num_classes=len(order),
-            device=self.device,
-        )  # fmt: skip
+        self.method = recipe.build_method(student.width, len(order), self.device)
+        probe = recipe.build_method(student.width, len(order), self.device)
+        for plan in self.steps[:2]:  # a mistake in code from outside is said before there is a directory
+            seen = np.pad(counts[order][: plan.classes_seen], (0, student.width - plan.classes_seen))
+            context = StepContext(plan.step, plan.classes_old, plan.classes_seen, seen)
+            outside.imported(f"method={recipe.method.method}", partial(probe.begin_step, context))
         self.meta: MetaAlpha | None = None
         if recipe.loss.loss == "meta_balanced":
             self.meta = MetaAlpha(recipe.meta, self.method, recipe.train.batch_size)
@@ -89,7 +90,11 @@ class Experiment:
         Raises trainer.Stopped on SIGTERM or SIGINT, with a checkpoint written.
         """
         self.directory.create()
-        with files.locked(self.directory.path), self.interrupt, multiplying_in("fp32", self.device):
+        devices = [self.device] if self.device.type == "cuda" else []
+        with (
+            files.locked(self.directory.path), self.interrupt, multiplying_in("fp32", self.device),
+            torch.random.fork_rng(devices),
+        ):  # fmt: skip
             position = self.restore()
             if position.step < len(self.steps):
                 self.progress.say(
@@ -112,6 +117,7 @@ class Experiment:
     def run_step(self, plan: StepPlan, position: Position) -> None:
         """One step, from its beginning or from a position inside it."""
         self.step = plan.step
+        seed_torch(self.recipe.train.seed, plan.step, "open")
         if position == Position(plan.step):
             position = self.open_classes(plan)
         if position.phase == "train":
@@ -177,6 +183,7 @@ class Experiment:
         """Let the method correct what it has trained, select the exemplars, and let the method work on them."""
         ids, held_out = self.rehearsal.training_set(plan.step)
         self.begin(plan, ids, fresh=False)
+        seed_torch(self.recipe.train.seed, plan.step, "memory")
         student = self.trainer.student
         if plan.step > 0:
             positions = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
@@ -206,7 +213,9 @@ class Experiment:
         else:
             scores = self.method.predict(out.logits)
             if type(self.method).predict is not Method.predict:
-                self.directory.write_predictor(plan.step, {"method": self.method.state_dict()})
+                context = self.method.context
+                state = {"num_old": context.num_old, "num_seen": context.num_seen, "method": self.method.state_dict()}
+                self.directory.write_predictor(plan.step, state | {"counts": torch.from_numpy(context.counts)})
         result, confusion, predicted = evaluate(
             scores, torch.from_numpy(positions[ids]).to(self.device), step=plan.step,
             num_base=self.steps[0].classes_seen, num_old=plan.classes_old, num_seen=plan.classes_seen,
@@ -227,7 +236,7 @@ class Experiment:
                 self.progress.say(f"{self.directory.path}: no checkpoint to resume from, starting from the beginning")
             return Position()
         position = Position(*state["position"])
-        self.trainer.load_state_dict(state["trainer"])
+        self.trainer.load_state_dict(state["trainer"], self.directory.last)
         if self.meta is not None:
             self.meta.load_state_dict(state["meta"])
         self.method.load_state_dict(state["method"])

@@ -44,11 +44,12 @@ class RunDirectory:
     """Paths and files of one run. Nothing is made before `create`."""
 
     def __init__(self, path: Path, resume: bool) -> None:
-        if path.exists() and not resume:
+        empty = path.is_dir() and not any(path.iterdir())
+        if path.exists() and not resume and not empty:
             raise UserError(f"{path}: exists already; go on with --resume, or choose another --out")
         # A run that was killed before it wrote anything has at least its lock.
         ours = any((path / name).exists() for name in ("recipe.yaml", "lock"))
-        if path.exists() and not ours and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not ours and not empty:
             raise UserError(f"{path}: not a run directory, so nothing to resume; choose another --out")
         self.path = path
         self.last = path / "checkpoints/last.pt"
@@ -73,11 +74,11 @@ class RunDirectory:
         """
         recipe_path = self.path / "recipe.yaml"
         if recipe_path.exists():
-            old, new = read_effective(recipe_path).identity(), recipe.identity()
+            old, new = read_effective(recipe_path, recipe.code).identity(), recipe.identity()
             if old["method"] != new["method"]:  # which keys of methods are read differs by that alone
                 of_methods = {key for part in recipe.of_methods.values() for key in values_of(part)}
                 new = {key: value for key, value in new.items() if key not in of_methods}
-            changed = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key]]
+            changed = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
             if changed:
                 raise UserError(
                     f"{self.path}: a run of another recipe ({'; '.join(changed)}); repeat its settings or choose "

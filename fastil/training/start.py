@@ -1,17 +1,29 @@
 """Train one run: what `fastil run` and `fastil.run` do."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from fastil.methods import register
-from fastil.models import add_factory
+from fastil.device import keep_freed_memory
+from fastil.errors import UserError
 from fastil.recipe import Recipe, load
 from fastil.reporting.runs import Run
 from fastil.training.experiment import Experiment
 from fastil.training.trainer import Stopped
 
 PathLike = str | os.PathLike[str]
+IN_PYTHON = {"--resume": "resume=True", "--out": "out", "--data": "data", "--val": "val", "--base": "base"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT, SIGTERM or SIGHUP ended a run, with a checkpoint written, or came when it was finished. number: of the
+    signal."""
+
+    def __init__(self, number: int, path: Path, finished: bool) -> None:
+        state = "finished" if finished else "stopped; the same command with --resume goes on"
+        super().__init__(f"{state} ({path})")
+        self.number = number
 
 
 def run(
@@ -29,24 +41,40 @@ def run(
     by default runs/RECIPE-sSEED. base: a run to take the base step from. settings: keys of the recipe, such as
     `epochs=30`; `method` may be a subclass of `fastil.Method` and `model` a function that returns a backbone.
 
-    Raises fastil.errors.UserError for a mistake, in one line; KeyboardInterrupt after SIGINT or SIGTERM, with a
-    checkpoint written, from which `resume=True` goes on.
+    Raises fastil.UserError for a mistake, in one line; KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint
+    written, from which `resume=True` goes on.
     """
-    if isinstance(settings.get("method"), type):
-        settings["method"] = register(settings["method"]).name
-    if not isinstance(settings.get("model", ""), str):
-        settings["model"] = add_factory(settings["model"])
-    loaded = load(os.fspath(recipe), settings, data=None if data is None else os.fspath(data))
-    experiment = Experiment(loaded, out_of(loaded, out), resume, None if base is None else Path(base))
+    settings = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in settings.items()}
+    try:
+        loaded = load(os.fspath(recipe), settings, data=None if data is None else os.fspath(data))
+        return train(loaded, out, resume, base)
+    except UserError as error:
+        raise UserError(_in_python(str(error))) from error
+    except Interrupted as error:
+        error.args = (_in_python(str(error)),)
+        raise
+
+
+def train(recipe: Recipe, out: PathLike | None = None, resume: bool = False, base: PathLike | None = None) -> Run:
+    """Train a recipe. Raises Interrupted after a signal, also where it came too late to stop anything."""
+    path = Path("runs") / f"{recipe.name}-s{recipe.train.seed}" if out is None else Path(out)
+    keep_freed_memory()
+    experiment = Experiment(recipe, path, resume, None if base is None else Path(base))
+    finished = False
     try:
         experiment.run()
+        finished = True
     except Stopped:
-        raise KeyboardInterrupt(f"stopped; resume=True goes on ({experiment.directory.path})") from None
+        pass
     finally:
         experiment.close()
-    return Run(experiment.directory.path)
+    if experiment.interrupt.number is not None:
+        raise Interrupted(experiment.interrupt.number, path, finished)
+    code = recipe.code
+    return Run(path, method=code.get(recipe.method.method), model=code.get(recipe.model.model))
 
 
-def out_of(recipe: Recipe, out: PathLike | None) -> Path:
-    """Where a run goes."""
-    return Path("runs") / f"{recipe.name}-s{recipe.train.seed}" if out is None else Path(out)
+def _in_python(message: str) -> str:
+    """A message in which the options of the command are the arguments of `run`."""
+    message = message.replace("the same command with --resume", "--resume")
+    return re.sub("|".join(IN_PYTHON), lambda option: IN_PYTHON[option[0]], message)

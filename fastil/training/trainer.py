@@ -3,15 +3,18 @@
 The loop never waits for the device: the meter adds up there and is read once per epoch.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastil import files
 from fastil.data import Batch, Loader
 from fastil.device import Precision, autocast, multiplying_in, pixel_dtype
 from fastil.errors import UserError
@@ -165,6 +168,7 @@ class Trainer:
                     saved = time.monotonic()
                 self.waited += waited
                 meta = phase.before_update is not None and (done + number) % phase.before_update.every == 0
+                seed_torch(self.config.seed, phase.step, phase.name, epoch, number)
                 self.train_step(phase, update, batch, next(held_out) if meta else None)
                 self.images += len(batch.ids)
                 self.tick(len(batch.ids))
@@ -235,8 +239,9 @@ class Trainer:
         is built anew only for other parameters."""
         decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
         known = self.updates.get(phase.name)
-        if known is None or list(map(id, known.parameters)) != list(map(id, phase.parameters)):
-            known = Update(phase.parameters, self.lr, self.config.momentum, decay, phase.trainable, phase.clamp)
+        parameters = [p for p in phase.parameters if p.requires_grad]  # a backbone from outside may freeze some
+        if known is None or list(map(id, known.parameters)) != list(map(id, parameters)):
+            known = Update(parameters, self.lr, self.config.momentum, decay, phase.trainable, phase.clamp)
             self.updates[phase.name] = known
             saved = self.momentum.pop(phase.name, [])
             # Otherwise it belongs to an earlier step that trained other parameters, and this one begins without.
@@ -265,14 +270,21 @@ class Trainer:
             "momentum": self.momentum | {name: update.buffers for name, update in self.updates.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.student.load_state_dict(state["student"])
-        self.teacher.load_state_dict(state["teacher"])
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """path: of the checkpoint, for a message."""
+        files.load_weights(self.student, state["student"], path)
+        files.load_weights(self.teacher, state["teacher"], path)
         self.folded_teacher.refresh()
         for part, saved in zip(self.meter, state["meter"], strict=True):
             part.copy_(saved)
         self.images, self.seconds, self.waited = state["clock"]
         self.updates, self.momentum = {}, dict(state["momentum"])
+
+
+def seed_torch(*place: int | str) -> None:
+    """Seed torch's global generators by where in a run it is. Code from outside may draw from them (dropout, random
+    depth, a loss that mixes images); then neither resume nor rerun changes what it draws."""
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest()))
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

@@ -102,6 +102,22 @@ def test_the_gradient_is_that_of_the_unrolled_graph(case, gradient, monkeypatch)
     assert all(p.grad is None for p in context.network.parameters())
 
 
+@pytest.mark.parametrize("gradient", ["jvp", "difference"])
+@pytest.mark.parametrize("clamp", [None, CLAMP])
+def test_a_backbone_may_have_parameters_that_are_frozen_or_that_nothing_reads(gradient, clamp, monkeypatch):
+    monkeypatch.setattr("fastil.methods.meta.DIFFERENCE", 1e-5)
+    found = []
+    for kind in ("unrolled", gradient):
+        meta, context = situation(kind, clamp=clamp)
+        context.network.backbone.conv1.weight.requires_grad_(False)
+        context.network.backbone.unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+        trained = [p for p in context.network.parameters() if p.requires_grad]
+        update = Update(trained, torch.tensor(0.05), 0.9, 5e-3, {}, clamp)
+        found.append(meta.gradient(context._replace(update=update)).double())
+    assert found[0][:NUM_OLD].abs().min() > 0
+    assert relative(found[1], found[0]) < (1e-6 if gradient == "jvp" else 1e-3)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_unrolled_graph_is_the_difference_of_the_whole_procedure(case):
     """Nothing in common with the code under test but the update itself: train with alpha a little off, and validate."""

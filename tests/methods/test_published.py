@@ -491,4 +491,4 @@ def test_imprinted_rows_and_proxies():
 )
 def test_parts_that_do_not_go_together_are_named(method, loss, head, line):
     with pytest.raises(UserError, match=line):
-        check_parts(MethodConfig(method), LossConfig(loss), head)
+        check_parts(method, METHODS[method], LossConfig(loss), head)

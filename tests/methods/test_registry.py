@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, assert_user_error
 
 from fastil.errors import UserError
-from fastil.methods import METHODS, LossConfig, Method, MethodConfig, StepContext, find, register
+from fastil.methods import METHODS, LossConfig, Method, MethodConfig, StepContext, find, installed, register
 from fastil.models import ModelConfig, build_network
 from fastil.recipe import load, read_effective
 from fastil.training.base_step import base_identity
@@ -147,20 +147,23 @@ def test_an_installed_method_is_found_by_its_entry_point(monkeypatch):
             return 1.0, 0.0
 
     entries(monkeypatch, lambda: Installed)
-    assert find("installed", named=False) is Installed
+    assert installed("installed") is Installed is find("installed")
     assert METHODS["installed"] is Installed
 
 
-def test_an_installed_method_that_is_broken_is_one_line_and_keeps_no_run_from_being_read(monkeypatch):
+def test_an_installed_method_that_is_broken_is_one_line_and_keeps_no_run_from_being_read(monkeypatch, tmp_path):
     def broken():
         raise ImportError("libmissing.so")
 
+    path = tmp_path / "recipe.yaml"
+    text = load("digits", ["loss=softmax"]).in_precision("fp32").dump()
+    path.write_text(text.replace("method: il_baseline", "method: installed"))
     for given, words in ((broken, "libmissing.so"), (lambda: dict, "not a subclass")):
         entries(monkeypatch, given)
         with pytest.raises(UserError, match=f"method=installed: .*{words}"):
             find("installed")
-        assert find("installed", named=False) is None
-    assert find("of_a_script_of_somebody", named=False) is None
+        assert read_effective(path).method.method == "installed"
+    assert installed("of_a_script_of_somebody") is None
 
 
 def test_keys_of_a_method_that_is_not_loaded_tell_its_runs_apart(tmp_path, mine):
@@ -204,8 +207,9 @@ def test_a_base_step_is_shared_only_where_a_method_says_what_trains_it(monkeypat
     ours, theirs = (base_identity(load("digits", [*settings, f"mine_share={s}"])) for s in (0.5, 0.6))
     assert ours != theirs
     assert ours != base_identity(load("digits", ["loss=softmax"]))
-    METHODS["mine.py:Mine"].base = "cross-entropy"
-    assert base_identity(load("digits", settings)) == base_identity(load("digits", ["loss=softmax"]))
+    shared = load("digits", settings)
+    shared.procedure.base = "cross-entropy"
+    assert base_identity(shared) == base_identity(load("digits", ["loss=softmax"]))
 
 
 def test_register_takes_a_name_once():
@@ -217,7 +221,7 @@ def test_register_takes_a_name_once():
 
     assert register(Mine) is Mine is register(Mine)
     assert load("digits", ["method=of_my_own"]).procedure is Mine
-    with pytest.raises(ValueError, match="method=of_my_own is"):
+    with pytest.raises(UserError, match="method=of_my_own: is"):
         register(type("Other", (Method,), {"name": "of_my_own", "weigh": Mine.weigh}))
 
 

@@ -1,6 +1,8 @@
 """Backbones from outside: trained, killed, resumed, reported; and that no run directory makes their code run."""
 
 import json
+import os
+import signal
 import time
 
 import pytest
@@ -8,20 +10,16 @@ import torch
 from conftest import ROOT, TINY, assert_user_error
 from torch import nn
 
+import fastil
 from fastil.errors import UserError
-from fastil.models import FACTORIES, Folded, ModelConfig, add_factory, build_network
-from fastil.recipe import load
+from fastil.models import Folded, ModelConfig, build_network
+from fastil.recipe import load, read_effective
+from fastil.training.estimate import plan_text
+from fastil.training.experiment import Experiment
+from fastil.training.trainer import Trainer
 
 NETWORK = (ROOT / "examples/your_own_network.py").read_text()
 SETTINGS = ["digits", *TINY, "classes=6", "base_classes=4", "increment=2", "loss=softmax"]
-
-
-@pytest.fixture(autouse=True)
-def forgotten():
-    before = set(FACTORIES)
-    yield
-    for name in set(FACTORIES) - before:
-        del FACTORIES[name]
 
 
 class Plain(nn.Module):
@@ -37,8 +35,8 @@ class Plain(nn.Module):
         return (features, [x, x]) if self.maps else features
 
 
-def config(factory):
-    return ModelConfig(add_factory(factory))
+def build(factory, **settings):
+    return build_network(ModelConfig("test:backbone"), 5, 0, factory=factory, **settings)
 
 
 def plain():
@@ -77,16 +75,15 @@ def test_a_backbone_in_a_file_is_trained_killed_resumed_and_reported_and_runs_on
 
 def test_a_command_does_not_take_the_network_of_a_run_directory_without_being_told(tmp_path):
     recipe = load("digits", ["loss=softmax", f"model={ROOT}/examples/your_own_network.py:backbone"])
-    FACTORIES.clear()
+    (tmp_path / "recipe.yaml").write_text(recipe.in_precision("fp32").dump())
     with pytest.raises(UserError, match="code that a run directory names is not loaded"):
-        build_network(recipe.model, 10, 0)
+        read_effective(tmp_path / "recipe.yaml").build_network(10, 0)
 
 
 def test_the_seed_decides_its_weights_and_torchs_generator_is_left_alone():
-    name = f"{ROOT}/examples/your_own_network.py:backbone"
-    load("digits", [f"model={name}"])
+    recipe = load("digits", [f"model={ROOT}/examples/your_own_network.py:backbone"])
     before = torch.get_rng_state()
-    a, b, c = (build_network(ModelConfig(name), 10, seed).state_dict() for seed in (3, 3, 4))
+    a, b, c = (recipe.build_network(10, seed).state_dict() for seed in (3, 3, 4))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["backbone.module.layers.0.weight"], c["backbone.module.layers.0.weight"])
@@ -94,7 +91,7 @@ def test_the_seed_decides_its_weights_and_torchs_generator_is_left_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_maps_and_the_frozen_twin(dtype):
-    network = build_network(config(with_maps), 5, 0, keeps_maps=True).train()
+    network = build(with_maps, keeps_maps=True).train()
     images = torch.rand(4, 3, 6, 6)
     network(images)  # moves the statistics
     out = network.eval()(images)
@@ -113,21 +110,21 @@ def test_features_maps_and_the_frozen_twin(dtype):
 )  # fmt: skip
 def test_what_is_no_backbone_is_one_line(factory, words):
     with pytest.raises(UserError, match=words):
-        build_network(config(factory), 5, 0)
+        build(factory)
 
 
 def test_features_that_are_not_pooled_and_maps_that_are_missing_are_named():
-    network = build_network(config(lambda: Plain(pooled=False)), 5, 0)
+    network = build(lambda: Plain(pooled=False))
     with pytest.raises(UserError, match=r"features are \[2, 3, 6, 6\], not \[2, 3\]; pool"):
         network(torch.rand(2, 3, 6, 6))
     with pytest.raises(UserError, match="reads the stages' maps"):
-        build_network(config(plain), 5, 0, keeps_maps=True)(torch.rand(2, 3, 6, 6))
+        build(plain, keeps_maps=True)(torch.rand(2, 3, 6, 6))
 
 
 def test_a_network_that_does_not_take_the_images_is_named_before_a_directory_is_made(fastil, tmp_path):
     (tmp_path / "net.py").write_text(NETWORK.replace("widths = (3,", "widths = (1,"))
     done = fastil("run", *SETTINGS, "model=net.py:backbone", "--out", "run")
-    assert_user_error(done, "fails on images [1, 3, 8, 8]", "RuntimeError")
+    assert_user_error(done, "fails on images [2, 3, 8, 8]", "RuntimeError")
     assert not (tmp_path / "run").exists()
 
 
@@ -139,3 +136,125 @@ def test_a_network_that_does_not_take_the_images_is_named_before_a_directory_is_
 def test_a_network_that_is_not_there_is_one_line(model, words):
     with pytest.raises(UserError, match=words):
         load("digits", [f"model={model}"])
+
+
+class Dropping(nn.Module):
+    """Draws from torch's global generator while it trains."""
+
+    feature_dim = 12
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 12), nn.Dropout(0.5))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+class Normed(nn.Module):
+    """The old weight_norm, whose weight is no leaf, so that it cannot be copied; and a state that no checkpoint has."""
+
+    feature_dim = 12
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.layer, self.factor = nn.utils.weight_norm(nn.Linear(12, 12)), 1.0
+
+    def forward(self, images):
+        if self.training:
+            self.factor = 2.0
+        return self.factor * self.layer(self.pool(images))
+
+
+def short(tmp_path, name, model, **settings):
+    keys = {"epochs": 1, "base_epochs": 2, "classes": 4, "base_classes": 2, "increment": 2, "batch_size": 64}
+    return fastil.run("digits", out=tmp_path / name, model=model, **{"loss": "softmax"} | keys | settings)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr("fastil.training.experiment.figures.draw_run", lambda path: None)
+
+
+@pytest.mark.parametrize("at", [3, 11])
+def test_dropout_draws_the_same_in_a_rerun_and_after_a_stop_within_an_epoch(tmp_path, monkeypatch, no_figures, at):
+    before, train_step, count = torch.get_rng_state(), Trainer.train_step, [0]
+    whole = short(tmp_path, "whole", Dropping)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def interrupted(self, *arguments):
+        count[0] += 1
+        if count[0] == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        train_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    torch.rand(5)  # whatever was drawn before
+    with pytest.raises(KeyboardInterrupt):
+        short(tmp_path, "part", Dropping)
+    assert torch.load(tmp_path / "part/checkpoints/last.pt", weights_only=True)["position"][3]  # within an epoch
+    short(tmp_path, "part", Dropping, resume=True)
+    for file in ("results.json", "metrics.jsonl", "memory/step_1.json"):
+        assert (tmp_path / "part" / file).read_bytes() == (whole.path / file).read_bytes()
+
+
+def test_what_cannot_be_copied_is_trained_evaluated_and_taught_by(tmp_path, no_figures):
+    """Evaluation is by the trained module itself, with what it holds besides its weights."""
+    run = short(tmp_path, "run", Normed, head="cosine")
+    assert len(run.results.steps) == 2
+    network = build(Normed)
+    network.head.open_rows(0, 5, torch.Generator().manual_seed(0))
+    frozen, images = Folded(network, torch.float32, 4), torch.rand(4, 3, 6, 6)
+    network(images)
+    wanted = network.eval()(images).logits
+    torch.testing.assert_close(frozen(images).logits, wanted)
+    assert network.backbone.module.factor == 2.0
+    network.train()
+    torch.testing.assert_close(frozen(images).logits, wanted)
+    assert network.training
+    assert network.backbone.module.layer.training
+    assert all(p.requires_grad for p in network.parameters())
+
+
+def test_lazy_layers_are_named():
+    def lazy():
+        module = nn.Sequential(nn.LazyConv2d(3, 3), nn.Flatten())
+        module.feature_dim = 3
+        return module
+
+    with pytest.raises(UserError, match="has lazy layers, such as LazyConv2d; give each layer its size"):
+        build(lazy)
+
+
+@pytest.mark.parametrize(
+    ("widths", "settings", "words"),
+    [("(1,", [], r"fails on images \[2, 3, 8, 8\]"),
+     ("(3,", ["method=podnet", "head=proxies", "last_relu=false"], "reads the stages' maps")],
+)  # fmt: skip
+def test_a_plan_refuses_what_a_run_refuses(tmp_path, widths, settings, words):
+    (tmp_path / "net.py").write_text(NETWORK.replace("widths = (3,", f"widths = {widths}").replace(", maps", ""))
+    recipe = load("digits", [f"model={tmp_path}/net.py:backbone", "loss=softmax", *settings[:2]])
+    with pytest.raises(UserError, match=words):
+        plan_text(recipe)
+    with pytest.raises(UserError, match=words):
+        Experiment(recipe, tmp_path / "run", False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_meta_trains_with_a_frozen_and_an_unused_parameter(tmp_path, no_figures):
+    class Half(Dropping):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.ones(3))
+            self.frozen = nn.Linear(12, 12).requires_grad_(False)
+
+        def forward(self, images):
+            return self.frozen(super().forward(images))
+
+    run = short(tmp_path, "run", Half, loss="meta_balanced", meta_every=1, exemplars_per_class=20)
+    weights = torch.load(run.path / "checkpoints/step_1.pt", weights_only=True)
+    assert torch.equal(weights["backbone.module.unused"], torch.ones(3))
+    first = torch.load(run.path / "checkpoints/step_0.pt", weights_only=True)
+    assert torch.equal(weights["backbone.module.frozen.weight"], first["backbone.module.frozen.weight"])
+    assert not torch.equal(weights["backbone.module.layers.2.weight"], first["backbone.module.layers.2.weight"])

@@ -23,7 +23,7 @@ from fastil.data import Batch, Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
-from fastil.methods import LossConfig, MetaAlpha, MetaConfig, Meter, MethodConfig, StepContext, build_method, configs_of
+from fastil.methods import METHODS, LossConfig, MetaAlpha, MetaConfig, Meter, MethodConfig, StepContext, configs_of
 from fastil.methods.il_baseline import ILBaseline
 from fastil.models import Folded, ModelConfig, Output, build_network
 from fastil.optimiser import TrainConfig
@@ -141,7 +141,7 @@ def method_on_fake(name, trainer):
     }
     loss = LossConfig(loss, nca_variant=keys.get("nca_variant", "released"))
     width = trainer.student.width
-    built = build_method(MethodConfig(method), loss, parts, width=width, num_classes=CLASSES, device=trainer.device)
+    built = METHODS[method](MethodConfig(method), loss, width, trainer.device, parts, CLASSES)
     built.begin_step(StepContext(1, 2, CLASSES, np.array([3] * 2 + [12] * 4 + [0] * (width - CLASSES))))
     if method == "tpcil":
         built.vertices = torch.empty(width, trainer.student.head.weight.shape[-1], device=trainer.device)
@@ -405,7 +405,7 @@ def test_stopping_between_any_two_batches_and_going_on_gives_the_same_weights(st
 
     rest = make_trainer(images_of(), report=resumed_records.append)
     phase = make_phase(rest, method, ids)
-    rest.load_state_dict(saved["state"])
+    rest.load_state_dict(saved["state"], Path("last.pt"))
     rest.fit(phase, saved["epoch"], saved["batch"])
     for name, value in whole.student.state_dict().items():
         assert torch.equal(value, rest.student.state_dict()[name]), name
