@@ -8,10 +8,9 @@ derivative of the training batch's logits along v: one forward-mode pass, exact,
 import torch
 from torch import Tensor
 
-from fastil.arguments import check_scalar, differentiable_in, labels
 from fastil.kernels.incremental_loss import check
 from fastil.kernels.registration import jitted, register, scalar_tensor
-from fastil.losses import MASKED
+from fastil.losses import MASKED, check_scalar, differentiable_in, labels
 
 WIDEST = 8_192  # columns a Triton program holds in registers; wider rows take the plain form on CUDA too
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastil.arguments import check_integer, check_scalar, differentiable_in
 from fastil.kernels.registration import jitted, register
+from fastil.losses import check_integer, check_scalar, differentiable_in
 
 CACHED = 200_000  # values; 0.8 MB as float32
 SMALL = 256  # pixels of a frame; below, a loop over images costs more than the formula

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastil.arguments import check_scalar, differentiable_in
 from fastil.kernels.registration import jitted, refuse_second_order, register
+from fastil.losses import check_scalar, differentiable_in
 
 EPS = 1e-12  # F.normalize's
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastil.arguments import check_integer, differentiable_in
 from fastil.kernels.registration import jitted, register
+from fastil.losses import check_integer, differentiable_in
 
 TIE = 1e-9  # scores this close are equal: far above float64's rounding, far below what tells two images apart
 MAX_TURNS = 1000  # where iCaRL's released loop gives up on repeats

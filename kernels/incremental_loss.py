@@ -11,9 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastil.arguments import check_classes, check_integer, check_integers, check_scalar, differentiable_in, labels
 from fastil.kernels.registration import jitted, refuse_second_order, register, scalar_tensor
-from fastil.losses import MASKED, hardest_new
+from fastil.losses import (
+    MASKED,
+    check_classes,
+    check_integer,
+    check_integers,
+    check_scalar,
+    differentiable_in,
+    hardest_new,
+    labels,
+)
 
 WIDEST_COSINES = 2_048  # columns up to which the Triton form does logit_scale and margin ranking; above, the plain one
 

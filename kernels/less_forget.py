@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastil.arguments import differentiable_in
 from fastil.kernels.registration import jitted, refuse_second_order, register
-from fastil.losses import SHORTEST
+from fastil.losses import SHORTEST, differentiable_in
 
 WIDEST = 8_192  # columns a Triton program holds in registers; wider features take the plain form on CUDA too
 

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fastil.arguments import check_classes, check_counts, check_scalar, differentiable_in
 from fastil.kernels.incremental_loss import incremental_loss
-from fastil.losses import log_prior
+from fastil.losses import check_classes, check_counts, check_scalar, differentiable_in, log_prior
 
 
 class BalancedSoftmaxLoss(nn.Module):

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastil.arguments import differentiable_in
 from fastil.kernels.less_forget import unit_difference
 from fastil.kernels.registration import jitted, refuse_second_order, register
-from fastil.losses import SHORTEST
+from fastil.losses import SHORTEST, differentiable_in
 
 
 @differentiable_in("maps")

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastil import losses
-from fastil.arguments import check_classes, check_counts, check_integer, check_scalar, differentiable_in, labels
+from fastil.losses import check_classes, check_counts, check_integer, check_scalar, differentiable_in, labels
 
 ODD_LABELS = [
     0, 1, 4, 5, 6, -1, -2, -99, -100, -101, 127, -128, 255, 156, 2**31 - 1, -(2**31), 2**31, 2**32 - 1, 2**40 + 1,
