@@ -10,13 +10,7 @@ from fastil import files
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
-BF16 = [
-    *(key for key in BRIEF if not key.startswith("precision")),
-    "precision=bf16",
-    "classes=5",
-    "base_classes=4",
-    "increment=1",
-]  # one incremental step
+BF16 = [*BRIEF, "precision=bf16", "classes=5", "base_classes=4", "increment=1"]  # one incremental step
 COMBINATIONS = METHODS | {
     "softmax": ["loss=softmax"],
     "balanced": ["loss=balanced", "alpha=0.5"],
@@ -63,7 +57,7 @@ def test_killed_and_resumed_it_ends_bit_for_bit_alike(name, tmp_path, monkeypatc
     with pytest.raises(Killed):
         run(overrides, tmp_path / "killed")
     monkeypatch.setattr(files, "save", save)
-    overrides.remove("precision=bf16")  # the run keeps it
+    overrides[overrides.index("precision=bf16")] = "precision=auto"  # the run keeps it
     assert run(overrides, tmp_path / "killed", resume=True) == results
     for file in ("results.json", "metrics.jsonl", "memory/step_1.json"):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
