@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fastil.errors import UserError
+from fastil.settings import shown
 
 # bf16: matrix products and convolutions of training in bfloat16, the weights in float32 (autocast). tf32: float32
 # tensors, which CUDA multiplies with 10 bits of mantissa. fp32: IEEE float32 everywhere.
@@ -24,7 +25,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device={name}: unknown; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"device={shown(name)}: unknown; use auto, cpu, cuda or cuda:N")
     visible = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= visible:
         raise UserError(f"device={name}: {visible} such devices are visible; use device={'cuda' if visible else 'cpu'}")

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from fastil import kernels
 from fastil.errors import UserError
 from fastil.plan import Key, counter_hash
+from fastil.settings import shown
 
 Ids = NDArray[np.int64]
 GRAM_BYTES = 256 * 2**20  # Gram matrices of as many classes as fit in this are built at once
@@ -21,17 +23,19 @@ GRAM_BYTES = 256 * 2**20  # Gram matrices of as many classes as fit in this are 
 class MemoryConfig:
     """Size and choice of the rehearsal memory (section 3.1; its size is varied in section 4.3.1, Table 3)."""
 
-    exemplars_per_class: int | None = 20  # R, growing memory
-    memory_budget: int | None = None  # fixed total instead: budget // classes seen for each class
+    exemplars_per_class: Annotated[  # R, growing memory
+        PositiveInt | None,
+        Field(description="an integer above 0, or null beside a memory_budget: all methods rehearse some exemplars"),
+    ] = 20
+    memory_budget: PositiveInt | None = None  # fixed total instead: budget // classes seen for each class
     exemplar_selection: Literal["herding", "random"] = "herding"
 
     def __post_init__(self) -> None:
         if (self.exemplars_per_class is None) == (self.memory_budget is None):
-            raise UserError("give exactly one of exemplars_per_class and memory_budget (set the other to null)")
-        for key in ("exemplars_per_class", "memory_budget"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UserError(f"{key}={value}: must be at least 1")
+            raise UserError(
+                f"exemplars_per_class={shown(self.exemplars_per_class)} and memory_budget={shown(self.memory_budget)}: "
+                "give exactly one of exemplars_per_class and memory_budget, set the other to null"
+            )
 
     def quota(self, classes_seen: int) -> int:
         """Exemplars per class once classes_seen classes share the memory."""
@@ -76,6 +80,7 @@ def herd_classes(features: Sequence[Tensor], m: int) -> list[Ids]:
     """
     picks: list[Ids] = []
     largest = max(len(f) for f in features)
+    m = min(m, largest)  # R may be any number; the ranks are as many columns
     group = max(1, GRAM_BYTES // (8 * largest**2))
     for start in range(0, len(features), group):
         chunk = [torch.nn.functional.normalize(f.detach().double(), dim=1) for f in features[start : start + group]]

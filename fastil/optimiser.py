@@ -8,49 +8,40 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from fastil.errors import UserError
+from fastil.settings import Share, shown
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Optimisation of a step (section 4.1.3) and how the machine is used for it."""
 
-    epochs: int = 250  # of each incremental step
-    base_epochs: int | None = None  # of the base step; default: the same
-    batch_size: int = 128
-    lr: float = 0.1
+    epochs: PositiveInt = 250  # of each incremental step
+    base_epochs: PositiveInt | None = None  # of the base step; default: the same
+    # Batch normalisation cannot train on one image.
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    lr: PositiveFloat = 0.1
     schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: list[float] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: drops, as parts of the step
-    lr_drop: float = 0.1  # multistep: what a drop multiplies the learning rate by
-    momentum: float = 0.9
-    weight_decay: float = 2e-4
-    seed: int = 0  # of initialisation, shuffling, crops and flips; the class order is fixed by `order`
+    milestones: list[Share] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: drops, as parts of the step
+    lr_drop: Annotated[float, Field(gt=0, le=1)] = 0.1  # multistep: what a drop multiplies the learning rate by
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 2e-4
+    # Of initialisation, shuffling, crops and flips; the class order is fixed by `order`.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
     compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
-    checkpoint_every: int = 10  # epochs between checkpoints within a step, ...
-    checkpoint_minutes: float = 10.0  # ... and the longest time between them while it trains, in an epoch too
+    checkpoint_every: PositiveInt = 10  # epochs between checkpoints within a step, ...
+    checkpoint_minutes: PositiveFloat = 10.0  # ... and the longest time between them while it trains, in an epoch too
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "lr", "checkpoint_every", "checkpoint_minutes"):
-            if not 0 < getattr(self, key) < float("inf"):
-                raise UserError(f"{key}={getattr(self, key)}: must be above 0 and finite")
-        if self.base_epochs is not None and self.base_epochs < 1:
-            raise UserError(f"base_epochs={self.base_epochs}: must be above 0")
-        if self.batch_size < 2:
-            raise UserError("batch_size=1: batch normalisation needs at least 2 images")
         check_milestones("milestones", self.milestones)
-        if not 0 < self.lr_drop <= 1:
-            raise UserError(f"lr_drop={self.lr_drop}: must lie above 0 and be at most 1, such as 0.1")
-        if not 0 <= self.momentum < 1 or not 0 <= self.weight_decay < float("inf"):
-            raise UserError("momentum must lie in [0, 1) and weight_decay must not be negative")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed}: must lie between 0 and 2**32 - 1")
 
     def epochs_of(self, step: int) -> int:
         return self.base_epochs if step == 0 and self.base_epochs else self.epochs
@@ -63,9 +54,9 @@ class TrainConfig:
 
 
 def check_milestones(key: str, milestones: list[float]) -> None:
-    """Raise UserError unless these are rising parts of a training."""
-    if any(not 0 < m < 1 for m in milestones) or sorted(milestones) != milestones:
-        raise UserError(f"{key}={milestones}: give rising parts of a step between 0 and 1, such as [0.4, 0.6, 0.8]")
+    """Raise UserError unless these parts of a training rise."""
+    if sorted(milestones) != milestones:
+        raise UserError(f"{key}={shown(milestones)}: must rise, such as [0.4, 0.6, 0.8]")
 
 
 def drops(milestones: list[float], epoch: int, epochs: int) -> int:

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from fastil.errors import UserError
+from fastil.settings import shown
 
 T = TypeVar("T")
 
@@ -34,18 +35,20 @@ def attribute(setting: str) -> Any:
     key, _, written = setting.partition("=")
     place, _, name = written.rpartition(":")
     if not name.isidentifier() or not (place.endswith(".py") or all(map(str.isidentifier, place.split(".")))):
-        raise UserError(f"{setting}: write {key}=module:NAME or {key}=path/to/file.py:NAME")
+        raise UserError(f"{shown(setting)}: write {key}=module:NAME or {key}=path/to/file.py:NAME")
     if place.endswith(".py") and not os.path.isfile(place):
-        raise UserError(f"{setting}: no file {place}")
+        raise UserError(f"{shown(setting)}: no file {shown(place)}")
     try:
         module = imported(setting, partial(_module, place))
     except UserError as error:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and f"{place}.".startswith(f"{cause.name}."):
-            raise UserError(f"{setting}: no module {place}; for a file write path/to/file.py:NAME") from cause
+            raise UserError(
+                f"{shown(setting)}: no module {shown(place)}; for a file write path/to/file.py:NAME"
+            ) from cause
         raise
     if not hasattr(module, name):
-        raise UserError(f"{setting}: {place} has no {name}")
+        raise UserError(f"{shown(setting)}: {shown(place)} has no {name}")
     return getattr(module, name)
 
 
@@ -56,12 +59,12 @@ def imported(setting: str, load: Callable[[], T]) -> T:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{setting}: {error.filename}, line {error.lineno}: {error.msg}") from error
+        raise UserError(f"{shown(setting)}: {error.filename}, line {error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARIES)]
         place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{setting}: {place}{said}") from error
+        raise UserError(f"{shown(setting)}: {place}{said}") from error
 
 
 def _module(place: str) -> ModuleType:

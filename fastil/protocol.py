@@ -1,62 +1,129 @@
-"""Class orders, the two ImageNet-100 subsets and the incremental steps, exactly as published (numpy only).
+"""Class orders, the two ImageNet-100 subsets and the incremental steps, exactly as published.
 
 "Following [15], [26], the class order is defined by NumPy using the random seed 1993" (section 4.1.1) names two
 different orders: LUCIR's [15] and iCaRL's [26]. Both are here; `lucir` is the default of the recipes.
 """
 
+import difflib
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
 
 from fastil.errors import UserError
+from fastil.settings import shown
 
 Ids = NDArray[np.int64]
 SEED = 1993
 IMAGENET_CLASSES = 1000
+LUCIR_RUNS = {"lucir": 1, "lucir2": 2, "lucir3": 3}
+ORDERS = "lucir, lucir2, lucir3, icarl, alphabetical, natural, seedN, or a list of class ids or names"
 
 
 @dataclass(frozen=True)
 class ProtocolConfig:
     """How the classes are divided over the steps."""
 
-    order: str | list[int] | None = None  # lucir (default) | icarl | alphabetical | an explicit list
+    order: Annotated[str | list[int | str] | None, Field(description=f"null or {ORDERS}")] = None
     subset: str | None = None  # lucir | first100: one of the two ImageNet-100 subsets, with its own order
     classes: int | None = None  # only the first so many of the order take part; default: all
-    base_classes: int | None = None  # classes of the base step; default: half of them
-    increment: int | None = None  # classes of each further step; default: what makes five steps
+    base_classes: int | None = None  # of the base step; default: half of them, or what a list of increments leaves
+    # Classes of each further step, the same number or a list; default: what makes five steps.
+    increment: Annotated[
+        Annotated[int, Field(ge=0)] | list[PositiveInt] | None,
+        Field(description="an integer of at least 0, a list of integers above 0 such as [3, 3, 1], or null"),
+    ] = None
 
 
-def class_order(name_or_list: str | Sequence[int], num_classes: int) -> Ids:
+def class_order(name_or_list: str | Sequence[int | str], num_classes: int, names: Sequence[str] | None = None) -> Ids:
     """Data set ids in the order in which they are learned: position p holds class order[p]. int64 [num_classes].
 
-    "lucir": a shuffle of the ids under seed 1993 (LUCIR, Mnemonics, BiC's ImageNet, PODNet's ImageNet). "icarl": the
-    order of iCaRL's Theano code for CIFAR-100, which draws from the same seed after shuffling 500 training indices for
-    each of the 100 classes. "alphabetical": 0, 1, 2, ... A list must name every class once.
+    "lucir": a shuffle of the ids under seed 1993 (LUCIR, Mnemonics, BiC's ImageNet, PODNet's ImageNet); "lucir2" and
+    "lucir3": the next two shuffles of that stream, of the second and third run of LUCIR's code. "icarl": the order of
+    iCaRL's Theano code for CIFAR-100, which draws from the same seed after shuffling 500 training indices for each of
+    the 100 classes. "seedN": a permutation under seed N, as PyCIL draws it. "alphabetical": 0, 1, 2, ... "natural": by
+    name, numbers in names by their value (2 before 10). A list names every class once, by its id (an int) or its name.
+
+    names: of the classes, by id; "natural" and a list of names need them. Raises UserError for what is no order.
     """
     if not isinstance(name_or_list, str):
-        order = np.asarray(name_or_list, dtype=np.int64)
-        if not np.array_equal(np.sort(order), np.arange(num_classes)):
-            raise UserError(
-                f"order: the list must hold each of the {num_classes} class ids (0 to {num_classes - 1}) exactly once"
-            )
-        return order
+        return _listed(name_or_list, num_classes, names)
     if name_or_list == "alphabetical":
         return np.arange(num_classes, dtype=np.int64)
+    if name_or_list == "natural":
+        if names is None:
+            raise UserError("order=natural: the names of the classes are not known without the images; give --data")
+        return np.array(sorted(range(num_classes), key=lambda c: natural_key(names[c])), dtype=np.int64)
+    seed = re.fullmatch(r"seed(0|[1-9][0-9]{0,9})", name_or_list)
+    if seed and int(seed[1]) < 2**32:
+        return np.random.RandomState(int(seed[1])).permutation(num_classes).astype(np.int64)
+    if name_or_list == "icarl" and num_classes != 100:
+        raise UserError(f"order=icarl: exists for 100 classes only, not for {num_classes}; use order=lucir")
+    if name_or_list not in ("icarl", *LUCIR_RUNS):
+        raise UserError(f"order={shown(name_or_list)}: unknown; use {ORDERS}")
     random = np.random.RandomState(SEED)
     if name_or_list == "icarl":
-        if num_classes != 100:
-            raise UserError(f"order=icarl exists for 100 classes only, not for {num_classes}; use order=lucir")
         for _ in range(100):
             random.shuffle(np.arange(500))
-    elif name_or_list != "lucir":
-        raise UserError(f"order={name_or_list}: unknown; use lucir, icarl, alphabetical or a list of class ids")
-    order = np.arange(num_classes, dtype=np.int64)
-    random.shuffle(order)
+    for _ in range(LUCIR_RUNS.get(name_or_list, 1)):  # a shuffle for each run, from one stream
+        order = np.arange(num_classes, dtype=np.int64)
+        random.shuffle(order)
     return order
+
+
+def _listed(wanted: Sequence[int | str], num_classes: int, names: Sequence[str] | None) -> Ids:
+    """The order of a list of ids and names."""
+    by_name = {name: class_id for class_id, name in enumerate(names or ())}
+    said = f"order={shown(np.asarray(wanted, dtype=object).tolist())}"
+    for name in wanted:
+        if isinstance(name, str) and name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=1)
+            hint = f"did you mean {shown(near[0])}?" if near else f"classes are {shown(', '.join(by_name))}"
+            if names is None:
+                hint = "without the images only ids are known; give --data"
+            raise UserError(f"{said}: no class {shown(name)}; {hint}")
+    order = np.asarray([by_name[c] if isinstance(c, str) else c for c in wanted], dtype=np.int64)
+    if not np.array_equal(np.sort(order), np.arange(num_classes)):
+        raise UserError(
+            f"{said}: the list must hold each of the {num_classes} class ids (0 to {num_classes - 1}) exactly once, or "
+            f"the name of the class{_odd(order.ravel().tolist(), num_classes, names)}"
+        )
+    return order
+
+
+def _odd(ids: list[int], num_classes: int, names: Sequence[str] | None) -> str:
+    """What is wrong with a list of ids, as a piece of a sentence."""
+    known, counts = set(range(num_classes)), Counter(ids)
+    outside, twice, missing = set(ids) - known, {c for c in ids if counts[c] > 1}, known - set(ids)
+    for what, found in (("there is no", outside), ("twice", twice), ("missing", missing)):
+        if found:
+            first = min(found)
+            return f"; {what}: {first if names is None or first in outside else shown(names[first])}"
+    return ""
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """The sort key of a name in which numbers count by their value."""
+    parts = [part.lstrip("0") if part.isdigit() else part for part in re.split("([0-9]+)", name)]
+    return [(0, len(part), part) if number % 2 else (1, 0, part) for number, part in enumerate(parts)]
+
+
+def numbering_note(names: Sequence[str]) -> str | None:
+    """A line for the user where the names of the classes are numbers and their ids do not follow them."""
+    by_number = sorted(names, key=natural_key)
+    if list(names) == by_number or not all(re.fullmatch("[0-9]+", name) for name in names):
+        return None
+    odd = next(i for i, name in enumerate(by_number) if names[i] != name)
+    return (
+        f"class names are numbers, and their ids follow the text: id {odd} is class {shown(names[odd])}. order=natural "
+        f"takes them by number; in a list, quotes make an entry a name: order=['{shown(names[odd])}', ...]"
+    )
 
 
 def imagenet_subset(name: str) -> Ids:
@@ -77,29 +144,54 @@ def imagenet_subset(name: str) -> Ids:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A base step, then equal increments over `order` (int64, data set ids in the order they are learned)."""
+    """A base step, then increments over `order` (int64, data set ids in the order they are learned). increment: the
+    classes of each further step, or a list of them. Raises UserError where they do not take all classes."""
 
     order: Ids
     base: int
-    increment: int
+    increment: int | Sequence[int]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order", np.asarray(self.order, dtype=np.int64))
         total = len(self.order)
         if not 1 <= self.base <= total:
-            raise UserError(f"base_classes={self.base}: must lie between 1 and the {total} classes of the data set")
+            raise UserError(
+                f"base_classes={self.base}: must lie between 1 and the {total} classes of the data set"
+                + (f"; from scratch is {self._from_scratch}" if self.base == 0 else "")
+            )
         rest = total - self.base
-        if self.increment < 0 or (rest and (self.increment == 0 or rest % self.increment)):
+        if isinstance(self.increment, Sequence):
+            if sum(self.increment) != rest or min(self.increment, default=1) < 1:
+                raise UserError(
+                    f"increment={shown(list(self.increment))}: the steps must take the {rest} classes after the base "
+                    f"step (base_classes={self.base}), not {sum(self.increment)}"
+                )
+        elif self.increment < 0 or (rest and (self.increment == 0 or rest % self.increment)):
+            uneven = [self.increment] * (rest // self.increment) + [rest % self.increment] if self.increment > 0 else []
             raise UserError(
                 f"increment={self.increment}: the {rest} classes after the base step do not divide into steps of that "
-                f"size; use {_divisors(rest) or 0}"
+                f"size; use {_divisors(rest) or 0}, or a list such as {shown(uneven or [rest])}"
             )
+
+    @property
+    def _from_scratch(self) -> str:
+        """Settings that make the first increment the base step."""
+        if isinstance(self.increment, Sequence):
+            first, *later = self.increment or [len(self.order)]
+            return f"base_classes={first} increment={shown(later)}"
+        return f"base_classes={self.increment or 1} increment={self.increment or 1}"
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many classes each step adds, the base step first."""
+        if isinstance(self.increment, Sequence):
+            return [self.base, *self.increment]
+        return [self.base] + [self.increment] * ((len(self.order) - self.base) // max(1, self.increment))
 
     @property
     def steps(self) -> list[Ids]:
         """Data set ids of each step, the base step first."""
-        bounds = [0, *range(self.base, len(self.order) + 1, self.increment or 1)]
-        return [self.order[a:b] for a, b in pairwise(bounds)]
+        return np.split(self.order, np.cumsum(self.sizes)[:-1])
 
     def positions(self, num_classes: int) -> Ids:
         """Lookup table from data set label to incremental position, -1 for a class the protocol leaves out."""
@@ -113,35 +205,61 @@ class Protocol:
         return hashlib.sha256(listing.encode()).hexdigest()[:12]
 
 
-def build_protocol(config: ProtocolConfig, num_classes: int) -> Protocol:
-    """The protocol of a recipe on a data set of num_classes classes."""
+def build_protocol(config: ProtocolConfig, num_classes: int, names: Sequence[str] | None = None) -> Protocol:
+    """The protocol of a recipe on a data set of num_classes classes. names: of the classes, by id, if they are known.
+    Raises UserError where the recipe makes none."""
     if config.subset is not None and config.order is not None:
-        raise UserError("subset and order were both given: a subset brings its own class order; drop one of the two")
+        raise UserError(
+            f"subset={shown(config.subset)} with order={shown(config.order)}: subset and order were both given, and a "
+            "subset brings its own class order; set one of the two to null"
+        )
     if config.subset is not None:
-        if num_classes != IMAGENET_CLASSES:
-            raise UserError(
-                f"subset={config.subset} picks among ImageNet's 1000 classes; this data set has {num_classes}"
-            )
         order = imagenet_subset(config.subset)
+        wnids = names is not None and all(re.fullmatch("n[0-9]{8}", name) for name in names)
+        if num_classes == len(order) and wnids:  # of the subset alone, such as `convert --classes lucir` writes
+            order = class_order("lucir", num_classes)
+        elif num_classes != IMAGENET_CLASSES:
+            raise UserError(
+                f"subset={config.subset}: picks among ImageNet's 1000 classes, or takes those {len(order)} alone, by "
+                f"wnid; this data set has {num_classes} others, so set subset=null"
+            )
     else:
-        order = class_order("lucir" if config.order is None else config.order, num_classes)
+        order = class_order("lucir" if config.order is None else config.order, num_classes, names)
     if config.classes is not None:
         if not 1 <= config.classes <= len(order):
             raise UserError(
                 f"classes={config.classes}: must lie between 1 and the {len(order)} classes of the data set"
             )
         order = order[: config.classes]
-    total = len(order)
-    base = total // 2 if config.base_classes is None else config.base_classes
+    return Protocol(order, _base(config, len(order)), _increment(config, len(order)))
+
+
+def _base(config: ProtocolConfig, total: int) -> int:
+    if config.base_classes is not None:
+        return config.base_classes
+    if not isinstance(config.increment, list):
+        return total // 2
+    rest = total - sum(config.increment)
+    if rest < 1:
+        raise UserError(
+            f"increment={shown(config.increment)}: takes {total - rest} classes and leaves none of the {total} for the "
+            "base step; shorten the list, or set base_classes to its first number and leave that out"
+        )
+    return rest
+
+
+def _increment(config: ProtocolConfig, total: int) -> int | list[int]:
     if config.increment is not None:
-        return Protocol(order, base, config.increment)
-    rest = total - base
+        return config.increment
+    rest = total - _base(config, total)
     if rest > 0 and rest % 5:
         raise UserError(
-            f"the {rest} classes after the base step do not make five equal steps; give increment={_divisors(rest)}"
+            f"increment=null: the {rest} classes after the base step do not make five equal steps; give "
+            f"increment={_divisors(rest)}, or a list"
         )
-    return Protocol(order, base, rest // 5)
+    return rest // 5
 
 
 def _divisors(n: int) -> str:
+    """Of a number up to the classes of a data set."""
     return " or ".join(str(d) for d in range(1, n + 1) if n % d == 0)

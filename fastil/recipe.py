@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
-import pydantic
 import torch
 import yaml
+from pydantic import Field
 
-from fastil import outside
+from fastil import outside, settings
 from fastil.data import DataConfig
 from fastil.device import Precision, settle_precision
 from fastil.errors import UserError
@@ -43,6 +43,7 @@ from fastil.models import ModelConfig, Network, build_network, find_factory
 from fastil.optimiser import TrainConfig
 from fastil.plan import SamplerConfig
 from fastil.protocol import ProtocolConfig
+from fastil.settings import shown
 
 PARTS: dict[str, type] = {
     "data": DataConfig,
@@ -65,6 +66,7 @@ RUNTIME_KEYS = {"data", "val", "verify", "memory", "device", "compile", "checkpo
 INCIDENTAL_KEYS = {"precision", "loader", "on_corrupt"}
 
 Keys = dict[str, Any]
+DEEPEST = 10  # parents of a recipe
 
 # Beginnings of keys, the longer ones first, that are read beside some values of other keys only: when, and what to set.
 # Each method says which of its keys are read.
@@ -80,6 +82,15 @@ READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
     "milestones": (lambda k: k["schedule"] == "multistep", "schedule=multistep"),
     "lr_drop": (lambda k: k["schedule"] == "multistep", "schedule=multistep"),
 }
+
+
+@dataclass(frozen=True)
+class About:
+    """What a recipe says of itself; no keys of a run."""
+
+    description: str = ""
+    published: Annotated[float, Field(ge=0, le=100, description="a percentage")] | None = None
+    fidelity: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,7 +235,7 @@ class Recipe:
             "fidelity": self.fidelity,
             **{f"{key}_source": value for key, value in self.sources.items()},
         }
-        return yaml.safe_dump(head | self.keys(), sort_keys=False)
+        return settings.dump(head | self.keys())
 
 
 def values_of(part: Any) -> dict[str, Any]:
@@ -252,14 +263,13 @@ def load(name: str, overrides: Iterable[str] | Keys = (), **paths: str | None) -
     keys `data` and `val`. What `method` and `model` name outside the package is imported; a dictionary may hold the
     class and the function themselves."""
     if isinstance(overrides, dict):
-        written, given = {key: f"{key}={value}" for key, value in overrides.items()}, overrides
+        given = {key: settings.from_python(value) for key, value in overrides.items()}
     else:
-        written = {override.partition("=")[0]: override for override in overrides}
-        given = {key: _parsed(override) for key, override in written.items()}
+        given = dict(map(settings.parse_override, overrides))
     values = _read(name) | given | {key: path for key, path in paths.items() if path is not None}
     method = values.get("method", MethodConfig.method)
-    procedure = find(method if isinstance(method, type) else str(method))
-    values["method"] = name_of(procedure) if isinstance(method, type) else str(method)
+    procedure = find(method)
+    values["method"] = name_of(procedure) if isinstance(method, type) else method
     given_model, factory = find_factory(values.get("model", ModelConfig.model))
     values["model"] = given_model
     outer: dict[str, Any] = {"method": procedure} if values["method"] not in BUILT_IN else {}
@@ -275,35 +285,25 @@ def load(name: str, overrides: Iterable[str] | Keys = (), **paths: str | None) -
             recipe.dump()
     except yaml.YAMLError as error:
         raise UserError(f"method={recipe.method.method}: a key cannot be written as YAML: {error.args[0]}") from None
-    for key, override in written.items():
+    for key, value in given.items():
         reader = recipe.reader(key)
         if reader:
-            raise UserError(f"{override}: nothing reads it here; set {reader} as well, or leave it out")
+            raise UserError(f"{key}={shown(value)}: nothing reads it here; set {reader} as well, or leave it out")
     return recipe
-
-
-def _parsed(override: str) -> Any:
-    """The value of KEY=VALUE."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"{override}: overrides are written KEY=VALUE")
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override}: the value is not valid YAML; quote it") from None
 
 
 def read_effective(path: Path, code: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe.yaml of a run directory. code: from outside, for what the recipe calls it; nothing is imported."""
     try:
         text = path.read_text()
-        values = yaml.safe_load(text)
+        values = settings.parse_mapping(text, str(path))
         name = values.pop("recipe")
-        if not text.endswith("\n") or "checkpoint_every" not in values:  # cut off: defaults must not fill it up
+        # Cut off: defaults must not fill it up.
+        if not text.endswith("\n") or "checkpoint_every" not in values or not isinstance(name, str):
             raise KeyError
         if values["precision"] == "auto":  # older ones, from before it was settled when a run starts
             values["precision"] = _older_auto(path.parent, str(values["device"]))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+    except (OSError, UserError, UnicodeDecodeError, KeyError):
         raise UserError(f"{path}: missing or damaged; is this a run directory of fastil?") from None
     with contextlib.suppress(UserError):  # it must stay readable without what is broken
         installed(str(values.get("method")))
@@ -333,27 +333,9 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     """The keys of a recipe file over those of its parents."""
     if name in children:
         raise UserError(f"{name}: is its own parent; change a base")
-    if name in names():
-        text = resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
-    elif name.endswith((".yaml", ".yml")):
-        try:
-            text = Path(name).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", "not a text file")
-            raise UserError(
-                f"{name}: {reason}; give a recipe's name (fastil recipes lists them) or a YAML file"
-            ) from None
-    else:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "fastil recipes lists them"
-        raise UserError(f"unknown recipe {name}: {hint}")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{name}: a recipe is a mapping of keys to values")
-    values = {str(key): value for key, value in values.items()}
+    if len(children) > DEEPEST:
+        raise UserError(f"{children[0]}: has more than {DEEPEST} parents, {shown(name)} among them; change a base")
+    values = settings.parse_mapping(_text_of(name), name)
     for key, kinds in (("base", (".yaml", ".yml")), ("method", (".py",)), ("model", (".py",))):
         place, colon, attribute = str(values.get(key)).partition(":")
         if place.endswith(kinds) and name not in names():  # a path, from the folder of this file
@@ -364,6 +346,26 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     # What was published belongs to the very recipe that says so, not to those that derive from it.
     parent = str(parent)
     return {key: value for key, value in _read(parent, (*children, name)).items() if key != "published"} | values
+
+
+def _text_of(name: str) -> str:
+    """A recipe that comes with fastil, or a file of the user's own."""
+    if name in names():
+        return resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
+    if not name.endswith((".yaml", ".yml")):
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "fastil recipes lists them"
+        raise UserError(f"unknown recipe {shown(name)}: {hint}")
+    try:
+        if Path(name).exists() and not Path(name).is_file():  # a pipe would be waited for, for ever
+            raise OSError(None, "not a file")
+        with open(name, encoding="utf-8") as file:
+            return file.read(settings.MOST_TEXT + 1)
+    except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(
+            f"{shown(name)}: {reason}; give a recipe's name (fastil recipes lists them) or a YAML file"
+        ) from None
 
 
 def _parts_of(configs: Mapping[str, type]) -> dict[str, str]:
@@ -382,16 +384,12 @@ def _known(key: str, keys: Mapping[str, str]) -> str:
         return key
     near = [k for k in keys if k.startswith(key)] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(sorted(keys))}"
-    raise UserError(f"unknown key {key}: {hint}")
+    raise UserError(f"unknown key {shown(key)}: {hint}")
 
 
 def _build(name: str, values: Keys, code: Mapping[str, Any], sources: Mapping[str, str | None]) -> Recipe:
     """code: what of it is loaded; without the method's, unknown keys may be its own."""
-    description = str(values.pop("description", ""))
-    published = values.pop("published", None)
-    if published is not None and (type(published) not in (int, float) or not 0 <= published <= 100):
-        raise UserError(f"published={published}: must be a percentage")
-    fidelity = str(values.pop("fidelity", ""))
+    about = settings.build(About, {key: values.pop(key) for key in values_of(About()) if key in values})
     method = str(values.get("method", MethodConfig.method))
     procedure = _method_of(method, code)
     configs = PARTS | configs_of(method, procedure)
@@ -400,27 +398,9 @@ def _build(name: str, values: Keys, code: Mapping[str, Any], sources: Mapping[st
     parts: dict[str, Keys] = {part: {} for part in configs}
     for key, value in values.items():
         parts[keys[_known(key, keys)]][key] = value
-    built = {part: _validate(config, parts[part]) for part, config in configs.items()}
+    built: dict[str, Any] = {part: settings.build(config, parts[part]) for part, config in configs.items()}
     own = {part: built.pop(part) for part in configs if part not in PARTS}
     if procedure is not None:
         check_parts(method, procedure, built["loss"], built["model"].head)
     code = {name: thing for name, thing in code.items() if name in (method, built["model"].model)}
-    return Recipe(
-        name, description, published, fidelity, of_methods=own, foreign=unknown, code=code, sources=sources, **built
-    )
-
-
-def _validate(config: type, values: dict[str, Any]) -> Any:
-    """The dataclass with its types checked; the first mistake becomes one line."""
-    types = get_type_hints(config)
-    for key, value in values.items():
-        if isinstance(value, bool) and types[key] in (int, float, int | None):  # pydantic would take true for 1
-            raise UserError(f"{key}={value}: must be a number")
-    try:
-        return pydantic.TypeAdapter(config).validate_python(values)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        if "error" in first.get("ctx", {}):  # raised by the dataclass itself, which names the key and the fix
-            raise UserError(str(first["ctx"]["error"])) from None
-        key = ".".join(str(part) for part in first["loc"][:1])
-        raise UserError(f"{key}={first['input']}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+    return Recipe(name, **values_of(about), of_methods=own, foreign=unknown, code=code, sources=sources, **built)

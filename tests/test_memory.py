@@ -10,6 +10,7 @@ from fastil import memory
 from fastil.errors import UserError
 from fastil.memory import MemoryConfig, RehearsalMemory, herd, herd_classes, select_at_random
 from fastil.plan import Key
+from fastil.settings import build
 
 KEY = Key(seed=3, step=1, phase="memory")
 
@@ -127,7 +128,7 @@ def test_a_budget_smaller_than_the_classes_is_one_clear_error():
 )
 def test_a_memory_needs_one_size_above_zero(keys, complaint):
     with pytest.raises(UserError, match=complaint):
-        MemoryConfig(**keys)
+        build(MemoryConfig, keys)
 
 
 def test_the_memory_gives_every_exemplar_class_after_class_in_the_order_learned():
@@ -191,3 +192,11 @@ def test_features_that_require_a_gradient_are_herded_too():
     """Positions have no derivative; nobody need detach for them."""
     features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     assert herd(features.clone().requires_grad_(), 5).tolist() == herd(features, 5).tolist()
+
+
+@pytest.mark.parametrize("many", [7, 10**6, 10**17])
+def test_more_exemplars_than_images_are_all_images_and_cost_no_memory(many):
+    features = [torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (3, 7)]
+    picked = herd_classes(features, many)
+    assert [sorted(ids.tolist()) for ids in picked] == [list(range(3)), list(range(7))]
+    assert [ids.tolist() for ids in picked] == [herd(f, len(f)).tolist() for f in features]

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastil.errors import UserError
-from fastil.protocol import Protocol, ProtocolConfig, build_protocol, class_order, imagenet_subset
+from fastil.protocol import (
+    Protocol,
+    ProtocolConfig,
+    build_protocol,
+    class_order,
+    imagenet_subset,
+    numbering_note,
+)
 
 LUCIR_100 = [
     68, 56, 78, 8, 23, 84, 90, 65, 74, 76, 40, 89, 3, 92, 55, 9, 26, 80, 43, 38, 58, 70, 77, 1, 85, 19, 17, 50, 28, 53,
@@ -49,6 +56,112 @@ def test_lucirs_order_of_1000_classes_starts_as_published_and_names_every_class(
     order = class_order("lucir", 1000)
     assert order[:10].tolist() == LUCIR_1000_START
     assert sorted(order.tolist()) == list(range(1000))
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_lucirs_runs_have_the_orders_that_its_script_draws(classes):
+    """class_incremental_cifar100.py: one seed, then a shuffle of the ids in each of the runs."""
+    before = np.random.get_state()
+    try:
+        np.random.seed(1993)
+        drawn = []
+        for _ in range(3):
+            order = np.arange(classes)
+            np.random.shuffle(order)
+            drawn.append(order.tolist())
+    finally:
+        np.random.set_state(before)
+    assert [class_order(name, classes).tolist() for name in ("lucir", "lucir2", "lucir3")] == drawn
+
+
+def test_lucirs_second_and_third_order_begin_as_published():
+    assert class_order("lucir2", 100)[:4].tolist() == [82, 14, 51, 9]
+    assert class_order("lucir3", 100)[:4].tolist() == [14, 69, 22, 28]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1993, 2**32 - 1])
+@pytest.mark.parametrize("classes", [7, 100])
+def test_an_order_by_seed_is_what_pycil_draws(seed, classes):
+    before = np.random.get_state()
+    try:
+        np.random.seed(seed)
+        drawn = np.random.permutation(len(list(range(classes)))).tolist()
+    finally:
+        np.random.set_state(before)
+    order = class_order(f"seed{seed}", classes)
+    assert (order.tolist(), order.dtype) == (drawn, np.int64)
+
+
+@pytest.mark.parametrize("name", ["seed", "seed-1", "seed07", "seed1.5", f"seed{2**32}", "seedN", "lucir4", "lucir1"])
+def test_an_order_that_is_none_is_refused_with_those_that_are(name):
+    with pytest.raises(UserError, match=r"unknown; use lucir, lucir2, .*natural, seedN, or a list") as error:
+        class_order(name, 100)
+    assert str(error.value).startswith(f"order={name}: ")
+
+
+@given(
+    st.lists(st.integers(0, 2000).map(str) | st.sampled_from(["a", "a2", "a10", "a02", "b-1", "", "10b"]), min_size=2)
+)
+@settings(deadline=None, database=None, derandomize=True)
+def test_the_natural_order_takes_numbers_in_names_by_their_value(names):
+    ordered = [names[c] for c in class_order("natural", len(names), names)]
+    assert sorted(ordered) == sorted(names)
+    assert [int(n) for n in ordered if n.isdecimal()] == sorted(int(n) for n in names if n.isdecimal())
+    assert [n for n in ordered if n in ("a2", "a02", "a10")] == (
+        [n for n in names if n in ("a2", "a02")] + [n for n in names if n == "a10"]
+    )
+
+
+def test_the_natural_order_needs_names():
+    with pytest.raises(UserError, match=r"order=natural.*--data"):
+        class_order("natural", 10)
+
+
+TEN = ["0", "1", "10", "2", "3"]  # as a folder has them
+
+
+@pytest.mark.parametrize(
+    ("order", "names", "wanted"),
+    [
+        (["dog", "cat"], ["cat", "dog"], [1, 0]),
+        (["10", "3", "0", "1", "2"], TEN, [2, 4, 0, 1, 3]),  # names,
+        ([2, 4, 0, 1, 3], TEN, [2, 4, 0, 1, 3]),  # and ids
+        (["dog", 0], ["cat", "dog"], [1, 0]),
+        ("natural", TEN, [0, 1, 3, 4, 2]),
+        ("alphabetical", TEN, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_a_list_holds_ids_or_names(order, names, wanted):
+    assert class_order(order, len(names), names).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("order", "names", "complaint"),
+    [
+        (["dog", "bird"], ["cat", "dog"], "no class bird; classes are cat, dog"),
+        (["dog", "cta"], ["cat", "dog"], "no class cta; did you mean cat"),
+        (["dog", "dog"], ["cat", "dog"], "twice: dog"),
+        (["dog"], ["cat", "dog"], "missing: cat"),
+        (["dog", "cat", 0], ["cat", "dog"], "twice: cat"),
+        ([1, 2], ["cat", "dog"], "there is no: 2"),
+        (["dog", "cat"], None, "without the images only ids are known; give --data"),
+    ],
+)
+def test_a_list_of_names_with_a_mistake_says_which(order, names, complaint):
+    with pytest.raises(UserError, match=complaint) as error:
+        class_order(order, 2, names)
+    assert str(error.value).startswith('order=["dog"' if order != [1, 2] else "order=[1, 2]")
+
+
+@pytest.mark.parametrize(("names", "odd"), [(TEN, "id 2 is class 10"), (["10", "9"], "id 0 is class 10")])
+def test_names_that_are_numbers_in_another_order_are_said_so(names, odd):
+    assert odd in numbering_note(names)
+    assert "order=natural" in numbering_note(names)
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2"], ["a10", "a2"], ["0", "10", "a"], ["007", "08"]])
+def test_other_names_need_no_word_about_numbers(names):
+    assert numbering_note(names) is None
 
 
 def test_the_alphabetical_order_is_the_order_of_the_ids():
@@ -120,6 +233,38 @@ def test_a_protocol_covers_every_class_once_or_is_refused(total, base, increment
     assert np.concatenate(steps).tolist() == order.tolist()
 
 
+@given(st.lists(st.integers(1, 9), max_size=8), st.integers(1, 9))
+@settings(deadline=None, database=None, derandomize=True)
+def test_a_list_of_increments_is_taken_as_it_is(increments, base):
+    order = np.arange(base + sum(increments))[::-1]
+    protocol = Protocol(order, base, increments)
+    assert sizes(protocol) == [base, *increments]
+    assert np.concatenate(protocol.steps).tolist() == order.tolist()
+    assert protocol.sizes == sizes(protocol)
+
+
+@pytest.mark.parametrize(
+    ("base", "increment", "complaint"),
+    [
+        (4, [4], r"increment=\[4\]: .*6 classes after the base step \(base_classes=4\), not 4"),
+        (4, [4, 3], "not 7"), (4, [], "not 0"), (4, [7, -1], "6 classes"), (4, [6, 0], "6 classes"),
+        (4, 4, r"increment=4: .*use 1 or 2 or 3 or 6, or a list such as \[4, 2\]"),
+        (0, 1, "base_classes=0: .*from scratch is base_classes=1 increment=1"),
+        (0, 5, "from scratch is base_classes=5 increment=5"),
+        (0, [3, 3, 3, 1], r"from scratch is base_classes=3 increment=\[3, 3, 1\]"),
+    ],
+)  # fmt: skip
+def test_steps_that_do_not_take_all_classes_say_what_would(base, increment, complaint):
+    with pytest.raises(UserError, match=complaint):
+        Protocol(np.arange(10), base, increment)
+
+
+def test_what_is_told_for_uneven_steps_and_from_scratch_works():
+    assert sizes(Protocol(np.arange(10), 4, [4, 2])) == [4, 4, 2]
+    assert sizes(Protocol(np.arange(10), 1, 1)) == 10 * [1]
+    assert sizes(Protocol(np.arange(10), 3, [3, 3, 1])) == [3, 3, 3, 1]
+
+
 @pytest.mark.parametrize(
     ("base", "increment", "complaint"),
     [
@@ -155,6 +300,10 @@ def test_a_negative_increment_after_a_base_of_all_classes_is_refused_or_harmless
         (ProtocolConfig(base_classes=500, increment=100), 1000, [500] + 5 * [100]),
         (ProtocolConfig(base_classes=100), 100, [100]),
         (ProtocolConfig(base_classes=100, increment=10), 100, [100]),
+        (ProtocolConfig(increment=[3, 3, 1]), 10, [3, 3, 3, 1]),  # the base step takes what is left
+        (ProtocolConfig(base_classes=4, increment=[4, 2]), 10, [4, 4, 2]),
+        (ProtocolConfig(classes=7, increment=[2, 2]), 10, [3, 2, 2]),
+        (ProtocolConfig(base_classes=10, increment=[]), 10, [10]),
         (ProtocolConfig(subset="lucir"), 1000, [50] + 5 * [10]),
         (ProtocolConfig(subset="first100", increment=5), 1000, [50] + 10 * [5]),
     ],
@@ -180,14 +329,17 @@ def test_a_recipe_learns_the_classes_in_the_order_it_names(config, num_classes, 
 @pytest.mark.parametrize(
     ("config", "num_classes", "complaint"),
     [
-        (ProtocolConfig(subset="lucir", order="lucir"), 1000, "subset and order.*drop one"),
-        (ProtocolConfig(subset="lucir"), 100, "1000 classes; this data set has 100"),
+        (ProtocolConfig(subset="lucir", order="lucir"), 1000, "subset and order.*one of the two to null"),
+        (ProtocolConfig(subset="lucir"), 99, "1000 classes.*this data set has 99 others.*subset=null"),
+        (ProtocolConfig(subset="lucir"), 100, "1000 classes.*this data set has 100 others.*subset=null"),
         (ProtocolConfig(subset="last100"), 1000, "subset=last100.*lucir or first100"),
         (ProtocolConfig(base_classes=42), 100, "58 classes.*give increment=1 or 2 or 29 or 58"),
         (ProtocolConfig(base_classes=101), 100, "base_classes=101"),
         (ProtocolConfig(base_classes=106), 100, "base_classes=106"),
         (ProtocolConfig(base_classes=0), 100, "base_classes=0"),
         (ProtocolConfig(increment=7), 100, "increment=7"),
+        (ProtocolConfig(increment=[3, 3, 3, 1]), 10, "takes 10 classes and leaves none of the 10"),
+        (ProtocolConfig(increment=[30]), 10, "takes 30 classes and leaves none of the 10"),
         (ProtocolConfig(order="icarl"), 10, "icarl.*100 classes only"),
         (ProtocolConfig(order="icarl"), 1000, "icarl.*100 classes only"),
         (ProtocolConfig(order="random"), 10, "order=random: unknown"),
@@ -197,6 +349,17 @@ def test_a_recipe_learns_the_classes_in_the_order_it_names(config, num_classes, 
 def test_a_recipe_that_makes_no_protocol_is_one_clear_error(config, num_classes, complaint):
     with pytest.raises(UserError, match=complaint):
         build_protocol(config, num_classes)
+
+
+@pytest.mark.parametrize("subset", ["lucir", "first100"])
+def test_a_data_set_of_the_subset_alone_has_the_same_classes_in_the_same_order(subset):
+    all_names = [f"n{number:08d}" for number in range(1000)]
+    names = sorted(all_names[c] for c in imagenet_subset(subset))
+    whole, alone = (build_protocol(ProtocolConfig(subset=subset), len(n), n) for n in (all_names, names))
+    assert [names[c] for c in alone.order] == [all_names[c] for c in whole.order]
+    assert sizes(alone) == sizes(whole)
+    with pytest.raises(UserError, match="subset=null"):
+        build_protocol(ProtocolConfig(subset=subset), 100, ["cat", *names[1:]])
 
 
 @pytest.mark.parametrize("order", [[3, 1, 0, 2], (3, 1, 0, 2), np.array([3, 1, 0, 2])])

@@ -5,16 +5,16 @@ A source yields two splits with the same classes: train and val (the test set of
 
 import difflib
 import hashlib
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, PositiveFloat
 
 from fastil.data import published
 from fastil.data.formats import cifar, folder
@@ -23,8 +23,10 @@ from fastil.data.formats.detect import PACKED, SMOKE_TEST, detect, open_source
 from fastil.data.formats.identity import Identity, of_pixels
 from fastil.data.formats.records import SAME, ByClass, Source, relabelled
 from fastil.errors import UserError
+from fastil.settings import shown
 
 BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")  # what reads the images of a split
+THREE = Field(min_length=3, max_length=3)
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 
 
@@ -35,30 +37,30 @@ class DataConfig:
     dataset: str = "digits"  # digits | fashion-mnist | idx | cifar10 | cifar100 | folder | imagenet
     data: str | None = None  # path of the data set; --data sets it
     val: str | None = None  # path of the test images if DATA has none, or same; --val sets it
-    size: int = 32  # folder: images are resized once, short side, then centre-cropped to a square
+    # folder: images are resized once, short side, then centre-cropped to a square
+    size: Annotated[int, Field(ge=8)] = 32
     loader: str = "auto"  # auto | resident | threads | ffcv | dali | reference: what reads the images
     memory: Literal["streamed", "resident"] = "streamed"  # resident: exemplars stay decoded on the device
     on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what a file that does not decode means
     verify: bool = True  # digits, fashion-mnist, cifar: the images must be those published under that name
-    pad: int = 4  # random crop after black padding of this many pixels
+    pad: Annotated[int, Field(ge=0)] = 4  # random crop after black padding of this many pixels
     flip: bool = True  # random mirror
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    mean: Annotated[list[float], THREE] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: Annotated[list[PositiveFloat], THREE] = field(default_factory=lambda: [0.229, 0.224, 0.225])
 
     def __post_init__(self) -> None:
         if self.dataset not in SOURCES:
             near = difflib.get_close_matches(self.dataset, SOURCES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(SOURCES)}"
-            raise UserError(f"dataset={self.dataset}: unknown; {hint}")
+            raise UserError(f"dataset={shown(self.dataset)}: unknown; {hint}")
         if self.loader not in BACKENDS:
-            raise UserError(f"loader={self.loader}: unknown; use one of {', '.join(BACKENDS)}")
-        numbers = self.mean + self.std
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, numbers)) or min(self.std) <= 0:
-            raise UserError("mean and std: give three finite numbers each, std above 0")
-        if self.size < 8:
-            raise UserError(f"size={self.size}: must be at least 8 pixels")
-        if not 0 <= self.pad <= self.size:
-            raise UserError(f"pad={self.pad}: must lie between 0 and the size of the images")
+            raise UserError(f"loader={shown(self.loader)}: unknown; use one of {', '.join(BACKENDS)}")
+        for key in ("data", "val"):
+            path = getattr(self, key)
+            if path is not None and not is_path(path):
+                raise UserError(f"{key}={shown(path)}: must be a path or null")
+        if self.pad > self.size:
+            raise UserError(f"pad={self.pad}: must be at most size={self.size}, the side of the images")
 
 
 @dataclass(frozen=True)
@@ -283,6 +285,14 @@ def _required(config: DataConfig) -> Path:
     if not path.exists() and "{" not in config.data:
         raise UserError(f"{path}: no such file or folder; --data must name the data set")
     return path
+
+
+def is_path(text: str) -> bool:
+    """Whether a text can be the name of a file: not empty, which would be the current folder."""
+    try:
+        return text != "" and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _unpacked(path: Path) -> Path:

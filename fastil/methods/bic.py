@@ -16,19 +16,19 @@ Known slips of other codes: PODNet's BiC predicts with the uncorrected logits, P
 mammoth weighs distillation by 1 / step. The original code's stage 2 runs with batch statistics; here it is frozen.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from fastil.errors import UserError
 from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Ids, Images, Keys, Method
 from fastil.methods.registry import register
 from fastil.models import Network, Output
+from fastil.settings import Share
 
 BATCH = 256  # of stage 2, in a fixed order
 MILESTONES = (0.3, 0.6, 0.8, 0.9)  # lr / 10: epochs 60, 120, 160 and 180 of 200
@@ -39,20 +39,12 @@ class BiCConfig:
     """method=bic."""
 
     bic_groups: Literal["newest", "all"] = "newest"  # whose logits are corrected
-    bic_epochs: int = 200  # of stage 2
-    bic_lr: float = 0.1  # of stage 2, momentum 0.9
-    bic_penalty: float = 0.1  # times gamma^2 / 2
-    bic_share: float = 0.1  # of the memory, held out; as many of each new class
+    bic_epochs: PositiveInt = 200  # of stage 2
+    bic_lr: PositiveFloat = 0.1  # of stage 2, momentum 0.9
+    bic_penalty: NonNegativeFloat = 0.1  # times gamma^2 / 2
+    bic_share: Share = 0.1  # of the memory, held out; as many of each new class
     bic_validation: Literal["each_step", "reserved"] = "each_step"  # when held-out images are drawn; code: reserved
     bic_decay: Literal["constant", "falling"] = "constant"  # falling: weight decay times steps / (step + 1), as in code
-
-    def __post_init__(self) -> None:
-        if self.bic_epochs < 1:
-            raise UserError(f"bic_epochs={self.bic_epochs}: must be at least 1")
-        if not 0 < self.bic_lr < math.inf or not 0 <= self.bic_penalty < math.inf:
-            raise UserError("bic_lr must be above 0 and bic_penalty must not be negative")
-        if not 0 < self.bic_share < 1:
-            raise UserError(f"bic_share={self.bic_share}: must lie between 0 and 1, such as 0.1")
 
 
 @register

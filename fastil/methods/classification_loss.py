@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from fastil.errors import UserError
@@ -43,13 +44,11 @@ class LossConfig:
     """
 
     loss: Literal["softmax", "balanced", "meta_balanced", "separated", "rescaled", "nca"] = "balanced"
-    alpha: float = 1.0  # balanced: weight of the old classes (eq. 5); 4.1.3: 1, which is eq. 3; varied in 4.3.2
+    alpha: PositiveFloat = 1.0  # balanced: weight of the old classes (eq. 5); 4.1.3: 1, which is eq. 3; varied in 4.3.2
     nca_variant: Literal["released", "paper"] = "released"  # nca: PODNet's code, in which its margin cancels, or eq. 8
     nca_margin: float = 0.6  # nca: of the paper's variant
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"alpha={self.alpha}: must be above 0 and finite; 1 weighs old and new classes alike")
         if self.alpha != 1 and self.loss != "balanced":
             raise UserError(
                 f"alpha={self.alpha}: only loss=balanced reads it"

@@ -8,11 +8,12 @@ new classes herded first, under the method's own loss; herding is done anew afte
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
-from fastil.errors import UserError
 from fastil.models import Network
 from fastil.optimiser import check_milestones, drops
+from fastil.settings import Share
 
 
 @dataclass(frozen=True)
@@ -20,18 +21,14 @@ class CorrectionConfig:
     """What follows the training of an incremental step."""
 
     correction: Literal["none", "balanced_finetuning"] = "none"
-    finetune_epochs: int = 20  # PODNet and LUCIR; the paper: "few"
-    finetune_lr: float = 0.05  # PODNet on CIFAR-100 (its ImageNet runs: 0.01)
-    finetune_milestones: list[float] = field(default_factory=list)  # lr / 10, as parts of finetuning; LUCIR: [0.5]
+    finetune_epochs: PositiveInt = 20  # PODNet and LUCIR; the paper: "few"
+    finetune_lr: PositiveFloat = 0.05  # PODNet on CIFAR-100 (its ImageNet runs: 0.01)
+    finetune_milestones: list[Share] = field(default_factory=list)  # lr / 10, as parts of finetuning; LUCIR: [0.5]
     # Open in the paper. weights: of the classifier, without its learned scale, as both codes do.
     finetune_parameters: Literal["classifier", "weights", "all"] = "classifier"
     finetune_bn: Literal["frozen", "train"] = "frozen"  # batch normalisation; PODNet: train
 
     def __post_init__(self) -> None:
-        if self.finetune_epochs < 1:
-            raise UserError(f"finetune_epochs={self.finetune_epochs}: must be at least 1")
-        if not 0 < self.finetune_lr < float("inf"):
-            raise UserError(f"finetune_lr={self.finetune_lr}: must be above 0 and finite")
         check_milestones("finetune_milestones", self.finetune_milestones)
 
     def epochs_of(self, step: int) -> int:

@@ -12,10 +12,10 @@ LUCIR's code mirrors exemplars for the class means along the colour channels ins
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from fastil.data import Batch
-from fastil.errors import UserError
 from fastil.losses import icarl_cross_entropy
 from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Method
@@ -27,11 +27,7 @@ from fastil.models import Output
 class ICarlConfig:
     """method=icarl and method=mnemonics with the released loss."""
 
-    icarl_beta: float = 0.25  # of the distillation, beside T^2; LUCIR's script
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.icarl_beta < float("inf"):
-            raise UserError(f"icarl_beta={self.icarl_beta}: must not be negative")
+    icarl_beta: NonNegativeFloat = 0.25  # of the distillation, beside T^2; LUCIR's script
 
 
 @register

@@ -9,14 +9,14 @@ The class-balanced finetuning of LUCIR's code belongs to its ImageNet-1000 scrip
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from fastil.data import Batch
-from fastil.errors import UserError
 from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Images, Method
 from fastil.methods.registry import register
@@ -28,18 +28,11 @@ from fastil.models.heads import CosineHead
 class LucirConfig:
     """method=lucir, and the parts of it that mnemonics and tpcil take."""
 
-    lucir_lambda: float = 5.0  # lambda_base; CIFAR-100, its ImageNet scripts: 10
-    lucir_margin: float = 0.5  # m of eq. 8
-    lucir_rivals: int = 2  # K of eq. 8
-    lucir_ranking: float = 1.0  # weight of the margin ranking
+    lucir_lambda: NonNegativeFloat = 5.0  # lambda_base; CIFAR-100, its ImageNet scripts: 10
+    lucir_margin: NonNegativeFloat = 0.5  # m of eq. 8
+    lucir_rivals: Annotated[int, Field(ge=1, le=100)] = 2  # K of eq. 8
+    lucir_ranking: NonNegativeFloat = 1.0  # weight of the margin ranking
     lucir_ranking_mean: Literal["old_images", "batch"] = "old_images"  # over what it is averaged; code: old_images
-
-    def __post_init__(self) -> None:
-        for key in ("lucir_lambda", "lucir_margin", "lucir_ranking"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"{key}={getattr(self, key)}: must not be negative")
-        if self.lucir_rivals < 1:
-            raise UserError(f"lucir_rivals={self.lucir_rivals}: must be at least 1")
 
 
 @register

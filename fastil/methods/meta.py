@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.func import functional_call, jvp
 
@@ -33,6 +34,7 @@ from fastil.losses import balanced_cross_entropy
 from fastil.methods.method import Meter, Method
 from fastil.models import Network, Output
 from fastil.optimiser import Update
+from fastil.settings import Share
 
 DIFFERENCE = 1e-2  # length of the step to each side in parameter space, for float32
 
@@ -41,22 +43,16 @@ DIFFERENCE = 1e-2  # length of the step to each side in parameter space, for flo
 class MetaConfig:
     """How alpha is learned (loss=meta_balanced)."""
 
-    meta_lr: float = 1.0  # of alpha; Algorithm 1 has a unit step
-    meta_every: int = 10  # updates of the network per update of alpha; section 4.1.3: "every 10 optimization steps"
-    meta_share: float = 0.1  # of the memory that is held out for B_t; section 4.1.3: "10% of the memory size"
+    meta_lr: PositiveFloat = 1.0  # of alpha; Algorithm 1 has a unit step
+    meta_every: PositiveInt = 10  # updates of the network per update of alpha; 4.1.3: "every 10 optimization steps"
+    meta_share: Share = 0.1  # of the memory that is held out for B_t; section 4.1.3: "10% of the memory size"
     meta_alpha: Literal["shared", "per_class"] = "shared"  # one alpha for all old classes, or one each
     meta_bounds: tuple[float, float] = (0.01, 2.0)  # of alpha; "usually between 0 and 1"
     meta_gradient: Literal["jvp", "difference", "unrolled"] = "jvp"  # how its gradient is computed
 
     def __post_init__(self) -> None:
-        if not 0 < self.meta_lr < math.inf:
-            raise UserError(f"meta_lr={self.meta_lr}: must be above 0 and finite")
-        if self.meta_every < 1:
-            raise UserError(f"meta_every={self.meta_every}: must be at least 1")
-        if not 0 < self.meta_share < 1:
-            raise UserError(f"meta_share={self.meta_share}: must lie between 0 and 1, such as 0.1")
         low, high = self.meta_bounds
-        if not 0 < low <= 1 <= high < math.inf:
+        if not 0 < low <= 1 <= high:
             raise UserError(f"meta_bounds={list(self.meta_bounds)}: give bounds above 0 around 1, such as [0.01, 2]")
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from fastil import kernels, losses
@@ -30,11 +31,11 @@ class MethodConfig:
     """The training procedure of an incremental step."""
 
     method: str = "il_baseline"  # a name that `register` knows, module:Class or path/to/file.py:Class
-    temperature: float = 2.0  # of the distillation of logits; section 4.1.3: "equal to 2"
+    temperature: PositiveFloat = 2.0  # of the distillation of logits; section 4.1.3: "equal to 2"
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"temperature={self.temperature}: must be above 0 and finite")
+        if not 1e-9 <= self.temperature <= 1e9:  # beyond, its square makes infinities in float32
+            raise UserError(f"temperature={self.temperature}: must lie between 1e-9 and 1e9; the paper's is 2")
 
 
 CROSS_ENTROPY = "cross-entropy"  # the base step of methods that train it by the classification loss alone

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from fastil.data import Batch
-from fastil.errors import UserError
 from fastil.methods.classification_loss import StepContext
 from fastil.methods.method import Images, Method
 from fastil.methods.registry import register
@@ -31,13 +31,8 @@ from fastil.models.heads import CosineHead
 class PodnetConfig:
     """method=podnet."""
 
-    pod_flat: float = 1.0  # lambda_f; CIFAR-100, its ImageNet options: 10
-    pod_spatial: float = 3.0  # lambda_c; CIFAR-100, its ImageNet options: 8
-
-    def __post_init__(self) -> None:
-        for key in ("pod_flat", "pod_spatial"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"{key}={getattr(self, key)}: must not be negative")
+    pod_flat: NonNegativeFloat = 1.0  # lambda_f; CIFAR-100, its ImageNet options: 10
+    pod_spatial: NonNegativeFloat = 3.0  # lambda_c; CIFAR-100, its ImageNet options: 8
 
 
 @register

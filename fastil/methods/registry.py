@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from fastil import outside
 from fastil.errors import UserError
 from fastil.methods.method import Method
+from fastil.settings import shown
 
 M = TypeVar("M", bound=type[Method])
 
@@ -50,8 +51,8 @@ def find(given: Any) -> type[Method]:
     near = difflib.get_close_matches(given.lower(), METHODS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"methods are {', '.join(sorted(METHODS))}"
     if given.endswith(".py"):
-        hint = f"write {given}:NAME, with the name of the class"
-    raise UserError(f"method={given}: unknown; {hint}")
+        hint = f"write {shown(given)}:NAME, with the name of the class"
+    raise UserError(f"method={shown(given)}: unknown; {hint}")
 
 
 def installed(name: str) -> type[Method] | None:

@@ -10,6 +10,9 @@ that wins it under the teacher and the vertices joined to that one, the loss is 
 of the student's s with the teacher's. Its weight grows with sqrt(N_old / N_new), and the rest is LUCIR's: head,
 imprinting, frozen rows, margin ranking; the topology takes the place of its less-forget constraint.
 
+Measured on 14 small classes: lambda 1 and 5 end alike and behind LUCIR (by 4 to 5 points after the first step; features
+of old images drift seven to eight times as far), and 50 diverges. With 10 classes nearly all vertices are joined.
+
 A first form, in which only the old images of a batch were related, to one another, forgot more than IL-Baseline does.
 """
 
@@ -21,10 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from fastil.data import Batch
-from fastil.errors import UserError
 from fastil.losses import topology
 from fastil.methods.lucir import Lucir, mean_direction
 from fastil.methods.method import Keys, Memory
@@ -36,12 +39,9 @@ from fastil.models import Network, Output
 class TpcilConfig:
     """method=tpcil."""
 
-    tpcil_lambda: float = 5.0  # of the topology-preserving loss, times sqrt(N_old / N_new): LUCIR's, chosen here
-    tpcil_age: int = 200  # how many wins of a vertex an edge survives without being one of them
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tpcil_lambda < math.inf or self.tpcil_age < 1:
-            raise UserError("tpcil_lambda must not be negative and tpcil_age must be at least 1")
+    # Of the topology-preserving loss, times sqrt(N_old / N_new): LUCIR's, chosen here.
+    tpcil_lambda: NonNegativeFloat = 5.0
+    tpcil_age: PositiveInt = 200  # how many wins of a vertex an edge survives without being one of them
 
 
 @register

@@ -10,9 +10,10 @@ import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fastil import outside
@@ -21,6 +22,7 @@ from fastil.models.blocks import scale_filters
 from fastil.models.heads import CosineHead, Head, LinearHead, padded_width
 from fastil.models.resnet_cifar import ResNetCifar, ResNetRebuffi
 from fastil.models.resnet_imagenet import ResNet18
+from fastil.settings import shown
 
 MODELS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet32_rebuffi", "resnet18", "resnet18_pod")
 Factory = Callable[[], nn.Module]  # of a backbone from outside
@@ -36,7 +38,7 @@ class ModelConfig:
         "own"  # resnet18*: 7x7 with stride 2, or PODNet's 3x3 with 1 (3.8 times the work)
     )
     head: Literal["linear", "cosine", "proxies"] = "linear"  # cosine: LUCIR's; proxies: PODNet's, several per class
-    proxies: int = 10  # of each class, with head=proxies
+    proxies: Annotated[int, Field(ge=1, le=1000)] = 10  # of each class, with head=proxies
     weight_transfer: bool = False  # a factor for each filter of each convolution (meta-transfer learning; Mnemonics)
 
     def __post_init__(self) -> None:
@@ -45,11 +47,9 @@ class ModelConfig:
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(MODELS)}, or module:factory"
             if self.model.endswith(".py"):
                 hint = f"write {self.model}:NAME, with the name of the function that returns the backbone"
-            raise UserError(f"model={self.model}: unknown; {hint}")
+            raise UserError(f"model={shown(self.model)}: unknown; {hint}")
         if self.stem != "own" and not self.model.startswith("resnet18"):
             raise UserError(f"stem={self.stem}: model={self.model} has another; use model=resnet18 or resnet18_pod")
-        if self.proxies < 1:
-            raise UserError(f"proxies={self.proxies}: must be at least 1")
 
 
 class Output(NamedTuple):
@@ -165,7 +165,7 @@ def find_factory(given: Any) -> tuple[str, Factory | None]:
 
     A name out of a run directory never comes here, so that reading a run runs no code that it names.
     """
-    if not callable(given) and ":" not in str(given):
+    if not callable(given) and not (isinstance(given, str) and ":" in given):
         return given, None
     if isinstance(given, str):
         factory = outside.attribute(f"model={given}")

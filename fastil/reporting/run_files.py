@@ -72,13 +72,15 @@ class DescribedDataset(_Content):
 
 
 class ProtocolFile(_Content):
-    """protocol.json: which classes come when, of which images. Classes are ids, places in class_names; effective: the
-    step plan, a row per step, shown as the version that wrote it has it."""
+    """protocol.json: which classes come when, of which images. Classes are ids, places in class_names;
+    class_names_by_step: `steps` by name; effective: the step plan, a row per step, shown as the version that wrote it
+    has it."""
 
     class_order: list[Count]
     class_names: list[str]
     class_list_hash: str = "of an earlier version"
     steps: list[list[Count]] = Field(min_length=1)
+    class_names_by_step: list[list[str]] = []  # older runs have none
     dataset: DescribedDataset
     effective: list[Row] = []
 

@@ -53,7 +53,7 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
             paired |= {pairs} - {0}
         distance = "-"
         comparable = table.scale == "paper" and all(on_paper_data(run) for run in runs.values())
-        if comparable and averages and "average" in published:
+        if comparable and averages and "average" in published and not entry.quoted:
             distance = f"{statistics.mean(averages) - published['average']:+.2f}"
         known = [f"{published[key]:.2f}" if key in published else "-" for key in ("average", "final", "base")]
         lines.append(
@@ -111,6 +111,7 @@ def notes(table: Table, paired: set[int], paper_data: bool = True) -> list[str]:
             f'"difference" is the average incremental accuracy minus that of {" / ".join(labels)} with the same seeds '
             f"(and steps and memory), with a 95 % bootstrap interval over {drawn}. "
             + ("Two or three seeds say little about the spread between seeds." if paired != {1} else "")
+            + " All seeds have one class order: how much another order would change is in neither ± nor interval."
             + (" Where there is one seed only test images are drawn: that spread is left out." if 1 in paired else "")
         )
     if table.note is not None:

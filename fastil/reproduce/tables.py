@@ -29,6 +29,7 @@ class Entry:
     against: str | None  # the row that the paired difference is taken from
     published: dict[str, float]
     scaled: tuple[str, ...] = ()
+    quoted: bool = False  # the published numbers are of another protocol
     scale_folder: str = ""  # of the runs of its scale, in `out`; older scales have none
 
     def folder(self, out: Path, seed: int) -> Path:
@@ -92,6 +93,7 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
             against=line.get("against"),
             published={key: line[key] for key in ("average", "base", "final") if key in line},
             scaled=tuple(f"{key}={value}" for key, value in of_scale(line["row"]).items()),
+            quoted=line.get("quoted", False),
             scale_folder=settings.get("folder", ""),
         )
         for line in content["tables"][name]["entries"]

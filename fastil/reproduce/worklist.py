@@ -116,7 +116,8 @@ class WorkList:
     def _measure(self, job: Job, dataset: Dataset | None) -> None:
         """Fill in what depends on the images."""
         counts, job.size = _shape(job.recipe, dataset)
-        protocol = build_protocol(job.recipe.protocol, len(counts))
+        names = None if dataset is None else dataset.class_names
+        protocol = build_protocol(job.recipe.protocol, len(counts), names)
         steps = step_plan.effective_steps(job.recipe, protocol, counts)
         job.visits = [step.visits + step.finetune_visits + step.memory_visits for step in steps]
         of_base = counts[protocol.steps[0]]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastil.models import Network, Output
@@ -26,14 +26,24 @@ def has_cxx_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def flops_per_image(network: Network, height: int, width: int) -> int:
-    """Floating-point operations of one forward; a training step takes three times as many."""
+def cost_per_image(network: Network, height: int, width: int) -> tuple[int, int]:
+    """Floating-point operations of one forward, of which a training step takes three times as many, and numbers that
+    its convolutions hand on, which training keeps for the backward pass."""
+    handed_on = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal handed_on
+        handed_on += output.numel()
+
+    hooks = [part.register_forward_hook(count) for part in network.modules() if isinstance(part, nn.Conv2d)]
     device = next(network.parameters()).device
     training = network.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.eval()(torch.zeros(1, 3, height, width, device=device))
+    for hook in hooks:
+        hook.remove()
     network.train(training)
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()), handed_on
 
 
 def decide(wanted: Literal["auto", True, False], device: torch.device, run_flops: float) -> tuple[bool, str | None]:

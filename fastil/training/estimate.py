@@ -25,7 +25,9 @@ from fastil.models import Folded, Network, check_backbone
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.training import compiling, step_plan
+from fastil.training.capacity import check_batch
 
+NAMED = 100  # classes of a step
 TIMED_STEPS = 3
 TIMED_PIXELS = 2**18  # of a batch that is timed on a CPU
 META_COST = 3.1  # training steps that an update of alpha takes beside its own (python -m bench.meta)
@@ -33,6 +35,7 @@ META_COST = 3.1  # training steps that an update of alpha takes beside its own (
 
 def plan_text(recipe: Recipe) -> str:
     """The effective protocol as text. Without the files, a published shape of the data set is used."""
+    names: list[str] | None
     try:
         dataset = load_dataset(recipe.data)
         images: AnySplit | None = dataset.train
@@ -46,14 +49,17 @@ def plan_text(recipe: Recipe) -> str:
         if known is None or recipe.data.data is not None:
             raise
         images = None
-        counts, names, size = np.full(known.classes, known.per_class), None, known.shape[:2]
+        counts = np.full(known.classes, known.per_class)
+        names = None if known.class_names is None else list(known.class_names)
         source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
         held = known.images * math.prod(known.shape)
         streamed = recipe.data.dataset == "imagenet"
+        size = (recipe.data.size, recipe.data.size) if streamed else known.shape[:2]
         place = "streamed" if streamed else f"{held / 2**20:,.0f} MiB resident as uint8"
-    protocol = build_protocol(recipe.protocol, len(counts))
-    steps = step_plan.effective_steps(recipe, protocol, counts)
+    protocol = build_protocol(recipe.protocol, len(counts), names)
+    steps = step_plan.effective_steps(recipe, protocol, counts, names)
     device = pick_device(recipe.train.device)
+    check_batch(recipe, steps, size, device)
     precision = settle_precision(recipe.train.precision, device)
     kept = reading = ""
     if isinstance(images, Beton) and images.mode == "jpeg":
@@ -66,6 +72,8 @@ def plan_text(recipe: Recipe) -> str:
         kept = f"; about {resident_bytes(images, exemplars) / 2**30:.1f} GiB decoded on {device}"
     student = recipe.build_network(len(protocol.order), 0).to(device)
     check_backbone(student, *size)
+    flops, handed_on = compiling.cost_per_image(student, *size)
+    check_batch(recipe, steps, size, device, handed_on)
     plain, distilled = speeds(recipe, size)
     meta = meta_cost(recipe)
     seconds = sum(
@@ -77,7 +85,6 @@ def plan_text(recipe: Recipe) -> str:
     finetuned = sum(plan.finetune_visits for plan in steps)
     learned = sum(plan.memory_visits for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
-    flops = compiling.flops_per_image(student, *size)
     method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
     slow = precision_note(precision, device)
     lines = [
@@ -91,6 +98,7 @@ def plan_text(recipe: Recipe) -> str:
         f"optimiser    SGD, momentum {train.momentum:g}, weight decay {train.weight_decay:g}, "
         f"batch {train.batch_size}, {precision}",
         step_plan.as_table(steps),
+        *([] if names is None else step_plan.class_lines(protocol, names, NAMED)),
         f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations"
         + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
         + (f", and {learned:,} to learn exemplars" if learned else ""),
@@ -98,7 +106,7 @@ def plan_text(recipe: Recipe) -> str:
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps{reading}",
     ]
-    return "\n".join(lines if slow is None else [*lines, slow])
+    return "\n".join([*lines, *([] if slow is None else [slow]), *step_plan.notes(recipe, names)])
 
 
 def meta_cost(recipe: Recipe) -> float:

@@ -21,7 +21,7 @@ from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.reporting import figures
 from fastil.reporting.run_files import Results
-from fastil.training import base_step, compiling, messages, run_directory, step_plan
+from fastil.training import base_step, capacity, compiling, messages, run_directory, step_plan
 from fastil.training.clock import Clock, versions
 from fastil.training.frozen import FrozenNetwork
 from fastil.training.interrupt import Interrupt
@@ -48,12 +48,15 @@ class Experiment:
         for note in self.dataset.notes:
             self.progress.say(note)
         names = self.dataset.class_names
-        self.protocol = build_protocol(recipe.protocol, len(names))
+        self.protocol = build_protocol(recipe.protocol, len(names), names)
         counts = np.bincount(self.dataset.train.labels, minlength=len(names))
         self.steps = step_plan.effective_steps(recipe, self.protocol, counts, names)
-        order = self.protocol.order
+        order, size = self.protocol.order, image_size(recipe.data, self.dataset)
+        capacity.check_batch(recipe, self.steps, size, self.device)
         student, teacher = (recipe.build_network(len(order), recipe.train.seed).to(self.device) for _ in range(2))
-        check_backbone(student, *image_size(recipe.data, self.dataset))
+        check_backbone(student, *size)
+        self.flops, handed_on = compiling.cost_per_image(student, *size)
+        capacity.check_batch(recipe, self.steps, size, self.device, handed_on)
         self.base: base_step.BaseStep | None = None
         if base_run is not None and not (resume and self.directory.last.exists()):  # else it is behind us
             base_step.check(base_run, recipe, self.protocol, self.dataset, counts)
@@ -76,8 +79,6 @@ class Experiment:
             save=lambda *place: self.save(Position(self.step, *place)), report=self.report,
             tick=self.progress.advance, stop=self.interrupt.requested,
         )  # fmt: skip
-        transform = self.loaders.train.transform
-        self.flops = compiling.flops_per_image(student, transform.height, transform.width)
         self.frozen = FrozenNetwork(student, self.loaders)
         self.rehearsal = Rehearsal(recipe, self.protocol, self.dataset, self.frozen, self.progress.say)
         self.images = Images(self.frozen.of_training, lambda p: self.dataset.train.of_class(order[p]))

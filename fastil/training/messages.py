@@ -14,6 +14,7 @@ from fastil.training.run_loaders import RunLoaders
 from fastil.training.step_plan import StepPlan
 from fastil.training.trainer import EpochRecord
 
+NAMED = 10  # classes of a step; protocol.json has all
 LONG_ENOUGH = 5.0  # seconds of an epoch that says what the bottleneck is
 
 
@@ -35,6 +36,8 @@ def announcement(
         f"loader {loaders.train.name}: {loaders.why}" + ("; exemplars stay decoded" if loaders.keeps_exemplars else ""),
         *([] if slow is None else [slow]),
         step_plan.as_table(steps),
+        *step_plan.class_lines(protocol, dataset.class_names, NAMED),
+        *step_plan.notes(recipe, dataset.class_names),
     ]
     return "\n".join(lines)
 

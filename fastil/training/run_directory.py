@@ -25,7 +25,7 @@ from fastil.protocol import Protocol
 from fastil.recipe import Recipe, read_effective, values_of
 from fastil.reporting.fidelity import labelled
 from fastil.reporting.run_files import DescribedDataset, DescribedSplit, ProtocolFile, Results, read_protocol
-from fastil.training.step_plan import StepPlan
+from fastil.training.step_plan import StepPlan, names_by_step
 
 FORMAT = 2  # of the checkpoint
 FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
@@ -176,6 +176,7 @@ def protocol_file(
         class_names=dataset.class_names,
         class_list_hash=protocol.class_hash(dataset.class_names),
         steps=[classes.tolist() for classes in protocol.steps],
+        class_names_by_step=names_by_step(protocol, dataset.class_names),
         dataset=whole,
         effective=[dataclasses.asdict(plan) for plan in steps],
     )

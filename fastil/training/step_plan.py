@@ -8,9 +8,12 @@ from numpy.typing import NDArray
 
 from fastil.errors import UserError
 from fastil.plan import num_batches
-from fastil.protocol import Protocol
+from fastil.protocol import Protocol, numbering_note
 from fastil.recipe import Recipe
+from fastil.settings import shown
 from fastil.text import format_table
+
+COUNTED = ("balanced", "meta_balanced", "rescaled")  # losses that correct for the number of images of each class
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,32 @@ def frozen_visits(steps: Sequence[StepPlan], test_counts: NDArray[np.int64]) -> 
     images of each class, in incremental order."""
     seen = test_counts.cumsum()
     return sum(plan.new_images + int(seen[plan.classes_seen - 1]) for plan in steps)
+
+
+def names_by_step(protocol: Protocol, names: Sequence[str]) -> list[list[str]]:
+    """The names of the classes that each step adds, in the order of the protocol."""
+    return [[names[c] for c in classes] for classes in protocol.steps]
+
+
+def class_lines(protocol: Protocol, names: Sequence[str], most: int) -> list[str]:
+    """`names_by_step` for a terminal, a line for each step, with so many names at most."""
+    return [
+        f"step {step} adds  {', '.join(shown(name) for name in added[:most])}"
+        + (f" and {len(added) - most} more" if len(added) > most else "")
+        for step, added in enumerate(names_by_step(protocol, names))
+    ]
+
+
+def notes(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
+    """Lines for the user about what can be trained but may not be what was meant."""
+    lines, loss, sampler = [], recipe.loss.loss, recipe.sampler.sampler
+    if sampler != "uniform" and loss in COUNTED:
+        lines.append(
+            f"loss={loss} with sampler={sampler} corrects the imbalance twice: the loss counts images, and the sampler "
+            "evens out how often they are seen; set sampler=uniform, or loss=softmax"
+        )
+    numbering = None if names is None or recipe.protocol.order == "natural" else numbering_note(names)
+    return lines if numbering is None else [*lines, numbering]
 
 
 def as_table(steps: Sequence[StepPlan]) -> str:

@@ -334,7 +334,7 @@ def test_a_base_step_that_would_be_another_is_refused(folder, donor, tmp_path, m
         (["alpha=0.5"], ["alpha=0.5", "learns its own"]),
         (["meta_bounds=[2,3]"], ["meta_bounds=", "around 1"]),
         (["meta_lr=0"], ["meta_lr=0"]),
-        (["meta_share=1.5"], ["meta_share=1.5", "between 0 and 1"]),
+        (["meta_share=1.5"], ["meta_share=1.5", "above 0 and below 1"]),
     ],
 )
 def test_meta_says_what_it_needs(fastil, tmp_path, settings, words):

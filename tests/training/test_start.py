@@ -425,7 +425,7 @@ def test_it_runs_in_a_thread(tmp_path):
         ({"model": torch.nn.Identity()}, "give a function with a name"), ({"model": torch.nn.Identity}, "feature_dim"),
         ({"method": "BiC"}, "did you mean bic"), ({"method": "mine.py"}, "write mine.py:NAME"),
         ({"model": "net.py"}, "write net.py:NAME"), ({"method": fastil.Method}, "write weigh"),
-        ({"seed": True}, "seed=True: must be a number"),
+        ({"seed": True}, "seed=true: must be an integer of at least 0"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(settings, words, tmp_path):

@@ -10,7 +10,7 @@ from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.protocol import Protocol, class_order
 from fastil.text import format_table
-from fastil.training.step_plan import as_table, effective_steps, run_flops
+from fastil.training.step_plan import as_table, class_lines, effective_steps, names_by_step, notes, run_flops
 
 TRANSFORM = Transform(8, 8, pad=1, flip=True, mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -63,7 +63,7 @@ MEMORIES = [
 
 @pytest.mark.parametrize("counts", [EVEN, UNEVEN], ids=["even", "uneven"])
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize(("base", "increment"), [(5, 1), (4, 3), (2, 4), (10, 1)])
+@pytest.mark.parametrize(("base", "increment"), [(5, 1), (4, 3), (2, 4), (10, 1), (3, [3, 3, 1]), (1, [1, 7, 1])])
 def test_steps_are_those_of_a_simulated_run(counts, memory, base, increment):
     protocol = Protocol(class_order("lucir", 10), base, increment)
     recipe = recipe_of(epochs=3, base_epochs=2, batch_size=16, **memory)
@@ -184,3 +184,31 @@ def test_a_markdown_table_is_as_wide_as_its_longest_cells():
         "| longer cell | b           |",
         "|             |             |",
     ]
+
+
+def test_the_classes_of_each_step_are_named():
+    names = [f"class {chr(97 + number)}" for number in range(6)]
+    protocol = Protocol(np.array([5, 0, 3, 1, 2, 4]), 3, [1, 2])
+    assert names_by_step(protocol, names) == [["class f", "class a", "class d"], ["class b"], ["class c", "class e"]]
+    assert class_lines(protocol, names, 2) == [
+        "step 0 adds  class f, class a and 1 more", "step 1 adds  class b", "step 2 adds  class c, class e",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", ["memory_oversampling", "class_oversampling"])
+@pytest.mark.parametrize("loss", ["softmax", "balanced", "meta_balanced", "separated", "rescaled"])
+def test_a_correction_that_comes_twice_is_said_so(loss, sampler):
+    names = ["cat", "dog"]
+    found = notes(recipes.load("digits", [f"loss={loss}", f"sampler={sampler}"]), names)
+    twice = loss in ("balanced", "meta_balanced", "rescaled")
+    assert [f"loss={loss} with sampler={sampler} corrects the imbalance twice" in line for line in found] == [
+        True
+    ] * twice
+    assert notes(recipes.load("digits", [f"loss={loss}"]), names) == []
+
+
+def test_names_that_are_numbers_in_the_order_of_their_text_are_said_so_unless_the_order_is_natural():
+    names = ["0", "1", "10", "2"]
+    (line,) = notes(recipes.load("digits"), names)
+    assert "id 2 is class 10" in line
+    assert notes(recipes.load("digits", ["order=natural"]), names) == notes(recipes.load("digits"), None) == []

@@ -119,6 +119,13 @@ def _reconstruct(*arguments: Any) -> _PickledArray:
     return _PickledArray()
 
 
+def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _PickledArray:
+    """An array as protocol 5 has it."""
+    array = _PickledArray()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(content) if isinstance(content, bytearray) else content))
+    return array
+
+
 # The only globals a CIFAR pickle needs: numpy's array reconstruction, under its names of numpy 1 and 2, and the encoder
 # that newer Pythons write for bytes. None of them is the real one.
 STAND_INS: dict[tuple[str, str], Any] = {
@@ -126,6 +133,8 @@ STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+    ("numpy._core.numeric", "_frombuffer"): _frombuffer,
     ("_codecs", "encode"): _encode,
 }
 
@@ -170,7 +179,7 @@ def find(path: Path, variant: Variant) -> tuple[Path, Literal["python", "binary"
 def _read_python(folder: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[Arrays, Arrays]]:
     meta = _unpickle(folder, variant.meta, verify)
     try:
-        names = [name.decode() for name in meta[variant.names_key]]
+        names = [name if isinstance(name, str) else name.decode() for name in meta[variant.names_key]]
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError):
         raise UserError(f"{folder / variant.meta.name}: no class names in it; download it again") from None
     parts = [_python_batch(folder, file, variant, verify) for file in variant.train]
@@ -210,7 +219,8 @@ def _unpickle(folder: Path, file: File, verify: bool) -> dict[bytes, Any]:
         raise UserError(f"{path}: refused, {error or 'the file is cut short'}; download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a CIFAR file (no dictionary in it); download it again")
-    return content
+    # Python 2, which wrote the published files, has bytes for keys, Python 3 text.
+    return {key.encode("utf-8", "replace") if isinstance(key, str) else key: value for key, value in content.items()}
 
 
 def _read_binary(folder: Path, variant: Variant) -> tuple[list[str], tuple[Arrays, Arrays]]:

@@ -187,6 +187,21 @@ def test_the_python_version_is_read_from_its_folder_or_the_one_above(tmp_path, n
 
 
 @pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("fortran", [False, True])
+def test_files_that_python_3_has_written_are_read_with_text_for_keys_and_names(tmp_path, name, protocol, fortran):
+    def dump(content):
+        def text(value):
+            if isinstance(value, list) and isinstance(value[0], bytes):
+                return [part.decode() for part in value]
+            return np.asfortranarray(value) if fortran and isinstance(value, np.ndarray) else value
+
+        return pickle.dumps({key.decode(): text(value) for key, value in content.items()}, protocol=protocol)
+
+    check(load(write_python(tmp_path, name, dump), name), name)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("above", [True, False])
 def test_the_binary_version_is_read_from_its_folder_or_the_one_above(tmp_path, name, above):
     folder = write_binary(tmp_path / VARIANTS[name].binary_folder, name)

@@ -1,0 +1,87 @@
+"""Class orders and steps on their way through a run: the plan, its first lines, protocol.json, a resume, the report."""
+
+import json
+import re
+
+import pytest
+import yaml
+from conftest import TINY, assert_user_error, make_folder
+
+from fastil import recipe
+from fastil.recipe import load
+from fastil.reproduce import tables
+from fastil.training.experiment import Experiment
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+NAMES = ["class4", "class0", "class6", "class2", "class5", "class1", "class3"]
+UNEVEN = [
+    "folder", *TINY, "size=12", "model=resnet8", "base_classes=2", "increment=[1, 3, 1]", "exemplars_per_class=2",
+    f"order=[{', '.join(NAMES)}]",
+]  # fmt: skip
+
+
+def test_uneven_steps_of_classes_by_name_are_planned_trained_resumed_and_reported(fastil, tmp_path):
+    data = make_folder(tmp_path / "data", classes=7, train=4, val=2)
+    run = ["run", *UNEVEN, "--data", data, "--out", "run"]
+    of_steps = [NAMES[:2], NAMES[2:3], NAMES[3:6], NAMES[6:]]
+    plan, done = fastil("plan", *UNEVEN, "--data", data), fastil(*run)
+    for process in (plan, done):
+        assert process.returncode == 0, process.stderr
+        said = re.findall(r"^step (\d) adds  (.*)$", process.stdout, re.MULTILINE)
+        assert said == [(str(step), ", ".join(names)) for step, names in enumerate(of_steps)]
+    protocol = json.loads((tmp_path / "run/protocol.json").read_text())
+    assert protocol["class_names_by_step"] == of_steps
+    assert [[protocol["class_names"][c] for c in classes] for classes in protocol["steps"]] == of_steps
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert [step["classes_seen"] for step in results["steps"]] == [2, 3, 6, 7]
+    before = {file: file.read_bytes() for file in (tmp_path / "run").glob("*.json")}
+    resumed = fastil(*run, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "finished already" in resumed.stdout
+    assert before == {file: file.read_bytes() for file in before}
+    assert_user_error(fastil(*run, "increment=[3, 1, 1]", "--resume"), "increment was [1, 3, 1], now [3, 1, 1]")
+    report = fastil("report", "run")
+    assert report.returncode == 0, report.stderr
+    assert "| folder, balanced, model=resnet8 | 1 " in report.stdout
+
+
+def test_a_folder_of_numbers_is_said_to_be_sorted_as_text_and_taken_by_number_on_request(fastil, tmp_path):
+    data = make_folder(tmp_path / "data", classes=12, train=2, val=1)
+    for split in ("train", "val"):
+        for folder in sorted((data / split).iterdir()):
+            folder.rename(folder.with_name(folder.name.removeprefix("class")))
+    plan = ["plan", "folder", *TINY, "size=12", "model=resnet8", "base_classes=6", "increment=6", "--data", data]
+    as_text = fastil(*plan, "order=alphabetical")
+    assert "step 0 adds  0, 1, 10, 11, 2, 3\n" in as_text.stdout, as_text.stderr
+    assert "id 2 is class 10" in as_text.stdout
+    natural = fastil(*plan, "order=natural")
+    assert "step 0 adds  0, 1, 2, 3, 4, 5\n" in natural.stdout, natural.stderr
+    assert "id 2 is class 10" not in natural.stdout
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_same_meaning(tmp_path, capsys):
+    """Written by YAML 1.1's rules and without names by step; its settings are those that it was given."""
+    settings = [*TINY, "base_classes=6", "increment=2", "order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]", "weight_decay=1e-5"]
+    run = tmp_path / "run"
+    Experiment(load("digits", settings), run, resume=False).run()
+    results, protocol = (run / "results.json").read_bytes(), json.loads((run / "protocol.json").read_text())
+    written = recipe.read_effective(run / "recipe.yaml")
+    keys = {"recipe": written.name, "description": written.description, "published": None, "fidelity": "x"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(keys | written.keys(), sort_keys=False))
+    assert "1.0e-05" in (run / "recipe.yaml").read_text()
+    names = protocol.pop("class_names_by_step")
+    (run / "protocol.json").write_text(json.dumps(protocol))
+    Experiment(load("digits", settings), run, resume=True).run()
+    assert "finished already" in capsys.readouterr().out
+    assert (run / "results.json").read_bytes() == results
+    assert json.loads((run / "protocol.json").read_text())["class_names_by_step"] == names
+    assert recipe.read_effective(run / "recipe.yaml").keys() == written.keys()
+
+
+def test_a_row_of_a_table_may_have_a_list_of_increments():
+    content = tables.read_tables()
+    content["scales"]["cpu"]["overrides"] = {"increment": [4, 4, 2], "milestones": [0.5, 0.75], "schedule": "multistep"}
+    entry = tables.table_of(content, "table2", "cpu").entries[0]
+    keys = entry.load(0).keys()
+    assert (keys["increment"], keys["milestones"]) == ([4, 4, 2], [0.5, 0.75])
