@@ -491,10 +491,15 @@ COSINE = ["head=cosine", "last_relu=false"]
 LUCIR, TPCIL = (["loss=softmax", f"method={m}", *COSINE] for m in ("lucir", "tpcil"))
 RELEASED, BILEVEL = (["loss=softmax", "method=mnemonics", f"mnemonics={m}", *COSINE] for m in ("released", "bilevel"))
 NCA = ["loss=nca", "head=proxies"]
+UNREAD, READ_FROM_FILES = [["dataset=digits"], ["dataset=imagenet"]], [["dataset=folder"], ["dataset=cifar100"]]
 # Of each key: settings beside which nothing reads it, and beside which something does.
 READ = {
     "last_relu=false": ([[f"model={ROOT}/examples/your_own_network.py:backbone"]], [["model=resnet8"]]),
     "size=24": ([["dataset=cifar100"], ["dataset=idx"]], [["dataset=folder"], ["dataset=imagenet"]]),
+    "exif=ignore": (UNREAD, READ_FROM_FILES),
+    "max_pixels=9": (UNREAD, READ_FROM_FILES),
+    "image_column=x": (UNREAD, READ_FROM_FILES),
+    "label_column=x": (UNREAD, READ_FROM_FILES),
     "nca_margin=0.5": ([["loss=softmax"], NCA], [[*NCA, "nca_variant=paper"]]),
     "nca_variant=released": ([["loss=balanced"]], [NCA]),
     "meta_lr=0.5": ([["loss=balanced"]], [["loss=meta_balanced"]]),

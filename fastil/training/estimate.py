@@ -33,8 +33,10 @@ META_COST = 3.1  # training steps that an update of alpha takes beside its own (
 
 def plan_text(recipe: Recipe) -> str:
     """The effective protocol as text. Without the files, a published shape of the data set is used."""
+    notes: tuple[str, ...] = ()
     try:
         dataset = load_dataset(recipe.data)
+        notes = dataset.notes
         images: AnySplit | None = dataset.train
         counts = np.bincount(dataset.train.labels)
         names, size = dataset.class_names, image_size(recipe.data, dataset)
@@ -98,6 +100,7 @@ def plan_text(recipe: Recipe) -> str:
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps{reading}",
     ]
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines if slow is None else [*lines, slow])
 
 
