@@ -48,12 +48,12 @@ class Kind:
     opened: Callable[[Path, Asked], Source]
 
 
-def open_source(path: Path, kind: str | None = None, **how: Any) -> Source:
+def open_source(path: Path, kind: str | None = None, val: str | None = None, **how: Any) -> Source:
     """The data set at a path. A UserError names what is damaged, missing or not known, and the fix.
 
-    kind: a name of KINDS, for a path that is taken for another. how: fields of `Asked`.
+    kind: a name of KINDS, for a path that is taken for another. val, how: fields of `Asked`.
     """
-    asked = Asked(**how)
+    asked = Asked(val, **how)
     if kind is not None and kind not in KINDS:
         raise UserError(f"kind {kind}: unknown; use one of {', '.join(KINDS)}")
     path = Path(path)
