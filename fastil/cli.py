@@ -152,7 +152,18 @@ def convert(
         int | None, typer.Option(help="Width and height of all images, whatever their shape.", show_default="as it is")
     ] = None,
     quality: Annotated[int, typer.Option(help="Of JPEGs that are encoded.")] = 95,
-    on_corrupt: Annotated[str, typer.Option(help="fail or skip.")] = "fail",
+    image_column: Annotated[str | None, typer.Option(help="Of parquet files.", show_default="image or img")] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(help="Of parquet files: numbers or names.", show_default="label, fine_label or labels"),
+    ] = None,
+    exif: Annotated[
+        str, typer.Option(help="upright: images are turned as their camera's tag says; ignore: they are not.")
+    ] = "upright",
+    max_pixels: Annotated[
+        int, typer.Option(help="An image with more is refused, for a small file can claim to be huge.")
+    ] = 100_000_000,
+    on_corrupt: Annotated[str, typer.Option(help="fail or skip: what an image that cannot be read means.")] = "fail",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Decode the JPEGs whose bytes are kept.")] = True,
     workers: Workers = None,
     dry_run: Annotated[
@@ -168,7 +179,8 @@ def convert(
 
         options = options_of(
             kind=kind, val=val, classes=classes, per_class=per_class, mode=mode, max_side=max_side, squash=squash,
-            quality=quality, on_corrupt=on_corrupt, check=check, workers=workers,
+            quality=quality, on_corrupt=on_corrupt, check=check, workers=workers, image_column=image_column,
+            label_column=label_column, exif=exif, max_pixels=max_pixels,
         )  # fmt: skip
         convert_source(source, out, options, Reporter(as_json), dry_run)
     except KeyboardInterrupt:

@@ -60,7 +60,10 @@ PARTS: dict[str, type] = {
 }
 
 # What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
-RUNTIME_KEYS = {"data", "val", "verify", "memory", "device", "compile", "checkpoint_every", "checkpoint_minutes"}
+RUNTIME_KEYS = {
+    "data", "val", "verify", "image_column", "label_column", "max_pixels", "memory", "device", "compile",
+    "checkpoint_every", "checkpoint_minutes",
+}  # fmt: skip
 # What the machine or the source decides where it is left alone. A run keeps them, but is no other experiment by them:
 # whether images were left out is told by the data.
 INCIDENTAL_KEYS = {"precision", "loader", "on_corrupt"}
@@ -73,6 +76,10 @@ DEEPEST = 10  # parents of a recipe
 READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
     "last_relu": (lambda k: ":" not in k["model"], "model=resnet32"),
     "size": (lambda k: k["dataset"] in ("folder", "imagenet"), "dataset=folder"),
+    "image_column": (lambda k: k["dataset"] not in ("digits", "imagenet"), "dataset=folder"),
+    "label_column": (lambda k: k["dataset"] not in ("digits", "imagenet"), "dataset=folder"),
+    "exif": (lambda k: k["dataset"] not in ("digits", "imagenet"), "dataset=folder"),
+    "max_pixels": (lambda k: k["dataset"] not in ("digits", "imagenet"), "dataset=folder"),
     "nca_margin": (lambda k: k["loss"] == "nca" and k["nca_variant"] == "paper", "loss=nca nca_variant=paper"),
     "nca_": (lambda k: k["loss"] == "nca", "loss=nca"),
     "meta_": (lambda k: k["loss"] == "meta_balanced", "loss=meta_balanced"),

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil.data.formats.beton import ENTRY, PLACE, data_start, page_size_for, place
-from fastil.data.formats.records import Extent, Files, Records, Source, is_sequential
+from fastil.data.formats.class_names import some
+from fastil.data.formats.pixels import Reading, content_of
+from fastil.data.formats.records import Extent, Item, Records, Source, Unreadable, is_sequential, item_of
 from fastil.errors import UserError
 from fastil.tools.files import reading_order
-from fastil.tools.images import LOSSLESS, SMALL_FILE, Head, Item, Prepared, Storage, look, prepare, small_lossless
+from fastil.tools.images import LOSSLESS, SMALL_FILE, Head, Prepared, Storage, look, prepare, small_lossless
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 
@@ -50,13 +52,12 @@ class Audit:
     def lossless(self) -> int:
         return sum(self.formats[kind] for kind in (*LOSSLESS, "TIFF"))
 
-    def largest(self, storage: Storage) -> int:
-        """A bound on the bytes of any sample as it will be stored."""
-        pixels = self.width.astype(np.int64) * self.height * 3
-        if storage.mode == "raw":
-            return int(pixels.max(initial=0))
-        encoded = pixels + (1 << 16)  # JPEG at 4:2:0 does not exceed the pixels, but for its tables
-        return int(np.where(self.kept, self.sizes, encoded).max(initial=0))
+    def page(self, storage: Storage) -> int:
+        """The page size of the file, by bounds on the bytes of the samples as they will be stored."""
+        bounds = self.width.astype(np.int64) * self.height * 3
+        if storage.mode != "raw":  # JPEG at 4:2:0 does not exceed the pixels, but for its tables
+            bounds = np.where(self.kept, self.sizes, bounds + (1 << 16))
+        return page_size_for(int(bounds.max(initial=0)), int(bounds.sum()))
 
 
 def audit(split: str, records: Records, storage: Storage, pool: Pool, reporter: Reporter) -> Audit:
@@ -78,18 +79,19 @@ def audit(split: str, records: Records, storage: Storage, pool: Pool, reporter: 
     return found
 
 
-def all_small_lossless(splits: Iterable[Records]) -> bool:
+def all_small_lossless(splits: Iterable[Records], how: Reading) -> bool:
     """Whether every image that can be read is small and lossless; looks no further than to the first that is not."""
     found = False
     for records in splits:
         for i in reading_order(records) if is_sequential(records) else range(len(records)):
+            item = item_of(records, int(i))
+            if isinstance(item, Extent) and item.size > SMALL_FILE:
+                return False
             try:
-                item = item_of(records, int(i))
-                if isinstance(item, Extent):
-                    item = item.read() if item.size <= SMALL_FILE else b""
-            except UserError:  # told by the audit
+                content = content_of(item, how)
+            except Unreadable:  # told by the audit
                 continue
-            small = small_lossless(item) if isinstance(item, bytes) and item else False
+            small = small_lossless(content, how) if isinstance(content, bytes) and content else False
             if small is False:
                 return False
             found = found or small is True
@@ -123,7 +125,7 @@ def estimate(found: Audit, storage: Storage, pool: Pool) -> None:
     if len(decoded):
         some = spread(decoded)
         found.seconds = timed(found, some, storage, pool)[1] / len(some) * len(decoded)
-    page = page_size_for(found.largest(storage))
+    page = found.page(storage)
     end = planned(found, storage, page, data_start(len(pixels), page), per_pixel)[1]
     found.projected = -(-end // page) * page + len(pixels) * PLACE.itemsize
 
@@ -166,11 +168,6 @@ def spread(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return ids[np.linspace(0, len(ids) - 1, min(TRIED, len(ids))).astype(np.int64)]
 
 
-def item_of(records: Records, i: int) -> Item:
-    """What a worker gets: a place to read from where there is one."""
-    return records.extent(i) if isinstance(records, Files) else records.content(i)
-
-
 def chunks(records: Records, ids: NDArray[np.int64], size: int) -> Iterator[list[tuple[int, Item]]]:
     """The samples, so many at once."""
     for start in range(0, len(ids), size):
@@ -197,10 +194,10 @@ def check_classes(source: Source, splits: dict[str, Records]) -> None:
     """Raise UserError for a class without images."""
     for split, records in splits.items():
         counts = counts_of(records, len(source.class_names))
-        if len(records) == 0 or counts.min() == 0:
-            missing = source.class_names[int(counts.argmin())]
+        missing = [source.class_names[label] for label in np.flatnonzero(counts == 0)]
+        if missing:
             raise UserError(
-                f"{source.name}: {split} has no image of class {missing}; add some or leave it out (--classes)"
+                f"{source.name}: {split} has no image of class {some(missing)}; add some or leave it out (--classes)"
             )
 
 

@@ -19,7 +19,8 @@ from fastil import files, machine
 from fastil.data.formats import beton
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.manifest import manifest_path, read_manifest
-from fastil.data.formats.records import is_sequential
+from fastil.data.formats.pixels import DEFAULT, MOST_PIXELS, Exif, Reading, reading_of
+from fastil.data.formats.records import Pixels, is_sequential
 from fastil.errors import UserError
 from fastil.tools.audit import (
     Audit,
@@ -52,6 +53,8 @@ class Options:
     per_class: int | None = None
     storage: Storage = field(default_factory=Storage)
     on_corrupt: OnCorrupt = "fail"
+    image_column: str | None = None  # of parquet files
+    label_column: str | None = None
     workers: int = field(default_factory=machine.cores)
 
     def __post_init__(self) -> None:
@@ -69,8 +72,14 @@ class Options:
         """Those that decide what is written."""
         keys = asdict(self)
         del keys["workers"], keys["kind"]
-        if self.storage.squash is None:  # as files have it that are older than this option
-            del keys["storage"]["squash"]
+        for key in ("image_column", "label_column"):  # as files have it that are older than these options
+            if keys[key] is None:
+                del keys[key]
+        storage = keys["storage"]
+        if self.storage.squash is None:
+            del storage["squash"]
+        reading, usual = storage.pop("reading"), asdict(DEFAULT)
+        storage |= {key: value for key, value in reading.items() if value != usual[key]}
         return keys
 
 
@@ -81,15 +90,22 @@ def options_of(
     squash: int | None = None,
     quality: int = 95,
     check: bool = True,
+    exif: str = "upright",
+    max_pixels: int = MOST_PIXELS,
     on_corrupt: str = "fail",
     workers: int | None = None,
     **others: Any,
 ) -> Options:
     """Options from what the command line was given."""
-    for key, value, allowed in (("mode", mode, get_args(Mode)), ("on-corrupt", on_corrupt, get_args(OnCorrupt))):
+    for key, value, allowed in (
+        ("mode", mode, get_args(Mode)), ("exif", exif, get_args(Exif)), ("on-corrupt", on_corrupt, get_args(OnCorrupt)),
+    ):  # fmt: skip
         if value not in allowed:
             raise UserError(f"--{key} {value}: use one of {', '.join(allowed)}")
-    storage = Storage(cast(Mode, mode), quality, max_side, squash, check)
+    if max_pixels < 1:
+        raise UserError(f"--max-pixels {max_pixels}: must be at least 1")
+    reading = Reading(cast(Exif, exif), max_pixels)
+    storage = Storage(cast(Mode, mode), quality, max_side, squash, check, reading)
     workers = machine.cores() if workers is None else workers
     return Options(storage=storage, on_corrupt=cast(OnCorrupt, on_corrupt), workers=workers, **others)
 
@@ -109,7 +125,8 @@ def convert(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(Pool(options.workers))
         pool.start()
-        source = open_source(path, options.kind, options.val, verify=options.kind is None)
+        columns = {"image_column": options.image_column, "label_column": options.label_column}
+        source = open_source(path, options.kind, val=options.val, verify=options.kind is None, **columns)
         notes = list(source.notes)
         source = subset(source, options.classes, options.per_class)
         splits = {name: r for name, r in (("train", source.train), ("val", source.val)) if r is not None}
@@ -120,16 +137,17 @@ def convert(
                 raise UserError(
                     f"{path}: holds JPEGs and pixels; say --mode jpeg, which encodes the pixels, or --mode raw"
                 )
-            kept = all_small_lossless(splits.values())
-            of_pixels = not isinstance(next(iter(splits.values())).content(0), bytes)
+            kept = all_small_lossless(splits.values(), options.storage.reading)
+            of_pixels = isinstance(next(iter(splits.values())), Pixels | beton.Stored)
             options = replace(options, storage=replace(options.storage, mode="raw" if kept or of_pixels else "jpeg"))
         if "val" not in splits:
             notes.append("no validation images; give --val with their path, or --val same for a smoke test")
         notes += shortfall(source, splits, options.classes is not None or options.per_class is not None)
         targets = {"train": out, "val": beton.val_path_of(out)}
+        storage = replace(options.storage, reading=reading_of(source, options.storage.reading))
         task = partial(
             Task, source=source, origin={"kind": source.kind, "name": source.name, "path": os.path.abspath(path)},
-            parameters=options.parameters(), storage=options.storage, on_corrupt=options.on_corrupt, notes=notes,
+            parameters=options.parameters(), storage=storage, on_corrupt=options.on_corrupt, notes=notes,
             reporter=reporter, commit_bytes=commit_bytes,
         )  # fmt: skip
         jobs = [Job(task(split=split, records=records, target=targets[split])) for split, records in splits.items()]

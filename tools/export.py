@@ -15,6 +15,8 @@ from fastil.errors import UserError
 from fastil.text import one_line
 from fastil.tools.images import MADE
 
+NAMED = 100  # classes that `as_text` names before it counts the rest
+
 
 def info(path: Path) -> dict[str, Any]:
     """What a file is, for programs."""
@@ -55,7 +57,8 @@ def as_text(found: dict[str, Any]) -> str:
         f"{found['file']}: {found['images']:,} images of {found['classes']:,} classes, {found['bytes'] / 1e6:,.1f} MB",
         f"  stored    {found['mode']}, {found['widths'][0]} to {found['widths'][1]} wide, {found['heights'][0]} to "
         f"{found['heights'][1]} high, pages of {found['page_size'] >> 20} MiB",
-        f"  classes   {low:,} to {high:,} images each: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+        f"  classes   {low:,} to {high:,} images each: {', '.join(names[:NAMED])}"
+        + (f" and {len(names) - NAMED:,} more (--json has all)" if len(names) > NAMED else ""),
     ]
     if "source" in found:
         lines += [

@@ -11,14 +11,13 @@ from PIL import Image
 
 from fastil.data.formats import pixels
 from fastil.data.formats.manifest import RESIZED
-from fastil.data.formats.records import Extent
+from fastil.data.formats.pixels import DEFAULT, Reading
+from fastil.data.formats.records import Extent, Item, Unreadable
 
-LARGEST = 1 << 29  # bytes of an image file; an uncompressed one of the most pixels that are taken has fewer
 HEAD = 1 << 13  # bytes that are read of an image whose header is wanted; most have it in them
 LOSSLESS = ("PNG", "BMP", "PPM", "GIF")  # formats that lose nothing, whatever their options
 SMALL_SIDE = 96  # pixels, of STL-10, the largest of the small sets: 27 KB as pixels, about what it takes as a PNG
 SMALL_FILE = 1 << 20  # bytes; none of an image that small has more
-Item = Extent | bytes | NDArray[np.uint8]  # what is known of an image: a place to read from where there is one
 Mode = Literal["auto", "jpeg", "reencode", "raw"]
 PIXELS = "pixels"  # in place of the format of an image file
 RAW_SIDE, JPEG_SIDE = 65_535, 65_500  # pixels: what a row has room for, what libjpeg encodes and decodes
@@ -34,7 +33,7 @@ class Storage:
     stores pixels, "auto" is "raw" for a source of pixels or of small lossless images alone and "jpeg" otherwise.
     quality: of what is encoded, 4:2:0. max_side: longer sides are made so long, antialiased; None: kept. squash: every
     image is made so wide and high, whatever its shape (LUCIR's code can train on such a copy of ImageNet, 256x256).
-    check: decode the JPEGs that are kept, too.
+    check: decode the JPEGs that are kept, too. reading: how images are read.
     """
 
     mode: Mode = "auto"
@@ -42,6 +41,7 @@ class Storage:
     max_side: int | None = None
     squash: int | None = None
     check: bool = True
+    reading: Reading = DEFAULT
 
     @property
     def made(self) -> str:
@@ -89,40 +89,39 @@ class Prepared(NamedTuple):
 
 def look(item: Item, storage: Storage) -> Head:
     """The header alone: no pixel is decoded, and of a plain JPEG no more is read."""
-    if not isinstance(item, Extent):
-        return _look(item, storage)
-    if item.size > LARGEST:
-        return Head("unknown", "", 0, 0, item.size, (), f"{item.size:,} bytes, no image has so many")
-    size = pixels.plain_jpeg(item.front(HEAD))
-    return _look(item.read(), storage) if size is None else stored("JPEG", "RGB", size, item.size, [], storage)
+    try:
+        if isinstance(item, Extent) and 0 < item.size <= storage.reading.max_bytes:
+            plain = pixels.plain_jpeg(item.front(HEAD), storage.reading)
+            if plain is not None:
+                return stored("JPEG", "RGB", plain, item.size, [], storage)
+        return _look(pixels.content_of(item, storage.reading), storage)
+    except MemoryError:
+        raise  # says nothing of the image
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        size = 0 if isinstance(item, Unreadable) else len(item) if isinstance(item, bytes) else item.size
+        return Head("unknown", "", 0, 0, size, (), pixels.reason_of(error))
 
 
 def _look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
+    """Raises what is wrong with the image."""
     reasons: list[str] = []
     if not isinstance(content, bytes):
         height, width = content.shape[:2]
         if storage.mode != "raw":
             reasons.append(PIXELS)
         return stored(PIXELS, "RGB", (width, height), content.nbytes, reasons, storage)
-    plain = pixels.plain_jpeg(content)
+    plain = pixels.plain_jpeg(content, storage.reading)
     if plain is not None:
         return stored("JPEG", "RGB", plain, len(content), [], storage)
-    try:
-        image = pixels.open_image(content)
-        turned = pixels.orientation(image)
-        size = image.size if turned < 5 else image.size[::-1]
-    except MemoryError:
-        raise  # says nothing of the image
-    except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        return Head("unknown", "", 0, 0, len(content), (), reason_of(error))
+    image = pixels.open_image(content, storage.reading)
     kind = str(image.format)
     if kind != "JPEG":
         reasons.append(kind)
     if image.mode != "RGB":
         reasons.append(MODE_NAMES.get(image.mode, image.mode))
-    if turned != 1:
+    if pixels.orientation(image, storage.reading) != 1:
         reasons.append("turned by its EXIF tag")
-    return stored(kind, image.mode, size, len(content), reasons, storage)
+    return stored(kind, image.mode, pixels.size_of(image, storage.reading), len(content), reasons, storage)
 
 
 def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: list[str], storage: Storage) -> Head:
@@ -137,10 +136,10 @@ def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: lis
     return Head(kind, mode, width, height, count, tuple(reasons), problem)
 
 
-def small_lossless(content: bytes) -> bool | None:
+def small_lossless(content: bytes, how: Reading) -> bool | None:
     """Whether it is an image that JPEG would spoil to save little. None: it cannot be read."""
     try:
-        image = pixels.open_image(content)
+        image = pixels.open_image(content, how)
     except Exception:  # Pillow's readers raise many kinds on damaged files
         return None
     if max(image.size) > SMALL_SIDE:
@@ -152,18 +151,16 @@ def small_lossless(content: bytes) -> bool | None:
 
 def prepare(item: Item, storage: Storage) -> Prepared:
     """The image as it is stored; whatever is wrong with it is its `problem`."""
-    if isinstance(item, Extent) and item.size > LARGEST:
-        return Prepared(None, 0, 0, None, look(item, storage).problem)
-    content = item.read() if isinstance(item, Extent) else item
-    head = _look(content, storage)
-    if head.problem is not None:
-        return Prepared(None, 0, 0, None, head.problem)
     try:
+        content = pixels.content_of(item, storage.reading)
+        head = _look(content, storage)
+        if head.problem is not None:
+            return Prepared(None, 0, 0, None, head.problem)
         if head.kept(storage):
             if storage.check and isinstance(content, bytes):
-                pixels.check_decodes(content)
+                pixels.check_decodes(content, storage.reading)
             return Prepared(None, head.width, head.height, crc32(content), None)
-        image = decoded(content)
+        image = pixels.decoded(content, storage.reading)
         size = storage.size(*image.size)
         if size != image.size:
             image = image.resize(size, Image.Resampling.BILINEAR)
@@ -171,16 +168,8 @@ def prepare(item: Item, storage: Storage) -> Prepared:
         return Prepared(new, image.width, image.height, crc32(new), None, crc32(content))
     except MemoryError:
         raise
-    except Exception as error:
-        return Prepared(None, 0, 0, None, reason_of(error))
-
-
-def decoded(content: bytes | NDArray[np.uint8]) -> Image.Image:
-    """Upright, RGB."""
-    if not isinstance(content, bytes):
-        return Image.fromarray(content)
-    quick = pixels.decode(content) if pixels.plain_jpeg(content) is not None else None
-    return Image.fromarray(quick) if quick is not None else pixels.to_rgb(pixels.upright(pixels.open_image(content)))
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        return Prepared(None, 0, 0, None, pixels.reason_of(error))
 
 
 def encode(image: Image.Image, storage: Storage) -> bytes:
@@ -190,10 +179,3 @@ def encode(image: Image.Image, storage: Storage) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=storage.quality, subsampling="4:2:0")
     return file.getvalue()
-
-
-def reason_of(error: Exception) -> str:
-    """What is wrong with an image, in one line without the address that Pillow names an unknown stream by."""
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not an image of a known format"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -22,12 +22,13 @@ from PIL import features
 
 from fastil import files
 from fastil.data.formats import beton
+from fastil.data.formats.class_names import some
 from fastil.data.formats.manifest import FORMAT, Changed, Manifest, manifest_path
-from fastil.data.formats.records import Extent, Records, Source
+from fastil.data.formats.records import Extent, Item, Records, Source, Unreadable, item_of
 from fastil.errors import UserError
-from fastil.tools.audit import Audit, chunks, item_of, planned
+from fastil.tools.audit import Audit, chunks, planned
 from fastil.tools.files import AGAIN, Pages, ReadBack
-from fastil.tools.images import Item, Prepared, Storage, prepare
+from fastil.tools.images import Prepared, Storage, prepare
 from fastil.tools.journal import Journal, Progress
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
@@ -82,7 +83,7 @@ class Writing:
 
     def __init__(self, task: Task, found: Audit, file: io.FileIO) -> None:
         self.task, self.found, self.file = task, found, file
-        self.page = beton.page_size_for(found.largest(task.storage))
+        self.page = found.page(task.storage)
         self.start = beton.data_start(len(task.records), self.page)
         self.mode = beton.RAW if task.storage.mode == "raw" else beton.JPEG
         self.progress = Progress(np.zeros(len(task.records), beton.ENTRY), position=self.start)
@@ -141,10 +142,10 @@ class Writing:
                 progress.done = i + 1
                 reporter.advance(1)
                 continue
-            content: Item | None = prepared.content
-            if content is None:
-                content = item_of(records, i)
-            else:
+            content: Item = item_of(records, i) if prepared.content is None else prepared.content
+            if isinstance(content, Unreadable):
+                raise content
+            if prepared.content is not None:
                 reason = self.found.reasons.get(i, f"--mode {task.storage.mode}")
                 progress.changed.append((i, reason, prepared.source))
             if isinstance(content, np.ndarray):
@@ -223,8 +224,8 @@ class Writing:
     def refuse_empty_classes(self, entries: NDArray[np.void]) -> None:
         source = self.task.source
         counts = np.bincount(entries["label"], minlength=len(source.class_names))
-        if counts.min() == 0:
-            missing = source.class_names[int(counts.argmin())]
+        missing = some([source.class_names[label] for label in np.flatnonzero(counts == 0)])
+        if missing:
             raise UserError(
                 f"{source.name}: every image of class {missing} in {self.task.split} was left out; leave the class out "
                 f"as well (--classes), and remove {self.task.partial}"

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat
 
 from fastil.data import published
-from fastil.data.formats import cifar, folder
+from fastil.data.formats import cifar, in_memory
 from fastil.data.formats.beton import Beton, check_same_classes, val_path_of
+from fastil.data.formats.class_names import some
 from fastil.data.formats.detect import PACKED, SMOKE_TEST, detect, open_source
+from fastil.data.formats.folder import NEEDED
 from fastil.data.formats.identity import Identity, of_pixels
+from fastil.data.formats.pixels import MOST_PIXELS, Exif, Reading, reading_of
 from fastil.data.formats.records import SAME, ByClass, Source, relabelled
 from fastil.errors import UserError
 from fastil.settings import shown
@@ -41,7 +44,11 @@ class DataConfig:
     size: Annotated[int, Field(ge=8)] = 32
     loader: str = "auto"  # auto | resident | threads | ffcv | dali | reference: what reads the images
     memory: Literal["streamed", "resident"] = "streamed"  # resident: exemplars stay decoded on the device
-    on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what a file that does not decode means
+    on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what an image that cannot be read means
+    image_column: str | None = None  # of parquet files, where it has another name than image or img
+    label_column: str | None = None  # of parquet files, where it has another name than label, fine_label or labels
+    exif: Exif = "upright"  # upright: turned as the camera's tag says | ignore: as the pixels lie in the file
+    max_pixels: int = MOST_PIXELS  # an image with more is refused
     verify: bool = True  # digits, fashion-mnist, cifar: the images must be those published under that name
     pad: Annotated[int, Field(ge=0)] = 4  # random crop after black padding of this many pixels
     flip: bool = True  # random mirror
@@ -112,8 +119,8 @@ def load_dataset(config: DataConfig) -> Dataset:
         if split.labels.min() < 0 or split.labels.max() >= len(dataset.class_names):
             raise UserError(f"{dataset.name}: {name} has labels outside its {len(dataset.class_names)} classes")
         counts = np.bincount(split.labels, minlength=len(dataset.class_names))
-        if counts.min() == 0:
-            missing = dataset.class_names[int(counts.argmin())]
+        missing = some([dataset.class_names[label] for label in np.flatnonzero(counts == 0)])
+        if missing:
             raise UserError(f"{dataset.name}: {name} has no image of class {missing}; add some or remove the class")
     if (
         isinstance(dataset.train, Split)
@@ -212,7 +219,7 @@ def _cifar(config: DataConfig, variant: cifar.Variant) -> Dataset:
     path = Path(config.data)
     found = cifar.find(path, variant)
     if found is not None:
-        source = open_source(path, variant.name, config.val, verify=config.verify)
+        source = open_source(path, variant.name, val=config.val, verify=config.verify)
         # Without an identity to compare with, the sums of the python version's files are what proves CIFAR-10.
         return replace(_published(config, source), proven=config.verify and config.val is None and found[1] == "python")
     if path.is_dir():
@@ -228,7 +235,7 @@ def _published(config: DataConfig, source: Source | None = None) -> Dataset:
     path, expected = _required(config), published.table()[config.dataset]
     if path.is_file() and path.suffix in PACKED:
         _unpacked(path)
-    source = source or open_source(path, val=config.val, verify=config.verify)
+    source = source or _opened(config)
     labels = published.official_labels(expected, source.class_names)
     if labels is not None:
         source = relabelled(source, labels, list(expected.class_names))
@@ -238,20 +245,26 @@ def _published(config: DataConfig, source: Source | None = None) -> Dataset:
 def image_folder(config: DataConfig) -> Dataset:
     """Image files train/<class>/* and val/<class>/*, or any other kind of source, decoded into memory. Only
     dataset=folder resizes them."""
-    source = open_source(_required(config), val=config.val, verify=config.verify)
+    source = _opened(config)
     return _in_memory(config, source, config.size if config.dataset == "folder" else None)
+
+
+def _opened(config: DataConfig) -> Source:
+    columns = {"image_column": config.image_column, "label_column": config.label_column}
+    return open_source(_required(config), val=config.val, verify=config.verify, **columns)
 
 
 def _in_memory(config: DataConfig, source: Source, size: int | None) -> Dataset:
     """Both splits decoded. size: of the images; None: their own."""
     for name, records in (("train", source.train), ("val", source.val)):
         if records is None and source.kind == "folder":
-            raise UserError(f"{Path(str(config.data)) / name}: {folder.MISSING}")
+            raise UserError(f"{Path(str(config.data)) / name}: no such folder; {NEEDED}")
         if records is None:
             raise UserError(
                 f"{config.data}: no {name} images in this source of the kind {source.kind}; give them by --val"
             )
-    (train, val), notes = folder.read(source, size, config.on_corrupt == "skip")
+    how = reading_of(source, Reading(config.exif, config.max_pixels))
+    (train, val), notes = in_memory.read(source, size, how, config.on_corrupt == "skip")
     return Dataset(source.name, source.class_names, Split(*train), Split(*val), (*source.notes, *notes))
 
 

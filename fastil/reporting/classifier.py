@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastil import files
-from fastil.data.formats import folder, pixels
+from fastil.data.formats import pixels
+from fastil.data.formats.pixels import DEFAULT, Reading
+from fastil.data.formats.records import whole_file
 from fastil.data.loaders.frames import frame_of, resized
 from fastil.data.published import table
 from fastil.data.transforms import transforms
@@ -43,9 +45,11 @@ class Classifier(nn.Module):
         transform: Transform,
         method: Method | None = None,
         means: Tensor | None = None,
+        reading: Reading = DEFAULT,
     ) -> None:
         super().__init__()
         self.network, self.class_names, self.transform, self.method = network, class_names, transform, method
+        self.reading = reading
         self.register_buffer("mean", torch.tensor(transform.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(transform.std).view(3, 1, 1), persistent=False)
         self.register_buffer("means", means, persistent=False)
@@ -83,15 +87,14 @@ class Classifier(nn.Module):
         """An image file, prepared as the test images of the run were, uint8 [h, w, 3]."""
         transform = self.transform
         try:
+            content = pixels.content_of(whole_file(path), self.reading)
+            whole = pixels.decoded(content, self.reading)
             if transform.resize is None and transform.height == transform.width:
-                return folder.decode(path, transform.height)
-            with pixels.open_image(path.read_bytes()) as opened:
-                whole = torch.from_numpy(pixels.as_array(pixels.to_rgb(pixels.upright(opened))).copy())
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or 'not a readable image'}; give an image file") from None
+                return pixels.as_array(pixels.square(whole, transform.height))
         except Exception as error:  # Pillow's readers raise many kinds on damaged files
-            raise UserError(f"{path}: not a readable image ({error}); leave it out") from None
-        return frame_of(whole, (0, 0, *whole.shape[:2]), transform, resized).numpy()
+            raise UserError(f"{path}: not a readable image ({pixels.reason_of(error)}); leave it out") from None
+        array = torch.from_numpy(pixels.as_array(whole).copy())
+        return frame_of(array, (0, 0, *array.shape[:2]), transform, resized).numpy()
 
 
 def load_classifier(run: Path, recipe: Recipe, protocol: ProtocolFile, step: int) -> Classifier:
@@ -116,7 +119,8 @@ def load_classifier(run: Path, recipe: Recipe, protocol: ProtocolFile, step: int
     transform = transforms(
         recipe.data, _image_size(recipe, protocol), streamed=protocol.dataset.train.bytes is not None
     )[1]
-    return Classifier(network, names, transform, method, means).eval()
+    reading = Reading(recipe.data.exif, recipe.data.max_pixels)
+    return Classifier(network, names, transform, method, means, reading).eval()
 
 
 def _image_size(recipe: Recipe, protocol: ProtocolFile) -> tuple[int, int]:

@@ -36,8 +36,10 @@ META_COST = 3.1  # training steps that an update of alpha takes beside its own (
 def plan_text(recipe: Recipe) -> str:
     """The effective protocol as text. Without the files, a published shape of the data set is used."""
     names: list[str] | None
+    notes: tuple[str, ...] = ()
     try:
         dataset = load_dataset(recipe.data)
+        notes = dataset.notes
         images: AnySplit | None = dataset.train
         counts = np.bincount(dataset.train.labels)
         names, size = dataset.class_names, image_size(recipe.data, dataset)
@@ -106,7 +108,8 @@ def plan_text(recipe: Recipe) -> str:
         f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
         f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps{reading}",
     ]
-    return "\n".join([*lines, *([] if slow is None else [slow]), *step_plan.notes(recipe, names)])
+    said = [*([] if slow is None else [slow]), *step_plan.notes(recipe, names)]
+    return "\n".join([*lines, *said, *(f"note: {note}" for note in notes)])
 
 
 def meta_cost(recipe: Recipe) -> float:

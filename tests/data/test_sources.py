@@ -157,7 +157,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path, kind):
 @pytest.mark.parametrize("prefix", ["train", "t10k"])
 def test_a_different_number_of_images_and_labels_is_refused(tmp_path, prefix):
     write_idx(tmp_path, **{f"{prefix}_labels_idx1_ubyte": idx_bytes(np.array([0, 1, 2, 0, 1]))})
-    with pytest.raises(UserError, match=f"{prefix} has [34] images but 5 labels"):
+    with pytest.raises(UserError, match=f"{prefix}-images-idx3-ubyte: [34] images but 5 labels"):
         load_idx(tmp_path)
 
 

@@ -12,7 +12,7 @@ from conftest import SHARED
 from torch import Tensor
 
 from fastil.data import Batch, DataConfig, Split, load_dataset, make_loader
-from fastil.data.formats import folder
+from fastil.data.formats import in_memory
 from fastil.data.formats.detect import open_source
 from fastil.device import autocast, pixel_dtype
 from fastil.methods import LossConfig, MetaAlpha, MetaConfig, MethodConfig, StepContext
@@ -162,7 +162,7 @@ def ten_classes(name):
     source = open_source(CIFAR100)
     ids = np.concatenate([np.flatnonzero(source.train.labels == label)[:150] for label in range(10)])
     some = replace(source, train=source.train.take(ids), val=source.val.take(np.arange(2)))
-    (arrays, _), _ = folder.read(some, None, skip_corrupt=False)
+    (arrays, _), _ = in_memory.read(some, None, skip_corrupt=False)
     return Split(*arrays), Transform(32, 32, pad=4, flip=True, mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276))
 
 

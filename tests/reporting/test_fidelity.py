@@ -13,7 +13,7 @@ from conftest import SHARED
 
 from fastil import cli
 from fastil.data import published
-from fastil.data.formats import folder
+from fastil.data.formats import in_memory
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.records import canonical
 from fastil.evaluation import StepResult
@@ -224,7 +224,7 @@ def test_a_run_is_the_same_whatever_its_images_lie_in(images, first, tmp_path, c
 def test_the_ids_of_a_run_are_the_rows_of_its_converted_file(images, tmp_path):
     source = open_source(as_beton(images, tmp_path))
     assert canonical(source.train).tolist() == list(range(len(source.train)))
-    (decoded, labels), _ = folder.read(open_source(images), None, skip_corrupt=False)[0]
+    (decoded, labels), _ = in_memory.read(open_source(images), None, skip_corrupt=False)[0]
     for i in range(0, len(labels), 7):
         np.testing.assert_array_equal(source.train.content(i), decoded[i])
         assert source.train.labels[i] == labels[i]

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 from conftest import encoded
+from making import png, write_tar
 from PIL import Image
 
+from fastil.data import DataConfig, load_dataset
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
@@ -162,6 +164,25 @@ def write(root, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return root
+
+
+def tree(**classes):
+    """train/ and val/ of these classes: by name, (ending, how many) of the training images; two images each for val."""
+    files = {}
+    for number, (name, (suffix, count)) in enumerate(classes.items()):
+        files |= {f"train/{name}/{i}{suffix}": png(10 * number + i) for i in range(count)}
+        files |= {f"val/{name}/{i}.png": png(10 * number + i) for i in range(2)}
+    return files
+
+
+def in_both(tmp_path, files):
+    """A folder of these files, and a tar of it."""
+    return write(tmp_path / "folder", files), write_tar(tmp_path / "packed.tar", list(files.items()))
+
+
+def load(path, **keys):
+    """`dataset=folder`."""
+    return load_dataset(DataConfig(dataset="folder", data=str(path), **({"size": 8} | keys)))
 
 
 def photos(count, classes=2, size=(20, 30), split="train"):

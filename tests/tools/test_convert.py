@@ -50,6 +50,7 @@ from fastil.tools.journal import Journal
 from fastil.tools.reporting import Reporter
 
 INTERRUPTED = 20 if SOAK else 2
+SMALL_PAGE = 2 << 20  # bytes, of a small file
 ZOO = zoo()
 PSNR = 30  # dB, of a JPEG of quality 95 with 4:2:0 chroma against the pixels it was made of
 # LUCIR's ImageNet-100, as places in the sorted wnids, in its order of learning.
@@ -272,7 +273,7 @@ def rows(path):
     """(mode, width, height, place, label, id) of every sample and (id, place, size) of the last table, read by hand."""
     raw = path.read_bytes()
     version, fields, page, count, table = struct.unpack_from("<HHIQQ", raw)
-    assert (version, fields, page) == (2, 3, 8 << 20)
+    assert (version, fields, page) == (2, 3, SMALL_PAGE)
     found = [struct.unpack_from("<BHHQ3xqq", raw, 24 + 3 * 1041 + 32 * i) for i in range(count)]
     return found, [struct.unpack_from("<QQQ", raw, table + 24 * i) for i in range(count)], raw
 
@@ -814,7 +815,7 @@ def test_a_lock_on_a_file_that_was_finished_meanwhile_is_no_lock(small, tmp_path
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small, tmp_path, monkeypatch):
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1_000_000))
-    refused(small, tmp_path / "x.beton", tmp_path, "16.8 MB are needed", "1.0 MB are free")
+    refused(small, tmp_path / "x.beton", tmp_path, "4.2 MB are needed", "1.0 MB are free")
     assert left(tmp_path) == {}
 
 
@@ -824,7 +825,7 @@ def test_a_file_size_limit_is_one_line_and_a_later_run_writes_the_same_bytes(fas
     run(source, tmp_path / "y.beton")
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, ((8 << 20) + 200_000,) * 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_PAGE + 200_000,) * 2)
 
     process = fastil("convert", source, "x.beton", "--workers", 1, preexec_fn=limit)
     assert_user_error(process, "x.beton.partial", "File too large", "goes on from what is in place")
@@ -875,7 +876,7 @@ def test_other_bytes_from_the_disk_are_seen_before_the_file_gets_its_name(small,
             super().begin(stage, *others)
             if stage == "read back":
                 with open(tmp_path / "x.beton.partial", "r+b") as file:
-                    file.seek((8 << 20) + 700)
+                    file.seek(SMALL_PAGE + 700)
                     file.write(b"\1\2\3")
 
     refused(small, tmp_path / "x.beton", "sample 0 is not what was read of its source", reporter=Damage())
@@ -932,7 +933,7 @@ def test_what_a_file_begins_with_is_known_before_and_it_is_read_once(tmp_path, m
     source, options = write(tmp_path / "in", files), {"commit_bytes": 1500, "workers": workers}
     run(source, tmp_path / "x.beton", **options)
     size = (tmp_path / "x.beton").stat().st_size
-    assert reads[0][0] == 8 << 20
+    assert reads[0][0] == SMALL_PAGE
     assert reads[-1][1] == size
     assert all(one[1] == next[0] for one, next in pairwise(reads))
     assert len(reads) > 3
@@ -965,7 +966,7 @@ def test_a_journal_tells_of_nothing_that_is_not_on_the_disk(tmp_path, monkeypatc
         assert calls[at + 1] == "x.beton.journal"
 
 
-@pytest.mark.parametrize("size", [0, 8 << 20, -1])
+@pytest.mark.parametrize("size", [0, SMALL_PAGE, -1])
 def test_a_file_that_was_cut_is_not_converted_already(small, tmp_path, size):
     run(small, tmp_path / "x.beton")
     whole = (tmp_path / "x.beton").stat().st_size

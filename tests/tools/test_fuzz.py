@@ -398,10 +398,10 @@ def small_cifar(monkeypatch):
         cifar.CIFAR10, train=(cifar.File("data_batch_1", "", 20),), test=cifar.File("test_batch", "", 10),
         binary_train=("data_batch_1.bin",),
     )  # fmt: skip
-    opened = partial(detect._open_cifar, variant=small)
-    monkeypatch.setitem(
-        detect.KINDS, "cifar10", detect.Kind("", lambda path, val, verify: opened(path, val, verify=False))
+    kind = detect.Kind(
+        "", lambda path, asked: detect._open_cifar(small, path, dataclasses.replace(asked, verify=False))
     )
+    monkeypatch.setitem(detect.KINDS, "cifar10", kind)
 
 
 @pytest.fixture(autouse=True)

@@ -370,15 +370,15 @@ def test_records_that_came_twice_are_not_believed(stopped, tmp_path):
 def test_a_partial_file_that_was_cut_anywhere_leads_to_the_right_bytes(stopped, tmp_path):
     """As a machine that lost its power would leave it."""
     size, moments = (stopped[1] / "x.beton.partial").stat().st_size, random.Random(1)
-    lengths = [0, 1, 24, size - 1, 8 << 20, (8 << 20) - 1, (8 << 20) + 1]
-    for length in lengths + [moments.randrange(8 << 20, size) for _ in range(JOURNALS // 4)]:
+    lengths = [0, 1, 24, size - 1, 2 << 20, (2 << 20) - 1, (2 << 20) + 1]
+    for length in lengths + [moments.randrange(2 << 20, size) for _ in range(JOURNALS // 4)]:
         ends_the_same(stopped, tmp_path / "out", lambda partial, journal, n=length: os.truncate(partial, n))
 
 
 def test_a_partial_file_of_other_bytes_is_an_error(stopped, tmp_path):
     def damaged(partial, journal):
         with open(partial, "r+b") as file:
-            file.seek((8 << 20) + 100)
+            file.seek((2 << 20) + 100)
             file.write(b"damaged")
 
     ends_the_same(stopped, tmp_path / "out", damaged, must_end=False)

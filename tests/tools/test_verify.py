@@ -27,7 +27,7 @@ from fastil.tools.verify import verify
 FLIPS = 60  # of each file; every byte but the padding and some of the samples in a soak
 SAMPLE_FLIPS = 2000
 CUTS = 1000 if SOAK else 30
-PAGE, FIELDS, ROWS = 8 << 20, 24, 24 + 3 * 1041
+PAGE, FIELDS, ROWS = 2 << 20, 24, 24 + 3 * 1041
 COUNT, CLASSES = 7, 3
 SAMPLE_0 = "sample 0 (train/class0/0000.jpg) of class class0:"
 SAMPLE_2 = "sample 2 (train/class0/0006.jpg) of class class0:"
@@ -316,7 +316,7 @@ def test_info_tells_what_is_there(fastil, whole):
     assert (found["page_size"], found["split"], found["skipped"]) == (PAGE, "train", 0)
     text, made = as_text(found), "encoded anew" if found["mode"] == "jpeg" else "decoded to pixels"
     for words in (
-        "7 images of 3 classes, 16.8 MB", f"{found['mode']}, 15 to 15 wide, 12 to 12 high, pages of 8 MiB",
+        "7 images of 3 classes, 4.2 MB", f"{found['mode']}, 15 to 15 wide, 12 to 12 high, pages of 2 MiB",
         "2 to 3 images each: class0, class1, class2", found["sha256"], "written   by fastil", "no validation images",
         f"changed   {found['reencoded']} {made}, 0 left out",
         f"folder: {path.parent / 'in'} (train)",

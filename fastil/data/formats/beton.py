@@ -7,7 +7,6 @@ the header is written last, so that an unfinished file does not open.
 """
 
 import hashlib
-import io
 import mmap
 import os
 from dataclasses import dataclass
@@ -18,15 +17,28 @@ from typing import IO, Any, Literal
 import numpy as np
 from isal.isal_zlib import crc32
 from numpy.typing import NDArray
-from PIL import Image
 
+from fastil.data.formats import class_names
 from fastil.data.formats.identity import Identity
 from fastil.data.formats.manifest import Manifest, identity_of, manifest_path, read_manifest, source_files
-from fastil.data.formats.records import CHANGED, MOST_CLASSES, ByClass, Files, Ids, Records, Source, Texts
+from fastil.data.formats.pixels import open_stored
+from fastil.data.formats.records import (
+    CHANGED,
+    MOST_CLASSES,
+    ByClass,
+    Files,
+    Ids,
+    Records,
+    Source,
+    Texts,
+    Unreadable,
+    whole_file,
+)
 from fastil.errors import UserError
 
 VERSION = 2
 PAGE = 8 << 20  # bytes; FFCV's default
+SMALLEST_PAGE = 2 << 20  # that FFCV takes
 LARGEST_PAGE = 1 << 31
 HEADER = np.dtype(
     [
@@ -56,9 +68,10 @@ ENTRY = np.dtype(
 )  # fmt: skip
 
 
-def page_size_for(largest: int) -> int:
-    """The page size of a file whose largest sample has so many bytes: FFCV's 8 MiB, or the next power of two."""
-    size = max(PAGE, 1 << max(0, largest - 1).bit_length())
+def page_size_for(largest: int, total: int = PAGE) -> int:
+    """The page size of a file whose largest sample and whose samples together have so many bytes: FFCV's 8 MiB, less
+    for a small file, more for large samples; a power of two."""
+    size = max(SMALLEST_PAGE, *(1 << max(0, count - 1).bit_length() for count in (min(total, PAGE), largest)))
     if size > LARGEST_PAGE:
         raise UserError(f"a sample of {largest:,} bytes does not fit into a page of FFCV's format; use --max-side")
     return size
@@ -123,6 +136,7 @@ class Beton(ByClass):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        whole_file(self.path)  # a pipe would be waited for
         try:
             with open(self.path, "rb") as file:
                 self.bytes = os.fstat(file.fileno()).st_size
@@ -285,7 +299,7 @@ class Beton(ByClass):
         if self.modes[i] == RAW:
             return np.frombuffer(self.encoded(i), np.uint8).reshape(height, width, 3)
         try:
-            with Image.open(io.BytesIO(self.view(i)), formats=("JPEG",)) as opened:
+            with open_stored(self.view(i), int(height) * int(width)) as opened:
                 if opened.size == (width, height):
                     return np.asarray(opened.convert("RGB"))
                 found = opened.size
@@ -329,7 +343,7 @@ class Stored:
         row = int(self.rows[i])
         manifest = self.beton.manifest
         if manifest is not None and crc32(self.beton.view(row)) != manifest.crc32[row]:
-            raise UserError(f"{self.where(i)}: {CHANGED}")
+            raise Unreadable(self.where(i), CHANGED)
         return self.beton.image(row) if self.beton.modes[row] == RAW else self.beton.encoded(row)
 
     def take(self, ids: Ids) -> "Stored":
@@ -354,11 +368,7 @@ def check_same_classes(train: Beton, val: Beton) -> None:
     """Raise UserError where the labels of two files do not mean the same, as far as their manifests tell."""
     names = train.class_names
     if train.manifest is not None and val.manifest is not None and val.class_names != names:
-        odd = [ours for ours, theirs in zip(names, val.class_names, strict=False) if ours != theirs]
-        what = (
-            f"other classes than {train.path.name} ({odd[0]} is not its own there)" if odd else "more or fewer classes"
-        )
-        raise UserError(f"{val.path}: has {what}; convert both from one source")
+        class_names.check_same_classes(str(train.path), names, str(val.path), val.class_names)
     if val.labels.max() >= len(names):
         raise UserError(f"{val.path}: has a label {val.labels.max()}, {train.path.name} only {len(names)} classes")
 
@@ -373,7 +383,8 @@ def records_of(path: Path, val_path: Path | None = None) -> Source:
         check_same_classes(train, val)
     notes = tuple(train.manifest.notes) if train.manifest else ()
     name = train.manifest.source["name"] if train.manifest else path.stem
-    return Source("beton", name, names, records(train), None if val is None else records(val), titles, notes)
+    val_records = None if val is None else records(val)
+    return Source("beton", name, names, records(train), val_records, titles, notes, settled=True)
 
 
 def val_path_of(path: Path) -> Path:

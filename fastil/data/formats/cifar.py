@@ -13,9 +13,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastil.data.formats.records import Unreadable, read_lines, whole_file
 from fastil.errors import UserError
 
 PIXELS = 3 * 32 * 32
+MOST_META, MOST_RECORD = 1 << 20, 8192  # bytes of a pickle: of its names, and for each image
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
@@ -177,7 +179,7 @@ def find(path: Path, variant: Variant) -> tuple[Path, Literal["python", "binary"
 
 
 def _read_python(folder: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[Arrays, Arrays]]:
-    meta = _unpickle(folder, variant.meta, verify)
+    meta = _unpickle(folder, variant, variant.meta, verify)
     try:
         names = [name if isinstance(name, str) else name.decode() for name in meta[variant.names_key]]
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError):
@@ -188,7 +190,7 @@ def _read_python(folder: Path, variant: Variant, verify: bool) -> tuple[list[str
 
 
 def _python_batch(folder: Path, file: File, variant: Variant, verify: bool) -> Arrays:
-    content = _unpickle(folder, file, verify)
+    content = _unpickle(folder, variant, file, verify)
     data, labels = getattr(content.get(b"data"), "values", None), content.get(variant.label_key)
     if (
         data is None
@@ -202,12 +204,15 @@ def _python_batch(folder: Path, file: File, variant: Variant, verify: bool) -> A
     return _planar_to_rows(data), np.asarray(labels, dtype=np.int64)
 
 
-def _unpickle(folder: Path, file: File, verify: bool) -> dict[bytes, Any]:
+def _unpickle(folder: Path, variant: Variant, file: File, verify: bool) -> dict[bytes, Any]:
     path = folder / file.name
+    most = MOST_META + file.images * MOST_RECORD
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); download the data set again") from None
+        raw = whole_file(path).front(most + 1)
+    except Unreadable as error:
+        raise UserError(f"{error}; download the data set again") from None
+    if len(raw) > most:
+        raise UserError(f"{path}: more than {most:,} bytes, no file of {variant.name} has so many; download it again")
     if verify and hashlib.md5(raw, usedforsecurity=False).hexdigest() != file.md5:
         raise UserError(
             f"{path}: damaged or changed, its md5 is not {file.md5}; download it again, or say that it is meant: "
@@ -225,9 +230,7 @@ def _unpickle(folder: Path, file: File, verify: bool) -> dict[bytes, Any]:
 
 def _read_binary(folder: Path, variant: Variant) -> tuple[list[str], tuple[Arrays, Arrays]]:
     names_path = folder / variant.names_file
-    if not names_path.is_file():
-        raise UserError(f"{names_path}: missing; unpack the binary version again")
-    names = names_path.read_text().split()
+    names = read_lines(names_path)
     parts = [_binary_batch(folder / name, variant, len(names)) for name in variant.binary_train]
     train = np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
     return names, (train, _binary_batch(folder / variant.binary_test, variant, len(names)))
@@ -235,9 +238,9 @@ def _read_binary(folder: Path, variant: Variant) -> tuple[list[str], tuple[Array
 
 def _binary_batch(path: Path, variant: Variant, classes: int) -> Arrays:
     try:
-        raw = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); unpack the binary version again") from None
+        raw = np.frombuffer(whole_file(path).read(), dtype=np.uint8)
+    except Unreadable as error:
+        raise UserError(f"{error}; unpack the binary version again") from None
     record = variant.label_bytes + PIXELS
     if len(raw) == 0 or len(raw) % record:
         raise UserError(f"{path}: {len(raw)} bytes are not whole records of {record}; it is cut short, unpack it again")

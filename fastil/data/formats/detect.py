@@ -5,14 +5,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastil.data.formats import cifar, idx, shards
-from fastil.data.formats.folder import class_folders, image_files, open_folder
-from fastil.data.formats.folder_tar import open_folder_tar
+from fastil.data.formats.class_names import order_note
+from fastil.data.formats.folder import KAGGLE, open_folder
 from fastil.data.formats.imagenet import TRAIN, VAL, is_ilsvrc, open_ilsvrc, open_tiny_imagenet
+from fastil.data.formats.left_out import suffix_of
 from fastil.data.formats.parquet import open_parquet
+from fastil.data.formats.pixels import suffixes
 from fastil.data.formats.records import SAME, Pixels, Source
 from fastil.data.formats.tar import COMPRESSED
+from fastil.data.formats.tree import Folder
 from fastil.data.formats.webdataset import looks_like_webdataset, open_webdataset
 from fastil.errors import UserError
 
@@ -23,35 +27,56 @@ CIFAR_FOLDERS = [folder for v in (cifar.CIFAR10, cifar.CIFAR100) for folder in (
 
 
 @dataclass(frozen=True)
+class Asked:
+    """How a data set is to be opened.
+
+    val: a path of the validation images in the same kind of layout, or "same" for the training images. verify: compare
+    the md5 sums of CIFAR's files with the published ones. image_column, label_column: of parquet files.
+    """
+
+    val: str | None = None
+    verify: bool = True
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
 class Kind:
-    """A kind of data set. layout: for a message; opened: path, val, verify to Source."""
+    """A kind of data set. layout: for a message."""
 
     layout: str
-    opened: Callable[[Path, str | None, bool], Source]
+    opened: Callable[[Path, Asked], Source]
 
 
-def open_source(path: Path, kind: str | None = None, val: str | None = None, *, verify: bool = True) -> Source:
+def open_source(path: Path, kind: str | None = None, val: str | None = None, **how: Any) -> Source:
     """The data set at a path. A UserError names what is damaged, missing or not known, and the fix.
 
-    kind: a name of KINDS, for a path that is taken for another. val: a path of the validation images in the same kind
-    of layout, or "same" for the training images. verify: compare the md5 sums of CIFAR's files with the published ones.
+    kind: a name of KINDS, for a path that is taken for another. val, how: fields of `Asked`.
     """
+    asked = Asked(val, **how)
     if kind is not None and kind not in KINDS:
         raise UserError(f"kind {kind}: unknown; use one of {', '.join(KINDS)}")
     path = Path(path)
     try:
         if not path.exists() and "{" not in str(path):
             raise UserError(f"{path}: no such file or folder; give the path of a data set")
-        source = KINDS[kind or detect(path, val)].opened(path, val, verify)
+        kind = kind or detect(path, asked.val)
+        for key in ("image_column", "label_column"):
+            if getattr(asked, key) is not None and kind != "parquet":
+                raise UserError(f"{path}: is of the kind {kind}, and only parquet files take {key}; leave it out")
+        source = KINDS[kind].opened(path, asked)
     except UserError:
         raise
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a text file in it is not UTF-8 ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
-    if val == SAME:
+    if asked.val == SAME:
         source = replace(source, val=source.train, notes=(*source.notes, SMOKE_TEST))
     _check_names(path, source)
+    note = order_note(source.class_names)
+    if note is not None and note not in source.notes:
+        source = replace(source, notes=(*source.notes, note))
     return source
 
 
@@ -69,7 +94,8 @@ def detect(path: Path, val: str | None = None) -> str:
         for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
             if shards.grouped(path, suffix):
                 return kind
-    if val is not None or (path / "train").is_dir() or (path / "val").is_dir() or _has_images(path):
+    splits = ("train", "val", *(f"{at}/train" for at in KAGGLE))
+    if val is not None or any((path / at).is_dir() for at in splits) or _has_images(path):
         return "folder"
     packed = next((entry for entry in sorted(path.iterdir()) if entry.suffix in PACKED), None)
     raise _unknown(path, f"{packed.name} in it has to be unpacked first, if that is the data set" if packed else "")
@@ -108,8 +134,9 @@ def _has_class_folders(path: Path) -> bool:
 
 def _has_images(path: Path) -> bool:
     """Whether its first folder holds image files: then the class folders lie in it, without train/."""
-    first = next(iter(class_folders(path)), None)
-    return first is not None and any(Path(name).suffix for name, _ in itertools.islice(image_files(path / first), 100))
+    tree = Folder(path)
+    first = next(iter(tree.inside("").folders), None)
+    return first is not None and any(suffix_of(file.name) in suffixes() for file in tree.inside(first).files)
 
 
 def _unknown(path: Path, hint: str) -> UserError:
@@ -131,37 +158,28 @@ def _check_names(path: Path, source: Source) -> None:
             raise UserError(f"{path}: the name of class {name[:80]!r} has characters that cannot be shown; rename it")
 
 
-def _open_cifar10(path: Path, val: str | None, verify: bool) -> Source:
-    return _open_cifar(path, val, verify, cifar.CIFAR10)
+def _open_cifar(variant: cifar.Variant, path: Path, asked: Asked) -> Source:
+    _own_val_only(path, asked.val)
+    names, (train, test) = cifar.read(path, variant, asked.verify)
+    parts = Pixels(f"{path} (train)", *train), Pixels(f"{path} (test)", *test)
+    return Source(variant.name, variant.name, names, *parts)
 
 
-def _open_cifar100(path: Path, val: str | None, verify: bool) -> Source:
-    return _open_cifar(path, val, verify, cifar.CIFAR100)
+def _open_idx(path: Path, asked: Asked) -> Source:
+    _own_val_only(path, asked.val)
+    names, (train, test) = idx.read(path)
+    return Source("idx", path.resolve().name, names, Pixels(f"{path} (train)", *train), Pixels(f"{path} (t10k)", *test))
 
 
-def _open_cifar(path: Path, val: str | None, verify: bool, variant: cifar.Variant) -> Source:
-    _own_val_only(path, val)
-    names, ((images, labels), (test_images, test_labels)) = cifar.read(path, variant, verify)
-    where = str(path)
-    return Source(
-        variant.name,
-        variant.name,
-        names,
-        Pixels(f"{where} (train)", images, labels),
-        Pixels(f"{where} (test)", test_images, test_labels),
-    )
+def _class_folders(*, packed: bool) -> Callable[[Path, Asked], Source]:
+    def opened(path: Path, asked: Asked) -> Source:
+        if path.is_file() != packed:
+            raise UserError(
+                f"{path}: {'no file' if packed else 'a file, not a folder of class folders'}; leave --kind out"
+            )
+        return open_folder(path, asked.val)
 
-
-def _open_idx(path: Path, val: str | None, verify: bool) -> Source:
-    _own_val_only(path, val)
-    names, ((images, labels), (test_images, test_labels)) = idx.read(path)
-    return Source(
-        "idx",
-        path.resolve().name,
-        names,
-        Pixels(f"{path} (train)", images, labels),
-        Pixels(f"{path} (t10k)", test_images, test_labels),
-    )
+    return opened
 
 
 def _own_val_only(path: Path, val: str | None) -> None:
@@ -169,18 +187,22 @@ def _own_val_only(path: Path, val: str | None) -> None:
         raise UserError(f"{path}: {BUILT_IN}")
 
 
-def _open_beton(path: Path, val: str | None, verify: bool) -> Source:
+def _open_beton(path: Path, asked: Asked) -> Source:
     from fastil.data.formats.beton import records_of
 
-    if val in (None, SAME):
+    if asked.val in (None, SAME):
         return records_of(path)
-    if not str(val).endswith(".beton"):
-        raise UserError(f"{val}: the validation images of a .beton must be one, too; convert them")
-    return records_of(path, Path(str(val)))
+    if not str(asked.val).endswith(".beton"):
+        raise UserError(f"{asked.val}: the validation images of a .beton must be one, too; convert them")
+    return records_of(path, Path(str(asked.val)))
 
 
-def _plain(opened: Callable[[Path, str | None], Source]) -> Callable[[Path, str | None, bool], Source]:
-    return lambda path, val, verify: opened(path, val)
+def _open_parquet(path: Path, asked: Asked) -> Source:
+    return open_parquet(path, asked.val, asked.image_column, asked.label_column)
+
+
+def _plain(opened: Callable[[Path, str | None], Source]) -> Callable[[Path, Asked], Source]:
+    return lambda path, asked: opened(path, asked.val)
 
 
 # What a folder of a kind must hold; the first that is there decides.
@@ -199,14 +221,14 @@ _SIGNS = (
     ("idx", f"{idx.TRAIN_IMAGES}.gz"),
 )
 KINDS = {
-    "folder": Kind("train/<class>/* and val/<class>/*, or <class>/* alone", _plain(open_folder)),
-    "folder-tar": Kind("the same in one .tar", _plain(open_folder_tar)),
+    "folder": Kind("train/<class>/* and val/<class>/*, or <class>/* alone", _class_folders(packed=False)),
+    "folder-tar": Kind("the same in one .tar", _class_folders(packed=True)),
     "ilsvrc": Kind(f"{TRAIN} with the val and devkit archives beside it", _plain(open_ilsvrc)),
     "tiny-imagenet": Kind("wnids.txt, train/<wnid>/images/*, val/val_annotations.txt", _plain(open_tiny_imagenet)),
-    "cifar10": Kind("cifar-10-batches-py or -bin", _open_cifar10),
-    "cifar100": Kind("cifar-100-python or -binary", _open_cifar100),
+    "cifar10": Kind("cifar-10-batches-py or -bin", lambda path, asked: _open_cifar(cifar.CIFAR10, path, asked)),
+    "cifar100": Kind("cifar-100-python or -binary", lambda path, asked: _open_cifar(cifar.CIFAR100, path, asked)),
     "idx": Kind("train-images-idx3-ubyte and its three companions", _open_idx),
-    "parquet": Kind("train-*.parquet and validation-*.parquet", _plain(open_parquet)),
+    "parquet": Kind("train-*.parquet and validation-*.parquet", _open_parquet),
     "webdataset": Kind("train-*.tar and val-*.tar with <key>.jpg, <key>.cls", _plain(open_webdataset)),
     "beton": Kind("FILE.beton", _open_beton),
 }

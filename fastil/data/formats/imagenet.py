@@ -1,39 +1,25 @@
 """ImageNet as it is handed out: the ILSVRC2012 archives, and Tiny ImageNet's own layout. Nothing is unpacked.
 
-The devkit numbers the classes in an order of its own (ILSVRC2012_ID 1 to 1,000, then inner nodes of WordNet), and the
-ground truth of the validation images is written in it. A label here is the place of the wnid in sorted order, as for a
-folder of class folders.
+A label here is the place of the wnid in sorted order, as for a folder of class folders.
 """
 
-import gzip
-import io
 import re
-import tarfile
-import zlib
+from collections.abc import Iterable
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from fastil.data.formats import folder
-from fastil.data.formats.folder_tar import add_sorted, list_val
-from fastil.data.formats.matfile import read_variables
-from fastil.data.formats.records import MOST_TEXT, SAME, Listing, Records, Source, read_lines
+from fastil.data.formats.class_names import check_classes, check_same_classes
+from fastil.data.formats.devkit import DEVKIT, MOST_BYTES, Devkit, read_devkit
+from fastil.data.formats.folder import list_val, val_at
+from fastil.data.formats.left_out import LeftOut, is_image, suffix_of
+from fastil.data.formats.records import SAME, Listing, Records, Source, read_lines, whole_file
 from fastil.data.formats.tar import Member, Tar
+from fastil.data.formats.tree import Folder
 from fastil.errors import UserError
 
-TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
-META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 CLASS_ARCHIVE = re.compile(r"n\d{8}\.tar")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
-
-
-class Devkit(NamedTuple):
-    """wnids: by devkit id, of the classes only. titles, images: by wnid. truth: devkit id of each validation image."""
-
-    wnids: dict[int, str]
-    titles: dict[str, str]
-    images: dict[str, int]
-    truth: list[int]
 
 
 def is_ilsvrc(path: Path) -> bool:
@@ -50,7 +36,9 @@ def open_ilsvrc(path: Path, val: str | None) -> Source:
     elsewhere, or a folder of class folders."""
     home, train_path = (path, path / TRAIN) if path.is_dir() else (path.parent, path)
     devkit_path = next((at for at in (home / DEVKIT, home / DEVKIT.removesuffix(".gz")) if at.exists()), None)
-    devkit = _read_devkit(devkit_path) if devkit_path else None
+    devkit = None
+    if devkit_path:
+        devkit = read_devkit(str(devkit_path), whole_file(devkit_path).front(MOST_BYTES + 1))
     names, train = _list_train(train_path)
     notes = _compared(train_path, names, train, devkit) if devkit else []
     if not devkit:
@@ -63,8 +51,9 @@ def open_ilsvrc(path: Path, val: str | None) -> Source:
     if val == SAME:
         pass
     elif val is not None and val_path.is_dir():
-        val_names, val_records = list_val(val_path)
-        folder.check_same_classes(str(train_path), names, val, val_names)
+        left = LeftOut()
+        val_records = list_val(val_at(val_path), (Folder(home), ""), names, left)
+        notes += left.notes()
     elif val is not None or val_path.exists():
         if not devkit or not devkit_path:
             raise UserError(
@@ -91,12 +80,27 @@ def _list_train(path: Path) -> tuple[list[str], Records]:
             if wnid in archives:
                 raise UserError(f"{path}: {wnid}.tar is in it twice; write the archive again")
             archives[wnid] = member
-        names = folder.check_classes(str(path), archives)
+        names = check_classes(str(path), archives)
         for label, wnid in enumerate(names):
             archive = archives[wnid]
             inner = (member for member in tar.members(archive) if not member.is_folder and not member.hidden)
             add_sorted(listing, label, inner, path, f"{archive.name}/", f"{path}: {archive.name}")
     return names, listing.files()
+
+
+def add_sorted(
+    listing: Listing, label: int, members: Iterable[Member], archive: Path, prefix: str = "", where: str = ""
+) -> None:
+    """Add the members of a class in the order of their names. prefix: of the archive inside `archive` that they come
+    from."""
+    found = sorted(members)
+    twice = next((one.name for one, other in pairwise(found) if one.name == other.name), None)
+    if twice:
+        raise UserError(f"{archive}: {prefix}{twice} is in it twice; write the archive again")
+    for member in found:
+        listing.add(prefix + member.name, label, member.size, str(archive), member.offset)
+    if not found:
+        raise UserError(f"{where}: no image in it; add some or remove the class folder")
 
 
 def _list_val_images(path: Path, names: list[str], devkit: Devkit, devkit_path: Path) -> Records:
@@ -137,10 +141,7 @@ def _list_val_images(path: Path, names: list[str], devkit: Devkit, devkit_path: 
 
 def _compared(path: Path, names: list[str], train: Records, devkit: Devkit) -> list[str]:
     """Notes about counts that differ; other classes than the devkit's are an error."""
-    odd = sorted(set(names) ^ set(devkit.titles))
-    if odd:
-        problem = "is not in it, but is a class of" if odd[0] in devkit.titles else "is in it, but is no class of"
-        raise UserError(f"{path}: {odd[0]} {problem} the devkit ({len(odd)} such classes); fetch both again")
+    check_same_classes(str(path), names, "the devkit", sorted(devkit.titles))
     counts = dict.fromkeys(names, 0)
     for label in train.labels.tolist():
         counts[names[label]] += 1
@@ -151,56 +152,6 @@ def _compared(path: Path, names: list[str], train: Records, devkit: Devkit) -> l
     return [f"{len(differ)} classes have other counts of training images than the devkit says: {first}"]
 
 
-def _read_devkit(path: Path) -> Devkit:
-    try:
-        raw = path.read_bytes()
-        if raw.startswith(b"\x1f\x8b"):
-            with gzip.open(io.BytesIO(raw)) as file:  # read to its end, where the checksum is
-                raw = file.read(MOST_TEXT)
-        parts: dict[str, bytes] = {}
-        with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
-            for member in tar:
-                part = next((part for part in (META, TRUTH) if member.name.endswith(f"/{part}")), None)
-                opened = tar.extractfile(member) if part and member.isfile() else None
-                if part and opened:
-                    parts[part] = opened.read()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read ({line}); fetch it again") from None
-    for part in (META, TRUTH):
-        if part not in parts:
-            raise UserError(f"{path}: no {part} in it; fetch it again")
-    wnids, titles, images = _parse_meta(parts[META], f"{path}: {META}")
-    numbers = parts[TRUTH].split()
-    if not numbers or not all(number.isdigit() and len(number) < 10 for number in numbers):
-        raise UserError(f"{path}: {TRUTH} is not a list of numbers; fetch it again")
-    return Devkit(wnids, titles, images, [int(number) for number in numbers])
-
-
-def _parse_meta(content: bytes, where: str) -> tuple[dict[int, str], dict[str, str], dict[str, int]]:
-    """Wnids by devkit id, titles and counts of training images by wnid: of the leaves, the others are inner nodes."""
-    try:
-        found = [
-            (_whole(row["ILSVRC2012_ID"]), row["WNID"].strip(), row["words"].strip(), _whole(row["num_train_images"]))
-            for row in read_variables(content)["synsets"]
-            if _whole(row["num_children"]) == 0
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{where} cannot be read ({error or type(error).__name__}); fetch it again") from None
-    wnids = {devkit_id: wnid for devkit_id, wnid, _, _ in found}
-    titles = {wnid: words for _, wnid, words, _ in found}
-    if not found or len(wnids) != len(found) or len(titles) != len(found):
-        raise UserError(f"{where} names no class, or one twice; fetch it again")
-    return wnids, titles, {wnid: count for _, wnid, _, count in found}
-
-
-def _whole(array: Any) -> int:
-    """The one number of an array."""
-    if len(array) != 1:
-        raise ValueError(f"{len(array)} numbers where one should be")
-    return int(array[0])
-
-
 def open_tiny_imagenet(path: Path, val: str | None) -> Source:
     """wnids.txt, words.txt, train/<wnid>/images/*, val/images/* with val/val_annotations.txt. Labels are places in the
     sorted wnids (wnids.txt is not sorted). val: a folder of class folders."""
@@ -208,36 +159,34 @@ def open_tiny_imagenet(path: Path, val: str | None) -> Source:
     twice = next((name for name, following in pairwise(names) if name == following), None)
     if twice:
         raise UserError(f"{path / 'wnids.txt'}: {twice} is in it twice; unpack the archive again")
-    train_root = path / "train"
-    there = folder.class_folders(train_root)
-    if there != names:
-        odd = sorted(set(there) ^ set(names))
-        where, missing = (train_root, "wnids.txt") if odd[0] in there else ("wnids.txt", train_root)
-        raise UserError(
-            f"{path}: {odd[0]} is in {where} but not in {missing} ({len(odd)} such); unpack the archive again"
-        )
-    train = Listing(path)
+    tree, left, train = Folder(path), LeftOut(), Listing(path)
+    check_same_classes(tree.where("wnids.txt"), names, tree.where("train"), tree.inside("train").folders)
     for label, name in enumerate(names):
-        found = sorted(folder.image_files(train_root / name / "images"))
-        if not found:
-            raise UserError(f"{train_root / name / 'images'}: no image in it; unpack the archive again")
-        for file, size in found:
-            train.add(f"train/{name}/images/{file}", label, size)
+        at = f"train/{name}/images"
+        if not tree.has(at):
+            raise UserError(f"{tree.where(at)}: no such folder; unpack the archive again")
+        images = 0
+        for file in tree.inside(at).files:
+            if is_image(file.name):
+                tree.add(train, label, at, file)
+                images += 1
+            else:
+                left.count("train", name, suffix_of(file.name))
+        left.check("train", name, images, tree.where(at))
+    left.refuse()
     val_records: Records | None = None
     if val is None:
-        val_records = _tiny_val(path, names)
+        val_records = _tiny_val(tree, names)
     elif val != SAME:
-        val_names, val_records = list_val(Path(val))
-        folder.check_same_classes(str(train_root), names, val, val_names)
-    return Source(
-        "tiny-imagenet", path.resolve().name, names, train.files(), val_records, _tiny_titles(path / "words.txt", names)
-    )
+        val_records = list_val(val_at(Path(val)), (tree, "train"), names, left)
+    titles = _tiny_titles(path / "words.txt", names)
+    return Source("tiny-imagenet", path.resolve().name, names, train.files(), val_records, titles, tuple(left.notes()))
 
 
-def _tiny_val(path: Path, names: list[str]) -> Records:
-    annotations = path / "val/val_annotations.txt"
+def _tiny_val(tree: Folder, names: list[str]) -> Records:
+    annotations = tree.path / "val/val_annotations.txt"
     labels = {name: label for label, name in enumerate(names)}
-    sizes = dict(folder.image_files(path / "val/images"))
+    files = {file.name: file for file in tree.inside("val/images").files if is_image(file.name)}
     found: dict[str, int] = {}
     for line in read_lines(annotations):
         file, *rest = line.split("\t")
@@ -247,17 +196,18 @@ def _tiny_val(path: Path, names: list[str]) -> Records:
             )
         if file in found:
             raise UserError(f"{annotations}: {file} is in it twice; unpack the archive again")
-        if file not in sizes:
-            raise UserError(f"{path / 'val/images' / file}: no such file, but {annotations} names it; unpack it again")
+        if file not in files:
+            place = tree.where(f"val/images/{file}")
+            raise UserError(f"{place}: no such file, but {annotations} names it; unpack it again")
         found[file] = labels[rest[0]]
-    unnamed = sorted(set(sizes) - set(found))
+    unnamed = sorted(set(files) - set(found))
     if unnamed:
         raise UserError(
             f"{annotations}: no class of {unnamed[0]} ({len(unnamed)} such images); unpack the archive again"
         )
-    listing = Listing(path)
-    for label, file in sorted((label, file) for file, label in found.items()):
-        listing.add(f"val/images/{file}", label, sizes[file])
+    listing = tree.listing()
+    for label, name in sorted((label, name) for name, label in found.items()):
+        tree.add(listing, label, "val/images", files[name])
     return listing.files()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pydantic
 
 from fastil.data.formats.identity import Identity, Ids, of_hashes
+from fastil.data.formats.records import whole_file
 from fastil.errors import UserError
 
 FORMAT = 1
@@ -84,16 +85,16 @@ def manifest_path(beton: Path) -> Path:
 
 def read_manifest(path: Path) -> Manifest | None:
     """None where there is none; a UserError where it is damaged or of a later format."""
+    if not path.exists():
+        return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(whole_file(path).read())
         if content["format"] != FORMAT:
             raise UserError(f"{path}: format {content['format']!r}, this fastil knows {FORMAT}; install a newer one")
         for key in ("reencoded", "skipped"):
             content[key] = [Changed(**one) for one in content.get(key, ())]
         os.fsencode("".join(content["names"]))  # as file names they came, so they can be encoded as such
         manifest = pydantic.TypeAdapter(Manifest).validate_python(Manifest(**content))
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:

@@ -15,7 +15,7 @@ MATRIX, COMPRESSED, UTF8, UTF16, UTF32 = 14, 15, 16, 17, 18
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 CELL, STRUCT, CHAR = 1, 2, 4
 NUMERIC = range(6, 16)  # classes of arrays: double, single, and whole numbers of every size
-LARGEST = 1 << 28  # bytes unpacked
+LARGEST = 1 << 26  # bytes unpacked
 DEEPEST = 16  # structs in structs
 
 
@@ -29,19 +29,30 @@ def read_variables(content: bytes) -> dict[str, Any]:
     while not reader.at_end:
         kind, part = reader.element()
         if kind == COMPRESSED:
-            unpacker = zlib.decompressobj()
-            try:
-                unpacked = unpacker.decompress(part, LARGEST)
-            except zlib.error as error:
-                raise ValueError(f"damaged ({error})") from None
-            if not unpacker.eof:
-                raise ValueError("cut short, or far too large")
-            kind, part = _Reader(unpacked, 0, order).element()
+            kind, part = _Reader(_unpacked(part, order), 0, order).element()
         if kind != MATRIX:
             raise ValueError(f"an element of type {kind} where a variable should be")
         name, value = _matrix(part, order, 0)
         variables[name] = value
     return variables
+
+
+def _unpacked(part: bytes, order: str) -> bytes:
+    """The one element that is compressed here, as far as its own size promises."""
+    unpacker = zlib.decompressobj()
+    try:
+        head = unpacker.decompress(part, 8)
+        if len(head) < 8:
+            raise ValueError("cut short")
+        promised = struct.unpack(f"{order}II", head)[1]
+        if promised > LARGEST:
+            raise ValueError("far too large")
+        unpacked = head + unpacker.decompress(unpacker.unconsumed_tail, promised + 8)  # and its padding
+    except zlib.error as error:
+        raise ValueError(f"damaged ({error})") from None
+    if not unpacker.eof:
+        raise ValueError("cut short, or more than it promises")
+    return unpacked
 
 
 class _Reader:

@@ -1,4 +1,5 @@
-"""Parquet as Hugging Face writes it: a column image of struct{bytes, path} (or plain bytes), and one of labels.
+"""Parquet as Hugging Face writes it: a column image of struct{bytes, path} (or plain bytes), and one of labels, which
+are numbers or the names of classes.
 
 Image bytes lie compressed among others, so they have no address: they are read a row group at a time.
 """
@@ -13,19 +14,23 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from fastil.data.formats import shards
-from fastil.data.formats.records import MOST_CLASSES, SAME, Ids, Source, Texts, numbered
+from fastil.data.formats.class_names import check_same_classes, in_order
+from fastil.data.formats.records import MOST_CLASSES, SAME, Ids, Source, Texts, Unreadable, numbered
 from fastil.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
+MOST_TEXTS = 100_000  # names of classes in a column; beyond, it holds something else
 
 
 class _Columns(NamedTuple):
-    """What is read of a file. image: what holds the bytes; path: what the source calls an image, if it says so."""
+    """What is read of a file. image: what holds the bytes; path: what the source calls an image, if it says so; text:
+    whether labels are the names of classes."""
 
     image: str
     label: str
     path: str | None
+    text: bool
 
 
 class _Group(NamedTuple):
@@ -99,7 +104,7 @@ class Rows:
     def content(self, i: int) -> bytes:
         found = self.reader.read(int(self.rows[i]))
         if found is None:
-            raise UserError(f"{self.where(i)}: no image bytes in it; write the file again with its images embedded")
+            raise Unreadable(self.where(i), "no image bytes in it; write the file again with its images embedded")
         return found
 
     def take(self, ids: Ids) -> "Rows":
@@ -109,9 +114,10 @@ class Rows:
         return replace(self, labels=labels)
 
 
-def open_parquet(path: Path, val: str | None) -> Source:
+def open_parquet(path: Path, val: str | None, image: str | None = None, label: str | None = None) -> Source:
     """A folder with train-*.parquet and validation-*, val-* or test-*.parquet (in it, in data/, or in folders named
-    like the splits), or a single file. val: the same for validation images."""
+    like the splits), or a single file. val: the same for validation images. image, label: the names of the columns,
+    where they are none of the usual ones. Labels that are text are the names of the classes, which are then sorted."""
     train_files, val_files = shards.split_files(path, ".parquet")
     if val == SAME:
         val_files = []
@@ -119,9 +125,11 @@ def open_parquet(path: Path, val: str | None) -> Source:
         val_files = shards.val_files(Path(val), ".parquet")
     for files in (train_files, val_files):
         shards.check_complete(files)
-    train, names = _listed(train_files)
-    val_rows, val_names = _listed(val_files) if val_files else (None, names)
-    if names != val_names:
+    train, names = _listed(train_files, image, label)
+    val_rows, val_names = _listed(val_files, image, label) if val_files else (None, names)
+    if names is not None and val_names is not None:
+        check_same_classes(str(train_files[0]), names, str(val_files[0]) if val_files else "", val_names)
+    elif names != val_names:
         raise UserError(f"{val_files[0]}: its classes are not those of {train_files[0]}; take both from one data set")
     parts = [train] + ([val_rows] if val_rows else [])
     names = names or numbered(rows.labels for rows in parts)
@@ -129,34 +137,45 @@ def open_parquet(path: Path, val: str | None) -> Source:
     return Source("parquet", name, names, train, val_rows)
 
 
-def _listed(files: list[Path]) -> tuple[Rows, list[str] | None]:
+def _listed(files: list[Path], image: str | None, label: str | None) -> tuple[Rows, list[str] | None]:
     """The samples of a split, and the names of the classes if the files tell."""
     groups: list[_Group] = []
     labels: list[Ids] = []
     texts: list[str] = []
+    written: dict[str, int] = {}  # labels that are text, by their place in the order in which they came
     first: tuple[_Columns, list[str] | None] | None = None
     for file in files:
         file_start = len(texts)
         with _opened(file) as opened:
-            columns = _columns(file, opened.schema_arrow)
+            columns = _columns(file, opened.schema_arrow, image, label)
             names = _class_names(file, opened.schema_arrow, columns.label)
             if first is not None and (columns, names) != first:
                 raise UserError(f"{file}: other columns or classes than {files[0]}; take all files from one data set")
             first = columns, names
             for number in range(opened.num_row_groups):
-                table = opened.read_row_group(number, columns=[column for column in columns[1:] if column])
+                table = opened.read_row_group(
+                    number, columns=[column for column in (columns.label, columns.path) if column]
+                )
                 noted = opened.metadata.row_group(number)
                 if len(table) != noted.num_rows:
                     raise UserError(f"{file}: row group {number} has another number of rows than noted; fetch it again")
                 groups.append(_Group(str(file), number, len(texts), len(table), file_start, noted.total_byte_size))
-                labels.append(_labels(file, table[columns.label], names, len(texts) - file_start))
+                start = len(texts) - file_start
+                if columns.text:
+                    labels.append(_text_labels(file, table[columns.label], written, start))
+                else:
+                    labels.append(_labels(file, table[columns.label], names, start))
                 paths = _leaf(table, columns.path).to_pylist() if columns.path else [None] * len(table)
-                texts += [_name(path, file, row) for row, path in enumerate(paths, start=len(texts) - file_start)]
+                texts += [_name(path, file, row) for row, path in enumerate(paths, start=start)]
         if len(texts) == file_start:
             raise UserError(f"{file}: no row in it; fetch it again")
     assert first is not None
-    joined = np.concatenate(labels)
-    return Rows(_Reader(groups, first[0].image), Texts(texts), joined, np.arange(len(joined))), first[1]
+    joined, names = np.concatenate(labels), first[1]
+    if first[0].text:
+        names = in_order(written)
+        places = {name: place for place, name in enumerate(names)}
+        joined = np.array([places[name] for name in written], dtype=np.int64)[joined]
+    return Rows(_Reader(groups, first[0].image), Texts(texts), joined, np.arange(len(joined))), names
 
 
 def _name(path: str | None, file: Path, row: int) -> str:
@@ -194,24 +213,42 @@ def _leaf(table: Any, column: str) -> Any:
     return pc.struct_field(table[top], field_name) if field_name else table[top]
 
 
-def _columns(path: Path, schema: Any) -> _Columns:
+def _columns(path: Path, schema: Any, image: str | None, label: str | None) -> _Columns:
     import pyarrow.types as types
 
-    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
-    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-    if image is None or label is None:
-        expected = " or ".join(IMAGE_COLUMNS if image is None else LABEL_COLUMNS)
-        raise UserError(f"{path}: no column {expected}, only {', '.join(schema.names)}; rename the column")
-    if not types.is_integer(schema.field(label).type):
-        raise UserError(f"{path}: column {label} holds {schema.field(label).type}; whole numbers from 0 are needed")
+    found = []
+    for wanted, usual, key in ((image, IMAGE_COLUMNS, "image"), (label, LABEL_COLUMNS, "label")):
+        name = next((name for name in ((wanted,) if wanted else usual) if name in schema.names), None)
+        if name is None:
+            raise UserError(
+                f"{path}: no column {wanted or ' or '.join(usual)}, only {', '.join(schema.names)}; name the right one "
+                f"by --{key}-column ({key}_column= for a run)"
+            )
+        found.append(name)
+    image, label = found
+    kind = schema.field(label).type
+    text = _is_text(kind) or (types.is_dictionary(kind) and _is_text(kind.value_type))
+    if not text and not types.is_integer(kind):
+        raise UserError(
+            f"{path}: column {label} holds {kind}; whole numbers from 0, or names of classes, are needed "
+            "(--label-column, or label_column= for a run, names another)"
+        )
     kind = schema.field(image).type
-    if types.is_binary(kind) or types.is_large_binary(kind):
-        return _Columns(image, label, None)
+    if _is_bytes(kind):
+        return _Columns(image, label, None, text)
     fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)} if types.is_struct(kind) else {}
-    if "bytes" not in fields or not (types.is_binary(fields["bytes"]) or types.is_large_binary(fields["bytes"])):
+    if "bytes" not in fields or not _is_bytes(fields["bytes"]):
         raise UserError(f"{path}: column {image} holds {kind}; struct{{bytes, path}} or bytes are needed")
-    is_text = "path" in fields and (types.is_string(fields["path"]) or types.is_large_string(fields["path"]))
-    return _Columns(f"{image}.bytes", label, f"{image}.path" if is_text else None)
+    named = "path" in fields and _is_text(fields["path"])
+    return _Columns(f"{image}.bytes", label, f"{image}.path" if named else None, text)
+
+
+def _is_text(kind: Any) -> bool:
+    return str(kind) in ("string", "large_string", "string_view")
+
+
+def _is_bytes(kind: Any) -> bool:
+    return str(kind) in ("binary", "large_binary", "binary_view")
 
 
 def _class_names(path: Path, schema: Any, label: str) -> list[str] | None:
@@ -231,6 +268,21 @@ def _class_names(path: Path, schema: Any, label: str) -> list[str] | None:
     if len(set(names)) < len(names):
         raise UserError(f"{path}: names a class twice; write it again")
     return names
+
+
+def _text_labels(path: Path, column: Any, written: dict[str, int], start: int) -> Ids:
+    """int64 [rows] of a row group whose labels are text: places in `written`, which grows. start: its first row in the
+    file."""
+    if column.null_count:
+        raise UserError(f"{path}: {column.null_count} rows from row {start} on have no label; write it again")
+    labels = [written.setdefault(name, len(written)) for name in column.to_pylist()]
+    if "" in written:
+        raise UserError(f"{path}: row {start + labels.index(written[''])} has an empty label; write it again")
+    if len(written) > MOST_TEXTS:
+        raise UserError(
+            f"{path}: more than {MOST_TEXTS:,} different labels; name the column of classes by --label-column"
+        )
+    return np.array(labels, dtype=np.int64)
 
 
 def _labels(path: Path, column: Any, names: list[str] | None, start: int) -> Ids:

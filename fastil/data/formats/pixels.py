@@ -1,17 +1,37 @@
-"""From what a source holds to upright RGB pixels. Pillow says what an image is; simplejpeg decodes plain JPEGs."""
+"""From what a source holds to upright RGB pixels: the one way in, whoever reads the image.
+
+Pillow says what an image is; simplejpeg decodes plain JPEGs. `fastil run`, `plan`, `predict` and `convert` take the
+same formats by content, turn images by the same rule and refuse the same ones.
+"""
 
 import contextlib
 import io
 import struct
 import warnings
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal, get_args
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # JPEG opens MPO as well
+from fastil.data.formats.records import Extent, Item, Source, Unreadable
+from fastil.errors import UserError
+
+# What is read, with the endings of its files. JPEG opens MPO as well. EPS is not among them: it starts a program.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",),
+    "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pnm"), "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k"), "HEIF": (".heic", ".heif"),
+}  # fmt: skip
+HELP = {"AVIF": "pip install -U pillow", "HEIF": "pip install pillow-heif"}  # brings what Pillow may lack
 MOST_PIXELS = 100_000_000  # a decompression bomb beyond
+MOST_BYTES = 1 << 29  # of an image file; an uncompressed one of so many pixels has fewer
+THIN = 32  # times as long as wide: beyond, the ends of an image are cut off before it is scaled
 ORIENTATION = 0x0112  # EXIF tag
 FRAMES, APP2, START_OF_SCAN = (0xC0, 0xC1, 0xC2), 0xE2, 0xDA  # markers; frames: baseline, extended, progressive
 # Segments that say nothing about how an image is shown, in lengths that every reader takes: JFIF, Adobe's, comment,
@@ -24,23 +44,106 @@ TURNS = {
     2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE,
     8: T.ROTATE_90,
 }  # fmt: skip
+BACK = {6: 8, 8: 6}  # the turns that are not their own opposite
+Exif = Literal["upright", "ignore"]
 
 
-def open_image(content: bytes) -> Image.Image:
-    """The image with its header read. Raises ValueError for more than MOST_PIXELS, and whatever Pillow raises."""
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    exif: "upright" turns them as the tag of their camera says, "ignore" takes the pixels as they lie in the file, as
+    other toolboxes do. max_pixels: an image with more is refused.
+    """
+
+    exif: Exif = "upright"
+    max_pixels: int = MOST_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.exif not in get_args(Exif):
+            raise UserError(f"exif={self.exif}: use one of {', '.join(get_args(Exif))}")
+        if self.max_pixels < 1:
+            raise UserError(f"max_pixels={self.max_pixels}: must be at least 1")
+
+    @property
+    def max_bytes(self) -> int:
+        """Of an image file: 8 for each pixel are RGBA of 16 bits."""
+        return max(MOST_BYTES, 8 * self.max_pixels)
+
+
+DEFAULT = Reading()
+
+
+def reading_of(source: Source, how: Reading) -> Reading:
+    """How the images of this source are read, where `how` was asked for."""
+    return replace(how, exif="ignore") if source.settled else how
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats of FORMATS that Pillow reads here."""
+    if find_spec("pillow_heif") is not None:
+        import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Endings of the files of `formats`."""
+    return frozenset(suffix for name in formats() for suffix in FORMATS[name])
+
+
+def advice(suffix: str) -> str:
+    """What to do about image files with an ending that is not among `suffixes`."""
+    missing = next((name for name, endings in FORMATS.items() if suffix in endings and name in HELP), None)
+    return f"{HELP[missing]}, or convert them" if missing else "convert them to JPEG or PNG"
+
+
+def content_of(item: Item, how: Reading = DEFAULT) -> bytes | NDArray[np.uint8]:
+    """The bytes of an image file, or pixels [h, w, 3]. Raises Unreadable for one that cannot be had, and ValueError for
+    a file that is too large to be an image."""
+    if isinstance(item, Unreadable):
+        raise item
+    if not isinstance(item, Extent):
+        return item
+    if item.size > how.max_bytes:
+        raise ValueError(f"{item.size:,} bytes, no image has so many")
+    return item.read()
+
+
+def open_image(content: bytes, how: Reading = DEFAULT) -> Image.Image:
+    """The image with its header read. Raises ValueError for what is no image, for more than max_pixels and for samples
+    in floating point, and whatever Pillow raises."""
+    if not content:
+        raise ValueError("no bytes in it")
+    if how.max_pixels > MOST_PIXELS:
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound, of the whole process
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own, lower bound, and remarks about metadata
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if image.width * image.height > MOST_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels, a decompression bomb")
+        image = Image.open(io.BytesIO(content), formats=formats())
+    if image.width * image.height > how.max_pixels:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels, more than the {how.max_pixels:,} that are taken for an image; "
+            "max_pixels= or --max-pixels lifts that"
+        )
+    if image.mode.startswith("F"):
+        raise ValueError("floating-point samples have no agreed range; convert it to 8 bits")
     return image
 
 
-def orientation(image: Image.Image) -> int:
-    """1 to 8, as cameras write it; 1: upright, or no such tag, or an unreadable one, as viewers take it."""
+def orientation(image: Image.Image, how: Reading = DEFAULT) -> int:
+    """What Pillow's pixels of an image have still to be turned by, 1 to 8 as EXIF counts; 1: by nothing. An unreadable
+    tag is none, as viewers take it."""
+    found = _tag(image)
     if image.format == "TIFF":  # Pillow turns it while it loads it
-        return 1
-    if not {"exif", "xmp"} & image.info.keys() and image.format not in ("PNG", "WEBP"):  # nothing to parse
+        return BACK.get(found, found) if how.exif == "ignore" else 1
+    return found if how.exif == "upright" else 1
+
+
+def _tag(image: Image.Image) -> int:
+    parsed = ("PNG", "WEBP", "TIFF")  # whose tag Pillow may have to look for
+    if not {"exif", "xmp"} & image.info.keys() and image.format not in parsed:
         return 1
     try:
         with warnings.catch_warnings():
@@ -51,24 +154,79 @@ def orientation(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def size_of(image: Image.Image, how: Reading = DEFAULT) -> tuple[int, int]:
+    """Width and height of an image that `open_image` opened, once it is turned."""
+    return image.size[::-1] if orientation(image, how) > 4 else image.size
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, 8 bits: grayscale, palette and CMYK are converted, 16-bit samples lose their low byte, alpha is dropped."""
     if image.mode.startswith("I"):  # 16-bit grayscale opens as I or I;16, which convert("RGB") would clip
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point samples have no agreed range; convert it to 8 bits")
     if "transparency" in image.info:  # a palette with transparent entries, which Pillow wants spelled out
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its orientation tag says. (Pillow's own function also rewrites the EXIF block, and fails on damage.)"""
-    turn = TURNS.get(orientation(image))
+def upright(image: Image.Image, how: Reading = DEFAULT) -> Image.Image:
+    """The image, decoded and turned as `orientation` says. (Pillow's own function also rewrites the EXIF block, and
+    fails on damage.)"""
+    if image.format != "TIFF":  # which loses its tag then
+        image.load()  # before a PNG is asked for its tag, which would load it and say nothing of damage
+    turn = TURNS.get(orientation(image, how))
     return image if turn is None else image.transpose(turn)
 
 
-def plain_jpeg(head: bytes) -> tuple[int, int] | None:
+def decoded(content: bytes | NDArray[np.uint8], how: Reading = DEFAULT) -> Image.Image:
+    """RGB pixels of an image, upright unless `how` says otherwise. Raises as `open_image`."""
+    if not isinstance(content, bytes):
+        return Image.fromarray(content)
+    quick = decode(content) if plain_jpeg(content, how) is not None else None
+    return Image.fromarray(quick) if quick is not None else to_rgb(upright(open_image(content, how), how))
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The image with its short side at `size` (bilinear, antialiased), and the central square of that."""
+    part = middle(image.size)
+    if part != (0, 0, *image.size):
+        image = image.crop(part)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def middle(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The part (left, top, right, bottom) of an image of this width and height that is not more than THIN times as long
+    as wide: all of an ordinary one. What is scaled is then bounded by what is wanted."""
+    cut = []
+    for side, other in (size, size[::-1]):
+        beyond = max(0, side - THIN * other) // 2
+        cut.append((beyond, side - beyond))
+    (left, right), (top, bottom) = cut
+    return left, top, right, bottom
+
+
+def open_stored(content: bytes | memoryview, pixels: int) -> Image.Image:
+    """A JPEG of a .beton with its header read: it was let in when it was converted, and is shown as it is. pixels: how
+    many its row says that it has. Raises what Pillow raises."""
+    if pixels > MOST_PIXELS:
+        Image.MAX_IMAGE_PIXELS = None
+    return Image.open(io.BytesIO(content), formats=("JPEG",))
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with an image, in one line without the address that Pillow names an unknown stream by."""
+    if isinstance(error, Unreadable):
+        return error.reason
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def plain_jpeg(head: bytes, how: Reading = DEFAULT) -> tuple[int, int] | None:
     """Width and height of an upright JPEG with three components of 8 bits, by all that stands before its first scan.
     None where something is there, or missing, that Pillow should look at: EXIF, a second picture, damage."""
     size, at = None, 2
@@ -82,7 +240,7 @@ def plain_jpeg(head: bytes) -> tuple[int, int] | None:
             precision, height, width, components = struct.unpack_from(">BHHB", head.ljust(at + 10, b"\0"), at + 4)
             if size is not None or (length, precision, components) != (17, 8, 3):
                 return None
-            if not 1 <= width * height <= MOST_PIXELS:
+            if not 1 <= width * height <= how.max_pixels:
                 return None
             size = (width, height)
         elif marker == APP2:  # a colour profile, which changes no pixel, or the list of further pictures
@@ -104,14 +262,14 @@ def decode(content: bytes) -> NDArray[np.uint8] | None:
     return pixels
 
 
-def check_decodes(content: bytes) -> None:
+def check_decodes(content: bytes, how: Reading = DEFAULT) -> None:
     """Decode every coefficient of an image. Of a JPEG at an eighth of the size and without colour, which leaves out
     only inverse transforms that cannot fail. Raises what Pillow raises; it has the last word on what is damage."""
     if content.startswith(b"\xff\xd8"):
         with contextlib.suppress(ValueError):
             simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1)
             return
-    image = open_image(content)
+    image = open_image(content, how)
     if image.format == "JPEG":
         image.draft("L", (max(1, image.width // 8), max(1, image.height // 8)))
     image.load()

@@ -4,6 +4,7 @@ A source is listed, not read: a million samples take some 70 bytes each. `fastil
 """
 
 import os
+import stat
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,13 +25,33 @@ CHANGED = "a sample has changed since it was written; see fastil verify, and tak
 MOST_TEXT = 1 << 28  # bytes of a text file that lists something
 
 
+class Unreadable(UserError):
+    """A sample that cannot be had. reason: why, without its place."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.where, self.reason = where, reason
+
+    def __reduce__(self) -> tuple[type["Unreadable"], tuple[str, str]]:
+        return Unreadable, (self.where, self.reason)  # for a worker process
+
+
 class Texts(Sequence[str]):
     """A list of strings in one block of memory."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         encoded = [os.fsencode(text) for text in texts]
-        self.ends = np.cumsum([len(text) for text in encoded], dtype=np.int64).data  # gives plain ints
-        self.block = b"".join(encoded)
+        self._hold(b"".join(encoded), np.cumsum([len(text) for text in encoded], dtype=np.int64))
+
+    def _hold(self, block: bytes, ends: Ids) -> None:
+        self.block, self.ends = block, ends.data  # which gives plain ints
+
+    @classmethod
+    def of_block(cls, block: bytes, ends: Ids) -> "Texts":
+        """The texts that are encoded in a block. ends: int64 [n], where each ends."""
+        texts = cls()
+        texts._hold(block, ends)
+        return texts
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -90,7 +111,7 @@ class Records(Protocol):
 
 
 class Extent(NamedTuple):
-    """A range of bytes of a file. crc32: of them, where the source knows it."""
+    """A range of bytes of a file. crc32: of them, where the source knows it. Reading raises Unreadable."""
 
     path: str
     offset: int
@@ -98,7 +119,7 @@ class Extent(NamedTuple):
     crc32: int | None = None
 
     def read(self) -> bytes:
-        """Its bytes; a UserError if the file has become shorter, cannot be read, or holds other bytes."""
+        """Its bytes; Unreadable if the file has become shorter, cannot be read, or holds other bytes."""
         content = self.front(self.size)
         self._check(len(content), content)
         return content
@@ -109,12 +130,12 @@ class Extent(NamedTuple):
 
     def _check(self, count: int, content: bytes | memoryview) -> None:
         if count != self.size:
-            raise UserError(f"{self.path}: ends before byte {self.offset + self.size}; it was cut short")
+            raise Unreadable(self.path, f"ends before byte {self.offset + self.size}; it was cut short")
         if self.crc32 is not None and crc32(content) != self.crc32:
-            raise UserError(f"{self.path}: {CHANGED} (bytes {self.offset} to {self.offset + self.size})")
+            raise Unreadable(self.path, f"{CHANGED} (bytes {self.offset} to {self.offset + self.size})")
 
     def front(self, most: int) -> bytes:
-        """The first of its bytes, so many at most, or fewer where the file ends; a UserError if it cannot be read."""
+        """The first of its bytes, so many at most, or fewer where the file ends; Unreadable if it cannot be read."""
         room = bytearray(min(most, self.size))
         count = self._fill(memoryview(room))
         return bytes(memoryview(room)[:count])
@@ -123,17 +144,40 @@ class Extent(NamedTuple):
         """How many bytes there were."""
         count = 0
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)  # half the system calls of open()
+            # Half the system calls of open(). A pipe that has taken the place of a file is not waited for.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 while count < len(room) and (more := os.preadv(descriptor, [room[count:]], self.offset + count)):
                     count += more
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be read ({error.strerror}); mend that, and the same command goes on"
-            ) from None
+            raise Unreadable(self.path, f"cannot be read ({error.strerror})") from None
         return count
+
+
+def whole_file(path: Path) -> Extent:
+    """All of a file. Raises Unreadable for what is none."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise Unreadable(str(path), f"cannot be read ({error.strerror})") from None
+    what = special(status.st_mode)
+    if what:
+        raise Unreadable(str(path), f"cannot be read, it is {what}")
+    return Extent(str(path), 0, status.st_size)
+
+
+def special(mode: int) -> str | None:
+    """What a thing with this st_mode is, if it is no regular file: opening it may wait for ever."""
+    kinds = {
+        stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }  # fmt: skip
+    return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "something special")
+
+
+Item = Extent | bytes | NDArray[np.uint8] | Unreadable  # what is known of an image: where it lies, or its content
 
 
 @dataclass(frozen=True)
@@ -219,7 +263,8 @@ class Source:
     """A data set as its files list it.
 
     class_names: by label, the ids that the data set itself uses (wnids for ImageNet). titles: what people call the
-    classes, where the data set says so. train, val: None where the source has no such split.
+    classes, where the data set says so. train, val: None where the source has no such split. settled: its images are
+    shown as they lie there, whatever their EXIF tags say (a .beton).
     """
 
     kind: str
@@ -229,6 +274,18 @@ class Source:
     val: Records | None
     titles: list[str] | None = None
     notes: tuple[str, ...] = ()
+    settled: bool = False
+
+
+def item_of(records: Records, i: int) -> Item:
+    """What is known of a sample: a place to read from where there is one, otherwise its content, or why there is
+    none."""
+    if isinstance(records, Files):
+        return records.extent(i)
+    try:
+        return records.content(i)
+    except Unreadable as error:
+        return error
 
 
 def is_sequential(records: Records) -> bool:
@@ -290,15 +347,19 @@ class Listing:
 
     def __init__(self, root: Path | str) -> None:
         self.root = str(root)
-        self.names: list[str] = []
+        self.names, self.ends = bytearray(), array("q")
         self.labels = array("q")  # a list would take four times the memory
         self.sizes = array("q")
         self.offsets = array("q")
         self.archive = array("q")
         self.archives: dict[str, int] = {}
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def add(self, name: str, label: int, size: int, archive: str | None = None, offset: int = 0) -> None:
-        self.names.append(name)
+        self.names += os.fsencode(name)
+        self.ends.append(len(self.names))
         self.labels.append(label)
         self.sizes.append(size)
         self.offsets.append(offset)
@@ -307,7 +368,7 @@ class Listing:
     def files(self) -> Files:
         return Files(
             self.root,
-            Texts(self.names),
+            Texts.of_block(bytes(self.names), np.array(self.ends, dtype=np.int64)),
             np.array(self.labels, dtype=np.int64),
             np.array(self.sizes, dtype=np.int64),
             np.array(self.offsets, dtype=np.int64),

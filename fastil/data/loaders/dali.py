@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastil import machine
 from fastil.data.formats.beton import Beton
-from fastil.data.loaders.frames import central
+from fastil.data.loaders.frames import central, unthinned
 from fastil.data.loaders.streaming import AnySplit, Streaming
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
@@ -79,6 +79,8 @@ class Dali(Streaming):
         """What the pipeline needs of a batch: encoded images or pixels, corner and size of the box, what it is resized
         to, and with `resize` corner and size of the frame in that."""
         ids, boxes = plan.ids[part], plan.boxes[part]
+        if self.transform.resize is not None:
+            boxes = np.array([unthinned(box) for box in boxes.tolist()], np.int32)
         contents = [self.stored(i) for i in ids.tolist()]
         if self.encoded:
             self._check_sizes(ids.tolist(), contents)

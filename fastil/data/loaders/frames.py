@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastil.data.formats.pixels import middle
 from fastil.plan import Transform
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -23,9 +24,17 @@ def frame_of(
     resize(image, box, size): that box at this height and width, untouched where it has them.
     """
     if transform.resize is not None:
-        size, middle = central((box[2], box[3]), transform)
-        image, box = resize(image, box, size), middle
+        box = unthinned(box)
+        size, inner = central((box[2], box[3]), transform)
+        image, box = resize(image, box, size), inner
     return resize(image, box, (transform.height, transform.width))
+
+
+def unthinned(box: Box) -> Box:
+    """The middle of a box that is very long or very wide; resized as a whole it would fill the memory."""
+    top, left, height, width = box
+    x0, y0, x1, y1 = middle((width, height))
+    return top + y0, left + x0, y1 - y0, x1 - x0
 
 
 def central(size: tuple[int, int], transform: Transform) -> tuple[tuple[int, int], Box]:

@@ -5,7 +5,6 @@ that does not depend on where it came from (mirror, normalisation, the cast) is 
 held there as pixels: exemplars (memory=resident), and those that an overlay replaces (Mnemonics).
 """
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from fastil import kernels, machine
 from fastil.data.formats.beton import RAW, Beton
+from fastil.data.formats.pixels import open_stored
 from fastil.data.loaders.batch import Batch
 from fastil.data.loaders.frames import Box, frame_of, resized
 from fastil.data.sources import Split
@@ -189,13 +189,15 @@ class Streaming(ABC):
     def by_pillow(self, i: int, content: memoryview) -> Image.Image:
         """A JPEG as Pillow decodes it; a UserError that names it if it does not."""
         try:
-            image = Image.open(io.BytesIO(content), formats=("JPEG",)).convert("RGB")
+            image = open_stored(content, int(self.images.sizes[i].prod(dtype=np.int64)))
+            self.check_size(i, image.height, image.width)
+            return image.convert("RGB")
+        except UserError:
+            raise
         except Exception as error:  # Pillow raises many kinds on damaged files
             raise UserError(
                 f"{self.where}: sample {i} does not decode ({error}); see fastil verify, and convert it again"
             ) from None
-        self.check_size(i, image.height, image.width)
-        return image
 
     def close(self) -> None:
         self.closed = True

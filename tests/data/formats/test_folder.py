@@ -8,8 +8,10 @@ from conftest import SHARED
 from PIL import Image
 
 from fastil.data import DataConfig, load_dataset
+from fastil.data.formats import in_memory
 from fastil.data.formats.detect import open_source
-from fastil.data.formats.folder import decode
+from fastil.data.formats.pixels import Reading
+from fastil.data.formats.records import whole_file
 from fastil.errors import UserError
 
 TINY_IMAGENET = SHARED / "tiny-imagenet-40.tar"
@@ -50,6 +52,10 @@ def colours(split):
 
 
 # Decoding
+
+
+def decode(path, size, **how):
+    return in_memory.decode(whole_file(path), size, Reading(**how))
 
 
 def test_grayscale_becomes_three_equal_channels(tmp_path):
@@ -104,14 +110,16 @@ def test_alpha_is_dropped_and_not_blended(tmp_path, mode):
     np.testing.assert_array_equal(found, pixels[..., :3] if mode == "RGBA" else pixels[..., :1].repeat(3, axis=2))
 
 
-def test_the_orientation_tag_is_not_applied(tmp_path):
-    image = Image.fromarray(noise(SIZE, SIZE))
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_the_orientation_tag_is_applied_unless_it_is_to_be_ignored(tmp_path, suffix):
+    pixels = noise(SIZE, SIZE + 3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    path = save(tmp_path / "a.png", image, exif=exif)
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    path = save(tmp_path / f"a{suffix}", pixels, exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
     with Image.open(path) as opened:
         assert opened.getexif()[0x0112] == 6
-    np.testing.assert_array_equal(decode(path, SIZE), np.asarray(image))
+    np.testing.assert_array_equal(decode(path, None), np.rot90(pixels, -1))
+    np.testing.assert_array_equal(decode(path, None, exif="ignore"), pixels)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +171,10 @@ def test_hidden_files_and_folders_and_what_is_no_class_are_left_out(tmp_path):
     plain(tmp_path, "train/cat/deeper/1.png", "extra/1.png")
     found = load(tmp_path)
     assert (found.class_names, found.train.sha256) == (expected.class_names, expected.train.sha256)
-    (note,) = found.notes
-    assert note.startswith("2 files or folders are left out")
-    assert note.endswith("train/README.txt")
+    assert found.notes == (
+        "images in folders below their class: 1 in class cat left out; move them up",
+        "1 files in no class folder are left out, such as train/README.txt",
+    )
 
 
 def test_class_folders_alone_are_training_images(tmp_path):
@@ -191,7 +200,7 @@ def test_validation_images_are_known_by_other_names_if_they_have_the_classes(tmp
 def test_images_in_folders_below_a_class_are_an_error_that_says_where_they_are(tmp_path):
     plain(tmp_path, "train/a/images/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
     with pytest.raises(
-        UserError, match=r"train/a: no image in it, only the folder .*train/a/images/; move its images up"
+        UserError, match=r"train/a: no image in it \(1 in folders below\); move its images up, or remove"
     ):
         open_source(tmp_path)
 
@@ -202,8 +211,7 @@ def test_what_is_no_image_by_its_name_is_left_out(tmp_path):
     (tmp_path / "train/b/Thumbs.db").write_bytes(b"thumbs")
     source = open_source(tmp_path, val="same")
     assert [source.train.name(i) for i in range(3)] == ["train/a/1.png", "train/a/2", "train/b/1.JPG"]
-    assert "1 files or folders are left out" in source.notes[0]
-    assert "Thumbs.db" in source.notes[0]
+    assert source.notes[0] == ".db: 1 in class b left out"
 
 
 def test_a_dataset_given_as_the_current_folder_has_a_name(tmp_path, monkeypatch):

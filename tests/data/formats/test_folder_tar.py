@@ -471,6 +471,17 @@ def test_val_of_ilsvrc_may_lie_elsewhere_or_be_train(tmp_path):
     assert "smoke test" in source.notes[-1]
 
 
+def test_val_of_ilsvrc_may_be_unpacked_into_one_folder(tmp_path):
+    """The devkit beside the train archive says which class each image is of."""
+    ilsvrc(tmp_path / "a", val=b"")
+    (tmp_path / "val").mkdir()
+    for name, content in val_members():
+        (tmp_path / "val" / name).write_bytes(content)
+    source = open_source(tmp_path / "a", val=str(tmp_path / "val"))
+    whole = open_source(ilsvrc(tmp_path / "b"))
+    assert listed(source, "val") == listed(whole, "val")
+
+
 def test_other_counts_than_the_devkit_says_are_noted(tmp_path):
     train = [(name, content) for name, content in train_members() if name != "n01440764.tar"]
     train.append(("n01440764.tar", tar_bytes({"n01440764_10.JPEG": png(1)})))

@@ -11,7 +11,7 @@ from conftest import SHARED, SOAK, encoded
 from making import write_tar
 
 from fastil.data import DataConfig, Split, load_dataset, published
-from fastil.data.formats import folder
+from fastil.data.formats import in_memory
 from fastil.data.formats.beton import Beton
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.identity import Identity, of_pixels
@@ -329,7 +329,7 @@ def with_one_pixel_changed(splits):
 
 def as_jpeg(splits):
     def through(image):
-        return folder.decode(encoded(image, "JPEG", quality=95), None)
+        return in_memory.decode(encoded(image, "JPEG", quality=95), None)
 
     return {split: (np.stack([*map(through, images)]), labels) for split, (images, labels) in splits.items()}
 
@@ -454,7 +454,7 @@ def test_the_real_test_images_are_known_and_one_changed_pixel_is_not():
     chosen = np.array([0, 23, 42, 61, 99])  # classes of training images: all 50,000 would take long
     some = source.train.take(np.flatnonzero(np.isin(source.train.labels, chosen)))
     some = some.relabelled(np.searchsorted(chosen, some.labels))
-    ((images, labels), five), _ = folder.read(replace(source, train=source.val, val=some), None, skip_corrupt=False)
+    ((images, labels), five), _ = in_memory.read(replace(source, train=source.val, val=some), None, skip_corrupt=False)
     val, decoded = of_pixels(images, labels), of_pixels(*five)
     assert val.text == expected.val.identity
     digests = list(expected.train.classes)
@@ -476,5 +476,7 @@ def test_the_real_test_images_are_known_and_one_changed_pixel_is_not():
 @pytest.mark.skipif(not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar beside the repository")
 def test_the_real_training_images_are_known():
     source = open_source(CIFAR100)
-    ((images, labels), _), _ = folder.read(replace(source, val=source.val.take(np.arange(2))), None, skip_corrupt=False)
+    ((images, labels), _), _ = in_memory.read(
+        replace(source, val=source.val.take(np.arange(2))), None, skip_corrupt=False
+    )
     assert of_pixels(images, labels).text == SHIPPED["cifar100"].train.identity

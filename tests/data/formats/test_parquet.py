@@ -190,7 +190,7 @@ def test_files_that_are_wrong_are_named(tmp_path, change, complaints):
 
 def test_columns_of_other_types_are_named(tmp_path):
     for column, content, complaint in (
-        ("label", ["cat", "dog"], "string"), ("label", [0.0, 1.0], "double"), ("image", ["a.jpg", "b.jpg"], "string"),
+        ("label", [True, False], "bool"), ("label", [0.0, 1.0], "double"), ("image", ["a.jpg", "b.jpg"], "string"),
         ("image", [{"path": "a.jpg"}, {"path": "b.jpg"}], "struct"),
     ):  # fmt: skip
         columns = {"image": [{"bytes": png(1)}, {"bytes": png(2)}], "label": [0, 1]} | {column: content}

@@ -50,7 +50,7 @@ def test_an_image_up_to_the_bound_opens_without_a_warning():
 
 @pytest.mark.parametrize(("width", "height"), [(10_000, 10_001), (100_000_001, 1), (1, 100_000_001)])
 def test_a_decompression_bomb_is_refused(width, height):
-    with pytest.raises(ValueError, match=f"{width}x{height} pixels, a decompression bomb"):
+    with pytest.raises(ValueError, match=f"{width}x{height} pixels, more than the 100,000,000 .* --max-pixels lifts"):
         open_image(png_header(width, height))
 
 
@@ -60,7 +60,7 @@ def test_an_enormous_bomb_is_refused_by_pillow(width, height):
         open_image(png_header(width, height))
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8", bytes(1000), b"%PDF-1.4\n" + bytes(100)])
+@pytest.mark.parametrize("content", [b"text", b"\xff\xd8", bytes(1000), b"%PDF-1.4\n" + bytes(100)])
 def test_what_is_no_image_is_refused(content):
     with pytest.raises(Image.UnidentifiedImageError):
         open_image(content)
@@ -267,9 +267,10 @@ def test_thirty_two_bits_are_cut_to_sixteen():
 
 
 def test_floating_point_samples_are_refused():
-    image = open_image(encoded(Image.fromarray(np.ones((3, 3), dtype=np.float32)), "TIFF"))
-    with pytest.raises(ValueError, match="floating-point"):
-        to_rgb(image)
+    """By the header, so that a dry run tells them."""
+    for kind in ("TIFF", "PPM"):
+        with pytest.raises(ValueError, match="floating-point"):
+            open_image(encoded(Image.fromarray(np.ones((3, 3), dtype=np.float32)), kind))
 
 
 # The check that a JPEG decodes
