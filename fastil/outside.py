@@ -59,12 +59,12 @@ def imported(setting: str, load: Callable[[], T]) -> T:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{shown(setting)}: {error.filename}, line {error.lineno}: {error.msg}") from error
+        raise UserError(f"{setting}: {error.filename}, line {error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(LIBRARIES)]
         place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{shown(setting)}: {place}{said}") from error
+        raise UserError(f"{setting}: {place}{said}") from error
 
 
 def _module(place: str) -> ModuleType:

@@ -26,7 +26,7 @@ MOST_TEXT = 2**18  # characters of a value or a recipe: parsed in seconds
 MOST_DEPTH = 8  # of lists in lists
 MOST_DIGITS = 18  # of an integer, so that 64 bits hold it
 FLOAT32 = (1.17549435e-38, 3.4028234e38)  # smallest and largest magnitude, above 0, that training computes with
-MOST_SHOWN = 80  # characters of a value in a message
+MOST_SHOWN = 200  # characters of a value in a message
 
 WORDS = {
     **dict.fromkeys(("null", "Null", "NULL", "~"), None),

