@@ -301,6 +301,7 @@ def as_ffcv(folder):
         sys.exit(NO_FFCV)
     warnings.simplefilter("ignore")  # numba's, about closures of FFCV
     for name, (fields, images) in ffcv_files().items():
+        np.random.seed(0)  # FFCV's workers draw from copies of this; one that writes six images draws both modes
         writer = DatasetWriter(str(folder / f"{name}.beton"), fields, page_size=PAGE, num_workers=2)
         writer.from_indexed_dataset(Samples(list(fields), images), chunksize=3)
         reader = Reader(str(folder / f"{name}.beton"))
