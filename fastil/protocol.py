@@ -115,14 +115,15 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def numbering_note(names: Sequence[str]) -> str | None:
-    """A line for the user where the names of the classes are numbers and their ids do not follow them."""
+    """A line for the user where the names of the classes are numbers and their ids are not in the order of these, as in
+    a file that has them sorted as text."""
     by_number = sorted(names, key=natural_key)
     if list(names) == by_number or not all(re.fullmatch("[0-9]+", name) for name in names):
         return None
     odd = next(i for i, name in enumerate(by_number) if names[i] != name)
     return (
-        f"class names are numbers, and their ids follow the text: id {odd} is class {shown(names[odd])}. order=natural "
-        f"takes them by number; in a list, quotes make an entry a name: order=['{shown(names[odd])}', ...]"
+        f"class names are numbers, and their ids are in another order: id {odd} is class {shown(names[odd])}. "
+        f"order=natural takes them by number; in a list, quotes make a name: order=['{shown(names[odd])}', ...]"
     )
 
 
