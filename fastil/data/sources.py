@@ -48,7 +48,7 @@ class DataConfig:
     image_column: str | None = None  # of parquet files, where it has another name than image or img
     label_column: str | None = None  # of parquet files, where it has another name than label, fine_label or labels
     exif: Exif = "upright"  # upright: turned as the camera's tag says | ignore: as the pixels lie in the file
-    max_pixels: int = MOST_PIXELS  # an image with more is refused
+    max_pixels: Annotated[int, Field(ge=1)] = MOST_PIXELS  # an image with more is refused
     verify: bool = True  # digits, fashion-mnist, cifar: the images must be those published under that name
     pad: Annotated[int, Field(ge=0)] = 4  # random crop after black padding of this many pixels
     flip: bool = True  # random mirror
