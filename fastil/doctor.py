@@ -19,6 +19,8 @@ REQUIRED = (
     "matplotlib",
 )  # fmt: skip
 OPTIONAL = {
+    "pyarrow": ("parquet files", "pip install pyarrow"),
+    "pillow-heif": ("HEIC photos", "pip install pillow-heif"),
     "triton": ("fused kernels on NVIDIA GPUs", "pip install triton"),
     "ffcv": (
         "loader=ffcv, FFCV's pixels; on two cores as fast as loader=threads",

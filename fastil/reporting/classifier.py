@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastil import files
 from fastil.data.formats import pixels
 from fastil.data.formats.pixels import DEFAULT, Reading
-from fastil.data.formats.records import whole_file
+from fastil.data.formats.records import Unreadable, whole_file
 from fastil.data.loaders.frames import frame_of, resized
 from fastil.data.published import table
 from fastil.data.transforms import transforms
@@ -91,6 +91,8 @@ class Classifier(nn.Module):
             whole = pixels.decoded(content, self.reading)
             if transform.resize is None and transform.height == transform.width:
                 return pixels.as_array(pixels.square(whole, transform.height))
+        except Unreadable as error:
+            raise UserError(f"{error}; give an image file") from None
         except Exception as error:  # Pillow's readers raise many kinds on damaged files
             raise UserError(f"{path}: not a readable image ({pixels.reason_of(error)}); leave it out") from None
         array = torch.from_numpy(pixels.as_array(whole).copy())

@@ -5,9 +5,12 @@ from converting import in_both, load, tree, write
 from converting import run as convert
 from making import listed, png, refused, write_tar
 
+from fastil.data import load_dataset
 from fastil.data.formats.beton import Beton
 from fastil.data.formats.detect import open_source
 from fastil.errors import UserError
+from fastil.protocol import build_protocol, class_order
+from fastil.recipe import load as load_recipe
 
 # Classes
 
@@ -43,6 +46,17 @@ def test_classes_that_are_numbers_have_one_order(tmp_path):
         (note,) = (note for note in source.notes if note.startswith("class names are numbers"))
         assert note.endswith("id 2 is class 2, where text is sorted (torchvision) it is class 10")
     assert not open_source(numbered(tmp_path / "few", 10)).notes
+
+
+def test_a_file_of_a_subset_of_imagenet_is_taken_by_the_recipes_of_that_subset(tmp_path):
+    """A set of 100 classes was refused, and what would have helped not named."""
+    files = {f"{split}/n{100 * c:08d}/0.png": png(c) for split in ("train", "val") for c in range(100)}
+    convert(write(tmp_path / "in", files), tmp_path / "in100.beton", mode="jpeg")
+    recipe = load_recipe("subimagenet_balanced_5", data=str(tmp_path / "in100.beton"))
+    names = load_dataset(recipe.data).class_names
+    protocol = build_protocol(recipe.protocol, len(names), names)
+    assert [len(step) for step in protocol.steps] == [50, 10, 10, 10, 10, 10]
+    assert [names[c] for c in protocol.order] == [f"n{100 * c:08d}" for c in class_order("lucir", 100)]
 
 
 # Flat validation folders

@@ -14,6 +14,7 @@ from converting import run as convert
 from making import png, refused
 from PIL import Image, features
 
+from fastil.data.formats import pixels
 from fastil.data.formats.beton import Beton
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.pixels import middle, square, suffixes
@@ -158,6 +159,19 @@ def test_companions_of_images_are_no_loss(tmp_path):
         assert [note.partition(" left")[0] for note in open_source(path).notes] == [
             f"{suffix}: 3 in class cat, 3 in class dog" for suffix in (".json", ".txt", ".xml")
         ]
+
+
+def test_a_format_that_pillow_was_built_without_is_left_out_with_what_brings_it(tmp_path, monkeypatch):
+    check = features.check
+    monkeypatch.setattr(features, "check", lambda name: name != "jpg_2000" and check(name))
+    pixels.formats.cache_clear()
+    pixels.suffixes.cache_clear()
+    try:
+        write(tmp_path, LOST | VAL | {"train/dog/9.jp2": b"1"})
+        assert open_source(tmp_path).notes == (".jp2: 1 in class dog left out; pip install -U pillow, or convert them",)
+    finally:
+        pixels.formats.cache_clear()
+        pixels.suffixes.cache_clear()
 
 
 @pytest.mark.skipif(".heic" not in suffixes(), reason="pip install pillow-heif")

@@ -55,6 +55,18 @@ def test_the_natural_order_of_a_folder_takes_numbers_in_names_by_their_value(fas
         assert f"step 0 adds  {', '.join(f'class{number}' for number in numbers)}\n" in process.stdout
 
 
+def test_a_folder_of_numbers_is_taken_by_number_and_said_to_be(fastil, tmp_path):
+    data = make_folder(tmp_path / "data", classes=12, train=2, val=1)
+    for split in ("train", "val"):
+        for folder in sorted((data / split).iterdir()):
+            folder.rename(folder.with_name(folder.name.removeprefix("class")))
+    plan = ["plan", "folder", *TINY, "size=12", "model=resnet8", "base_classes=6", "increment=6", "--data", data]
+    for order in ("alphabetical", "natural", f"{[*range(12)]}".replace(" ", "")):
+        found = fastil(*plan, f"order={order}")
+        assert "step 0 adds  0, 1, 2, 3, 4, 5\n" in found.stdout, found.stderr
+        assert found.stdout.count("id 2 is class 2, where text is sorted (torchvision) it is class 10") == 1
+
+
 def test_a_run_of_an_older_version_goes_on_with_the_same_meaning(tmp_path, capsys):
     """Written by YAML 1.1's rules and without names by step; its settings are those that it was given."""
     settings = [*TINY, "base_classes=6", "increment=2", "order=[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]", "weight_decay=1e-5"]

@@ -112,7 +112,7 @@ def test_images_of_a_folder_are_classified_as_the_test_images_were(folder, tmp_p
     assert sorted(predicted) == sorted(np.load(run.path / "predictions/step_1.npy")[:, 1].tolist())
     assert all(list(p.values()) == sorted(p.values(), reverse=True) for p in found)
     assert run.predict(str(files[0])) == run.predict([files[0]]) == found[:1]
-    with pytest.raises(UserError, match=r"nowhere\.png: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.png: cannot be read \(No such file.*give an image file"):
         run.predict([folder / "nowhere.png"])
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UserError, match=r"text\.png: not a readable image.*"):

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from fastil.data.formats.records import Extent, Item, Source, Unreadable
 from fastil.errors import UserError
@@ -28,7 +28,8 @@ FORMATS = {
     "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pnm"), "AVIF": (".avif",),
     "JPEG2000": (".jp2", ".j2k"), "HEIF": (".heic", ".heif"),
 }  # fmt: skip
-HELP = {"AVIF": "pip install -U pillow", "HEIF": "pip install pillow-heif"}  # brings what Pillow may lack
+FEATURES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # what Pillow may be built without
+HELP = dict.fromkeys(FEATURES, "pip install -U pillow") | {"HEIF": "pip install pillow-heif"}
 MOST_PIXELS = 100_000_000  # a decompression bomb beyond
 MOST_BYTES = 1 << 29  # of an image file; an uncompressed one of so many pixels has fewer
 THIN = 32  # times as long as wide: beyond, the ends of an image are cut off before it is scaled
@@ -85,7 +86,8 @@ def formats() -> tuple[str, ...]:
     if find_spec("pillow_heif") is not None:
         import_module("pillow_heif").register_heif_opener()
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    lacking = {name for name, feature in FEATURES.items() if name in Image.OPEN and not features.check(feature)}
+    return tuple(name for name in FORMATS if name in Image.OPEN and name not in lacking)
 
 
 @cache
