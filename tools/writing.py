@@ -154,10 +154,13 @@ class Writing:
             if size > self.page:
                 raise UserError(f"{records.where(i)}: {size:,} bytes, more than a page; use --max-side")
             room = pages.room(size)
-            if isinstance(content, Extent):
-                content.read_into(room)
-            else:
-                room[:] = content
+            try:
+                if isinstance(content, Extent):
+                    content.read_into(room)
+                else:
+                    room[:] = content
+            except Unreadable as error:  # it could be, a moment ago
+                raise UserError(f"{error}; mend that, and the same command goes on") from None
             at = pages.taken(size)
             checksum = crc32(room) if prepared.crc32 is None else prepared.crc32
             progress.entries[progress.placed] = at, size, labels[i], checksum, prepared.width, prepared.height

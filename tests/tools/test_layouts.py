@@ -154,6 +154,8 @@ def test_samples_of_webdataset_whose_image_is_not_read_are_counted(tmp_path):
     assert len(source.train) == 9
     more = [(f"w{i}.{end}", c) for i in range(5) for end, c in (("jxl", b"1"), ("cls", b"1"))]
     refused("class 1: 6 of its 11 files", path=write_tar(tmp_path / "b.tar", samples + lost + more))
+    alone = [("v.jxl", b"1"), ("v.cls", b"2")]  # a class of its own, which would vanish
+    refused("class 2: no image in it (1 .jxl)", path=write_tar(tmp_path / "c.tar", samples + alone))
 
 
 def test_columns_of_parquet_are_named_by_the_user(fastil, tmp_path):

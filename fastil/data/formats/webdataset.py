@@ -71,16 +71,16 @@ def open_webdataset(path: Path, val: str | None) -> Source:
     found = {"train": _Split(train_shards)} | ({"val": _Split(val_shards)} if val_shards else {})
     records = {name: split.listing.files() for name, split in found.items()}
     names_path = _class_names(path, train_shards[0])
-    names = read_lines(names_path) if names_path else numbered(split.labels for split in records.values())
+    labels = {split: np.append(files.labels, np.array(found[split].lost, np.int64)) for split, files in records.items()}
+    names = read_lines(names_path) if names_path else numbered(labels.values())
     if len(set(names)) < len(names):
         raise UserError(f"{names_path}: a class is in it twice; write every class once, in the order of the labels")
     left = LeftOut()
     for split, files in records.items():
-        if files.labels.max() >= len(names):
-            row = int(files.labels.argmax())
-            raise UserError(
-                f"{files.where(row)}: label {files.labels[row]}, but {names_path} names {len(names)} classes"
-            )
+        if labels[split].max() >= len(names):
+            row = int(labels[split].argmax())
+            where = files.where(row) if row < len(files) else files.archives[0]
+            raise UserError(f"{where}: label {labels[split][row]}, but {names_path} names {len(names)} classes")
         found[split].tell(left, split, files, names)
     notes = [f"{path}: {note}" for files in (train_shards, val_shards) if (note := shards.gaps(files))]
     name = path.resolve().name if path.is_dir() else path.parent.resolve().name
@@ -113,6 +113,7 @@ class _Split:
         self.listing = Listing(paths[0].parent)
         self.other: Counter[tuple[int, str]] = Counter()
         self.stray: list[str] = []
+        self.images = _images()
         seen: set[Path] = set()
         for path in paths:
             if path in seen:
@@ -127,7 +128,7 @@ class _Split:
     def _add(self, tar: Tar, shard: "_Shard") -> None:
         for key, row in shard.rows.items():
             image, other = shard.image[row], shard.other.get(row)
-            if image is None and other is not None and other.rpartition(".")[2].lower() in _images():
+            if image is None and other is not None and other.rpartition(".")[2].lower() in self.images:
                 raise UserError(
                     f"{tar.path}: {key}.{other}: WebDataset ends a key at the first dot of a name, so this is {other} "
                     f"of the sample {key}, which has no image of its own; write the shard again without that dot"
@@ -146,14 +147,18 @@ class _Split:
                 label = _label(tar, key, shard, row)
                 self.listing.add(f"{key}.{image}", label, shard.size[row], tar.path, shard.offset[row])
 
+    @property
+    def lost(self) -> list[int]:
+        """Labels of the samples without an image that is read."""
+        return [label for label, _ in self.other]
+
     def tell(self, left: LeftOut, split: str, files: Files, names: list[str]) -> None:
         """Note what is left out."""
         left.stray += self.stray
         counts = np.bincount(files.labels, minlength=len(names))
         for (label, suffix), count in self.other.items():
-            if label < len(names):
-                left.count(split, names[label], suffix, count=count)
-        for label in {label for label, _ in self.other if label < len(names)}:
+            left.count(split, names[label], suffix, count=count)
+        for label in sorted(set(self.lost)):
             left.check(split, names[label], int(counts[label]), f"{files.archives[0]}: class {names[label]}")
         left.refuse()
 
