@@ -1,5 +1,5 @@
 # make demo    fresh clone to a trained, plotted comparison on real images; needs Python 3.11+ and the package registry
-# make test    fresh clone to the passed test suite, 15 to 20 minutes on two cores: ruff, mypy, pytest, what the kernels compile
+# make test    fresh clone to the passed test suite, 8 to 20 minutes on two cores: ruff, mypy, pytest, what the kernels compile
 #              to for three GPUs, and a launch of each with the oldest Triton that is supported. FFCV, which the files of
 #              `fastil convert` are tested against, is built where Debian's libraries for it are there or can be installed
 #              (as root, by apt-get); where not, one line says so and its tests skip. The same goes for DALI, by pip
