@@ -25,7 +25,7 @@ class MemoryConfig:
 
     exemplars_per_class: Annotated[  # R, growing memory
         PositiveInt | None,
-        Field(description="an integer above 0, or null beside a memory_budget: all methods rehearse some exemplars"),
+        Field(description="an integer above 0, or null if memory_budget is set: all methods rehearse some exemplars"),
     ] = 20
     memory_budget: PositiveInt | None = None  # fixed total instead: budget // classes seen for each class
     exemplar_selection: Literal["herding", "random"] = "herding"

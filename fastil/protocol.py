@@ -262,5 +262,5 @@ def _increment(config: ProtocolConfig, total: int) -> int | list[int]:
 
 
 def _divisors(n: int) -> str:
-    """Of a number up to the classes of a data set."""
+    """The divisors of n as text, such as "1 or 2 or 4"."""
     return " or ".join(str(d) for d in range(1, n + 1) if n % d == 0)

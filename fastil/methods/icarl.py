@@ -27,7 +27,7 @@ from fastil.models import Output
 class ICarlConfig:
     """method=icarl and method=mnemonics with the released loss."""
 
-    icarl_beta: NonNegativeFloat = 0.25  # of the distillation, beside T^2; LUCIR's script
+    icarl_beta: NonNegativeFloat = 0.25  # of the distillation, on top of T^2; LUCIR's script
 
 
 @register

@@ -37,7 +37,7 @@ def log2_of_one_plus(x):
 
 @triton.jit
 def load_row_scalars(LOGITS, TARGET, LOG_PRIOR, row, num_old, num_seen, scale, W: tl.constexpr):
-    """Of the rows: target, whether it is a class, its x, z and log lambda, whether its class is old. [R]"""
+    """Load for each row [R]: target, whether it is a class, its x, z and log lambda, whether its class is old."""
     y = label_of(TARGET, row, num_seen, W)
     valid = y >= 0
     x_y = tl.load(LOGITS + row * W + y, mask=valid, other=0.0).to(tl.float32)

@@ -72,7 +72,7 @@ def peak(work, *arguments):
 
 
 def test_a_gzip_bomb_is_read_as_far_as_its_header_promises(tmp_path):
-    """Of 2 GiB."""
+    """The bomb unpacks to 2 GiB in `make soak`, otherwise to 1 GiB."""
     size = 2 << 30 if SOAK else 1 << 30
     block, bomb = gzip.compress(bytes(1 << 24), 9), tmp_path / "train-images-idx3-ubyte.gz"
     idx_set(tmp_path, gzip.compress(idx_header(2, 4, 4)) + block * (size >> 24))

@@ -290,7 +290,7 @@ def method_of_last():
 
 @pytest.mark.parametrize("key", ["model", "method"])
 def test_code_that_was_edited_since_is_told_by_its_source(tmp_path, key):
-    """Of equal name and shapes: neither resumed nor taken as a base step."""
+    """Edited code with the same name and shapes is neither resumed nor taken as a base step."""
     settings = SETTINGS | {"loss": "softmax", "epochs": 1, "base_epochs": 1, "base_classes": 3, "increment": 3}
 
     def made(value):

@@ -277,7 +277,7 @@ class Beton(ByClass):
 
     @cached_property
     def source_bytes(self) -> int:
-        """Of the image files that it was made of, or of its samples where no manifest tells."""
+        """Bytes of the image files that it was made from, or of its samples if there is no manifest."""
         files = None if self.manifest is None else source_files(self.manifest, self.lengths)
         return int(self.lengths.sum() if files is None else files[1].sum())
 

@@ -68,7 +68,7 @@ class Reading:
 
     @property
     def max_bytes(self) -> int:
-        """Of an image file: 8 for each pixel are RGBA of 16 bits."""
+        """The most bytes an image file may have: 8 a pixel, as RGBA with 16 bits each."""
         return max(MOST_BYTES, 8 * self.max_pixels)
 
 

@@ -162,7 +162,7 @@ def test_images_that_had_to_be_encoded_are_known_by_what_they_were_encoded_from(
 
 
 def test_a_manifest_that_does_not_tell_what_was_encoded_gives_no_identity(tmp_path):
-    """Of older versions."""
+    """Manifests that older versions wrote."""
     path = converted(png_set(tmp_path / "in", 1), tmp_path / "x.beton", mode="jpeg")
     manifest = json.loads((tmp_path / "x.manifest.json").read_text())
     for one in manifest["reencoded"]:
