@@ -19,7 +19,7 @@ from PIL import Image
 
 SHORT = [
     "base_classes=6", "increment=2", "base_epochs=2", "epochs=2", "batch_size=32", "exemplars_per_class=10",
-    "compile=false", "device=cpu",
+    "compile=false", "device=cpu", "precision=fp32",
 ]  # fmt: skip
 COSINE = ["head=cosine", "last_relu=false"]
 PROXIES = ["head=proxies", "proxies=3", "last_relu=false"]
@@ -40,7 +40,7 @@ RUNS = {
 }
 STREAMED = [
     "size=32", "order=alphabetical", "base_classes=4", "increment=1", "exemplars_per_class=4", "model=resnet8",
-    "epochs=2", "batch_size=16", "device=cpu", "compile=false",
+    "epochs=2", "batch_size=16", "device=cpu", "compile=false", "precision=fp32",
 ]  # fmt: skip
 WRITTEN = ("results.json", "metrics.jsonl", "memory/*.json", "predictions/*.npy", "confusion/*.npy")
 
