@@ -3,7 +3,8 @@
 python -m bench.house [COMMIT ...]        default: the commit before the house was rebuilt, and the files as they are
 
 A room is a child of `fastil`, module or package; the two halves of `data` are rooms of their own. An arrow leads from a
-room to one that it imports; a room stands one floor above the highest one that it imports.
+room to one that it imports; a room stands one floor above the highest one that it imports. Tools are rooms of one file that
+import nothing but other such rooms: errors, text, the losses. Everything may use them.
 """
 
 import ast
@@ -38,6 +39,8 @@ def measure(root: Path) -> dict[str, int | str]:
         below |= {room(other) for module in inside for other in graph.find_modules_directly_imported_by(module)}
         below -= {a, "fastil"}
     floors, circle = floors_of(arrows)
+    single = {a for a in arrows if not graph.find_children(a)}
+    helpers = tools_of({a: below for a, below in arrows.items() if a in single})
     files = [path for part in PARTS for path in (root / part).rglob("*.py") if not path.is_symlink()]
     files = sorted({path.resolve() for path in files})
     lines = {path.relative_to(root.resolve()): path.read_text().count("\n") for path in files}
@@ -48,6 +51,8 @@ def measure(root: Path) -> dict[str, int | str]:
         "rooms": len(arrows),
         "floors": floors,
         "arrows": sum(map(len, arrows.values())),
+        "rooms that are no tools": len(arrows) - len(helpers),
+        "arrows between those": sum(len(below - helpers) for a, below in arrows.items() if a not in helpers),
         "rooms in or above a circle": circle,
         "longest file": f"{longest_file} {lines[longest_file]}",
         "longest function": f"{longest[1]} {longest[0]}",
@@ -65,6 +70,14 @@ def floors_of(arrows: dict[str, set[str]]) -> tuple[int, int]:
         if found == floor:
             return max(floor.values()) + 1, len(arrows) - len(floor)
         floor = found
+
+
+def tools_of(arrows: dict[str, set[str]]) -> set[str]:
+    """The rooms that import nothing but each other. arrows: of the rooms of one file."""
+    found: set[str] = set()
+    while more := {a for a, below in arrows.items() if below <= found} - found:
+        found |= more
+    return found
 
 
 def functions_of(path: Path) -> Iterator[tuple[int, str]]:
