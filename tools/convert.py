@@ -18,9 +18,9 @@ from typing import Any, cast, get_args
 from fastil import files, machine
 from fastil.data.formats import beton
 from fastil.data.formats.detect import open_source
-from fastil.data.formats.manifest import manifest_path, read_manifest
+from fastil.data.formats.manifest import Manifest, manifest_path, read_manifest
 from fastil.data.formats.pixels import DEFAULT, MOST_PIXELS, Exif, Reading, reading_of
-from fastil.data.formats.records import Pixels, is_sequential
+from fastil.data.formats.records import Files, Pixels, is_sequential
 from fastil.errors import UserError
 from fastil.tools.audit import (
     Audit,
@@ -71,7 +71,7 @@ class Options:
     def parameters(self) -> dict[str, Any]:
         """Those that decide what is written."""
         keys = asdict(self)
-        del keys["workers"], keys["kind"]
+        del keys["workers"], keys["kind"], keys["on_corrupt"]  # what was left out stands in `skipped`
         for key in ("image_column", "label_column"):  # as files have it that are older than these options
             if keys[key] is None:
                 del keys[key]
@@ -131,7 +131,7 @@ def convert(
         source = subset(source, options.classes, options.per_class)
         splits = {name: r for name, r in (("train", source.train), ("val", source.val)) if r is not None}
         check_classes(source, splits)
-        kept, said = False, []
+        kept = False
         if options.storage.mode == "auto":
             if any(isinstance(records, beton.Stored) and records.beton.mode == "mixed" for records in splits.values()):
                 raise UserError(
@@ -147,7 +147,7 @@ def convert(
         storage = replace(options.storage, reading=reading_of(source, options.storage.reading))
         task = partial(
             Task, source=source, origin={"kind": source.kind, "name": source.name, "path": os.path.abspath(path)},
-            parameters=options.parameters(), storage=storage, on_corrupt=options.on_corrupt, notes=notes,
+            parameters=options.parameters(), storage=storage, on_corrupt=options.on_corrupt, notes=tuple(notes),
             reporter=reporter, commit_bytes=commit_bytes,
         )  # fmt: skip
         jobs = [Job(task(split=split, records=records, target=targets[split])) for split, records in splits.items()]
@@ -156,27 +156,22 @@ def convert(
             job.look(pool, dry_run)
         free = shutil.disk_usage(out.parent).free
         audits = [job.audit for job in waiting if job.audit is not None]
+        notes += [note for job in waiting for note in job.own_notes()]
         if any(found.problems for found in audits) and options.on_corrupt == "fail":
             notes.append("the conversion stops at what is unreadable: repair or remove it, or --on-corrupt skip")
-        lossless = sum(found.lossless for found in audits)
         if kept:
-            said.append(
+            notes.append(
                 f"all images are lossless and no larger than {SMALL_SIDE}x{SMALL_SIDE}: their pixels are stored as "
                 "they are, in RGB of 8 bits (alpha and the low byte of 16-bit samples are dropped); --mode jpeg "
                 "encodes them"
-            )
-        if lossless and options.storage.mode == "jpeg":
-            notes.append(
-                f"{lossless:,} lossless images become JPEGs of quality {options.storage.quality}; --mode raw keeps "
-                "their pixels"
             )
         needed = sum(max(0, job.projected() - job.there()) for job in waiting)
         if needed > free:
             notes.append(f"{amount(needed)} are needed, {amount(free)} are free: the conversion would stop")
         reporter.say(
-            audit_text(source, audits, free, [*notes, *said], options.storage.made), "audit",
+            audit_text(source, audits, free, notes, options.storage.made), "audit",
             source=source.name, kind=source.kind, classes=len(source.class_names),
-            splits=[summary(a, len(source.class_names)) for a in audits], notes=[*notes, *said], free_bytes=free,
+            splits=[summary(a, len(source.class_names)) for a in audits], notes=notes, free_bytes=free,
         )  # fmt: skip
         if dry_run:
             return []
@@ -205,25 +200,16 @@ class Job:
         manifest = read_manifest(manifest_path(task.target))
         if manifest is None:
             raise UserError(f"{task.target}: exists, without a manifest; remove it or choose another output")
-        names = Counter(manifest.names + [one.source for one in manifest.skipped])
-        ours, theirs = (parameters | parameters["storage"] for parameters in (task.parameters, manifest.parameters))
-        different = [
-            f"--{key.replace('_', '-')}"
-            for key in sorted((ours | theirs).keys() - {"storage"})
-            if ours.get(key) != theirs.get(key)
-        ]
-        different += [f"SOURCE ({manifest.source['path']})"] * (manifest.source != task.origin)
-        different += ["classes"] * (manifest.class_names != task.source.class_names)
-        different += ["images"] * (names != Counter(task.records.name(i) for i in range(len(task.records))))
-        if different:
-            raise UserError(
-                f"{task.target}: exists, of another conversion (other {', '.join(different)}); remove it or choose "
-                "another output"
-            )
         size = task.target.stat().st_size
         if size != manifest.bytes:
             raise UserError(
                 f"{task.target}: {size:,} bytes, its manifest says {manifest.bytes:,}; remove it and convert again"
+            )
+        different = self.differences(manifest)
+        if different:
+            raise UserError(
+                f"{task.target}: exists, of another conversion (other {', '.join(different)}); remove it or choose "
+                "another output"
             )
         if not task.partial.exists():  # else another conversion is at work
             task.journal.unlink(missing_ok=True)
@@ -233,6 +219,36 @@ class Job:
             sha256=manifest.sha256,
         )  # fmt: skip
         return True
+
+    def differences(self, manifest: Manifest) -> list[str]:
+        """In what a finished file is not the one that this conversion would write, as far as that shows without
+        reading the images again."""
+        task, records = self.task, self.task.records
+        # Older manifests have on_corrupt, which decides nothing where no image is left out.
+        ours, theirs = (parameters | parameters["storage"] for parameters in (task.parameters, manifest.parameters))
+        different = [
+            f"--{key.replace('_', '-')}"
+            for key in sorted((ours | theirs).keys() - {"storage", "on_corrupt"})
+            if ours.get(key) != theirs.get(key)
+        ]
+        if manifest.skipped and task.on_corrupt == "fail":
+            different.append("--on-corrupt")
+        if manifest.source != task.origin:
+            different.append(f"SOURCE ({manifest.source['path']})")
+        if manifest.class_names != task.source.class_names:
+            different.append("classes")
+        names = Counter(manifest.names + [one.source for one in manifest.skipped])
+        if names != Counter(records.name(i) for i in range(len(records))):
+            different.append("images")
+        elif isinstance(records, Files):
+            with beton.Beton(task.target) as file:
+                sizes: list[int | None] = file.lengths.tolist()
+            for one in manifest.reencoded:
+                sizes[one.id] = one.size  # None in older manifests
+            written = Counter(size for size in sizes if size is not None)
+            if written - Counter(records.size.tolist()):
+                different.append("sizes of images")
+        return different
 
     def begin(self, stack: contextlib.ExitStack) -> bool:
         """Keep every other conversion off the file until the stack is closed. False: one has just finished it."""
@@ -250,6 +266,17 @@ class Job:
                     records = spooled(records, self.task.spool, self.task.reporter)
             self.task = replace(self.task, records=records)
         self.audit = audit(self.task.split, records, self.task.storage, pool, self.task.reporter)
+
+    def own_notes(self) -> list[str]:
+        """Notes of this split alone. A manifest holds no others but the source's, so a stop between two splits does
+        not show in it."""
+        storage = self.task.storage
+        if not (self.audit and self.audit.lossless and storage.mode == "jpeg"):
+            return []
+        return [
+            f"{self.task.split}: {self.audit.lossless:,} lossless images become JPEGs of quality {storage.quality}; "
+            "--mode raw keeps their pixels"
+        ]
 
     def projected(self) -> int:
         return self.audit.projected if self.audit else 0
@@ -271,4 +298,5 @@ class Job:
         assert self.audit is not None
         assert self.file is not None
         with files.written(self.task.partial, AGAIN):
-            Writing(self.task, self.audit, self.file).run(pool)
+            task = replace(self.task, notes=(*self.task.notes, *self.own_notes()))
+            Writing(task, self.audit, self.file).run(pool)

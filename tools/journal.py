@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,15 @@ class Progress:
             "skipped": self.skipped[told.skipped :],
         }
 
+    def told(self, line: dict[str, Any], entries: NDArray[np.void]) -> Iterator["Candidate"]:
+        """What a record that comes next tells of each candidate."""
+        checksums = iter(entries["crc32"].tolist())
+        skipped = dict(line["skipped"])
+        changed = {one[0]: one[2] if len(one) > 2 else None for one in line["changed"]}
+        for i in range(self.done, line["done"]):
+            checksum = None if i in skipped else next(checksums)
+            yield Candidate(i, changed.get(i, checksum), skipped.get(i))
+
     def replay(self, line: dict[str, Any], entries: NDArray[np.void]) -> None:
         """Add what a record tells."""
         self.entries[self.placed : self.placed + len(entries)] = entries
@@ -54,6 +64,15 @@ class Progress:
         # Older versions wrote no checksum.
         self.changed += [(one[0], one[1], one[2] if len(one) > 2 else None) for one in line["changed"]]
         self.skipped += [(candidate, reason) for candidate, reason in line["skipped"]]
+
+
+class Candidate(NamedTuple):
+    """An image of the source that a conversion has dealt with. crc32: of its bytes there; None of one that was left
+    out, and where an older version did not note it. problem: why it was left out."""
+
+    number: int
+    crc32: int | None
+    problem: str | None
 
 
 class ListingDigest:
@@ -123,10 +142,10 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def resume(self, progress: Progress, partial: Path) -> bool:
+    def resume(self, progress: Progress, partial: Path, unchanged: Callable[[Candidate], bool]) -> bool:
         """Bring an empty `progress` to where the file `partial` is, by every whole record whose samples are in it and
-        are still what the source lists. Returns False if there is nothing to go on from. Raises UserError if it is of
-        another conversion."""
+        are still what the source lists, and has (`unchanged` says whether). Returns False if there is nothing to go on
+        from. Raises UserError if it is of another conversion."""
         try:
             raw, size = self.path.read_bytes(), partial.stat().st_size
         except FileNotFoundError:
@@ -143,10 +162,13 @@ class Journal:
             line, content = json.loads(record[: head["line"]]), record[head["line"] :]
             if first:
                 self._compare(line.get("identity", {}), partial)
-            elif line["position"] > size or line["listing"] != self.listing.digest(line["done"]):
-                break
             else:
-                progress.replay(line, np.frombuffer(content, ENTRY))
+                entries = np.frombuffer(content, ENTRY)
+                if line["position"] > size or line["listing"] != self.listing.digest(line["done"]):
+                    break
+                if not all(map(unchanged, progress.told(line, entries))):
+                    break
+                progress.replay(line, entries)
             end, first, self.crc = stop, False, int(head["crc32"])
         if first:
             return False

@@ -24,12 +24,13 @@ from fastil import files
 from fastil.data.formats import beton
 from fastil.data.formats.class_names import some
 from fastil.data.formats.manifest import FORMAT, Changed, Manifest, manifest_path
+from fastil.data.formats.pixels import content_of
 from fastil.data.formats.records import Extent, Item, Records, Source, Unreadable, item_of
 from fastil.errors import UserError
 from fastil.tools.audit import Audit, chunks, planned
 from fastil.tools.files import AGAIN, Pages, ReadBack
 from fastil.tools.images import Prepared, Storage, prepare
-from fastil.tools.journal import Journal, Progress
+from fastil.tools.journal import Candidate, Journal, Progress
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 
@@ -50,7 +51,7 @@ class Task:
     parameters: dict[str, Any]
     storage: Storage
     on_corrupt: OnCorrupt
-    notes: list[str]
+    notes: tuple[str, ...]
     reporter: Reporter
     commit_bytes: int
 
@@ -71,7 +72,6 @@ class Task:
         work or is left out: what is in place is the same."""
         options = dict(self.parameters)
         options |= options.pop("storage")
-        del options["on_corrupt"]
         return {f"--{key.replace('_', '-')}": value for key, value in options.items()} | {
             "source": self.origin, "split": self.split, "libraries": libraries(), "class list": self.source.class_names,
             "layout": [start, page],
@@ -109,7 +109,11 @@ class Writing:
 
     def resume(self) -> None:
         task, progress, file = self.task, self.progress, self.file
-        if self.journal.resume(progress, task.partial):
+        if task.journal.exists():
+            task.reporter.begin(f"compare {task.split}", len(task.records))
+        resumed = self.journal.resume(progress, task.partial, self.unchanged)
+        task.reporter.end()
+        if resumed:
             task.reporter.say(f"{task.partial}: going on after {progress.done:,} images", "resumed", done=progress.done)
         else:
             file.truncate(0)
@@ -121,6 +125,23 @@ class Writing:
                 f"give --on-corrupt skip, or remove {task.partial}"
             )
         file.truncate(progress.position)
+
+    def unchanged(self, candidate: Candidate) -> bool:
+        """Whether the source still has what an earlier attempt read there, which a name and a size do not tell."""
+        records, storage, i = self.task.records, self.task.storage, candidate.number
+        item = item_of(records, i)
+        if candidate.problem is not None:
+            same = prepare(item, storage).problem == candidate.problem
+        else:
+            try:
+                content = content_of(item, storage.reading)
+                same = candidate.crc32 in (None, crc32(content))
+            except (Unreadable, ValueError):
+                same = False
+        if not same:
+            self.task.reporter.say(f"{records.where(i)}: has changed since the last attempt; written again from there")
+        self.task.reporter.advance(1, int(self.found.sizes[i]))
+        return same
 
     def copy(self, pool: Pool, follower: "Follower") -> None:
         """Put every sample in place."""
@@ -260,7 +281,7 @@ class Writing:
                 for i, reason, checksum in progress.changed
             ],
             skipped=[Changed(-1, task.records.name(i), reason) for i, reason in progress.skipped],
-            notes=task.notes,
+            notes=list(task.notes),
         )
 
 

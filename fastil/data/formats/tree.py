@@ -16,6 +16,11 @@ DEEPEST = 8  # folders in folders
 MOST_PARTS = 64  # of the name of a member of an archive
 ABOVE = 4  # folders in which a file that belongs to a folder is looked for: ILSVRC/Data/CLS-LOC/val
 
+# Endings of what `fastil convert` writes, maybe into the folder that it reads: the source is the same before and after.
+CONVERTED = (
+    ".beton", ".beton.partial", ".beton.journal", ".beton.spool", ".manifest.json", ".manifest.json.partial",
+)  # fmt: skip
+
 
 class Entry(NamedTuple):
     """A file in its folder. offset: of its first byte in the archive; broken: a link to nothing."""
@@ -199,4 +204,5 @@ Place = tuple[Tree, str]  # a folder of a tree
 
 
 def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    """Whether a file or a folder is no part of a data set, whatever its place."""
+    return name.startswith(".") or name == "__MACOSX" or name.endswith(CONVERTED)
