@@ -745,8 +745,7 @@ def test_a_file_of_another_conversion_is_never_overwritten(small, tmp_path):
     other = write(tmp_path / "elsewhere/in", photos(7))
     for source, options in (
         (small, {"quality": 94}), (small, {"mode": "raw"}), (small, {"max_side": 9}), (small, {"squash": 9}),
-        (small, {"per_class": 1}),
-        (small, {"on_corrupt": "skip"}), (other, {}),
+        (small, {"per_class": 1}), (other, {}),
     ):  # fmt: skip
         refused(source, tmp_path / "x.beton", tmp_path / "x.beton", "another conversion", **options)
     run(small, tmp_path / "x.beton")  # nothing to do

@@ -3,7 +3,6 @@
 Short counts here; FASTIL_SOAK=1 (make soak) has the full ones.
 """
 
-import io
 import os
 import random
 import shutil
@@ -11,159 +10,70 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import SOAK, environment
 from converting import encoded, left_of, outputs, photo, photos, run, session_of, write
 from dying import die_at
+from killing import DRIVER, KINDS, begun, images, killed, stages_of, survived, without
 
 from fastil.errors import UserError
-from fastil.tools import files as tool_files
-from fastil.tools import journal as tool_journal
 from fastil.tools.pool import Pool, WorkerDied
 from fastil.tools.reporting import Reporter
 
-KILLS = 20 if SOAK else 2
-EVERY = 1 if SOAK else 5  # of the places between two calls of the system where a run is killed
+KILLS = 30 if SOAK else 2
+EVERY = 1 if SOAK else 41  # of the places between two calls of the system where a run is killed
 JOURNALS = 2000 if SOAK else 60
 SOME_BYTES = 1500  # between commits
-# Tells each stage as it begins, so that the moment of a kill can be chosen.
-DRIVER = """
-import sys
-from pathlib import Path
-from fastil.tools.convert import convert, options_of
-from fastil.tools.reporting import Reporter
-
-class Stages(Reporter):
-    def begin(self, stage, *others):
-        super().begin(stage, *others)
-        print("stage", stage, flush=True)
-
-if __name__ == "__main__":
-    options = options_of(val="same", workers=2)
-    print("stage begin", flush=True)
-    convert(Path(sys.argv[1]), Path(sys.argv[2]), options, Stages(), commit_bytes=1 << 16)
-"""
 STAGES = ["begin", "audit train", "audit val", "convert train", "read back", "convert val", "read back"]
+FOUR = {f"x{end}{kind}" for end in ("", ".val") for kind in (".beton", ".manifest.json")}
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/1"), reason="needs /proc")
-
-
-def without(folder):
-    """A new, empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
 
 
 # The whole process
 
 
-def begun(driver, source, out):
-    return subprocess.Popen(
-        [sys.executable, str(driver), str(source), str(out)], env=environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-def stages_of(process):
-    """The names of the stages as they begin."""
-    for line in process.stdout:
-        if line.startswith("stage "):
-            yield line.removeprefix("stage ").strip()
-
-
-def killed(process, stage, seconds):
-    """So long after the beginning of the stage of this number; no worker outlives it."""
-    for number, _ in enumerate(stages_of(process)):
-        if number == stage:
-            break
-    time.sleep(seconds)
-    process.kill()
-    process.communicate()
-    assert left_of(process, 60) == []
-
-
 @needs_proc
 def test_killed_at_any_moment_the_next_run_ends_in_the_same_files(tmp_path):
-    source = write(tmp_path / "in", photos(300, size=(60, 90)))
+    """By any signal, with any number of workers before and after it."""
     driver, folder, moments = tmp_path / "driver.py", tmp_path / "out", random.Random(0)
     driver.write_text(DRIVER)
-    process, seen = begun(driver, source, without(folder) / "x.beton"), []
-    seen.extend((stage, time.monotonic()) for stage in stages_of(process))
-    process.communicate()
-    assert process.returncode == 0
-    assert [stage for stage, _ in seen] == STAGES
-    begins = [moment for _, moment in seen] + [time.monotonic()]
-    lengths = [end - begin for begin, end in pairwise(begins)]
-    expected = outputs(folder)
-    assert set(expected) == {f"x{end}{kind}" for end in ("", ".val") for kind in (".beton", ".manifest.json")}
+    found, known, kills = images(60), {}, Counter()
     for number in range(KILLS):
+        kind, mode = list(KINDS)[number % len(KINDS) if SOAK else 0], ("jpeg", "raw")[number // len(KINDS) % 2]
+        options = {"on_corrupt": "skip", "mode": mode}
+        source = tmp_path / kind
+        if not source.exists():
+            source = known[kind] = KINDS[kind](source, found)
+        source = known[kind]
+        if (kind, mode) not in known:
+            process, seen = begun(driver, source, without(folder) / "x.beton", workers=2, **options), []
+            seen.extend((stage, time.monotonic()) for stage in stages_of(process))
+            process.communicate()
+            assert process.returncode == 0
+            begins = [moment for _, moment in seen] + [time.monotonic()]
+            lengths = {stage: end - begin for (stage, begin), end in zip(seen, begins[1:], strict=True)}
+            assert [stage for stage, _ in seen if stage != "unpack"] == STAGES
+            known[kind, mode] = outputs(folder), [lengths[stage] for stage, _ in seen]
+            assert set(outputs(folder)) == FOUR
+        expected, lengths = known[kind, mode]
         without(folder)
         for _ in range(1 + moments.randrange(2)):  # some runs that go on are killed, too
-            stage = (3 * number + moments.randrange(3)) % len(STAGES)
-            killed(begun(driver, source, folder / "x.beton"), stage, moments.random() * lengths[stage])
-        process = begun(driver, source, folder / "x.beton")
+            stage, end = (
+                moments.randrange(len(lengths)),
+                moments.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]),
+            )
+            process = begun(driver, source, folder / "x.beton", workers=moments.choice([1, 2, 3]), **options)
+            kills[end.name] += killed(process, stage, moments.random() * lengths[stage], end)
+        process = begun(driver, source, folder / "x.beton", workers=moments.choice([1, 2, 3]), **options)
         text = process.communicate()[0]
         assert process.returncode == 0, text
-        assert outputs(folder) == expected, (number, stage)
-
-
-class Deadly:
-    """Kills this process at its so-many-th call of the system, before it, after it, or in the middle of a write."""
-
-    def __init__(self, at):
-        self.at = at
-
-    def tick(self, torn=None):
-        self.at -= 1
-        if self.at == 0:
-            if torn is not None:
-                torn()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(self, work):
-        def call(*arguments, **options):
-            self.tick()
-            result = work(*arguments, **options)
-            self.tick()
-            return result
-
-        return call
-
-    def install(self):
-        deadly = self
-
-        class Torn(tool_files.WholeWrites):
-            def write(self, content):
-                deadly.tick(lambda: super(Torn, self).write(bytes(content)[: len(content) // 2]))
-                return super().write(content)
-
-        def opened(path, mode):
-            return io.BufferedWriter(Torn(path, mode.replace("b", ""))) if mode == "ab" else open(path, mode)
-
-        tool_files.WholeWrites = Torn
-        tool_journal.open = opened
-        os.fsync = self.around(lambda descriptor: None)
-        for name in ("replace", "truncate", "unlink"):
-            setattr(os, name, self.around(getattr(os, name)))
-
-
-def survived(work, at):
-    """Whether the work ends in a copy of this process that is killed there."""
-    child = os.fork()
-    if child == 0:
-        try:
-            Deadly(at).install()
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return not os.WIFSIGNALED(status)
+        assert outputs(folder) == expected, (number, kind, mode, stage, end)
+    assert kills.total() >= KILLS // 2
+    print(kills)  # pytest -s shows how many were in time
 
 
 @pytest.fixture(autouse=True)
@@ -172,33 +82,33 @@ def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-def parquet_of(folder, contents):
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    folder.mkdir()
-    table = pa.table({"image": [{"bytes": content, "path": None} for content in contents], "label": [1, 0, 0, 1]})
-    parquet.write_table(table, folder / "train.parquet", row_group_size=2)
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["folder", "parquet"])
-def test_killed_at_each_call_of_the_system_the_next_run_ends_in_the_same_files(tmp_path, kind):
-    """In a copy of this process, without workers."""
-    files = photos(8)
-    source = tmp_path / "in"
-    source = write(source, files) if kind == "folder" else parquet_of(source, list(files.values())[:4])
-    folder = tmp_path / "out"
-    options = {"commit_bytes": SOME_BYTES, "val": "same"}
+@pytest.mark.parametrize(
+    ("kind", "end"),
+    [(kind, signal.SIGKILL) for kind in KINDS] + [(kind, signal.SIGINT) for kind in (KINDS if SOAK else ["parquet"])],
+)
+def test_killed_at_each_call_of_the_system_the_next_run_ends_in_the_same_files(tmp_path, kind, end):
+    """In a copy of this process, without workers: all four files, whichever of them were there."""
+    source, folder = KINDS[kind](tmp_path / "in", images(4)), tmp_path / "out"
+    mode = "raw" if kind in ("tar", "webdataset") else "jpeg"
+    options = {"commit_bytes": SOME_BYTES, "on_corrupt": "skip", "mode": mode}
     run(source, without(folder) / "x.beton", **options)
-    expected, at, survivors = outputs(folder), 1, 0
-    while not survivors:
+    expected = outputs(folder)
+    assert set(expected) == FOUR
+
+    def ended(at, calls):
+        """Whether the run was not ended before it was done."""
         without(folder)
-        if survived(lambda: run(source, folder / "x.beton", **options), at):
-            survivors = at
+        whole = survived(lambda: run(source, folder / "x.beton", **options), at, calls, end)
         run(source, folder / "x.beton", **options)
-        assert outputs(folder) == expected, at
+        assert outputs(folder) == expected, (at, calls)
+        return whole
+
+    # Both files of both splits get their names: before and after each.
+    assert [ended(at, ("replace",)) for at in range(1, 10)] == [False] * 8 + [True]
+    at = 1
+    while not ended(at, None):
         at += EVERY
-    assert survivors > 60
+    assert at > 60
 
 
 def test_killed_again_and_again_it_comes_to_an_end(tmp_path):
