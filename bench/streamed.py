@@ -40,11 +40,11 @@ from fastil.methods.il_baseline import ILBaseline
 from fastil.models import ModelConfig, Network
 from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan
+from fastil.protocol import Ids
 from fastil.training.trainer import Phase, Trainer
 
 CLASSES, GOAL = 8, 1.05
 STRIDES = (2, 4)
-Ids = NDArray[np.int64]
 CPU = torch.device("cpu")
 FRAMES = Transform(SIDE, SIDE, 0, True, TRANSFORM.mean, TRANSFORM.std)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from fastil import kernels
 from fastil.errors import UserError
 from fastil.plan import Key, counter_hash
+from fastil.protocol import Ids
 from fastil.settings import shown
 
-Ids = NDArray[np.int64]
 GRAM_BYTES = 256 * 2**20  # Gram matrices of as many classes as fit in this are built at once
 
 

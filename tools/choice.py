@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastil.data.formats.records import Ids, Records, Source, canonical
+from fastil.data.formats.records import Records, Source, canonical
 from fastil.errors import UserError
-from fastil.protocol import imagenet_subset
+from fastil.protocol import Ids, imagenet_subset
 
 SUBSETS = ("lucir", "first100")
 

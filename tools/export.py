@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastil.data.formats.beton import RAW, Beton
-from fastil.data.formats.records import Ids
 from fastil.errors import UserError
+from fastil.protocol import Ids
 from fastil.text import one_line
 from fastil.tools.images import MADE
 

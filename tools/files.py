@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from fastil import files
 from fastil.data.formats.beton import place
-from fastil.data.formats.records import Files, Ids, Listing, Records, item_of
+from fastil.data.formats.records import Files, Listing, Records, item_of
 from fastil.errors import UserError
+from fastil.protocol import Ids
 from fastil.tools.reporting import Reporter
 
 if TYPE_CHECKING:

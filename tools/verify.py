@@ -13,8 +13,9 @@ from isal.isal_zlib import crc32
 from fastil.data.formats.beton import HEADER, RAW, ROW, TABLE, VERSION, Beton
 from fastil.data.formats.manifest import manifest_path, read_manifest
 from fastil.data.formats.pixels import check_decodes, open_image
-from fastil.data.formats.records import Extent, Ids
+from fastil.data.formats.records import Extent
 from fastil.errors import UserError
+from fastil.protocol import Ids
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 

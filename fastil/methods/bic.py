@@ -25,9 +25,10 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from fastil.methods.classification_loss import StepContext
-from fastil.methods.method import CROSS_ENTROPY, Ids, Images, Keys, Method
+from fastil.methods.method import CROSS_ENTROPY, Images, Keys, Method
 from fastil.methods.registry import register
 from fastil.models import Network, Output
+from fastil.protocol import Ids
 from fastil.settings import Share
 
 BATCH = 256  # of stage 2, in a fixed order

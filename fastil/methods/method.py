@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
@@ -21,8 +20,8 @@ from fastil.errors import UserError
 from fastil.kernels import incremental_loss, incremental_loss_grad
 from fastil.methods.classification_loss import ClassificationLoss, LossConfig, StepContext
 from fastil.models import Network, Output
+from fastil.protocol import Ids
 
-Ids = NDArray[np.int64]
 Keys = Mapping[str, Any]  # every key of a recipe with its value
 
 

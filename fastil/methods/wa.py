@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fastil.methods.classification_loss import StepContext
-from fastil.methods.method import CROSS_ENTROPY, Ids, Images, Method
+from fastil.methods.method import CROSS_ENTROPY, Images, Method
 from fastil.methods.registry import register
 from fastil.models import Network
+from fastil.protocol import Ids
 
 
 @register

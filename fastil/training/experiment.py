@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastil import files, outside
 from fastil.data import load_dataset
@@ -17,7 +16,7 @@ from fastil.evaluation import StepResult, evaluate
 from fastil.methods import Images, Memory, MetaAlpha, Method, StepContext
 from fastil.models import check_backbone
 from fastil.nearest_mean import nearest_mean_scores
-from fastil.protocol import build_protocol
+from fastil.protocol import Ids, build_protocol
 from fastil.recipe import Recipe
 from fastil.reporting import figures
 from fastil.reporting.run_files import Results
@@ -32,8 +31,6 @@ from fastil.training.run_directory import Position, RunDirectory
 from fastil.training.run_loaders import RunLoaders
 from fastil.training.step_plan import StepPlan
 from fastil.training.trainer import EpochRecord, Trainer, seed_torch
-
-Ids = NDArray[np.int64]
 
 
 class Experiment:

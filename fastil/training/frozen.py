@@ -1,17 +1,14 @@
 """The student between two trainings: what exemplars, class means and accuracies are computed from."""
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil.evaluation import BATCH, forward
 from fastil.models import Folded, Network, Output
 from fastil.nearest_mean import class_means
+from fastil.protocol import Ids
 from fastil.training import compiling
 from fastil.training.run_loaders import RunLoaders
-
-Ids = NDArray[np.int64]
 
 
 class FrozenNetwork:

@@ -10,10 +10,9 @@ from fastil.data import Loader
 from fastil.methods import MetaAlpha, Method
 from fastil.models import Network
 from fastil.plan import EpochPlan, Key, cycled_plan, draw, training_plan
+from fastil.protocol import Ids
 from fastil.recipe import Recipe
 from fastil.training.trainer import BeforeUpdate, Phase
-
-Ids = NDArray[np.int64]
 
 
 class Phases:

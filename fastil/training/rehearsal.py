@@ -5,16 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fastil import memory
 from fastil.data import Dataset
 from fastil.plan import Key
-from fastil.protocol import Protocol
+from fastil.protocol import Ids, Protocol
 from fastil.recipe import Recipe
 from fastil.training.frozen import FrozenNetwork
 
-Ids = NDArray[np.int64]
 NAMED = 5  # classes in a message
 
 

@@ -1,8 +1,6 @@
 """The loaders of a run: training images augmented and plain, and test images."""
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil.data import Dataset, Split, make_loader
@@ -10,9 +8,8 @@ from fastil.data.loaders.choose import check_resident, choose
 from fastil.data.loaders.streaming import Streaming
 from fastil.data.sources import image_size
 from fastil.data.transforms import transforms
+from fastil.protocol import Ids
 from fastil.recipe import Recipe
-
-Ids = NDArray[np.int64]
 
 
 class RunLoaders:

@@ -8,11 +8,10 @@ from typing import Any
 from fastil.device import keep_freed_memory
 from fastil.errors import UserError
 from fastil.recipe import Recipe, load
-from fastil.reporting.runs import Run
+from fastil.reporting.runs import PathLike, Run
 from fastil.training.experiment import Experiment
 from fastil.training.trainer import Stopped
 
-PathLike = str | os.PathLike[str]
 IN_PYTHON = {"--resume": "resume=True", "--out": "out", "--data": "data", "--val": "val", "--base": "base"}
 
 

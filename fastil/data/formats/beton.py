@@ -27,7 +27,6 @@ from fastil.data.formats.records import (
     MOST_CLASSES,
     ByClass,
     Files,
-    Ids,
     Records,
     Source,
     Texts,
@@ -35,6 +34,7 @@ from fastil.data.formats.records import (
     whole_file,
 )
 from fastil.errors import UserError
+from fastil.protocol import Ids
 
 VERSION = 2
 PAGE = 8 << 20  # bytes; FFCV's default

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil import machine
+from fastil.protocol import Ids
 
-Ids = NDArray[np.int64]
 BYTES = 16  # of the digest of an image or of a class
 TOGETHER = 256  # images that a thread hashes in one go
 

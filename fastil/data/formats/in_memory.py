@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from fastil import machine
 from fastil.data.formats import pixels
 from fastil.data.formats.pixels import DEFAULT, Reading
-from fastil.data.formats.records import Ids, Item, Pixels, Records, Source, canonical, is_sequential, item_of
+from fastil.data.formats.records import Item, Pixels, Records, Source, canonical, is_sequential, item_of
 from fastil.errors import UserError
+from fastil.protocol import Ids
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 NAMED = 3  # how many damaged files a message names before it counts the rest

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pydantic
 
-from fastil.data.formats.identity import Identity, Ids, of_hashes
+from fastil.data.formats.identity import Identity, of_hashes
 from fastil.data.formats.records import whole_file
 from fastil.errors import UserError
+from fastil.protocol import Ids
 
 FORMAT = 1
 TOGETHER = 10_000  # entries of a list in a piece of text

@@ -15,8 +15,9 @@ import numpy as np
 
 from fastil.data.formats import shards
 from fastil.data.formats.class_names import check_same_classes, in_order
-from fastil.data.formats.records import MOST_CLASSES, SAME, Ids, Source, Texts, Unreadable, numbered
+from fastil.data.formats.records import MOST_CLASSES, SAME, Source, Texts, Unreadable, numbered
 from fastil.errors import UserError
+from fastil.protocol import Ids
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")

@@ -17,8 +17,8 @@ from isal.isal_zlib import crc32  # zlib's, in less than half the time
 from numpy.typing import NDArray
 
 from fastil.errors import UserError
+from fastil.protocol import Ids
 
-Ids = NDArray[np.int64]
 SAME = "same"  # in place of a path of validation images: the training images are taken again
 MOST_CLASSES = 1_000_000  # a label beyond is no class but damage, and would name as many classes
 CHANGED = "a sample has changed since it was written; see fastil verify, and take another copy"
