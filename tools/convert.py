@@ -242,10 +242,9 @@ class Job:
             different.append("images")
         elif isinstance(records, Files):
             with beton.Beton(task.target) as file:
-                sizes: list[int | None] = file.lengths.tolist()
-            for one in manifest.reencoded:
-                sizes[one.id] = one.size  # None in older manifests
-            written = Counter(size for size in sizes if size is not None)
+                sizes: dict[int, int | None] = dict(enumerate(file.lengths.tolist()))
+            sizes |= {one.id: one.size for one in manifest.reencoded}  # None in older manifests
+            written = Counter(size for size in sizes.values() if size is not None)
             if written - Counter(records.size.tolist()):
                 different.append("sizes of images")
         return different
