@@ -1,14 +1,14 @@
-"""Conversion to .beton: `fastil convert`, which keeps the bytes of JPEGs, beside FFCV's DatasetWriter on equal images.
+"""Conversion to .beton: `fastil convert`, which keeps the bytes of JPEGs, against FFCV's DatasetWriter.
 
 python -m bench.convert [--rounds N] [--images N] [--data FOLDER or TAR]
 
 Claim: at least 2.5 times FFCV's images per second with every JPEG decoded for a check, 10 times without (--no-check),
-and no less than FFCV where it encodes anew at quality 90 like FFCV (--mode reencode). Two workers each. fastil's time
+and no less than FFCV where it re-encodes at quality 90 like FFCV (--mode reencode). Two workers each. fastil's time
 has the audit, the start of its workers, checksums, fsync and reading the file back in it, so it wants some thousand
 images; FFCV's is the writer alone, which syncs nothing. Neither has the start of Python and imports in it.
 
-Each begins with the memory of a file of the same size that is removed as the clock starts. What has been free for some
-seconds a virtual machine may have given back to its host, and the next to write pays for fetching it, whoever it is.
+Each contestant gets the memory of a file of the same size, which is removed as the clock starts. A virtual machine may
+give memory that has been free for some seconds back to its host, and the next to write would pay for fetching it.
 
 The images: RGB JPEGs of ImageNet, repeated under different names. Memory: the peak of the process and, WORKERS times,
 of the largest one it started; pages that a fork shares (FFCV's workers) count in each. Files go to the folder for
@@ -42,7 +42,7 @@ PATIENCE = 1800  # seconds; FFCV's writer waits forever for a worker that has fa
 
 
 def encoded_images(data: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Class, name and content of every RGB JPEG in a folder or a tar."""
+    """Yield class, name and content of every RGB JPEG in a folder or a tar."""
     if data.is_dir():
         files = ((path.parent.name, path.name, path.read_bytes()) for path in sorted(data.rglob("*")) if path.is_file())
         yield from (one for one in files if is_rgb_jpeg(one[2]))
@@ -57,6 +57,7 @@ def encoded_images(data: Path) -> Iterator[tuple[str, str, bytes]]:
 
 
 def is_rgb_jpeg(content: bytes) -> bool:
+    """Return whether the bytes are an RGB JPEG."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.format == "JPEG" and image.mode == "RGB"
@@ -65,7 +66,8 @@ def is_rgb_jpeg(content: bytes) -> bool:
 
 
 def spread_out(data: Path, folder: Path, images: int) -> tuple[int, int, int]:
-    """Write train/CLASS/NAME, each image as often as it takes. Returns images, different ones, bytes of all."""
+    """Write train/CLASS/NAME, each image as often as needed. Returns the images, the distinct ones, and the bytes of
+    all."""
     originals: list[Path] = []
     for class_name, name, content in encoded_images(data):
         path = folder / "train" / class_name / name
@@ -85,7 +87,7 @@ def spread_out(data: Path, folder: Path, images: int) -> tuple[int, int, int]:
 
 
 def turn(name: str, folder: Path, images: int, megabytes: int, peaks: dict[str, dict[str, float]]) -> float:
-    """Images per second of one contestant in a fresh process."""
+    """Return the images per second of one contestant in a fresh process."""
     out = folder / "out.beton"
     with open(folder / SCRAP, "wb") as file:
         for _ in range(megabytes + 64):
@@ -114,7 +116,7 @@ def turn(name: str, folder: Path, images: int, megabytes: int, peaks: dict[str, 
 
 
 def read_arguments(doc: str | None, *, rounds: int, images: int) -> argparse.Namespace:
-    """Of a bench on ImageNet's JPEGs; ends the process where there are none."""
+    """Return the arguments of a bench on ImageNet's JPEGs; end the process if there are none."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else "")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--images", type=int, default=images, help="at least so many")
@@ -127,6 +129,7 @@ def read_arguments(doc: str | None, *, rounds: int, images: int) -> argparse.Nam
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     arguments = read_arguments(__doc__, rounds=5, images=20_000)
     if find_spec("ffcv") is None:
         print("FFCV is not installed: make .venv/ffcv", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""What bench.convert lets take turns: each writes a folder of JPEGs as a .beton, in a process of its own.
+"""The contestants of bench.convert: each writes a folder of JPEGs as a .beton, in a process of its own.
 
 python -m bench.convert_contestants NAME FOLDER OUT.beton
 
 prints a line of JSON: seconds, and peaks of memory in MiB. Imports are inside the functions, before the clock starts,
-so that nobody carries the libraries of another; fastil's workers import this file anew. A file named scrap beside
-OUT.beton is removed as the clock starts.
+so that no contestant carries the libraries of another; fastil's workers import this file again. A file named scrap in
+the folder of OUT.beton is removed as the clock starts.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ CONTESTANTS: dict[str, Callable[[Path, Path], Work]] = {
 
 
 def own_peak() -> float:
-    """MiB of this process at most. ru_maxrss would begin with what the process held that started this one."""
+    """Return the peak memory of this process in MiB. ru_maxrss would start from what the parent process held."""
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         for line in file:
             if line.startswith("VmHWM:"):
@@ -75,6 +75,7 @@ def own_peak() -> float:
 
 
 def main() -> None:
+    """Run one contestant and print its line."""
     name, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     with contextlib.redirect_stdout(sys.stderr):
         work = CONTESTANTS[name](folder, out)

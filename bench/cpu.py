@@ -1,4 +1,4 @@
-"""What only a CPU gains: the augment of small groups, freed memory that is kept, and bfloat16 where it has it.
+"""Speedups that only a CPU needs: augmentation in small groups, keeping freed memory, and bfloat16 where it has it.
 
 python -m bench.cpu [--rounds N]
 
@@ -30,7 +30,7 @@ TIMED = 6
 
 
 def augments() -> dict[str, Callable[[], float]]:
-    """Milliseconds by side and form."""
+    """Return contestants by side of the image and form, each of which returns its milliseconds."""
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
     contestants: dict[str, Callable[[], float]] = {}
     for side, batch in SIZES:
@@ -57,7 +57,7 @@ def steps(name: str, how: str) -> None:
     def step() -> None:
         with autocast(precision, CPU):
             out = network(images)
-        out.scaled.sum().backward()
+        out.scaled_logits.sum().backward()
         network.zero_grad()
 
     step()
@@ -66,12 +66,14 @@ def steps(name: str, how: str) -> None:
 
 
 def in_a_process(name: str, keep: bool, how: str = "fp32") -> float:
+    """Return the median seconds of `steps` in a process of its own. keep: whether that keeps the memory it frees."""
     kept = "from fastil.device import keep_freed_memory as keep; keep(); " if keep else ""
     code = f"{kept}from bench.cpu import steps; steps({name!r}, {how!r})"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds

@@ -20,12 +20,14 @@ Work = Callable[[], Any]
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Return median, 20th and 80th percentile."""
     p20, median, p80 = np.percentile(values, (20, 50, 80))
     return {"median": float(median), "p20": float(p20), "p80": float(p80)}
 
 
 def graph_of(work: Work) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The work captured, after a warm-up as torch asks for, and what it returned: overwritten by every replay."""
+    """Return the work captured as a graph, after the warm-up that torch asks for, and its result, which every replay
+    overwrites."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -42,6 +44,7 @@ def graph_of(work: Work) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 
 def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Return the microseconds of a replay."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     began.record()
     graph.replay()
@@ -51,7 +54,7 @@ def replay_us(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def warm_us(works: Sequence[Work], rounds: int) -> list[float]:
-    """Microseconds per call, each of `works` (the same call on other inputs) in turn."""
+    """Return microseconds per call, for each of `works` (the same call on other inputs) in turn."""
 
     def repeated(work: Work) -> Work:
         def run() -> None:
@@ -65,9 +68,9 @@ def warm_us(works: Sequence[Work], rounds: int) -> list[float]:
 
 
 def cleared_us(works: Sequence[Work], rounds: int) -> list[float]:
-    """Microseconds per call on a cleared L2, between two events around the replay of a graph of one call. The fill that
-    clears takes longer than the host needs to queue what follows, so no wait for the host is in the time; what the
-    events and the start of a graph take themselves, a microsecond or two, is."""
+    """Return microseconds per call on a cleared L2, between two events around the replay of a graph of one call. The
+    fill that clears takes longer than the host needs to queue what follows, so no wait for the host is included; the
+    events and the start of a graph are, a microsecond or two."""
     junk = torch.empty(CLEAR_BYTES, dtype=torch.uint8, device="cuda")
     graphs = [graph_of(work)[0] for work in works]
 
@@ -79,7 +82,7 @@ def cleared_us(works: Sequence[Work], rounds: int) -> list[float]:
 
 
 def stream_us(works: Sequence[Work], rounds: int) -> list[float]:
-    """Wall microseconds per call, one round through `works` at a time."""
+    """Return wall microseconds per call, one round through `works` at a time."""
     for work in works:
         work()
     times = []
@@ -94,14 +97,14 @@ def stream_us(works: Sequence[Work], rounds: int) -> list[float]:
 
 
 def copy_gb_per_s(rounds: int) -> dict[str, float]:
-    """What a copy reaches, read and written bytes together."""
+    """Return the GB/s of a copy, read and written bytes together."""
     source, target = (torch.ones(2**29, dtype=torch.uint8, device="cuda") for _ in range(2))
     times = warm_us([lambda: target.copy_(source)], rounds)
     return percentiles([2 * source.numel() / us / 1e3 for us in times])
 
 
 def peak_bytes(work: Work) -> int:
-    """How much memory the call has at most beyond what was there before, its result included."""
+    """Return how much memory the call takes at its peak beyond what was there before, its result included."""
     work()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -111,7 +114,7 @@ def peak_bytes(work: Work) -> int:
 
 
 def launches(work: Work) -> int | None:
-    """Kernels, copies and fills of one call by the profiler; None where it sees none."""
+    """Return the kernels, copies and fills of one call by the profiler; None if it sees none."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         work()
@@ -121,7 +124,7 @@ def launches(work: Work) -> int | None:
 
 
 def waits(work: Work) -> int:
-    """How often the host waits for the device in one call."""
+    """Return how often the host waits for the device in one call."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -133,7 +136,7 @@ def waits(work: Work) -> int:
 
 
 def poisoned(work: Work, like: Tensor) -> Tensor:
-    """The call's result, in memory that the allocator just got back full of NaN."""
+    """Return the call's result, in memory that the allocator just got back full of NaN."""
     poison = [torch.full_like(like, torch.nan) for _ in range(4)]
     del poison
     result: Tensor = work()
@@ -141,8 +144,8 @@ def poisoned(work: Work, like: Tensor) -> Tensor:
 
 
 def measure(works: Sequence[Work], rounds: int) -> dict[str, dict[str, float] | str]:
-    """Percentiles of microseconds per call: graph_warm, graph_cleared, stream. A call that waits for the device cannot
-    be captured, and has the reason in the place of its times."""
+    """Return percentiles of microseconds per call: graph_warm, graph_cleared, stream. For a call that waits for the
+    device, and cannot be captured, the reason stands in place of its times."""
     times: dict[str, dict[str, float] | str] = {"stream": percentiles(stream_us(works, rounds))}
     waiting = waits(works[0])
     for name, timed in (("graph_warm", warm_us), ("graph_cleared", cleared_us)):

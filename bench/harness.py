@@ -17,7 +17,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def take_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Run all of them once per round, in an order that turns round by round; each returns its own figure."""
+    """Return the figures of all contestants, which run once per round in an order that rotates; each call returns
+    one."""
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     names = list(contestants)
     for turn in range(rounds):
@@ -28,7 +29,7 @@ def take_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's queue included."""
+    """Return the wall time of one call, the device's queue included."""
     began = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -37,16 +38,18 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratio(figures: dict[str, list[float]], over: str, under: str) -> dict[str, float]:
-    """Of two contestants, round by round, so that a change of the machine's speed touches both sides."""
+    """Return the spread of the ratios of two contestants, round by round, so that a change of the machine's speed
+    touches both."""
     return spread([a / b for a, b in zip(figures[over], figures[under], strict=True)])
 
 
 def save(name: str, device: torch.device, content: dict[str, Any]) -> Path:
-    """Write bench/results/NAME.json."""
+    """Write bench/results/NAME.json, with the machine in it. Returns its path."""
     machine = {
         "device": device_name(device),
         "processor": processor_name(),
@@ -62,11 +65,12 @@ def save(name: str, device: torch.device, content: dict[str, Any]) -> Path:
 
 
 def show(label: str, values: dict[str, float], unit: str = "") -> None:
+    """Print a label and a spread."""
     print(f"{label:<46}{values['median']:10.3f} {unit}  ({values['min']:.3f} to {values['max']:.3f})")
 
 
 def digits_at(size: int, count: int) -> Any:
-    """`count` real images, scikit-learn's digits enlarged to size x size, in 10 classes."""
+    """Return `count` real images, scikit-learn's digits enlarged to size x size, in 10 classes."""
     import numpy as np
 
     from fastil.data import DataConfig, Split, load_dataset

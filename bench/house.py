@@ -3,8 +3,8 @@
 python -m bench.house [COMMIT ...]        default: the commit before the house was rebuilt, and the files as they are
 
 A room is a child of `fastil`, module or package; the two halves of `data` are rooms of their own. An arrow leads from a
-room to one that it imports; a room stands one floor above the highest one that it imports. Tools are rooms of one file that
-import nothing but other such rooms: errors, text, the losses. Everything may use them.
+room to one that it imports; a room stands one floor above the highest one that it imports. Tools are rooms of one file
+that import nothing but other such rooms: errors, text, the losses. Everything may use them.
 """
 
 import ast
@@ -23,14 +23,14 @@ PARTS = ("fastil", "kernels", "tools")
 
 
 def room(module: str) -> str:
-    """The room that a module stands in."""
+    """Return the room of a module."""
     parts = module.split(".")
     halves = parts[1:3] in (["data", "formats"], ["data", "loaders"])
     return ".".join(parts[: 3 if halves else 2])
 
 
 def measure(root: Path) -> dict[str, int | str]:
-    """What a tree is like. root: a checkout, importable from here."""
+    """Return the figures of a tree. root: a checkout, importable from here."""
     sys.path.insert(0, str(root))
     graph = grimp.build_graph("fastil", cache_dir=None, exclude_type_checking_imports=True)
     arrows: dict[str, set[str]] = {room(module): set() for module in graph.modules if module != "fastil"}
@@ -61,7 +61,7 @@ def measure(root: Path) -> dict[str, int | str]:
 
 
 def floors_of(arrows: dict[str, set[str]]) -> tuple[int, int]:
-    """How many floors there are, and how many rooms have none, because they stand in a circle or above one."""
+    """Return the number of floors, and of rooms that have none because they are in a circle or above one."""
     floor: dict[str, int] = {}
     while True:
         found = {
@@ -81,12 +81,14 @@ def tools_of(arrows: dict[str, set[str]]) -> set[str]:
 
 
 def functions_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield length and name of every function of a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{path.stem}.{node.name}"
 
 
 def main() -> None:
+    """Print the table."""
     if sys.argv[1:2] == ["--measure"]:  # in a process of its own, which has imported no fastil yet
         print(json.dumps(measure(Path(sys.argv[2]))))
         return

@@ -1,4 +1,4 @@
-"""The kernels: the incremental loss beside its peers, each other kernel beside its plain form, and a whole step.
+"""The kernels: the incremental loss against its peers, each other kernel against its plain form, and a whole step.
 
 python -m bench.kernels [--rounds N]
 
@@ -56,23 +56,24 @@ MODES = ("graph_warm", "graph_cleared", "stream")
 
 
 def label(case: Case) -> str:
+    """Return the name of a case."""
     return f"{case.batch} x {case.width} {case.dtype}"
 
 
 def model_bytes(case: Case) -> int:
-    """What the loss must move: the logits in, the gradient out, and the teacher's old columns in."""
+    """Return the bytes that the loss must move: the logits in, the gradient out, and the teacher's old columns in."""
     return case.batch * (2 * case.width + case.num_old) * DTYPES[case.dtype].itemsize
 
 
 def estimated_us(launch_bytes: Sequence[float], case: Case) -> float:
-    """The model of the module's docstring."""
+    """Return microseconds by the model of the module's docstring."""
     fits = 3 * case.batch * case.width * DTYPES[case.dtype].itemsize <= L2_BYTES
     per_us = (L2_TB_PER_S if fits else HBM_TB_PER_S) * 1e6
     return sum(max(NODE_US, FIXED_US + moved / per_us) for moved in launch_bytes)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as their widest cell; numbers to the right."""
+    """Return a table with columns as wide as their widest cell; numbers to the right."""
     cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
@@ -83,7 +84,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def with_rates(times: dict[str, Any], must_move: int, copy_rate: float) -> dict[str, Any]:
-    """Beside each mode's times GB/s on the bytes that must move, and percent of the copy's rate."""
+    """Add to each mode's times GB/s on the bytes that must move, and percent of the copy's rate."""
     rated = {}
     for mode, spread in times.items():
         rated[mode] = spread
@@ -94,7 +95,7 @@ def with_rates(times: dict[str, Any], must_move: int, copy_rate: float) -> dict[
 
 
 def paper_rows(counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per case and contestant from the counts of `bench.launch_counts`."""
+    """Return a row per case and contestant from the counts of `bench.launch_counts`."""
     rows = []
     for case, entrants in zip(CASES, counts, strict=True):
         for name, count in entrants.items():
@@ -113,7 +114,7 @@ def paper_rows(counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def count(part: str) -> list[dict[str, Any]] | str:
-    """The counts of one part, from a process of its own; or why there are none."""
+    """Return the counts of one part, from a process of its own, or why there are none."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     if part == "compiled":
         del environment["TRITON_INTERPRET"]
@@ -126,7 +127,7 @@ def count(part: str) -> list[dict[str, Any]] | str:
 
 
 def versions() -> dict[str, str]:
-    """Of what the contestants run on, where it is there."""
+    """Return the versions of what the contestants run on."""
     found = {}
     for package in ("triton", "liger-kernel"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -135,6 +136,7 @@ def versions() -> dict[str, str]:
 
 
 def on_paper(device: torch.device) -> None:
+    """Count and estimate without a GPU, and write the result file."""
     print("NO TIME WAS MEASURED: there is no GPU. Counts follow, and estimates that a model makes of them.", flush=True)
     counts: list[dict[str, Any]] = [{} for _ in CASES]
     missing = {}
@@ -157,11 +159,14 @@ def on_paper(device: torch.device) -> None:
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
+    """Return the norm of the difference over the norm of what is wanted."""
     difference = torch.linalg.vector_norm(result.detach().double() - reference)
     return float(difference / torch.linalg.vector_norm(reference))
 
 
 def check(name: str, contestant: Callable[[Call], Tensor], call: Call, case: Case) -> float:
+    """Return the relative error of a contestant against the formula in float64. Raises ValueError if it is too
+    large."""
     error = relative_error(poisoned(lambda: contestant(call), call.logits.detach()), gradient_in_float64(call))
     if not error <= TOLERANCE[case.dtype]:
         raise ValueError(f"{name} at {label(case)}: relative error {error:.1e} against float64")
@@ -171,6 +176,7 @@ def check(name: str, contestant: Callable[[Call], Tensor], call: Call, case: Cas
 def time_contestant(
     name: str, contestant: Callable[[Call], Tensor], calls: list[Call], case: Case, copy_rate: float, rounds: int
 ) -> dict[str, Any]:
+    """Check a contestant and return its error, times, launches, waits and peak memory."""
     works = [functools.partial(contestant, call) for call in calls]
     result: dict[str, Any] = {"relative_error": check(name, contestant, calls[0], case)}
     result |= {"launches": launches(works[0]), "host_waits": waits(works[0]), "peak_bytes": peak_bytes(works[0])}
@@ -190,6 +196,7 @@ def time_contestant(
 
 
 def time_loss(case: Case, device: torch.device, copy_rate: float, rounds: int) -> dict[str, Any]:
+    """Return the times of all contestants on a case."""
     torch.compiler.reset()  # else the ninth shape would run uncompiled
     calls = [make_call(case, device, seed) for seed in range(SETS)]
     results = {}
@@ -205,7 +212,7 @@ def time_loss(case: Case, device: torch.device, copy_rate: float, rounds: int) -
 
 
 def other_kernels(device: torch.device) -> dict[str, Callable[[], list[Any]]]:
-    """By name, as the operator, its file and its plain form share it: the arguments of one call."""
+    """Return the arguments of one call of each other kernel, by the name that operator, file and plain form share."""
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device)
@@ -245,6 +252,7 @@ def other_kernels(device: torch.device) -> dict[str, Callable[[], list[Any]]]:
 
 
 def time_other(name: str, arguments: list[Any], rounds: int) -> dict[str, Any]:
+    """Return the times of another kernel and of its plain form."""
     plain = importlib.import_module(f"fastil.kernels.{name}").plain  # its import registers the operator
     operator = getattr(torch.ops.fastil, name)
     with torch.no_grad():
@@ -259,7 +267,8 @@ def time_other(name: str, arguments: list[Any], rounds: int) -> dict[str, Any]:
 
 
 def whole_step(device: torch.device, rounds: int, batch: int = 128) -> dict[str, Any]:
-    """ResNet-32, bfloat16 autocast, a teacher, SGD: the step with the kernel and with the formulas."""
+    """Return the times of a training step with the kernel and with the formulas: ResNet-32, bfloat16 autocast, a
+    teacher, SGD."""
     results = {}
     images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     call = make_call(Case(batch, 104, 100, "fp32"), device, 0)
@@ -290,6 +299,7 @@ def whole_step(device: torch.device, rounds: int, batch: int = 128) -> dict[str,
 
 
 def on_gpu(device: torch.device, rounds: int) -> None:
+    """Time everything on the GPU and write the result file."""
     copy = copy_gb_per_s(rounds)
     print(
         f"{device_name(device)}: a copy reaches {copy['median']:.0f} GB/s; median us in {', '.join(MODES)}", flush=True
@@ -314,6 +324,7 @@ def on_gpu(device: torch.device, rounds: int) -> None:
 
 
 def main() -> None:
+    """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds

@@ -46,23 +46,25 @@ INTERPRETED_ROWS = (4, 8)  # batch sizes that are run; a call's bytes lie on the
 
 @dataclass
 class Count:
-    """bytes: of each launch, in order. waits: how often the host reads a value from the device."""
+    """The counts of one call. bytes: of each launch, in order. waits: how often the host reads a value from the
+    device."""
 
     bytes: list[float] = field(default_factory=list)
     waits: int = 0
 
 
 def elements(tensor: Tensor) -> int:
-    """Elements in memory: an expanded axis is there once."""
+    """Return the elements in memory: an expanded axis counts once."""
     return int(np.prod([n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride], dtype=np.int64))
 
 
 def tensors(values: Any) -> list[Tensor]:
+    """Return the tensors among nested values."""
     return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, Tensor)]
 
 
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what runs inside. Operators of fastil run their Triton form, in the interpreter."""
+    """Counts the operators that run inside. Operators of fastil run their Triton form, in the interpreter."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,6 +83,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def operator(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count the launch, bytes and waits of an operator."""
         name = func._schema.name.split("::")[1]
         if name in ("_local_scalar_dense", "equal"):
             self.count.waits += 1
@@ -131,7 +134,8 @@ def counted() -> Iterator[Count]:
         return result
 
     def float32_argument(value: Any) -> Any:
-        """A number as a kernel on a GPU gets it; the interpreter passes Python's float, which Liger cannot cast."""
+        """Return a number as a kernel on a GPU gets it; the interpreter passes Python's float, which Liger cannot
+        cast."""
         if not isinstance(value, float):
             return convert(value)
         handle = interpreter.TensorHandle(np.array([value], np.float32), interpreter.tl.float32)
@@ -148,6 +152,7 @@ def counted() -> Iterator[Count]:
 
 
 def count_call(contestant: Callable[[Call], Tensor], case: Case) -> Count:
+    """Return the count of one call of a contestant."""
     call = make_call(case, torch.device("cpu"), 0)
     with counted() as count:
         contestant(call)
@@ -155,7 +160,7 @@ def count_call(contestant: Callable[[Call], Tensor], case: Case) -> Count:
 
 
 def along_the_line(counts: dict[int, Count], batch: int) -> Count:
-    """The count at `batch` rows from those at two others: a launch costs so much, and so much for every row."""
+    """Return the count at `batch` rows from those at two other sizes: bytes are linear in the rows."""
     (rows, few), (more_rows, more) = counts.items()
     if (len(few.bytes), few.waits) != (len(more.bytes), more.waits):
         raise ValueError("the number of launches or waits depends on the number of rows")
@@ -164,7 +169,7 @@ def along_the_line(counts: dict[int, Count], batch: int) -> Count:
 
 
 def count_interpreted(cases: list[Case]) -> list[dict[str, Count]]:
-    """Of every case, by contestant: all but torch.compile."""
+    """Return the counts of every case, by contestant: all but torch.compile."""
     entrants = contestants(compiled=False)
 
     @functools.cache
@@ -182,7 +187,8 @@ class CodeIsThere(BaseException):
 
 
 def count_compiled(case: Case) -> Count:
-    """Of torch.compile in its default mode: launches in the Triton code that Inductor makes for an H100."""
+    """Return the counts of torch.compile in its default mode: launches in the Triton code that Inductor makes for an
+    H100."""
     from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -246,6 +252,7 @@ def count_compiled(case: Case) -> Count:
 
 
 def main() -> None:
+    """Count one part and print JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("interpreted", "compiled"))
     if parser.parse_args().part == "interpreted":

@@ -6,8 +6,8 @@ Claim: loader=ffcv at least 0.95 of FFCV's Loader on the same file, loader=dali 
 on the same files, loader=threads at least 1.5 times torch's DataLoader with Pillow and 0.8 of its own decode and resize
 without a loader. New ids are switched to in at most 0.5 s (to the first batch), where a new FFCV Loader takes seconds.
 
-Everybody has read the files before; FFCV has compiled its pipeline. Nobody normalises. Also: opening, indexing and
-planning an epoch of a file of 1.28 and 14 million samples (of which only the tables are there).
+All contestants have read the files before, and FFCV has compiled its pipeline. None normalises. Also: opening, indexing
+and planning an epoch of a file of 1.28 and 14 million samples (of which only the tables are there).
 """
 
 import contextlib
@@ -50,6 +50,7 @@ Contestant = Callable[[], float]
 
 
 def convert(folder: Path, out: Path) -> Beton:
+    """Convert a folder and return the .beton."""
     from fastil.tools.convert import convert as convert_source
     from fastil.tools.convert import options_of
     from fastil.tools.reporting import Reporter
@@ -69,17 +70,19 @@ class Fastil:
         self.loader, self.sizes, self.epoch = loader, beton.sizes, 0
 
     def frames(self, ids: np.ndarray[Any, Any]) -> Iterator[torch.Tensor]:
+        """Yield the frames of an epoch."""
         self.epoch += 1
         return self.loader.pixels(training_plan(ids, Key(0, 0, "train", self.epoch), TRANSFORM, BATCH, self.sizes))
 
     def rate(self, count: int) -> float:
+        """Return images per second."""
         began = time.perf_counter()
         images = sum(len(frames) for frames in self.frames(np.arange(count)))
         assert images == count
         return count / (time.perf_counter() - began)
 
     def switch(self, count: int, seed: int) -> float:
-        """Seconds from other ids to the first batch."""
+        """Return the seconds from other ids to the first batch."""
         ids = np.random.default_rng(seed).choice(count, count // 2, replace=False)
         began = time.perf_counter()
         frames = self.frames(ids)
@@ -90,7 +93,7 @@ class Fastil:
 
 
 def torchvision_crop(height: int, width: int) -> tuple[int, int, int, int]:
-    """RandomResizedCrop.get_params, without the tensors that torchvision makes of its numbers."""
+    """Return a crop as RandomResizedCrop.get_params does, without the tensors that torchvision makes of its numbers."""
     for _ in range(ATTEMPTS):
         area = random.uniform(*AREA) * height * width
         ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -101,7 +104,7 @@ def torchvision_crop(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 class Files(torch.utils.data.Dataset[torch.Tensor]):
-    """What DataLoader + PIL reads: torchvision's steps on Pillow's images."""
+    """A Dataset of files for DataLoader with PIL: torchvision's steps on Pillow's images."""
 
     def __init__(self, files: list[Path], sizes: list[list[int]]) -> None:
         self.files, self.sizes = files, sizes
@@ -117,6 +120,7 @@ class Files(torch.utils.data.Dataset[torch.Tensor]):
 
 
 def dataloader(files: list[Path], sizes: np.ndarray[Any, Any]) -> Contestant:
+    """Return a contestant: images per second of torch's DataLoader."""
     loader = torch.utils.data.DataLoader(
         Files(files, sizes.tolist()), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True
     )
@@ -130,6 +134,7 @@ def dataloader(files: list[Path], sizes: np.ndarray[Any, Any]) -> Contestant:
 
 
 def stock_ffcv(path: Path) -> Any:
+    """Return FFCV's Loader on a file."""
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import ToTensor
@@ -141,6 +146,7 @@ def stock_ffcv(path: Path) -> Any:
 
 
 def ffcv(path: Path) -> Contestant:
+    """Return a contestant: images per second of FFCV's Loader."""
     loader = stock_ffcv(path)
 
     def rate() -> float:
@@ -152,7 +158,7 @@ def ffcv(path: Path) -> Contestant:
 
 
 def new_ffcv(path: Path) -> float:
-    """Seconds to the first batch of another Loader."""
+    """Return the seconds to the first batch of another Loader."""
     began = time.perf_counter()
     batches = iter(stock_ffcv(path))
     next(batches)
@@ -163,6 +169,7 @@ def new_ffcv(path: Path) -> float:
 
 
 def dali(files: list[Path]) -> Contestant:
+    """Return a contestant: images per second of a DALI pipeline."""
     from nvidia.dali import Pipeline, fn, types
 
     pipeline = Pipeline(BATCH, WORKERS, None)
@@ -184,7 +191,8 @@ def dali(files: list[Path]) -> Contestant:
 
 
 def alone(beton: Beton, *, resize: bool) -> Contestant:
-    """The decoder, and maybe the resize, of loader=threads in as many threads as it has, without a loader."""
+    """Return a contestant: images per second of the decoder of loader=threads, with the resize or without it, in as
+    many threads, without a loader."""
     import simplejpeg
     import torch.nn.functional as F
 
@@ -215,7 +223,7 @@ def alone(beton: Beton, *, resize: bool) -> Contestant:
 
 
 def differences(beton: Beton, backends: list[str], different: int) -> dict[str, dict[str, float]]:
-    """Of frames from Pillow's, of 255, over one copy of each image."""
+    """Return how far frames are from Pillow's, of 255, over one copy of each image."""
     ids = np.arange(0, len(beton), len(beton) // different)
     plan = training_plan(ids, Key(0, 0), TRANSFORM, BATCH, beton.sizes)
     frames = {}
@@ -229,8 +237,8 @@ def differences(beton: Beton, backends: list[str], different: int) -> dict[str, 
 
 
 def at_scale(samples: int) -> dict[str, float]:
-    """A file of so many samples without their bytes: seconds to open it and to plan an epoch of it, and the peak of
-    memory in MiB, in a process of its own."""
+    """Return the seconds to open a file of so many samples (without their bytes) and to plan an epoch of it, and the
+    peak of memory in MiB, in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "large.beton"
         for function in ("write_tables_of", "open_and_plan"):
@@ -241,6 +249,7 @@ def at_scale(samples: int) -> dict[str, float]:
 
 
 def write_tables_of(samples: int, path: str) -> None:
+    """Write a file with the tables of so many samples and no bytes of images."""
     from fastil.data.formats import beton
 
     entries = np.zeros(samples, beton.ENTRY)
@@ -267,6 +276,7 @@ def open_and_plan(samples: int, path: str) -> None:
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     arguments = read_arguments(__doc__, rounds=5, images=6000)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:WORKERS])  # as many workers as cores for everybody
     torch.set_num_threads(1)

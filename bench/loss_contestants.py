@@ -1,7 +1,7 @@
-"""Who competes in `bench.kernels`, on what: the incremental loss of one training call, and its gradient in the logits.
+"""The contestants of `bench.kernels`: the incremental loss of one training call, and its gradient in the logits.
 
 Balanced Softmax cross-entropy over all columns plus distillation on the old ones, eq. 1 of arXiv 2103.12532. The seed
-of the backward pass lies ready for everybody, and the weights and numbers of classes are 0-d tensors on the device, as
+of the backward pass is ready for all of them, and the weights and numbers of classes are 0-d tensors on the device, as
 in training: a step changes their values and no code.
 """
 
@@ -31,6 +31,7 @@ class Case:
 
     @property
     def num_old(self) -> int:
+        """The number of old classes."""
         return self.classes // 2
 
 
@@ -58,7 +59,7 @@ class Call:
 
 
 def make_call(case: Case, device: torch.device, seed: int) -> Call:
-    """Random inputs of the case."""
+    """Return random inputs of a case."""
     random = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any] = {"device": device, "generator": random}
     logits, teacher = (torch.randn(case.batch, case.width, **options).mul_(3).to(DTYPES[case.dtype]) for _ in range(2))
@@ -85,7 +86,7 @@ def make_call(case: Case, device: torch.device, seed: int) -> Call:
 
 
 def gradient_in_float64(call: Call) -> Tensor:
-    """Eq. 1's gradient by its formula, [B, W]."""
+    """Return eq. 1's gradient by its formula, [B, W]."""
     z, d, rows = call.logits.detach().double(), call.teacher.double(), len(call.target)
     gradient = torch.softmax(z + call.prior.double(), 1)
     gradient[torch.arange(rows, device=z.device), call.target] -= 1
@@ -96,16 +97,19 @@ def gradient_in_float64(call: Call) -> Tensor:
 
 
 def scalars_of(call: Call) -> dict[str, Any]:
+    """Return the named scalars of a call."""
     names = ("num_old", "num_seen", "ce_weight", "kd_weight")
     return {name: getattr(call, name) for name in names} | {"temperature": TEMPERATURE}
 
 
 def fused_gradient(call: Call) -> Tensor:
+    """Return the gradient in the logits by `incremental_loss_grad`, [B, W]."""
     z, keys = call.logits, scalars_of(call)
     return incremental_loss_grad(z, call.target, call.prior, call.teacher, meter=call.meter, **keys)
 
 
 def fused_autograd(call: Call) -> Tensor:
+    """Return the gradient in the logits by `incremental_loss`, [B, W]."""
     loss = incremental_loss(call.logits, call.target, call.prior, call.teacher, **scalars_of(call))
     return torch.autograd.grad(loss, call.logits, call.seed)[0]
 
@@ -119,11 +123,14 @@ def formulas(
     ce_weight: Tensor,
     kd_weight: Tensor,
 ) -> Tensor:
+    """Return the loss by the plain formulas, 0-d."""
     ce = balanced_cross_entropy(logits, target, prior)
     return ce_weight * ce + kd_weight * distillation(logits, teacher, num_old, TEMPERATURE)
 
 
 def backward_of(loss: Callable[..., Tensor]) -> Callable[[Call], Tensor]:
+    """Return a contestant that takes the gradient of a loss in the logits."""
+
     def run(c: Call) -> Tensor:
         value = loss(c.logits, c.teacher, c.target, c.prior, c.num_old, c.ce_weight, c.kd_weight)
         return torch.autograd.grad(value, c.logits, c.seed)[0]
@@ -132,7 +139,7 @@ def backward_of(loss: Callable[..., Tensor]) -> Callable[[Call], Tensor]:
 
 
 def liger() -> Callable[[Call], Tensor]:
-    """The same loss by Liger-Kernel's modules, as its user would put it together; KL has the gradient of eq. 2."""
+    """Return a contestant of Liger-Kernel's modules, combined as a user would; KL has the gradient of eq. 2."""
     from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
 
     cross_entropy, kl = LigerCrossEntropyLoss(ignore_index=-1), LigerKLDIVLoss(reduction="batchmean")
@@ -151,7 +158,7 @@ FASTIL, AUTOGRAD, EAGER, COMPILED, LIGER = "fastil", "fastil autograd", "eager",
 
 
 def contestants(*, compiled: bool = True) -> dict[str, Callable[[Call], Tensor]]:
-    """By name: a function of a call that returns the gradient in the logits."""
+    """Return the contestants by name: functions of a call that return the gradient in the logits."""
     table = {FASTIL: fused_gradient, AUTOGRAD: fused_autograd, EAGER: backward_of(formulas)}
     if compiled:
         table[COMPILED] = backward_of(torch.compile(formulas, dynamic=False))

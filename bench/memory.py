@@ -26,6 +26,7 @@ TRANSFORM = Transform(32, 32, pad=4, flip=True, mean=(0.5, 0.5, 0.5), std=(0.25,
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
@@ -47,7 +48,7 @@ def main() -> None:
         assert [len(p) for p in picks] == [EXEMPLARS] * CLASSES
 
     def evaluation() -> None:
-        logits = forward(frozen, loader, ids).scaled
+        logits = forward(frozen, loader, ids).scaled_logits
         evaluate(logits, labels, step=0, num_base=CLASSES, num_old=0, num_seen=CLASSES)
 
     labels = torch.arange(CLASSES, device=device).repeat_interleave(IMAGES)

@@ -1,4 +1,4 @@
-"""What learning alpha costs: time per training step and peak memory, beside a step without it and two unrolled graphs.
+"""The cost of learning alpha: time per step and peak memory, against a plain step and two unrolled graphs.
 
 python -m bench.meta [--rounds N] [--precision bf16]
 
@@ -8,7 +8,7 @@ plain: a step of BalancedS-CE with distillation. jvp, difference: Meta BalancedS
 and at every tenth (section 4.1.3). unrolled: the graph through the update that the paper describes, every step. higher:
 the same by the library `higher`, in the usual eager loop. ResNet-32 at 32x32, batch 128, 50 old and 10 new classes. All
 gradients of alpha are compared first. Peak memory: the highest sum of the profiler's allocations and releases within a
-turn, so what lay there before (data, weights, momentum, the teacher) is not in it; stated beside it.
+turn, so what was there before (data, weights, momentum, the teacher) is not included; it is stated separately.
 """
 
 import argparse
@@ -47,12 +47,13 @@ class Bench:
         self.update = self.trainer.update(self.phase)
 
     def meta(self, gradient: Any) -> MetaAlpha:
+        """Return a MetaAlpha that computes its gradient in this way."""
         meta = MetaAlpha(MetaConfig(meta_gradient=gradient), self.method, BATCH)
         meta.begin_step()
         return meta
 
     def cycle(self, gradient: str | None, every: int) -> Callable[[], float]:
-        """Seconds per training step of a cycle."""
+        """Return a function that gives the seconds per training step of a cycle."""
         phase, steps = self.phase, CYCLE if every > 1 else 2
         if gradient is not None:  # the trainer gets its balanced batch below, so no plan of them is asked for
             hook = BeforeUpdate(every, lambda first, count: phase.plan(0), self.meta(gradient).before_update)
@@ -69,6 +70,7 @@ class Bench:
         return run
 
     def context(self) -> UpdateContext:
+        """Return the step just before its update, with both batches."""
         table, trainer = self.trainer.table, self.trainer
         batch, held_out = (b._replace(labels=table[b.labels]) for b in (self.batch, self.held_out))
         with torch.no_grad():
@@ -79,7 +81,8 @@ class Bench:
 
 
 def with_higher(bench: Bench) -> Callable[[], Tensor] | None:
-    """The gradient of the shared log alpha by the public library, as its users would write it; then its usual step."""
+    """Return the gradient of the shared log alpha by the public library, as its users would write it; None if it is
+    missing."""
     try:
         import higher  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -98,7 +101,7 @@ def with_higher(bench: Bench) -> Callable[[], Tensor] | None:
     def gradient() -> Tensor:
         context = bench.context()
         log_alpha = torch.zeros((), device=bench.device, requires_grad=True)
-        prior = method.classification.of_counts + torch.where(is_old, log_alpha, 0.0)
+        prior = method.classification.prior_without_alpha + torch.where(is_old, log_alpha, 0.0)
         with higher.innerloop_ctx(trainer.student, optimizer, copy_initial_weights=True) as (unrolled, update):
             out = unrolled(context.batch.images)
             update.step(method.formula(context.batch, out, context.teacher_out, prior))
@@ -111,7 +114,7 @@ def with_higher(bench: Bench) -> Callable[[], Tensor] | None:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Highest sum of allocations minus releases while it runs, in bytes."""
+    """Return the highest sum of allocations minus releases while it runs, in bytes."""
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -120,6 +123,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

@@ -1,4 +1,4 @@
-"""What each method costs per image, beside IL-Baseline and beside the ceiling of its own forwards and backwards.
+"""The cost of each method per image, against IL-Baseline and against the ceiling of its own forwards and backwards.
 
 (a) `Trainer.fit` of an incremental step of the method's CIFAR-100 recipe: its network, compiled, its loss, update and
 data path. (b) the ceiling: the same compiled networks on one batch that is already there, the teacher's forward, the
@@ -37,7 +37,7 @@ ROWS: dict[str, list[str]] = {  # overrides of the CIFAR-100 recipe of that name
     "tpcil": [], "podnet": [], "podnet_balanced": [],
 }  # fmt: skip
 STEPS, META_STEPS = 4, 10
-READS = {  # beside the logits
+READS = {  # besides the logits
     "lucir": ("features",), "mnemonics": ("features",), "tpcil": ("features",), "podnet": ("features", "maps"),
 }  # fmt: skip
 
@@ -62,6 +62,8 @@ class Contestant:
         self.steps = STEPS if self.meta is None else META_STEPS
 
     def phase(self) -> Phase:
+        """Return the training phase of the step."""
+
         def plan(epoch: int, count: int = self.steps) -> EpochPlan:
             return training_plan(np.arange(count * BATCH) % (STEPS * BATCH), Key(0, 1), TRANSFORM, BATCH)
 
@@ -83,13 +85,13 @@ class Contestant:
         )
 
     def fit(self) -> float:
-        """Images per second of (a)."""
+        """Return the images per second of (a)."""
         phase, began = self.phase(), time.perf_counter()
         self.trainer.fit(phase)
         return self.steps * BATCH / (time.perf_counter() - began)
 
     def ceiling(self) -> float:
-        """Images per second of (b)."""
+        """Return the images per second of (b)."""
         trainer, phase = self.trainer, self.phase()
         update = trainer.update(phase)
         batch = next(trainer.loader.batches(phase.plan(0)))
@@ -109,18 +111,19 @@ class Contestant:
         return self.steps * BATCH / (time.perf_counter() - began)
 
     def passes(self, batch: Batch) -> None:
-        """A forward and a backward."""
+        """Run a forward and a backward pass."""
         read = self.read(self.trainer.fast_student(batch.images))
         torch.autograd.backward(read, [torch.full_like(tensor, 1e-6) for tensor in read])
 
     def along(self, batch: Batch, update: Update) -> None:
-        """A forward-mode pass."""
+        """Run a forward-mode pass."""
         assert self.meta is not None
         student = self.trainer.student
         context = UpdateContext(batch, None, batch, student, student, update, self.trainer.autocast)
         self.meta.forward_mode(context, [torch.full_like(p, 1e-6) for p in update.parameters])
 
     def read(self, out: Output) -> list[torch.Tensor]:
+        """Return the outputs that the method's loss reads."""
         of_method = READS.get(self.recipe.method.method, ())
         return [
             out.logits,
@@ -130,7 +133,7 @@ class Contestant:
 
 
 def contestants(device: torch.device) -> dict[str, Contestant]:
-    """Methods on the same network share one compiled pair."""
+    """Return the contestants by row; methods on the same network share one compiled pair."""
     trainers: dict[str, Trainer] = {}
     found = {}
     for row, overrides in ROWS.items():
@@ -143,6 +146,7 @@ def contestants(device: torch.device) -> dict[str, Contestant]:
 
 
 def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
+    """Return a compiled trainer with random images."""
     student, teacher = (recipe.build_network(CLASSES, seed).to(device) for seed in (0, 1))
     for network in (student, teacher):
         network.head.open_rows(0, CLASSES, torch.Generator().manual_seed(0))
@@ -152,6 +156,7 @@ def make_trainer(recipe: Recipe, device: torch.device) -> Trainer:
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=ROWS, default=[])

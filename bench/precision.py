@@ -2,8 +2,8 @@
 
 python -m bench.precision RECIPE [KEY=VALUE ...] [--data PATH] [--seeds N] [--jobs N] [--out DIR]
 
-IL-Baseline, BalancedS-CE and LUCIR with the recipe's own schedule. A run that is there is not trained again, one that
-was stopped goes on. The interval is that of `fastil reproduce`: a bootstrap over seeds and test images.
+IL-Baseline, BalancedS-CE and LUCIR with the recipe's own schedule. A finished run is not trained again, a
+stopped one goes on. The interval is that of `fastil reproduce`: a bootstrap over seeds and test images.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def train(command: list[str], out: Path) -> None:
-    """One run in a process of its own; a finished one says so at once."""
+    """Run one training in a process of its own; a finished one returns at once."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix(".log"), "a") as log:
         done = subprocess.run(
@@ -45,7 +45,8 @@ def train(command: list[str], out: Path) -> None:
 
 
 def machine_of(folders: Iterable[Path]) -> dict[str, Any]:
-    """The one machine, with its versions, that timings.json of all these runs name. SystemExit where they differ."""
+    """Return the machine, with its versions, that timings.json of all these runs name. Raises SystemExit if they
+    differ."""
     first, *others = folders
     ours = read_timings(first)
     for folder in others:
@@ -53,12 +54,13 @@ def machine_of(folders: Iterable[Path]) -> dict[str, Any]:
         if (theirs.machine, theirs.versions) != (ours.machine, ours.versions):
             raise SystemExit(
                 f"{first} ran on {ours.machine | ours.versions} and {folder} on {theirs.machine | theirs.versions}: a "
-                "difference between machines is none of precisions; train all in another --out"
+                "difference between machines is not one between precisions; train all in another --out"
             )
     return ours.machine | ours.versions
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

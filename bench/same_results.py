@@ -46,6 +46,7 @@ WRITTEN = ("results.json", "metrics.jsonl", "memory/*.json", "predictions/*.npy"
 
 
 def start(checkout: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    """Start fastil from a checkout. Returns the process."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "fastil.cli", *arguments], env=environment, cwd=checkout, stdout=subprocess.DEVNULL
@@ -53,11 +54,13 @@ def start(checkout: Path, *arguments: str) -> "subprocess.Popen[bytes]":
 
 
 def train(checkout: Path, out: Path, *arguments: str) -> None:
+    """Train a run; end the process if that fails."""
     if start(checkout, "run", *arguments, "--out", str(out)).wait():
         raise SystemExit(f"{out} failed")
 
 
 def train_all(checkout: Path, root: Path, images: Path) -> None:
+    """Train every run from a checkout, under root."""
     for name, settings in RUNS.items():
         train(checkout, root / name, "digits", *SHORT, *settings)
     if start(checkout, "convert", str(images), str(root / "x.beton")).wait():
@@ -73,11 +76,12 @@ def train_all(checkout: Path, root: Path, images: Path) -> None:
 
 
 def written(root: Path) -> dict[Path, bytes]:
+    """Return the bytes of the files that must be the same."""
     return {path.relative_to(root): path.read_bytes() for part in WRITTEN for path in root.glob(f"*/{part}")}
 
 
 def draw_images(folder: Path) -> None:
-    """JPEGs of six colours, of many sizes."""
+    """Write JPEGs of six colours and many sizes."""
     random = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 6)):
         for label in range(6):
@@ -90,6 +94,7 @@ def draw_images(folder: Path) -> None:
 
 
 def main() -> int:
+    """Train with both commits. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("commits", nargs="+", metavar="COMMIT")
     commits = [*parser.parse_args().commits, "HEAD"][:2]

@@ -4,8 +4,8 @@ python -m bench.streamed [--rounds N] [--images N] [--data FOLDER or TAR]
 
 A network of one convolution on random resized crops of ImageNet JPEGs at 224x224, batch 64, by the trainer and
 loader=threads. On a CPU decoding and steps would share the cores, so each has one: a thread that decodes and a thread
-that steps. Beside it either of them alone: the loader whose frames nobody trains on, and the same steps on frames that
-lie in memory. With a stride of 2 the steps are the slower, with one of 4 the loader is. Two cores that are both busy
+that steps. Each is also timed alone: the loader without training, and the same steps on frames that are in
+memory. With a stride of 2 the steps are the slower, with one of 4 the loader is. Two cores that are both busy
 may be slower than one of them, so either is timed a second time while another process does the other's work.
 
 Claim: training takes at most 1.05 times the slower of the two. Also: an epoch half of whose images are exemplars,
@@ -50,6 +50,8 @@ FRAMES = Transform(SIDE, SIDE, 0, True, TRANSFORM.mean, TRANSFORM.std)
 
 
 class OneConvolution(nn.Module):
+    """A backbone of one convolution."""
+
     feature_dim = 16
 
     def __init__(self, stride: int) -> None:
@@ -57,6 +59,7 @@ class OneConvolution(nn.Module):
         self.convolution = nn.Conv2d(3, self.feature_dim, 7, stride)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return features [B, 16] and one map, from images [B, 3, H, W]."""
         features = torch.relu(self.convolution(images))
         return features.mean((2, 3)), [features]
 
@@ -84,19 +87,21 @@ class Training:
         )  # fmt: skip
 
     def seconds(self) -> float:
+        """Return the seconds of an epoch."""
         began = time.perf_counter()
         self.trainer.fit(self.phase)
         return time.perf_counter() - began
 
 
 def on_frames(frames: NDArray[np.uint8], stride: int) -> Training:
-    """The same steps on frames that lie in memory."""
+    """Return a training with the same steps on frames that are in memory."""
     count = len(frames)
     ready = Resident(Split(frames, np.zeros(count, dtype=np.int64)), FRAMES, CPU)
     return Training(ready, stride, lambda: training_plan(np.arange(count), Key(0, 0), FRAMES, BATCH))
 
 
 def decode_for_ever(path: str, _: int, began: Event) -> None:
+    """Decode until the process is killed; set the event once it has begun."""
     torch.set_num_threads(1)
     beton = Beton(path)
     loader = Threads(beton, TRANSFORM, CPU, workers=1)
@@ -108,6 +113,7 @@ def decode_for_ever(path: str, _: int, began: Event) -> None:
 
 
 def step_for_ever(_: str, stride: int, began: Event) -> None:
+    """Train until the process is killed; set the event once it has begun."""
     torch.set_num_threads(1)
     training = on_frames(np.zeros((8 * BATCH, SIDE, SIDE, 3), np.uint8), stride)
     while True:
@@ -115,8 +121,8 @@ def step_for_ever(_: str, stride: int, began: Event) -> None:
         began.set()
 
 
-def beside(other: Callable[[str, int, Event], None], path: Path, stride: int, work: Callable[[], float]) -> float:
-    """The figure of `work` while another process does `other`."""
+def while_busy(other: Callable[[str, int, Event], None], path: Path, stride: int, work: Callable[[], float]) -> float:
+    """Return the figure of `work` while another process does `other`."""
     spawn = multiprocessing.get_context("spawn")
     began = spawn.Event()
     process = spawn.Process(target=other, args=(str(path), stride, began), daemon=True)
@@ -131,6 +137,7 @@ def beside(other: Callable[[str, int, Event], None], path: Path, stride: int, wo
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     arguments = read_arguments(__doc__, rounds=3, images=3000)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     torch.set_num_threads(1)
@@ -159,7 +166,7 @@ def main() -> None:
             contestants |= {f"stride {stride}, {name}": work for name, work in alone.items()}
             contestants |= {
                 f"stride {stride}, {name}, other core busy": partial(
-                    beside, other, folder / "x.beton", stride, alone[name]
+                    while_busy, other, folder / "x.beton", stride, alone[name]
                 )
                 for name, other in (("loader", step_for_ever), ("steps", decode_for_ever))
             }

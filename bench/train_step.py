@@ -41,7 +41,8 @@ COUNTS = np.array([20] * NUM_OLD + [500] * (CLASSES - NUM_OLD) + [0] * 4)
 
 
 class PilDataset(Dataset[tuple[Tensor, int]]):
-    """Pad, crop, flip with PIL, then to a normalised tensor, image by image, as torchvision's transforms do."""
+    """A Dataset that pads, crops and flips with PIL, then makes a normalised tensor, image by image, as torchvision's
+    transforms do."""
 
     def __init__(self, split: Split, plan: EpochPlan) -> None:
         self.split, self.plan = split, plan
@@ -64,7 +65,7 @@ class PilDataset(Dataset[tuple[Tensor, int]]):
 def compiled_trainer(
     student: Network, teacher: Network, split: Split, device: torch.device, precision: Precision = "fp32"
 ) -> Trainer:
-    """That keeps nothing and reports nothing."""
+    """Return a compiled trainer that keeps and reports nothing."""
     trainer = Trainer(
         TrainConfig(batch_size=BATCH, epochs=1, precision=precision),
         student,
@@ -89,7 +90,7 @@ def build(
     loss: LossConfig | None = None,
     precision: Precision = "fp32",
 ) -> tuple[Trainer, ILBaseline, Phase, Phase]:
-    """A compiled trainer in the middle of an incremental step, its method, its phase with a teacher and the one
+    """Return a compiled trainer in the middle of an incremental step, its method, its phase with a teacher and the one
     without."""
     student, teacher = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
     trainer = compiled_trainer(student, teacher, split, device, precision)
@@ -112,7 +113,7 @@ def build(
 
 
 class UsualLoop:
-    """What most repositories run."""
+    """The loop that most repositories run."""
 
     def __init__(self, split: Split, plan: EpochPlan, device: torch.device, teacher: bool) -> None:
         student, frozen = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
@@ -126,6 +127,7 @@ class UsualLoop:
         self.total = self.step(*next(self.batches))  # warm-up
 
     def images_per_second(self) -> float:
+        """Return the images per second of STEPS steps."""
         began, seen = time.perf_counter(), 0
         for images, labels in islice(self.batches, STEPS):
             self.total += self.step(images, labels)
@@ -134,6 +136,7 @@ class UsualLoop:
         return seen / (time.perf_counter() - began)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
+        """Make one step. Returns its loss."""
         images, labels = images.to(self.device), labels.to(self.device)
         logits = self.student(images).logits
         loss = balanced_cross_entropy(logits, labels, self.prior)
@@ -148,7 +151,7 @@ class UsualLoop:
 
 
 def check_pixels(split: Split, plan: EpochPlan, trainer: Trainer) -> None:
-    """Every pixel of (c) equals (a)'s, bit for bit in float32."""
+    """Raise unless every pixel of (c) equals (a)'s, bit for bit in float32."""
     usual = DataLoader(PilDataset(split, plan), batch_size=BATCH)
     for (theirs, labels), ours in zip(usual, trainer.loader.batches(plan), strict=True):
         assert torch.equal(theirs, ours.images.cpu()), "the two loops see different pixels"
@@ -169,13 +172,13 @@ class Contestant:
             self.trainer.fit(phase)  # warm-up
 
     def loop(self, teacher: bool) -> float:
-        """Images per second of (a)."""
+        """Return the images per second of (a)."""
         began = time.perf_counter()
         self.trainer.fit(self.phases[teacher])
         return BATCH * self.steps / (time.perf_counter() - began)
 
     def ceiling(self, teacher: bool) -> float:
-        """Images per second of (b)."""
+        """Return the images per second of (b)."""
         trainer, phase, one = self.trainer, self.phases[teacher], self.one
         update = trainer.update(phase)
         trainer.student.train()
@@ -192,6 +195,7 @@ class Contestant:
 
 
 def main() -> None:
+    """Run the bench and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all that the device has")

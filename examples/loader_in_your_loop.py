@@ -14,7 +14,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def main(path: str, epochs: int = 2, size: int = 64) -> int:
-    """Read some classes and a few images of the others, as an incremental step does. Returns how many came."""
+    """Read some classes and a few images of the others, as an incremental step does. Returns the number of images."""
     images = fastil.Beton(path)
     transform = Transform(size, size, pad=0, flip=True, resized=True, **IMAGENET)
     loader = fastil.make_loader(images, "auto", transform, "cpu")

@@ -10,7 +10,7 @@ from fastil.kernels import BalancedSoftmaxLoss
 
 
 def main() -> dict[str, float]:
-    """Accuracy on the five rare classes, in percent, with each loss."""
+    """Return the accuracy on the five rare classes, in percent, by loss."""
     data = load_digits()
     images, labels = torch.from_numpy(data.data).float() / 16, torch.from_numpy(data.target).long()
     rare = torch.cat([torch.nonzero(labels == c)[:4, 0] for c in range(5)])

@@ -20,6 +20,7 @@ class FixedShare(Method):
 
     Config = Config
 
-    def weigh(self, context: StepContext) -> tuple[float, float]:
-        share = self.own.fixed_share if context.num_old else 0.0
+    def loss_weights(self, context: StepContext) -> tuple[float, float]:
+        """Return the weights of cross-entropy and of distillation."""
+        share = self.config.fixed_share if context.num_old else 0.0
         return 1 - share, share

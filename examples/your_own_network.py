@@ -33,4 +33,5 @@ class Small(nn.Module):
 
 
 def backbone() -> nn.Module:
+    """Return the backbone: what `model=` names."""
     return Small()

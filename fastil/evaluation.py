@@ -1,4 +1,4 @@
-"""One pass over the test set, or over training images for herding: everything a step needs from a frozen network."""
+"""One pass of a frozen network over test or training images, and the accuracies of a step."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -23,15 +23,15 @@ Percent = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How a class is predicted."""
+    """How classes are predicted."""
 
     predictor: Literal["cnn", "nme"] = "cnn"  # the head's argmax, or iCaRL's nearest mean of exemplars
-    nme_mirrored: bool = True  # with their mirror images, if training has them; LUCIR's ImageNet code: without
+    nme_mirrored: bool = True  # means include mirror images, if training flips; LUCIR's ImageNet code: without
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Accuracy after one step, percent, over the test images of every class seen so far; a line of results.json."""
+    """Accuracies after one step, percent, over the test images of every class seen so far; an entry of results.json."""
 
     step: Count
     classes_seen: Count
@@ -44,11 +44,11 @@ class StepResult:
 
 
 def forward(network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored: bool = False) -> Output:
-    """Features and logits of the images `ids`, in that order, by the test-time transform, maybe mirrored; no maps.
+    """Return features and logits of the images `ids`, in that order, by the test-time transform; no maps. mirrored: of
+    their mirror images.
 
-    network: in float32, at the weights that its student has now. Whatever the precision of training, this is IEEE
-    float32: exemplars, class means and accuracies then depend on the weights alone. Rows are float32 on the loader's
-    device.
+    network: in float32; it takes over the current weights first. Whatever the precision of training, this is IEEE
+    float32: exemplars, class means and accuracies depend on the weights alone. Rows are float32 on the loader's device.
     """
     network.refresh()
     features, logits = [], []
@@ -56,18 +56,18 @@ def forward(network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored
         for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH, mirrored, loader.sizes)):
             out = network(batch.images)
             features.append(out.features)
-            logits.append(out.scaled)
+            logits.append(out.scaled_logits)
     return Output(torch.cat(features), [], torch.cat(logits))
 
 
 def evaluate(
     logits: Tensor, positions: Tensor, *, step: int, num_base: int, num_old: int, num_seen: int
 ) -> tuple[StepResult, NDArray[np.int64], NDArray[np.int64]]:
-    """Result, confusion matrix and predictions of a step.
+    """Return the result, the confusion matrix and the predictions of a step.
 
-    logits: [n, W] of the step's predictor; columns from num_seen on are ignored, a value that is not finite among the
-    others is an error. positions: int64 [n], true incremental positions. The matrix is int64 [seen, seen], rows are
-    true classes, in incremental order; the predictions are int64 [n].
+    logits: [n, W] of the step's predictor; columns from num_seen on are ignored. positions: int64 [n], true incremental
+    positions. The matrix is int64 [seen, seen], rows are true classes, in incremental order; the predictions are int64
+    [n]. Raises UserError for logits that are not finite.
     """
     seen = logits[:, :num_seen]
     if not bool(torch.isfinite(seen).all()):  # what argmax makes of NaN is an accident

@@ -1,23 +1,29 @@
-"""Every loss as a plain formula in float32 (float64 stays): the meaning of the kernels, and the path taken on the CPU.
+"""Every loss as a plain formula in float32 (float64 stays): what the kernels compute, and what runs on the CPU.
 
 Shapes: B images, W columns. W is the padded width of the whole run; columns of classes not seen yet are masked with
-`where`, so whatever they hold (NaN included) never reaches a result or a gradient. Every mean divides by B, the number
-of rows. A row labelled -1 or -100 has no class: it adds 0 and still counts in B (nn.CrossEntropyLoss leaves it out of
-both). Any other label outside of the classes makes the loss NaN, on a CPU as on a GPU, where raising would mean waiting
-for the device. Impossible numbers, such as a temperature of 0, raise ValueError.
+`where`, so their values (NaN included) never reach a result or a gradient. Every mean divides by B, the number of rows.
+A row labelled -1 or -100 has no class: it adds 0 and still counts in B (nn.CrossEntropyLoss leaves it out of both). Any
+other label that is not a class makes the loss NaN on every device, because raising would mean waiting for a GPU.
+Impossible numbers, such as a temperature of 0, raise ValueError.
 
-Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning" (arXiv 2103.12532). Where they stand:
+Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning" (arXiv 2103.12532). Where to find them:
 
-    eq. 1, the weighted sum; rho    fastil/methods/il_baseline.py; fused: fastil/kernels/incremental_loss.py
+    eq. 1, the weighted sum         fastil/methods/il_baseline.py; fused: fastil/kernels/incremental_loss.py
+    rho of eq. 1                    fastil/methods/context.py, StepContext.rho
     eq. 2, distillation             `distillation`
     eq. 3, Balanced Softmax         `balanced_cross_entropy` with `log_prior`
     eq. 4, its cross-entropy        `balanced_cross_entropy`
     eq. 5, alpha on old classes     `log_prior`
     Algorithm 1                     fastil/methods/meta.py
+    section 4.1.2, NME              fastil/nearest_mean.py
+    section 4.1.3, milestones       fastil/optimiser.py, TrainConfig
+    section 4.1.3, held-out B_t     fastil/memory.py, hold_out; which images: fastil/training/rehearsal.py
     section 4.3.1, memory size      fastil/memory.py, MemoryConfig
     section 4.3.2, alpha            fastil/methods/classification_loss.py, LossConfig
     section 4.3.3, Table 4          fastil/methods/classification_loss.py (rescaling, Separated Softmax), fastil/plan.py
                                     (oversampling), fastil/methods/corrections.py (balanced finetuning)
+    herding                         fastil/memory.py, herd; its loop: fastil/kernels/herd.py
+    imprinting (LUCIR, PODNet)      open_classes in their files; fastil/models/heads.py, CosineHead.imprint
 """
 
 import functools
@@ -29,15 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A finite stand-in for -inf: exp(MASKED - max) is exactly 0 beside any real logit, and a row in which every column is
-# masked (no old class yet) still has a finite logarithm, so that 0 * log p is 0 and not NaN.
+# A finite stand-in for -inf: exp(MASKED - max) is exactly 0 if the row has any real logit, and a row in which every
+# column is masked (no old class yet) still has a finite logarithm, so that 0 * log p is 0 and not NaN.
 MASKED = -1e30
 
-SHORTEST = 1e-12  # length below which a vector is not normalised: what F.normalize takes
+SHORTEST = 1e-12  # length below which a vector is not normalised: the eps of F.normalize
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32, or float64 if that is what it is in."""
+    """Return x in float32, or in float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -50,9 +56,9 @@ R = TypeVar("R")
 
 
 def differentiable_in(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator of a function whose result has a derivative in the arguments `names` only. It raises RuntimeError if
-    another argument requires a gradient, as torch's own functions do, instead of leaving that one without. Under
-    torch.no_grad() nobody gets one, and nothing is raised."""
+    """Return a decorator for a function whose result has a derivative in the arguments `names` only: it raises
+    RuntimeError if another argument requires a gradient, as torch's own functions do, instead of silently giving that
+    one none. Under torch.no_grad() no argument gets one, and nothing is raised."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         code = function.__code__
@@ -82,8 +88,8 @@ def _requires_gradient(value: Any) -> bool:
 
 
 def check_scalar(name: str, value: float | Tensor, *, positive: bool = False) -> None:
-    """Raise ValueError unless it is a 0-d tensor or a number that float32, in which all losses are computed, keeps
-    finite, and above 0 if it must be positive."""
+    """Raise ValueError unless the value is a 0-d tensor, or a number that is finite in float32, in which all losses are
+    computed, and above 0 if it must be positive."""
     if isinstance(value, Tensor):
         if value.ndim:
             raise ValueError(f"{name} must be a number or a 0-d tensor, not {[*value.shape]}")
@@ -92,14 +98,13 @@ def check_scalar(name: str, value: float | Tensor, *, positive: bool = False) ->
 
 
 def check_integer(name: str, value: int, least: int = 0) -> None:
-    """Raise ValueError unless it is an integer of at least `least`."""
+    """Raise ValueError unless the value is an integer of at least `least`."""
     if value % 1 or value < least:
         raise ValueError(f"{name}={value}: must be an integer of at least {least}")
 
 
 def check_classes(num_old: int | Tensor, num_seen: int | Tensor, width: int) -> None:
-    """Raise ValueError unless they are numbers of classes, 0 <= num_old <= num_seen <= width, as far as they are
-    numbers and no tensors."""
+    """Raise ValueError unless 0 <= num_old <= num_seen <= width, all integers. The values of tensors are not read."""
     for name, value in (("num_old", num_old), ("num_seen", num_seen)):
         check_scalar(name, value)
     old = 0 if isinstance(num_old, Tensor) else num_old
@@ -109,8 +114,8 @@ def check_classes(num_old: int | Tensor, num_seen: int | Tensor, width: int) -> 
 
 
 def check_counts(counts: Tensor) -> None:
-    """Raise ValueError unless they are the images of each class, [W]: none negative, infinite or NaN, not all 0. The
-    values of a tensor that is on a device, or that only stands for one while code is traced, are not read."""
+    """Raise ValueError unless the counts are [W], numbers of images of each class: none negative, infinite or NaN, not
+    all 0. The values are not read if the tensor is on a device, or is a stand-in while code is traced."""
     if counts.ndim != 1 or counts.dtype == torch.bool or counts.is_complex():
         raise ValueError(f"counts must be [W], numbers of images of each class, not {counts.dtype} {[*counts.shape]}")
     real = type(counts) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
@@ -125,16 +130,17 @@ def check_counts(counts: Tensor) -> None:
 
 
 def check_integers(target: Tensor) -> None:
+    """Raise ValueError unless the target has an integer dtype."""
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise ValueError(f"target must hold integers, not {target.dtype}")
 
 
 def labels(target: Tensor, num_classes: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The column of each row's class, and a factor of the row's term; nothing waits for the device.
+    """Return the column of each row's class, int64 [B], and a factor for the row's term, float32 [B].
 
-    target: int [B]; num_classes: columns in which a class may lie. Returns int64 [B], 0 where there is none, and
-    float32 [B]: 1; 0 for the labels -1 and -100 (torch's own), which say that the row has no class; NaN for any other
-    label, which is a mistake.
+    target: int [B]. num_classes: the first columns, in which a class may lie. The factor is 1; 0 for the labels -1 and
+    -100 (torch's own), which say that the row has no class; NaN for any other label, which is a mistake. The column is
+    0 where there is no class. Nothing waits for the device.
     """
     check_integers(target)
     y = target.long()  # the smaller types have no -100, or wrap around to it
@@ -147,14 +153,14 @@ def labels(target: Tensor, num_classes: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_prior(counts: Tensor, num_old: int | Tensor = 0, alpha: float | Tensor = 1.0) -> Tensor:
-    """Logarithm of the class weights lambda of eq. 5, up to a constant that no softmax sees.
+    """Return the logarithm of the class weights lambda of eq. 5, up to a constant that no softmax sees: float32 [W].
 
     counts: [W], training images per class of this step, 0 for a class not seen. num_old: classes of earlier steps.
-    alpha: scalar or [W], the weight of the old classes; 1 gives eq. 3. Returns float32 [W]: log(n / max n), plus log
-    alpha on old columns, -inf where n = 0. Equal counts and alpha = 1 give exactly 0, which is the plain softmax.
+    alpha: scalar or [W], the weight of the old classes; 1 gives eq. 3. The result is log(n / max n), plus log alpha on
+    old columns, -inf where n = 0. Equal counts and alpha = 1 give exactly 0, which is the plain softmax.
 
-    Counts that are negative, infinite, NaN or all 0 raise ValueError on the CPU. On a GPU, where that would mean
-    waiting, they give NaN, and so does the loss. An alpha that is a number must be above 0.
+    Counts that are negative, infinite, NaN or all 0 raise ValueError on the CPU. On a GPU, where reading them would
+    mean waiting, they give NaN, and so does the loss. An alpha that is a number must be above 0.
     """
     check_counts(counts)
     check_classes(num_old, len(counts), len(counts))
@@ -168,34 +174,35 @@ def log_prior(counts: Tensor, num_old: int | Tensor = 0, alpha: float | Tensor =
 
 
 def balanced_cross_entropy(logits: Tensor, target: Tensor, log_prior: Tensor) -> Tensor:
-    """Balanced Softmax cross-entropy: the mean over the batch of -log q_y (eq. 4), where q = softmax(z + log lambda) is
-    eq. 3, or eq. 5 with alpha in the prior.
+    """Return the Balanced Softmax cross-entropy, 0-d: the mean over the batch of -log q_y (eq. 4), where q =
+    softmax(z + log lambda) is eq. 3, or eq. 5 with alpha in the prior.
 
     logits [B, W], target int64 [B] (-1 or -100: the row adds nothing; a class without images is an infinite loss),
-    log_prior [W] as `log_prior` makes it. Returns a scalar.
+    log_prior [W] as `log_prior` makes it.
     """
     seen = log_prior != -math.inf
     return _cross_entropy(torch.where(seen, _wide(logits) + log_prior, -math.inf), target, logits.shape[1])
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, num_classes: int | Tensor) -> Tensor:
-    """The mean over the batch."""
+    """Return the mean over the batch, 0-d."""
     y, factor = labels(target, num_classes)
     total = F.cross_entropy(logits, y.masked_fill(factor != 1, -1), ignore_index=-1, reduction="sum")
     return total / logits.shape[0] * _nan_if_any(factor)
 
 
 def _nan_if_any(factor: Tensor) -> Tensor:
-    """NaN if a row's factor is NaN, else 1, which changes no bit."""
+    """Return NaN if a row's factor is NaN, else 1, which changes no bit."""
     return 1 + (0 * factor).sum()
 
 
 @differentiable_in("logits", "temperature")
 def distillation(logits: Tensor, teacher_logits: Tensor, num_old: int | Tensor, temperature: float | Tensor) -> Tensor:
-    """Distillation over the old classes, eq. 2 with the mean over the batch: -T^2 sum_k p_teacher log p_student.
+    """Return the distillation loss over the old classes, 0-d: eq. 2 with the mean over the batch,
+    -T^2 sum_k p_teacher log p_student.
 
     logits, teacher_logits [B, W]; only the first num_old columns are read. num_old = 0 gives 0. A teacher that requires
-    a gradient raises RuntimeError. Returns a scalar.
+    a gradient raises RuntimeError.
     """
     check_scalar("temperature", temperature, positive=True)
     check_classes(num_old, logits.shape[1], logits.shape[1])
@@ -207,10 +214,10 @@ def distillation(logits: Tensor, teacher_logits: Tensor, num_old: int | Tensor, 
 
 
 def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tensor, num_seen: int | Tensor) -> Tensor:
-    """Cross-entropy with one softmax over the old and one over the new classes (SS-IL, arXiv 2003.13947): a row
-    competes with the classes of its target's block only. The mean over the batch.
+    """Return the cross-entropy of the Separated Softmax (SS-IL, arXiv 2003.13947; section 4.3.3), 0-d, the mean over
+    the batch: one softmax over the old classes and one over the new, a row only in that of its target.
 
-    logits [B, W], target int64 [B] (-1 or -100: the row adds nothing). Returns a scalar.
+    logits [B, W], target int64 [B] (-1 or -100: the row adds nothing).
     """
     check_classes(num_old, num_seen, logits.shape[1])
     column = torch.arange(logits.shape[1], device=logits.device)
@@ -222,8 +229,8 @@ def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tenso
 def hardest_new(
     cosines: Tensor, target: Tensor, num_old: int | Tensor, num_seen: int | Tensor, k: int, margin: float
 ) -> tuple[Tensor, Tensor]:
-    """Of the k new classes with the highest cosine: how far each comes within the margin of the target's, at least 0,
-    and 0 where the target is not old or there is no such class; and its column. Both [B, k]."""
+    """Return how far each of the k new classes with the highest cosine comes within the margin of the target's, at
+    least 0, and its column; both [B, k]. The first is 0 where the target is not old or there is no such class."""
     column = torch.arange(cosines.shape[1], device=cosines.device)
     new = (column >= num_old) & (column < num_seen)
     highest, rival = torch.where(new, _wide(cosines), -torch.inf).topk(min(k, cosines.shape[1]), dim=1)
@@ -241,10 +248,11 @@ def margin_ranking(
     k: int = 2,
     margin: float = 0.5,
 ) -> Tensor:
-    """LUCIR's margin ranking (eq. 8): rows of old classes keep their target's cosine a margin above the k highest of
-    the new classes; the mean over k and over the batch (the released code divides by the rows of old classes instead).
+    """Return LUCIR's margin ranking loss (its eq. 8), 0-d: in rows of old classes the target's cosine is kept a margin
+    above the k highest of the new classes. The mean over k and over the batch (the released code divides by the rows of
+    old classes instead).
 
-    cosines [B, W], not scaled; target int64 [B] (-1 or -100: the row adds nothing). Returns a scalar.
+    cosines [B, W], not scaled; target int64 [B] (-1 or -100: the row adds nothing).
     """
     check_classes(num_old, num_seen, cosines.shape[1])
     check_integer("k", k, least=1)
@@ -255,10 +263,11 @@ def margin_ranking(
 
 @differentiable_in("features")
 def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
-    """LUCIR's less-forget constraint (Hou et al., CVPR 2019): the mean over the batch of 1 - cos(features, teacher's).
+    """Return LUCIR's less-forget constraint (Hou et al., CVPR 2019), 0-d: the mean over the batch of
+    1 - cos(features, teacher's).
 
     features, teacher_features: [B, d], not normalised. A teacher that requires a gradient raises RuntimeError. A vector
-    shorter than 1e-12 has no direction: its row counts 1 and has no gradient. Returns a scalar.
+    shorter than 1e-12 has no direction: its row counts 1 and has no gradient.
     """
     student, teacher = _unit(_wide(features)), _unit(_wide(teacher_features))
     # 1 - cos of unit vectors is half their squared distance, which does not cancel where they are nearly equal.
@@ -272,18 +281,17 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def pod_flat(features: Tensor, teacher_features: Tensor) -> Tensor:
-    """PODNet's flat distillation (arXiv 2004.13513) as the released code computes it: 1 - cos, as `less_forget`."""
+    """Return PODNet's flat distillation (arXiv 2004.13513) as the released code computes it, 0-d: `less_forget`."""
     return less_forget(features, teacher_features)
 
 
 @differentiable_in("maps")
 def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-    """PODNet's spatial distillation (arXiv 2004.13513) as the released code computes it: the squares of a map, summed
-    over its width and over its height, are concatenated and L2-normalised; the Euclidean distance to the teacher's, not
-    squared, the mean over the batch and over the layers.
+    """Return PODNet's spatial distillation (arXiv 2004.13513) as the released code computes it, 0-d. The squares of a
+    map are summed over its width and over its height, concatenated and L2-normalised. The loss is the Euclidean
+    distance to the teacher's, not squared, the mean over the batch and over the layers.
 
-    maps, teacher_maps: for each layer [B, C, H, W]. A teacher that requires a gradient raises RuntimeError. Returns a
-    scalar.
+    maps, teacher_maps: for each layer [B, C, H, W]. A teacher that requires a gradient raises RuntimeError.
     """
 
     def pooled(x: Tensor) -> Tensor:
@@ -305,15 +313,16 @@ def nca(
     margin: float = 0.6,
     variant: Literal["released", "paper"] = "released",
 ) -> Tensor:
-    """PODNet's classification loss (arXiv 2004.13513, eq. 8) over similarities y; the mean over the batch.
+    """Return PODNet's classification loss (arXiv 2004.13513, its eq. 8) over similarities y, 0-d, the mean over the
+    batch.
 
-    paper: max(0, -log(exp(scale (y_t - margin)) / sum_{j != t} exp(scale y_j))). released: what the released code comes
-    to, which takes the margin from every class and then the largest similarity m from all, so that the margin cancels,
-    sets the target's term in the sum to exp(0) instead of leaving it out, and has the hinge off: (m - s_t) +
-    log(1 + sum_{j != t} exp(s_j - m)) with s = scale y. That is the softmax cross-entropy where the target is the
-    largest, and slightly more elsewhere; published numbers of PODNet are made with it.
+    paper: max(0, -log(exp(scale (y_t - margin)) / sum_{j != t} exp(scale y_j))). released: what the released code
+    computes. It subtracts the margin from every class and then the largest similarity m from all, so the margin
+    cancels; it sets the target's term in the sum to exp(0) instead of leaving it out; and its hinge is off. With s =
+    scale y that is (m - s_t) + log(1 + sum_{j != t} exp(s_j - m)): the softmax cross-entropy where the target is the
+    largest, and slightly more elsewhere. PODNet's published numbers are made with it.
 
-    similarities [B, W], target int64 [B] (-1 or -100: the row adds nothing). Returns a scalar.
+    similarities [B, W], target int64 [B] (-1 or -100: the row adds nothing).
     """
     check_classes(0, num_seen, similarities.shape[1])
     check_scalar("scale", scale)
@@ -342,35 +351,35 @@ def icarl_cross_entropy(
     num_seen: int | Tensor,
     num_outputs: int,
 ) -> Tensor:
-    """iCaRL's loss as published in 2017 (Algorithm 3): binary cross-entropy of each class's sigmoid, whose aim is the
-    label on new classes and the teacher's sigmoid on old ones, for exemplars as well.
+    """Return iCaRL's loss as published in 2017 (its Algorithm 3), 0-d: binary cross-entropy of each class's sigmoid.
+    On new classes its target is the label, on old ones the teacher's sigmoid, for exemplars too.
 
     The mean over the batch and over num_outputs: the released code divides by all classes of the run. (It also trains
     the outputs of classes not seen yet towards 0; here they do not exist yet.) logits, teacher_logits [B, W], target
-    int64 [B] (-1 or -100: the row has the teacher's aims only). A teacher that requires a gradient raises RuntimeError.
-    Returns a scalar.
+    int64 [B] (-1 or -100: the row has the teacher's targets only). A teacher that requires a gradient raises
+    RuntimeError.
     """
     check_classes(num_old, num_seen, logits.shape[1])
     check_integer("num_outputs", num_outputs, least=1)
     column = torch.arange(logits.shape[1], device=logits.device)
     old, seen = column < num_old, column < num_seen
     y, factor = labels(target, num_seen)
-    aim, factor = (column == y[:, None]).to(_wide(logits).dtype), factor[:, None]
+    aims, factor = (column == y[:, None]).to(_wide(logits).dtype), factor[:, None]
     if teacher_logits is not None:
-        aim = torch.where(old, torch.sigmoid(_wide(teacher_logits)), aim)
+        aims = torch.where(old, torch.sigmoid(_wide(teacher_logits)), aims)
         factor = torch.where(old, 1.0, factor)
     z = torch.where(seen, _wide(logits), 0.0)
-    terms = F.binary_cross_entropy_with_logits(z, torch.where(seen, aim, 0.0), reduction="none")
+    terms = F.binary_cross_entropy_with_logits(z, torch.where(seen, aims, 0.0), reduction="none")
     return torch.where(seen & (factor != 0), factor * terms, 0.0).sum() / (logits.shape[0] * num_outputs)
 
 
 @differentiable_in("similarities")
 def topology(similarities: Tensor, teacher_similarities: Tensor, edges: Tensor) -> Tensor:
-    """1 minus Pearson's correlation, over the edges of a graph, of their weights with those that the teacher has: the
-    topology-preserving loss of TPCIL (Tao et al., ECCV 2020), as far as it is known.
+    """Return the topology-preserving loss of TPCIL (Tao et al., ECCV 2020), as far as it is known, 0-d: 1 minus
+    Pearson's correlation, over the edges of a graph, of the student's edge weights with the teacher's.
 
     similarities, teacher_similarities: float [B, V], of images and vertices; edges: bool [B, V], which of them count.
-    A teacher that requires a gradient raises RuntimeError. Without at least two edges that differ, 0. Returns a scalar.
+    A teacher that requires a gradient raises RuntimeError. The loss is 0 without two edges that differ.
     """
     student, teacher = _wide(similarities), _wide(teacher_similarities)
     weight = edges.to(student.dtype)

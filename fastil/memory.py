@@ -38,7 +38,8 @@ class MemoryConfig:
             )
 
     def quota(self, classes_seen: int) -> int:
-        """Exemplars per class once classes_seen classes share the memory."""
+        """Return the exemplars per class once classes_seen classes share the memory. Raises UserError if there are
+        none."""
         if self.memory_budget is None:
             assert self.exemplars_per_class is not None
             return self.exemplars_per_class
@@ -49,12 +50,13 @@ class MemoryConfig:
         return self.memory_budget // classes_seen
 
     def total(self, counts: Ids) -> int:
-        """Exemplars once all classes are seen. counts: int64 [classes], training images of each."""
+        """Return the number of exemplars once all classes are seen. counts: int64 [classes], training images of
+        each."""
         return int(np.minimum(counts, self.quota(len(counts))).sum())
 
 
 class RehearsalMemory:
-    """Exemplar ids per class in rank order; a smaller quota keeps the prefix."""
+    """The exemplar ids of each class in herding rank; a smaller quota keeps the prefix."""
 
     def __init__(self) -> None:
         self.exemplars: dict[int, Ids] = {}  # in the order the classes were learned
@@ -68,12 +70,12 @@ class RehearsalMemory:
         self.exemplars = {class_id: ids[:quota] for class_id, ids in self.exemplars.items()}
 
     def ids(self) -> Ids:
-        """Every exemplar, class after class. int64."""
+        """Return the ids of all exemplars, class after class, int64 [n]."""
         return np.concatenate([np.empty(0, dtype=np.int64), *self.exemplars.values()])
 
 
 def herd_classes(features: Sequence[Tensor], m: int) -> list[Ids]:
-    """`herd` for many classes: features[g] is float [n_g, d]; returns int64 arrays of min(m, n_g) positions.
+    """Return `herd` of many classes: int64 arrays of min(m, n_g) positions. features[g]: float [n_g, d].
 
     Features are normalised and multiplied in float64, so that the picks do not depend on the order of summation. A Gram
     matrix takes 8 n^2 bytes: 14 MB for ImageNet's largest classes, 288 MB for Fashion-MNIST's 6,000 images.
@@ -92,10 +94,10 @@ def herd_classes(features: Sequence[Tensor], m: int) -> list[Ids]:
 
 
 def herd(features: Tensor | NDArray[np.floating], m: int) -> Ids:
-    """Positions of the exemplars of one class in herding rank. features: float [n, d]. Returns int64 [min(m, n)].
+    """Return the positions of one class's exemplars in herding rank, int64 [min(m, n)]. features: float [n, d].
 
-    iCaRL's released loop on L2-normalised features, which the LUCIR and PODNet codes share: repeats move the target
-    without being picked (see `fastil.kernels.herd`).
+    iCaRL's released loop on L2-normalised features, as in the codes of LUCIR and PODNet: a repeat moves the target and
+    is not picked again (see `fastil.kernels.herd`).
     """
     features = torch.as_tensor(features)
     if features.ndim != 2 or len(features) == 0:
@@ -104,15 +106,15 @@ def herd(features: Tensor | NDArray[np.floating], m: int) -> Ids:
 
 
 def hold_out(ids: Ids, classes: Ids, per_class: int, key: Key) -> tuple[Ids, Ids]:
-    """Take per_class images of every class out of training. ids, classes: int64 [n], an image and its class.
+    """Take per_class images of every class out of training. ids, classes: int64 [n], images and their classes.
 
-    Returns the ids that stay, in their order, and the held-out ones, class after class, drawn by the counter.
+    Returns the ids that stay, in their order, and the held-out ids, class after class, drawn by the counter.
     """
     held = np.concatenate([select_at_random(ids[classes == c], per_class, key) for c in np.unique(classes)])
     return ids[~np.isin(ids, held)], held
 
 
 def select_at_random(ids: Ids, m: int, key: Key) -> Ids:
-    """m of ids, drawn by the counter, in the order of the draw. A smaller m is a prefix."""
+    """Return m of the ids, drawn by the counter, in the order of the draw. A smaller m gives a prefix."""
     draw = counter_hash(key, "select", ids, np.zeros_like(ids))
     return ids[np.argsort(draw, kind="stable")[:m]]

@@ -1,7 +1,7 @@
-"""Optimisation: the schedule of a step, and SGD with momentum and decay, elements clamped, rows frozen.
+"""Optimisation: milestones and learning rates of a step, and SGD with momentum, decay, clamping and frozen rows.
 
-The update is written down once, because Meta BalancedS-CE differentiates through it: it needs the update itself (a step
-that is taken back), what the update lets through, and, for the unrolled reference, the update as a formula.
+The update stands here once, because Meta BalancedS-CE differentiates through it: it needs the update itself (a step
+that is taken back), its derivative and, for the unrolled reference, the update as a formula.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class TrainConfig:
     lr_drop: Annotated[float, Field(gt=0, le=1)] = 0.1  # multistep: what a drop multiplies the learning rate by
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegativeFloat = 2e-4
-    # Of initialisation, shuffling, crops and flips; the class order is fixed by `order`.
+    # For initialisation, shuffling, crops and flips; the class order is set by `order`.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
@@ -44,33 +44,34 @@ class TrainConfig:
         check_milestones("milestones", self.milestones)
 
     def epochs_of(self, step: int) -> int:
+        """Return the epochs of a step."""
         return self.base_epochs if step == 0 and self.base_epochs else self.epochs
 
     def learning_rate(self, epoch: int, epochs: int) -> float:
-        """The learning rate of an epoch, counted from 0, among `epochs`."""
+        """Return the learning rate of an epoch, counted from 0, among `epochs`."""
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         return self.lr * self.lr_drop ** drops(self.milestones, epoch, epochs)
 
 
 def check_milestones(key: str, milestones: list[float]) -> None:
-    """Raise UserError unless these parts of a training rise."""
+    """Raise UserError unless these milestones, as parts of training, rise."""
     if sorted(milestones) != milestones:
         raise UserError(f"{key}={shown(milestones)}: must rise, such as [0.4, 0.6, 0.8]")
 
 
 def drops(milestones: list[float], epoch: int, epochs: int) -> int:
-    """How often the learning rate has dropped by an epoch (from 0) among `epochs`. A drop takes effect at the start of
-    epoch round(milestone * epochs), but never in the first."""
+    """Return how often the learning rate has dropped by an epoch (from 0) among `epochs`. A drop takes effect at the
+    start of epoch round(milestone * epochs), but never in the first."""
     return sum(epoch >= max(1, round(m * epochs)) for m in milestones)
 
 
 class Update:
-    """SGD (no dampening, no Nesterov) on some parameters.
+    """SGD with momentum (no dampening, no Nesterov) on some parameters.
 
-    lr: 0-d tensor, read anew at each step, so that a captured step stays valid. trainable: for a parameter that moves
-    in part, a bool tensor of its shape; where False neither gradient, momentum nor decay moves it. clamp: largest
-    magnitude of an element of a gradient.
+    lr: 0-d tensor, read at each step, so that a captured step stays valid. trainable: for a parameter that moves in
+    part, a bool tensor of its shape; where it is False, neither gradient, momentum nor decay moves the parameter.
+    clamp: the largest magnitude of an element of a gradient.
     """
 
     def __init__(
@@ -88,13 +89,14 @@ class Update:
         self.optimizer = torch.optim.SGD(
             self.parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True
         )
-        self.optimizer.param_groups[0]["lr"] = lr  # set afterwards, for the constructor would read its value
+        self.optimizer.param_groups[0]["lr"] = lr  # set afterwards: the constructor would read its value
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
             # Allocated now, so that a step only ever overwrites.
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
     def set_weight_decay(self, weight_decay: float) -> None:
+        """Set the weight decay of the updates to come."""
         self.weight_decay = weight_decay
         self.optimizer.param_groups[0]["weight_decay"] = weight_decay
 
@@ -104,7 +106,7 @@ class Update:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """One step along the gradients that lie in the parameters."""
+        """Make one step along the gradients that are in the parameters."""
         if self.clamp is not None:  # PODNet
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             torch._foreach_clamp_min_(gradients, -self.clamp)
@@ -116,7 +118,7 @@ class Update:
 
     @contextlib.contextmanager
     def taken_back(self, *others: Tensor) -> Iterator[None]:
-        """Parameters, momentum and `others` are afterwards what they were; gradients are gone."""
+        """Restore parameters, momentum and `others` when the block ends; gradients are dropped."""
         tensors = [*self.parameters, *self.buffers, *others]
         before = [t.detach().clone() for t in tensors]
         try:
@@ -129,7 +131,8 @@ class Update:
                 parameter.grad = None
 
     def moving(self) -> list[Tensor | None]:
-        """Which elements of each parameter the gradients that lie there will move, as bool tensors; None: all."""
+        """Return bool masks, one for each parameter, of the elements that the present gradients will move; None:
+        all."""
         masks = []
         for parameter in self.parameters:
             mask = self.trainable.get(parameter)
@@ -142,14 +145,15 @@ class Update:
         return masks
 
     def passed_through(self, moving: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> list[Tensor]:
-        """J^T v for each parameter, J the derivative of the update in the gradients: -lr v, and 0 on elements that do
-        not move. Momentum and decay add to the update and not to its derivative. A vector that is None is 0."""
+        """Return J^T v for each parameter, J the derivative of the update in the gradients: -lr v, and 0 on elements
+        that do not move. Momentum and decay add to the update but not to its derivative. A vector that is None counts
+        as 0."""
         pairs = zip(self.parameters, vectors, strict=True)
-        scaled = [torch.zeros_like(p) if v is None else -self.lr * v for p, v in pairs]
-        return [v if mask is None else torch.where(mask, v, 0.0) for v, mask in zip(scaled, moving, strict=True)]
+        moved = [torch.zeros_like(p) if v is None else -self.lr * v for p, v in pairs]
+        return [v if mask is None else torch.where(mask, v, 0.0) for v, mask in zip(moved, moving, strict=True)]
 
     def formula(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """The parameters after `apply`, differentiable in the gradients; one without a gradient stays as it is."""
+        """Return the parameters after `apply`, differentiable in the gradients; one without a gradient is unchanged."""
         moved = []
         for parameter, buffer, gradient in zip(self.parameters, self.buffers, gradients, strict=True):
             if gradient is None:

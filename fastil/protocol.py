@@ -42,15 +42,16 @@ class ProtocolConfig:
 
 
 def class_order(name_or_list: str | Sequence[int | str], num_classes: int, names: Sequence[str] | None = None) -> Ids:
-    """Data set ids in the order in which they are learned: position p holds class order[p]. int64 [num_classes].
+    """Return data set ids in the order in which they are learned, int64 [num_classes]: position p holds class order[p].
 
-    "lucir": a shuffle of the ids under seed 1993 (LUCIR, Mnemonics, BiC's ImageNet, PODNet's ImageNet); "lucir2" and
-    "lucir3": the next two shuffles of that stream, of the second and third run of LUCIR's code. "icarl": the order of
-    iCaRL's Theano code for CIFAR-100, which draws from the same seed after shuffling 500 training indices for each of
-    the 100 classes. "seedN": a permutation under seed N, as PyCIL draws it. "alphabetical": 0, 1, 2, ... "natural": by
-    name, numbers in names by their value (2 before 10). A list names every class once, by its id (an int) or its name.
+    "lucir": a shuffle of the ids under seed 1993 (LUCIR, Mnemonics, BiC's ImageNet, PODNet's ImageNet). "lucir2" and
+    "lucir3": the next two shuffles of that stream, as in the second and third run of LUCIR's code. "icarl": the order
+    of iCaRL's Theano code for CIFAR-100, which draws from the same seed after shuffling 500 training indices for each
+    of the 100 classes. "seedN": a permutation under seed N, as PyCIL draws it. "alphabetical": 0, 1, 2, ... "natural":
+    by name, with numbers in names by their value (2 before 10). A list names every class once, by its id (an int) or
+    its name.
 
-    names: of the classes, by id; "natural" and a list of names need them. Raises UserError for what is no order.
+    names: of the classes, by id; "natural" and a list of names need them. Raises UserError for anything else.
     """
     if not isinstance(name_or_list, str):
         return _listed(name_or_list, num_classes, names)
@@ -78,7 +79,7 @@ def class_order(name_or_list: str | Sequence[int | str], num_classes: int, names
 
 
 def _listed(wanted: Sequence[int | str], num_classes: int, names: Sequence[str] | None) -> Ids:
-    """The order of a list of ids and names."""
+    """Return the order of a list of ids and names. Raises UserError if it does not name every class once."""
     by_name = {name: class_id for class_id, name in enumerate(names or ())}
     said = f"order={shown(np.asarray(wanted, dtype=object).tolist())}"
     for name in wanted:
@@ -98,7 +99,7 @@ def _listed(wanted: Sequence[int | str], num_classes: int, names: Sequence[str] 
 
 
 def _odd(ids: list[int], num_classes: int, names: Sequence[str] | None) -> str:
-    """What is wrong with a list of ids, as a piece of a sentence."""
+    """Return what is wrong with a list of ids, as a piece of a sentence."""
     known, counts = set(range(num_classes)), Counter(ids)
     outside, twice, missing = set(ids) - known, {c for c in ids if counts[c] > 1}, known - set(ids)
     for what, found in (("there is no", outside), ("twice", twice), ("missing", missing)):
@@ -109,14 +110,14 @@ def _odd(ids: list[int], num_classes: int, names: Sequence[str] | None) -> str:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """The sort key of a name in which numbers count by their value."""
+    """Return the sort key of a name in which numbers count by their value."""
     parts = [part.lstrip("0") if part.isdigit() else part for part in re.split("([0-9]+)", name)]
     return [(0, len(part), part) if number % 2 else (1, 0, part) for number, part in enumerate(parts)]
 
 
 def numbering_note(names: Sequence[str]) -> str | None:
-    """A line for the user where the names of the classes are numbers and their ids are not in the order of these, as in
-    a file that has them sorted as text."""
+    """Return a line for the user if class names are numbers but ids are not in their order, as in a file that has them
+    sorted as text; else None."""
     by_number = sorted(names, key=natural_key)
     if list(names) == by_number or not all(re.fullmatch("[0-9]+", name) for name in names):
         return None
@@ -128,11 +129,11 @@ def numbering_note(names: Sequence[str]) -> str | None:
 
 
 def imagenet_subset(name: str) -> Ids:
-    """Ids among the 1000 sorted wnids, already in incremental order. int64 [100].
+    """Return ids among the 1000 sorted wnids, already in incremental order, int64 [100].
 
     "lucir": the subset of LUCIR and Mnemonics, 100 wnids drawn under seed 1993, sorted, then shuffled under the same
     seed. "first100": the subset of PODNet, BiC and DER, the alphabetically first 100 wnids in LUCIR's order. The two
-    share 9 classes.
+    share 9 classes. Raises UserError for another name.
     """
     if name == "lucir":
         members = np.sort(np.random.RandomState(SEED).permutation(IMAGENET_CLASSES)[:100])
@@ -145,8 +146,9 @@ def imagenet_subset(name: str) -> Ids:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A base step, then increments over `order` (int64, data set ids in the order they are learned). increment: the
-    classes of each further step, or a list of them. Raises UserError where they do not take all classes."""
+    """A base step of `base` classes, then increments, over `order` (int64, data set ids in the order they are learned).
+    increment: the classes of each further step, or a list of them. Raises UserError if the steps do not take all
+    classes."""
 
     order: Ids
     base: int
@@ -176,7 +178,7 @@ class Protocol:
 
     @property
     def _from_scratch(self) -> str:
-        """Settings that make the first increment the base step."""
+        """The settings that make the first increment the base step."""
         if isinstance(self.increment, Sequence):
             first, *later = self.increment or [len(self.order)]
             return f"base_classes={first} increment={shown(later)}"
@@ -184,31 +186,33 @@ class Protocol:
 
     @property
     def sizes(self) -> list[int]:
-        """How many classes each step adds, the base step first."""
+        """The number of classes that each step adds, the base step first."""
         if isinstance(self.increment, Sequence):
             return [self.base, *self.increment]
         return [self.base] + [self.increment] * ((len(self.order) - self.base) // max(1, self.increment))
 
     @property
     def steps(self) -> list[Ids]:
-        """Data set ids of each step, the base step first."""
+        """The data set ids of each step, the base step first."""
         return np.split(self.order, np.cumsum(self.sizes)[:-1])
 
     def positions(self, num_classes: int) -> Ids:
-        """Lookup table from data set label to incremental position, -1 for a class the protocol leaves out."""
+        """Return a lookup table from data set label to incremental position, int64 [num_classes], -1 for a class that
+        the protocol leaves out."""
         table = np.full(num_classes, -1, dtype=np.int64)
         table[self.order] = np.arange(len(self.order))
         return table
 
     def class_hash(self, names: Sequence[str]) -> str:
-        """Short hash of the class names in incremental order, to tell two "ImageNet-100" runs apart at a glance."""
+        """Return a short hash of the class names in incremental order, to tell two "ImageNet-100" runs apart at a
+        glance."""
         listing = "\n".join(names[i] for i in self.order)
         return hashlib.sha256(listing.encode()).hexdigest()[:12]
 
 
 def build_protocol(config: ProtocolConfig, num_classes: int, names: Sequence[str] | None = None) -> Protocol:
-    """The protocol of a recipe on a data set of num_classes classes. names: of the classes, by id, if they are known.
-    Raises UserError where the recipe makes none."""
+    """Return the protocol of a recipe on a data set of num_classes classes. names: of the classes, by id, if they are
+    known. Raises UserError if the recipe does not fit the data set."""
     if config.subset is not None and config.order is not None:
         raise UserError(
             f"subset={shown(config.subset)} with order={shown(config.order)}: subset and order were both given, and a "
@@ -236,6 +240,7 @@ def build_protocol(config: ProtocolConfig, num_classes: int, names: Sequence[str
 
 
 def _base(config: ProtocolConfig, total: int) -> int:
+    """Return the classes of the base step. Raises UserError if the increments leave none."""
     if config.base_classes is not None:
         return config.base_classes
     if not isinstance(config.increment, list):
@@ -250,6 +255,8 @@ def _base(config: ProtocolConfig, total: int) -> int:
 
 
 def _increment(config: ProtocolConfig, total: int) -> int | list[int]:
+    """Return the classes of each further step: the recipe's, or what makes five steps. Raises UserError if none
+    does."""
     if config.increment is not None:
         return config.increment
     rest = total - _base(config, total)
@@ -262,5 +269,5 @@ def _increment(config: ProtocolConfig, total: int) -> int | list[int]:
 
 
 def _divisors(n: int) -> str:
-    """The divisors of n as text, such as "1 or 2 or 4"."""
+    """Return the divisors of n as text, such as "1 or 2 or 4"."""
     return " or ".join(str(d) for d in range(1, n + 1) if n % d == 0)

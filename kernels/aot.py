@@ -1,4 +1,4 @@
-"""What every kernel compiles to, found without a GPU: registers, spills, barriers, and how wide it reads and writes.
+"""What every kernel compiles to, without a GPU: registers, spills, barriers, and how wide it reads and writes.
 
 python -m fastil.kernels.aot            the figures of every case (aot_cases.py) on sm_80, sm_90 and sm_100
 python -m fastil.kernels.aot --check    exit 1 if a limit is violated or a figure is worse than in aot_table.json
@@ -40,26 +40,30 @@ Results = dict[str, dict[str, Figures]]  # by architecture, then case
 
 
 class Target:
-    """What Triton asks of a driver in order to compile, answered for a GPU that is not there."""
+    """A driver for a GPU that is not there: it answers what Triton asks in order to compile."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
 
     def get_current_target(self) -> object:
+        """Return the compile target."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
+        """Return a device number."""
         return self.arch  # Triton remembers a target per device, so every architecture is another device
 
     def get_current_stream(self, device: int) -> int:
+        """Return 0."""
         return 0
 
 
 @contextmanager
 def only_compiling(arch: int) -> Iterator[list[Any]]:
-    """Inside, the launches of fastil.kernels.jit compile for the architecture and append the result to the list."""
+    """Make the launches of fastil.kernels.jit compile for an architecture, while inside, and append what they compile
+    to the list."""
     import triton
 
     from fastil.kernels.jit import launching
@@ -88,14 +92,14 @@ def only_compiling(arch: int) -> Iterator[list[Any]]:
 
 
 def figures(kernel: Any) -> Figures:
-    """The figures of a compiled kernel."""
+    """Return the figures of a compiled kernel. Raises RuntimeError if the tools print something unexpected."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(kernel.asm["cubin"])
-        # Without -ndf nvdisasm takes half as long again, for an analysis of branches that nothing here needs.
+        # Without -ndf nvdisasm takes half as long again to analyse branches, which nothing here needs.
         usage, listing = (
             subprocess.run([*command, path], capture_output=True, text=True, check=True).stdout
             for command in ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c", "-ndf"))
@@ -126,7 +130,7 @@ REGISTER = re.compile(r"%[a-z]+\d*")  # of %tid.x it is %tid
 
 
 def access_widths(ptx: str, arguments: list[tuple[str, str]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes that a thread moves at once: the least over all loads, and over all stores, by the argument accessed.
+    """Return the bytes that a thread moves at once: the least over all loads, and over all stores, by argument.
 
     arguments: name and Triton type ("*bf16", "i32") of those that specialisation left, which are the first parameters
     of the PTX. An address is followed back through the arithmetic that made it to the pointers it came from. Where a
@@ -183,7 +187,7 @@ def _reached(start: str, sources: dict[str, set[str]]) -> set[str]:
 
 
 def measure(case: "Case", arch: int) -> tuple[dict[str, Figures], list[str]]:
-    """Figures of a case's binaries by name (several are numbered), and lines that say what is wrong with them."""
+    """Return the figures of a case's binaries by name (several are numbered), and lines that say what is wrong."""
     try:
         with only_compiling(arch) as kernels:
             case.call()
@@ -208,7 +212,7 @@ def _measure(job: tuple[str, int]) -> tuple[dict[str, Figures], list[str]]:
 
 
 def compare(results: Results, table: Results) -> tuple[list[str], list[str], int]:
-    """Lines on figures that are worse than the table's, lines on better ones, and how many binaries it lacks."""
+    """Return lines on figures worse than the table's, lines on better ones, and how many binaries it lacks."""
     worse: list[str] = []
     better: list[str] = []
     missing = 0
@@ -229,6 +233,7 @@ def compare(results: Results, table: Results) -> tuple[list[str], list[str], int
 
 
 def show(results: Results) -> None:
+    """Print the figures as a table, a line per binary."""
     names = dict.fromkeys(name for cases in results.values() for name in cases)
     size = max(map(len, names), default=0)
     print(f"{'case':{size}}  arch    regs stack  STL  LDL  BAR  SASS  bytes per load; per store")
@@ -241,18 +246,21 @@ def show(results: Results) -> None:
 
 
 def write(table: dict[str, Results]) -> None:
-    """One line per binary, so that a difference between versions of the file reads as one."""
+    """Write the table, one line per binary, so that a changed binary is one changed line."""
     text = json.dumps(table, indent=1)
     TABLE.write_text(re.sub(r"\n {4,}", " ", re.sub(r"\n {3}\}", " }", text)) + "\n")
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are fastil's."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
         raise UserError(message)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 for a violated limit or, with --check, for a figure worse than the table's."""
+    """Return the exit status: 1 for a violated limit or, with --check, a figure worse than the table's; else 0."""
     parser = Parser(prog="python -m fastil.kernels.aot", description=(__doc__ or "").splitlines()[0])
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="compare with the table and exit 1 if anything is worse")
@@ -266,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arch not in map(str, ARCHITECTURES):
             raise UserError(f"--arch {arch}: choose from {', '.join(map(str, ARCHITECTURES))}")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise UserError("TRITON_INTERPRET is set, and beside its interpreter Triton cannot compile: unset it")
+        raise UserError("TRITON_INTERPRET is set, and with its interpreter Triton cannot compile: unset it")
     if find_spec("triton") is None:
         raise UserError("the kernels need Triton: pip install triton")
     import triton

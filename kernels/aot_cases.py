@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """A launch, and what is asked of its binaries beside the limits for all.
+    """A launch, and what is asked of its binaries on top of the limits for all.
 
     call: builds tensors and calls a launcher. matrices: arguments of the kernel that must be read and written in wide
     pieces. tile: constants of the kernel whose product is the number of elements that a program holds of each of them.
@@ -43,7 +43,7 @@ class Case:
     max_barriers: int | None = None
 
     def violations(self, kernel: Any, measured: dict[str, Any]) -> Iterator[str]:
-        """The limits that a compiled kernel of this case does not keep, given its figures."""
+        """Return the limits that a compiled kernel of this case violates, given its figures."""
         for figure in ("stack", "spill_stores", "spill_loads"):
             # A spilled register goes through the memory whose traffic these kernels are there to save.
             if measured[figure]:
@@ -69,8 +69,9 @@ class Case:
 
 
 def loss(variant: str, precision: str, width: int) -> Case:
-    """The loss of a step. Variants: the training form without and with a teacher ("plain", "teacher"), with counts and
-    weights on the device ("device"), the autograd form ("value"), LUCIR's combination, and all that the width allows.
+    """Return the case of a step's loss. Variants: the training form without and with a teacher ("plain", "teacher"),
+    with counts and weights on the device ("device"), the autograd form ("value"), LUCIR's combination, and all that the
+    width allows.
     """
     flags = variant == "all"
     cosines = variant in ("all", "lucir") and width <= WIDEST_COSINES
@@ -115,6 +116,8 @@ def loss(variant: str, precision: str, width: int) -> Case:
 
 
 def alpha_hypergradient_case(precision: str, width: int) -> Case:
+    """Return a case of the contraction for alpha."""
+
     def call() -> object:
         logits = torch.empty(BATCH, width, dtype=DTYPES[precision])
         target, log_prior = torch.empty(BATCH, dtype=torch.int64), torch.empty(width)
@@ -124,6 +127,8 @@ def alpha_hypergradient_case(precision: str, width: int) -> Case:
 
 
 def augment_case(precision: str, source: int, size: int) -> Case:
+    """Return a case of the augmentation."""
+
     def call() -> object:
         images = torch.empty(1_000, source, source, 3, dtype=torch.uint8)
         ids, boxes = torch.empty(BATCH, dtype=torch.int64), torch.empty(BATCH, 4, dtype=torch.int32)
@@ -134,7 +139,8 @@ def augment_case(precision: str, source: int, size: int) -> Case:
 
 
 def herd_case(images: int) -> Case:
-    """Its loads are one number wide: the Gram matrices are as wide as the largest class, not padded."""
+    """Return a case of herding. Loads are one number wide: Gram matrices are as wide as the largest class, not
+    padded."""
 
     def call() -> object:
         counts = torch.empty(10, dtype=torch.int64)
@@ -144,6 +150,8 @@ def herd_case(images: int) -> Case:
 
 
 def less_forget_case(precision: str, width: int) -> Case:
+    """Return a case of the less-forget constraint."""
+
     def call() -> object:
         features = torch.empty(BATCH, width, dtype=DTYPES[precision])
         return less_forget(features, torch.empty_like(features))
@@ -152,6 +160,8 @@ def less_forget_case(precision: str, width: int) -> Case:
 
 
 def pod_spatial_case(precision: str, channels: int, size: int) -> Case:
+    """Return a case of the spatial distillation."""
+
     def call() -> object:
         maps = torch.empty(BATCH, channels, size, size, dtype=DTYPES[precision], memory_format=torch.channels_last)
         return pod_spatial(maps, torch.empty_like(maps), 4)
@@ -165,7 +175,7 @@ def pod_spatial_case(precision: str, channels: int, size: int) -> Case:
 
 
 def cosine_head_case(precision: str, dim: int, classes: int, proxies: int, *, backward: bool) -> Case:
-    """No tile is asked to be wide: tl.dot decides which thread holds what."""
+    """Return a case of the cosine head. No tile must be wide: tl.dot decides which thread holds what."""
 
     def call() -> object:
         features = torch.empty(BATCH, dim, dtype=DTYPES[precision])

@@ -29,14 +29,14 @@ def augment(
     dtype: torch.dtype = torch.float32,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Batch of normalised crops.
+    """Return a batch of normalised crops, [B, 3, H, W] in channels-last layout.
 
     images: uint8 [N, h, w, 3]. ids: int64 [B]. boxes: int [B, 4] (top, left, height, width) in source pixels; height
-    and width equal `size` (default: that of the images), for nothing is resized here. flips: bool [B], mirror left to
-    right after the crop. mean, std: per channel, in units of the full range (tensors on the device save a copy per
+    and width equal `size` (default: that of the images), because nothing is resized here. flips: bool [B], mirror left
+    to right after the crop. mean, std: per channel, in units of the full range (tensors on the device save a copy per
     call). Outside the image is black *before* normalisation, (0 - mean) / std, as PIL pads.
 
-    Returns [B, 3, H, W] in channels-last layout; in float32 bit for bit (pixel / 255 - mean) / std. An id that the data
+    In float32 the result is (pixel / 255 - mean) / std, bit for bit. An id that the data
     set lacks raises IndexError on the CPU and gives NaN on CUDA, where raising would mean waiting for the device.
     Shapes and types that do not fit, a size below 1 and a std that is not above 0 raise ValueError; a mean or std that
     requires a gradient raises RuntimeError.
@@ -74,6 +74,7 @@ def plain(
     out_height: int,
     out_width: int,
 ) -> Tensor:
+    """Return the batch by one gather of whole pixels, as `augment` describes it."""
     count, height, width, channels = images.shape
     device = images.device
     rows = boxes[:, 0, None].long() + torch.arange(out_height, device=device)  # [B, H]
@@ -102,8 +103,9 @@ def by_slices(
     out_height: int,
     out_width: int,
 ) -> Tensor:
-    """`plain` on a CPU, 2 to 6 times as fast from 32x32 on (python -m bench.cpu): no index per pixel, no pass over the
-    batch in main memory. By numpy: torch would share each row out to threads, beside those of the loader."""
+    """Return what `plain` does on a CPU, 2 to 6 times as fast from 32x32 on (python -m bench.cpu): no index per pixel,
+    no pass over the batch in main memory. It uses numpy, because torch would split each row over threads, which the
+    loader's threads need."""
     if ids.numel() and not 0 <= ids.min() <= ids.max() < len(images):
         raise IndexError(f"ids must lie in [0, {len(images)})")
     if out_height * out_width < SMALL:

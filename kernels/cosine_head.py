@@ -13,7 +13,7 @@ EPS = 1e-12  # F.normalize's
 
 @differentiable_in("features", "weight", "scale")
 def cosine_head(features: Tensor, weight: Tensor, scale: Tensor, sharpness: float = 1.0) -> Tensor:
-    """Scaled cosine similarity of every image to every class.
+    """Return the scaled cosine similarity of every image to every class, [B, W] in the dtype of features.
 
     features: [B, d] in float32, bfloat16 or float16. weight: [W, d], one proxy per class, or [W, P, d]; where its dtype
     differs it is rounded to the features'. scale: 0-d, on the device of features. With s_kp the cosine of a feature and
@@ -22,13 +22,13 @@ def cosine_head(features: Tensor, weight: Tensor, scale: Tensor, sharpness: floa
     - one proxy (LUCIR's CosineLinear, eq. 4 of Hou et al. 2019, "Learning a Unified Classifier Incrementally via
       Rebalancing"): y_k = scale * s_k, whatever the sharpness;
     - P proxies (PODNet's LSC, eq. 6 and 7 of arXiv 2004.13513): y_k = scale * sum_p softmax_p(sharpness * s_kp) s_kp.
-      PODNet's released code puts s' = 2 s - 2, a negative squared distance, in the place of s: with its factor gamma
+      PODNet's released code puts s' = 2 s - 2, a negative squared distance, instead of s: with its factor gamma
       inside the softmax it computes 2 y - 2 of this function's y at sharpness = 2 gamma and scale = 1.
 
     A feature or proxy no longer than 1e-12 (F.normalize's eps; a class not seen yet is all zeros) has cosine 0 and
     gets gradient 0, where F.normalize would multiply the gradient by 1e12.
 
-    Returns similarities [B, W] in the dtype of features. Differentiable once, in features, weight and scale: a second
+    Differentiable once, in features, weight and scale: a second
     derivative or a forward-mode one raises RuntimeError. Wrong shapes and a sharpness that is not finite raise
     ValueError, other dtypes TypeError.
     """
@@ -85,8 +85,8 @@ def _mean_over_proxies(cosines: Tensor, classes: int, sharpness: float) -> tuple
 
 
 def plain(features: Tensor, weight: Tensor, scale: Tensor, sharpness: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator in plain torch: similarities [B, W] and, for its gradient, cosines [B, W * P] and the inverse norms
-    [B] and [W * P], in float32."""
+    """Return the operator in plain torch: similarities [B, W] and, for its gradient, cosines [B, W * P] and the inverse
+    norms [B] and [W * P], in float32."""
     x, v = _rows(features, weight)
     inv_x, inv_v = _inverse_norm(x), _inverse_norm(v)
     cosines = _product(x * inv_x[:, None], (v * inv_v[:, None]).T)

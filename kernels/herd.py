@@ -15,10 +15,10 @@ LARGEST = 4_096  # images of a class that a Triton program holds in registers; a
 
 @differentiable_in()
 def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
-    """Exemplars of G classes in the order iCaRL's released loop picks them.
+    """Return the exemplars of G classes in the order that iCaRL's released loop picks them, int64 [G, m].
 
     gram: [G, n, n] inner products of the L2-normalised features of each class, padded to n. counts: int64 [G], images
-    of each class. Returns int64 [G, m], positions within the class, -1 beyond the class's count. Positions have no
+    of each class. The result holds positions within the class, -1 beyond the class's count. Positions have no
     derivative: a gram that requires a gradient raises RuntimeError.
 
     The released loop starts with w = mu; each turn takes i = argmax w.D over all images, then w += mu - D_i; i counts
@@ -36,6 +36,7 @@ def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
 
 
 def plain(gram: Tensor, counts: Tensor, m: int, max_turns: int, tie: float) -> Tensor:
+    """Return the operator in plain torch, int64 [G, m]."""
     groups, n, _ = gram.shape
     device = gram.device
     valid = torch.arange(n, device=device) < counts[:, None]
@@ -46,13 +47,15 @@ def plain(gram: Tensor, counts: Tensor, m: int, max_turns: int, tie: float) -> T
     group = torch.arange(groups, device=device)
     score = mean.masked_fill(~valid, -torch.inf)
     picked = torch.zeros(groups, n, dtype=torch.bool, device=device)
-    ranks = torch.full((groups, m + 1), -1, dtype=torch.int64, device=device)  # the last column takes what is not kept
+    ranks = torch.full(
+        (groups, m + 1), -1, dtype=torch.int64, device=device
+    )  # the last column collects picks that are not kept
     found = torch.zeros(groups, dtype=torch.int64, device=device)
     for turn in range(max_turns + m):
         if bool((found >= wanted).all()):
             break
         candidates = score if turn < max_turns else score.masked_fill(picked, -torch.inf)
-        # Equal images tie in exact arithmetic; what rounding makes of their scores must not decide between them.
+        # Equal images tie in exact arithmetic; rounding must not decide between them.
         best = candidates.amax(dim=1, keepdim=True)
         choice = (candidates >= best - tie).to(torch.uint8).argmax(dim=1)
         keep = ~picked[group, choice] & (found < wanted)

@@ -27,8 +27,8 @@ WIDEST_COSINES = 2_048  # columns up to which the Triton form does logit_scale a
 
 
 class Operands(NamedTuple):
-    """The arguments of the operator, in its schema's order; `incremental_loss` says what they are. Where it takes a
-    number or a tensor, so does a launch; the operator takes 0-d tensors only."""
+    """The arguments of the operator, in the order of its schema; `incremental_loss` says what they are. A launch takes
+    numbers or tensors; the operator takes 0-d tensors only."""
 
     logits: Tensor
     target: Tensor
@@ -46,13 +46,13 @@ class Operands(NamedTuple):
     label_smoothing: float = 0.0
     margin: float = 0.5
     hardest: int = 2
-    meter: Tensor | None = None  # in the operator [R, 4] only
-    value: bool = False  # the loss is wanted, too
+    meter: Tensor | None = None  # [R, 4] in the operator
+    value: bool = False  # whether the loss is wanted too
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """That of logits, but where the autograd form has yet to scale the gradient not float16, whose smallest numbers
-        a gradient divided by B would fall below."""
+        """The dtype of logits; float32 in place of float16 if the autograd form has yet to scale the gradient, which,
+        divided by B, would be too small for float16."""
         return torch.float32 if self.value and self.logits.dtype == torch.float16 else self.logits.dtype
 
 
@@ -77,26 +77,26 @@ def incremental_loss(
     hardest: int = 2,
     meter: Tensor | None = None,
 ) -> Tensor:
-    """ce_weight * cross-entropy + kd_weight * distillation (T^2 inside) + margin_weight * margin ranking, each the sum
-    over the batch divided by B, rows without a class included. Returns a float32 scalar.
+    """Return ce_weight * cross-entropy (eq. 4) + kd_weight * distillation (eq. 2, with T^2) + margin_weight * margin
+    ranking, a float32 scalar; each is the sum over the batch divided by B, rows without a class included.
 
     logits, teacher_logits: [B, W] in float32, bfloat16 or float16, computed in float32. target: int [B], incremental
     positions. A row labelled -1 or -100 adds no cross-entropy; any other label that is not one of the num_seen classes
     makes the loss and its row of the gradient NaN; a class without images is an infinite loss. log_prior: [W], -inf on
-    classes without images; columns from num_seen on are ignored whatever it or they hold. Counts, weights and
+    classes without images; columns from num_seen on are ignored, whatever they hold. Counts, weights and
     temperature are numbers or 0-d tensors on the device: a step then changes values, and neither shapes nor code.
 
     sample_weight: [B], factor of each row's cross-entropy. separated: a row competes with the classes of its own block
     only, old or new (SS-IL). label_smoothing: in [0, 1), spread over the classes a row competes with.
-    logit_scale: 0-d; the input then holds cosines, of which cross-entropy and distillation see the scaled ones and
-    margin ranking (`fastil.losses.margin_ranking`, over the `hardest` new classes) the plain ones, as in LUCIR. Both
-    are one launch up to 2,048 columns and the plain formula beyond.
+    logit_scale: 0-d; `logits` are then cosines. Cross-entropy and distillation see them scaled, margin ranking
+    (`fastil.losses.margin_ranking`, over the `hardest` new classes) as they are, as in LUCIR. Both are one launch up to
+    2,048 columns, and the plain formula beyond.
     meter: see `incremental_loss_grad`.
 
     Differentiable once, in logits and logit_scale. Another argument that requires a gradient, a second derivative and a
     forward-mode one raise RuntimeError; the formulas of fastil.losses have them. Shapes that do not fit and impossible
-    numbers (kd_weight without a teacher, num_old > num_seen, a temperature of 0) raise ValueError. What tensors hold is
-    not read.
+    numbers (kd_weight without a teacher, num_old > num_seen, a temperature of 0) raise ValueError. The values of
+    tensors are not read.
     """
     operands = Operands(
         logits, target, log_prior, teacher_logits, num_old, num_seen, ce_weight, kd_weight, temperature,
@@ -106,7 +106,7 @@ def incremental_loss(
     return _run(_Value.apply, operands)
 
 
-@differentiable_in("logits")  # which have it by `logits.backward(gradient)`
+@differentiable_in("logits")  # by `logits.backward(gradient)`
 def incremental_loss_grad(
     logits: Tensor,
     target: Tensor,
@@ -123,13 +123,14 @@ def incremental_loss_grad(
     separated: bool = False,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The gradient of `incremental_loss` in logits: `logits.backward(gradient)` is then the whole backward pass.
+    """Return the gradient of `incremental_loss` in logits, [B, W] in their dtype: `logits.backward(gradient)` is then
+    the whole backward pass.
 
     meter: float32 [R, 4] with R >= B, or [4]. Row b gains the cross-entropy, the distillation, 1 for a hit (the target
     is the argmax of the raw logits over the num_seen columns) and the margin ranking of image b: sums to be read once
     per epoch. [R, 4] costs nothing, [4] three small launches. Nothing here waits for the device.
 
-    Returns [B, W] in the dtype of logits. Differentiating it again raises RuntimeError; in compiled code it is a
+    Differentiating it again raises RuntimeError; in compiled code it is a
     constant. float16 has no room for a gradient divided by B: multiply the weights by the loss scale, or use the
     autograd form, which keeps its gradient in float32 until it is scaled.
     """
@@ -141,7 +142,7 @@ def incremental_loss_grad(
     return _run(_gradient if torch.compiler.is_compiling() else _Gradient.apply, operands)
 
 
-def check(
+def check_loss_arguments(
     logits: Tensor,
     target: Tensor,
     log_prior: Tensor,
@@ -163,7 +164,7 @@ def check(
         ("sample_weight", weight, (batch,)),
     ):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be {[*shape]} beside logits {[batch, width]}, not {[*tensor.shape]}")
+            raise ValueError(f"{name} must be {[*shape]} with logits {[batch, width]}, not {[*tensor.shape]}")
     check_integers(target)
     check_classes(num_old, num_seen, width)
     if not 0 <= smoothing < 1:
@@ -171,8 +172,10 @@ def check(
 
 
 def _run(function: Callable[..., Any], o: Operands) -> Tensor:
-    """`function` of the operands, checked and with tensors for numbers; a meter of [4] gains the sums over its rows."""
-    check(o.logits, o.target, o.log_prior, o.teacher, o.num_old, o.num_seen, o.sample_weight, o.label_smoothing)
+    """Call `function` with the operands, checked and with tensors for numbers; a meter of [4] gains sums over rows."""
+    check_loss_arguments(
+        o.logits, o.target, o.log_prior, o.teacher, o.num_old, o.num_seen, o.sample_weight, o.label_smoothing
+    )
     if o.logit_scale is not None and o.logit_scale.ndim:
         raise ValueError(f"logit_scale must be a 0-d tensor, not {[*o.logit_scale.shape]}")
     check_scalar("temperature", o.temperature, positive=True)
@@ -201,7 +204,7 @@ def _run(function: Callable[..., Any], o: Operands) -> Tensor:
 
 
 def _rows(meter: Tensor, batch: int) -> Tensor:
-    """The meter itself, or rows to be summed into it."""
+    """Return the meter itself, or rows to be summed into it. Raises ValueError for a meter of another shape."""
     fits = meter.shape == (4,) or (meter.ndim == 2 and meter.shape[1] == 4 and meter.shape[0] >= batch)
     if meter.dtype != torch.float32 or not fits or not meter.is_contiguous():
         raise ValueError(
@@ -236,7 +239,7 @@ def _gradient(logits: Tensor, *rest: Any) -> Tensor:
 
 
 class _Gradient(torch.autograd.Function):
-    """An operator call that refuses to be differentiated, where plain detaching would be wrong in silence."""
+    """The operator as a function that refuses to be differentiated; detaching the result would be silently wrong."""
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
@@ -248,8 +251,8 @@ class _Gradient(torch.autograd.Function):
 
 
 def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator in plain torch, row by row what the formulas of fastil.losses average. Returns the gradient [B, W],
-    each row's part of the derivative in logit_scale [B or 0] and of the loss [B or 0]."""
+    """Return the operator in plain torch, row by row what the formulas of fastil.losses average: the gradient [B, W],
+    each row's part of the derivative in logit_scale [B or 0], and each row's part of the loss [B or 0]."""
     o = Operands(*operands)
     batch, width = o.logits.shape
     x = o.logits.float()
@@ -258,25 +261,25 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     old, seen = column < o.num_old, column < o.num_seen
     y, factor = labels(o.target, o.num_seen)
     y = y[:, None]
-    # By !=, a prior of NaN competes, and shows in the loss.
+    # With !=, a prior of NaN competes, and shows in the loss.
     competes = (seen & (o.log_prior != -torch.inf)).expand(batch, width)
     if o.separated:
         competes = competes & (old == (y < o.num_old))
     log_q = torch.log_softmax(torch.where(competes, z + o.log_prior, -torch.inf), 1)
-    aim = torch.zeros_like(x).scatter_(1, y, 1 - o.label_smoothing)
+    aims = torch.zeros_like(x).scatter_(1, y, 1 - o.label_smoothing)
     ce = -log_q.gather(1, y)[:, 0]
     if o.label_smoothing:
         share = o.label_smoothing / competes.sum(1, keepdim=True).clamp(min=1)
-        aim += torch.where(competes, share, 0)
+        aims += torch.where(competes, share, 0)
         ce = (1 - o.label_smoothing) * ce - (torch.where(competes, log_q, 0) * share).sum(1)
     ce, weight = (ce * factor).masked_fill_(factor == 0, 0), factor
     if o.sample_weight is not None:
         ce, weight = ce * o.sample_weight, factor * o.sample_weight
-    gradient = (log_q.exp() - aim) * (weight * (o.ce_weight / batch))[:, None]
+    gradient = (log_q.exp() - aims) * (weight * (o.ce_weight / batch))[:, None]
     kd = torch.zeros_like(ce)
     if o.teacher is not None:
         log_p = torch.log_softmax(torch.where(old, z / o.temperature, MASKED), 1)
-        # By the same functions as the student's: the difference is exactly 0 at equal logits, and on new columns.
+        # With the same functions as the student's, so the difference is exactly 0 at equal logits, and on new columns.
         p_teacher = torch.log_softmax(torch.where(old, o.teacher.float() / o.temperature, MASKED), 1).exp()
         kd = -(o.temperature**2) * torch.where(old, p_teacher * log_p, 0).sum(1)
         gradient += (log_p.exp() - p_teacher) * (o.kd_weight * o.temperature / batch)

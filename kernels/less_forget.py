@@ -13,7 +13,7 @@ WIDEST = 8_192  # columns a Triton program holds in registers; wider features ta
 
 @differentiable_in("features")
 def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
-    """The mean over the batch of 1 - cos(features, teacher_features), as `fastil.losses.less_forget`. Returns a float32
+    """Return the mean over the batch of 1 - cos(features, teacher_features), as `fastil.losses.less_forget`: a float32
     scalar.
 
     features, teacher_features: [B, d] in float32, bfloat16 or float16, computed in float32.
@@ -44,10 +44,10 @@ class _Value(torch.autograd.Function):
 
 
 def unit_difference(x: Tensor, y: Tensor, x_minus_y: Tensor, dim: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """x / |x| - y / |y| along the dimensions `dim`, to the relative accuracy of x_minus_y, and |x| and |y|.
+    """Return x / |x| - y / |y| along the dimensions `dim`, to the relative accuracy of x_minus_y, and |x| and |y|.
 
-    The difference of the quotients would keep only the digits in which they differ. Instead, with k = |x| - |y| =
-    <x - y, x + y> / (|x| + |y|), it is (x - y - k y / |y|) / |x|, or the same from x's side where x is shorter.
+    The difference of the quotients would keep only the digits in which they differ. Instead, with k = |x| - |y| = <x -
+    y, x + y> / (|x| + |y|), it is (x - y - k y / |y|) / |x|, or the same with x and y swapped where x is shorter.
     """
     x_norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     y_norm = torch.linalg.vector_norm(y, dim=dim, keepdim=True)

@@ -84,7 +84,7 @@ class IncrementalLoss(BalancedSoftmaxLoss):
 
 
 def _checked(counts: Tensor, num_old: int) -> Tensor:
-    """The counts of a module as a tensor. They are read here once, wherever they lie."""
+    """Return the counts as a tensor. Their values are checked here, once, on any device."""
     try:
         counts = torch.as_tensor(counts)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -13,8 +13,8 @@ from fastil.losses import SHORTEST, differentiable_in
 
 @differentiable_in("maps")
 def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-    """PODNet's spatial distillation (arXiv 2004.13513), as `fastil.losses.pod_spatial`: the mean over the batch
-    and over the layers of the distance between the pooled and normalised maps. Returns a float32 scalar.
+    """Return PODNet's spatial distillation (arXiv 2004.13513), as `fastil.losses.pod_spatial`, a float32 scalar: the
+    mean over the batch and over the layers of the distance between the pooled and normalised maps.
 
     maps, teacher_maps: for each layer [B, C, H, W] in float32, bfloat16 or float16, computed in float32. On CUDA the
     kernel reads them channels-last in memory; what lies otherwise is copied, and gradients are channels-last.
@@ -29,7 +29,7 @@ def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tenso
         if student.ndim != 4 or student.shape != teacher.shape or len(student) != len(maps[0]):
             raise ValueError(
                 "maps and teacher_maps must be [B, C, H, W] with one B, "
-                f"not {[*student.shape]} and {[*teacher.shape]} beside B = {len(maps[0])}"
+                f"not {[*student.shape]} and {[*teacher.shape]} where B = {len(maps[0])}"
             )
     value: Tensor = _Value.apply(*maps, *teacher_maps)  # type: ignore[no-untyped-call]
     return value
@@ -57,7 +57,7 @@ class _Value(torch.autograd.Function):
 
 
 def plain(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-    """The operator in plain torch, for one of `layers` layers. Returns each image's part of the loss [B] and the
+    """Return the operator in plain torch for one of `layers` layers: each image's part of the loss [B] and the
     gradient [B, C, H, W]."""
     x, y = maps.float(), teacher.float()
     energy = _pooled(x * x)

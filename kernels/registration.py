@@ -1,4 +1,4 @@
-"""How the kernels become torch operators `torch.ops.fastil.*`.
+"""Registration of the kernels as torch operators, `torch.ops.fastil.*`.
 
 Each operator has a plain form (CPU), a Triton form (CUDA) and a shape-only form, which torch.compile, fake tensors and
 CUDA graphs need. `Library.define` and `impl` cost a third of what `custom_op` costs per call, and, unlike it, the
@@ -27,9 +27,9 @@ def register(schema: str, *, plain: Callable[..., Any], cuda: Callable[..., Any]
 
 
 def _undifferentiable(name: str) -> Callable[..., Any]:
-    """What an operator does where autograd looks: nothing, or raise. The autograd functions of this package call it
-    with gradients switched off; whoever gets here with something to differentiate, such as torch.func inside compiled
-    code, which looks through those functions, would get a zero derivative."""
+    """Return an operator's autograd form: it calls the operator, and raises RuntimeError if there is something to
+    differentiate. The autograd functions of this package call operators with gradients switched off; others that get
+    here, such as torch.func inside compiled code, which looks through those functions, would get a zero derivative."""
 
     def run(*arguments: Any) -> Any:
         for a in arguments:
@@ -48,7 +48,8 @@ def _undifferentiable(name: str) -> Callable[..., Any]:
 
 
 def jitted(module: str, function: str) -> Callable[..., Any]:
-    """`function` of fastil.kernels.jit.`module`, imported at its first call and run on the device of its arguments."""
+    """Return `function` of fastil.kernels.jit.`module`, imported at its first call and run on the device of its
+    arguments. It raises ImportError without Triton, and ValueError for tensors on several devices."""
 
     def run(*args: Any) -> Any:
         try:
@@ -68,13 +69,14 @@ def jitted(module: str, function: str) -> Callable[..., Any]:
 
 
 def scalar_tensor(value: float | Tensor) -> Tensor:
-    """A 0-d tensor; a number stays on the CPU and reaches the kernel as an argument, without a copy or a launch."""
+    """Return a 0-d tensor; a number stays on the CPU and reaches the kernel as an argument, without a copy or a
+    launch."""
     return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def refuse_second_order(name: str) -> None:
-    """For backward functions: they compute a gradient that autograd cannot differentiate again, so being asked to must
-    not give a wrong answer in silence."""
+    """Raise RuntimeError if a backward function, which calls this, runs under create_graph=True: autograd cannot
+    differentiate its gradient again, and a wrong answer must not be silent."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} is differentiable once only (create_graph=True asked for more); "

@@ -1,5 +1,6 @@
 """What `import fastil` gives, and how light it is."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -62,3 +63,28 @@ assert not hasattr(fastil, "nothing")
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_run_takes_the_base_step_of_another_run(tmp_path, monkeypatch):
+    """The run is the same, byte for byte, as one that trains its base step itself; a mistake names the argument."""
+    monkeypatch.setattr("fastil.training.experiment.figures.draw_run", lambda path: None)
+    settings = {
+        "epochs": 1, "base_epochs": 2, "batch_size": 64, "classes": 4, "base_classes": 2, "increment": 1,
+        "model": "resnet8", "loss": "softmax", "precision": "fp32",
+    }  # fmt: skip
+    first = fastil.run("digits", out=tmp_path / "first", **settings)
+    later = settings | {"loss": "separated", "exemplars_per_class": 3}
+    alone, shared = (
+        fastil.run("digits", out=tmp_path / name, base=base, **later)
+        for name, base in (("alone", None), ("shared", str(first.path)))
+    )
+    assert shared.results == alone.results != first.results
+    for name in ("results.json", "metrics.jsonl", "memory/step_2.json", "predictions/step_2.npy"):
+        assert (shared.path / name).read_bytes() == (alone.path / name).read_bytes()
+    assert json.loads((shared.path / "timings.json").read_text())["base_step_of"] == str(first.path)
+    with pytest.raises(fastil.UserError, match=r"^base .*first: its base step is another one \(epochs of"):
+        fastil.run("digits", out=tmp_path / "longer", base=first.path, **later | {"base_epochs": 3})
+    with pytest.raises(fastil.UserError, match=r"^(?!.*--base).*nowhere"):
+        fastil.run("digits", out=tmp_path / "none", base=tmp_path / "nowhere", **later)
+    assert not (tmp_path / "longer").exists()
+    assert not (tmp_path / "none").exists()

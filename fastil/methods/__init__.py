@@ -1,13 +1,14 @@
-"""Training procedures, one file each, and the parts that they combine. `registry` says how one comes from outside."""
+"""The methods, one file each, and the parts that they combine. `registry` says how to add one from outside."""
 
 import importlib
 import pkgutil
 
 from fastil.errors import UserError
-from fastil.methods.classification_loss import ClassificationLoss, LossConfig, StepContext
+from fastil.methods.classification_loss import ClassificationLoss, LossConfig
+from fastil.methods.context import FeatureExtractor, MemoryContext, Meter, StepContext
 from fastil.methods.corrections import CorrectionConfig
 from fastil.methods.meta import MetaAlpha, MetaConfig
-from fastil.methods.method import Images, Keys, Memory, Meter, Method, MethodConfig
+from fastil.methods.method import Keys, Method, MethodConfig
 from fastil.methods.registry import METHODS, find, installed, name_of, register
 
 for _file in pkgutil.iter_modules(__path__):  # each registers its own
@@ -17,8 +18,8 @@ BUILT_IN = tuple(METHODS)
 
 
 def configs_of(name: str, method: type[Method] | None = None) -> dict[str, type]:
-    """The classes of the keys that a recipe has, by the method that they belong to: those of all methods that come with
-    fastil, and those of its own. method: None where its code is not loaded."""
+    """Return the `Config` classes whose keys a recipe has, by the method that they belong to: those of all methods that
+    come with fastil, and that of its own. method: None if its code is not loaded."""
     found: dict[str, type] = {}
     for key, known in ({key: METHODS[key] for key in BUILT_IN} | ({} if method is None else {name: method})).items():
         if known.Config is not None and known.Config not in found.values():  # a subclass may have that of its parent
@@ -27,7 +28,7 @@ def configs_of(name: str, method: type[Method] | None = None) -> dict[str, type]
 
 
 def check_parts(name: str, method: type[Method], loss: LossConfig, head: str) -> None:
-    """Raise UserError where parts do not go together."""
+    """Raise UserError if the method does not go with the loss or the head."""
     if head not in method.heads:
         raise UserError(f"method={name} with head={head}: it trains head={' or '.join(method.heads)}")
     if loss.loss == "nca" and head == "linear":
@@ -41,10 +42,10 @@ __all__ = [
     "METHODS",
     "ClassificationLoss",
     "CorrectionConfig",
-    "Images",
+    "FeatureExtractor",
     "Keys",
     "LossConfig",
-    "Memory",
+    "MemoryContext",
     "MetaAlpha",
     "MetaConfig",
     "Meter",

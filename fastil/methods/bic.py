@@ -1,19 +1,20 @@
 """BiC (Wu et al., CVPR 2019): distillation, then two numbers that correct the logits of the newest classes.
 
-Stage 1 weighs distillation by lambda = N_old / N_all and leaves T^2 out; the teacher's logits are corrected by what its
-own step found, for its newest classes. Stage 2 learns beta and gamma on held-out images of every class, z <- beta z +
-gamma on the new classes, with the network frozen; at test only the newest group is corrected. (`bic_groups=all`, one
-pair per group, all of them used in training and at test, is what some other codes call BiC.)
+Stage 1 weights distillation by lambda = N_old / N_all, without T^2. The teacher's logits are corrected by what its own
+step found, on the classes that were new then. Stage 2 learns beta and gamma on held-out images of every class, with
+the network frozen: z <- beta z + gamma on the new classes. At test only the newest group is corrected. (Some other code
+bases call something else BiC: one pair per group, all used in training and at test. That is `bic_groups=all`.)
 
 `bic_validation=reserved` is the code's: the held-out images of a class are drawn before its first step and never
-trained on. With `each_step` they are drawn anew from the memory in each step, as for Meta, and were trained on before.
+trained on. With `each_step` they are drawn from the memory in each step, as for Meta, and were trained on before.
 
-Different from the code: batch normalisation is decayed, too; exemplars are herded once, on normalised features (there
-anew in each step, on features as they are); each epoch of stage 2 has its own last batch (there batches run on from one
-epoch into the next, so that few images get half as many updates).
+Differences from the code: batch normalisation decays here too. Exemplars are herded once, on normalised features; the
+code herds again in each step, on features as they are. Each epoch of stage 2 ends with its own short batch; in the code
+batches run on from one epoch into the next, so with few images there are half as many updates.
 
-Known slips of other codes: PODNet's BiC predicts with the uncorrected logits, PyCIL's stage 2 takes the softmax twice,
-mammoth weighs distillation by 1 / step. The original code's stage 2 runs with batch statistics; here it is frozen.
+Known mistakes in other code bases: PODNet's BiC predicts with the uncorrected logits, PyCIL's stage 2 takes the softmax
+twice, mammoth weights distillation by 1 / step. The original code's stage 2 uses batch statistics; here they are
+frozen.
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from fastil.methods.classification_loss import StepContext
-from fastil.methods.method import CROSS_ENTROPY, Images, Keys, Method
+from fastil.methods.context import FeatureExtractor, StepContext
+from fastil.methods.method import CROSS_ENTROPY, Keys, Method
 from fastil.methods.registry import register
 from fastil.models import Network, Output
 from fastil.protocol import Ids
@@ -50,12 +51,12 @@ class BiCConfig:
 
 @register
 class BiC(Method):
-    """beta, gamma: [W], 1 and 0 where nothing is corrected."""
+    """Distillation, then a bias correction. beta, gamma: [W], 1 and 0 where nothing is corrected."""
 
     name = "bic"
-    base = CROSS_ENTROPY
+    base_training = CROSS_ENTROPY
     Config = BiCConfig
-    own: BiCConfig
+    config: BiCConfig
     holds_out = True
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -64,70 +65,81 @@ class BiC(Method):
         self.gamma = torch.zeros_like(self.beta)
 
     @classmethod
-    def base_step(cls, keys: Keys) -> dict[str, Any]:
-        """Reserved images are kept from the base step too, and a falling decay depends on the number of steps."""
-        own = super().base_step(keys)
+    def base_step_settings(cls, keys: Keys) -> dict[str, Any]:
+        """Return what else the base step depends on: reserved images are held out of it too, and a falling decay
+        depends on the number of steps."""
+        settings = super().base_step_settings(keys)
         if cls.reserves(keys):
             names = ("bic_share", "exemplars_per_class", "memory_budget", "exemplar_selection")
-            own["held-out images"] = {name: keys[name] for name in names}
+            settings["held-out images"] = {name: keys[name] for name in names}
         if keys["bic_decay"] == "falling":
-            own["weight decay"] = f"falling, increment={keys['increment']}"
-        return own
+            settings["weight decay"] = f"falling, increment={keys['increment']}"
+        return settings
 
     @classmethod
     def held_out_share(cls, keys: Keys) -> float:
+        """Return `bic_share`."""
         return float(keys["bic_share"])
 
     @classmethod
     def reserves(cls, keys: Keys) -> bool:
+        """Return whether `bic_validation` is reserved."""
         return bool(keys["bic_validation"] == "reserved")
 
-    def weigh(self, context: StepContext) -> tuple[float, float]:
-        share = context.num_old / context.num_seen
-        return 1 - share, share / self.config.temperature**2
+    def loss_weights(self, context: StepContext) -> tuple[float, float]:
+        """Return 1 - lambda and lambda / T^2, lambda = N_old / N_all."""
+        return 1 - context.rho, context.rho / self.method_config.temperature**2
 
     def corrected(self, logits: Tensor) -> Tensor:
+        """Return beta z + gamma for logits z, [n, W]."""
         return logits * self.beta + self.gamma
 
     def teacher_logits(self, teacher_out: Output) -> Tensor:
-        return self.corrected(teacher_out.scaled)
+        """Return the teacher's corrected logits [B, W]."""
+        return self.corrected(teacher_out.scaled_logits)
 
-    def seen_by_loss(self, out: Output) -> Output:
-        if self.own.bic_groups == "newest":
+    def student_output(self, out: Output) -> Output:
+        """Return the student's output, with corrected logits if all groups are corrected."""
+        if self.config.bic_groups == "newest":
             return out
-        return out._replace(logits=self.corrected(out.scaled), scale=None)
+        return out._replace(logits=self.corrected(out.scaled_logits), scale=None)
 
     def weight_decay(self, decay: float, step: int, steps: int) -> float:
-        return decay * steps / (step + 1) if self.own.bic_decay == "falling" else decay
+        """Return the weight decay of a step, smaller in later steps if `bic_decay` is falling."""
+        return decay * steps / (step + 1) if self.config.bic_decay == "falling" else decay
 
-    def after_training(self, network: Network, images: Images, held_out: Ids, positions: Tensor) -> None:
-        """Stage 2."""
+    def after_training(self, network: Network, extractor: FeatureExtractor, held_out: Ids, positions: Tensor) -> None:
+        """Stage 2: fit beta and gamma of the new classes on the held-out images."""
         old, seen = self.context.num_old, self.context.num_seen
-        out = images.output(held_out, False)
-        keep = self.own.bic_groups == "all"
-        logits = self.corrected(out.scaled) if keep else out.scaled
-        beta, gamma = fit_bias(logits[:, :seen], positions, old, self.own)
+        out = extractor.extract(held_out, False)
+        keep = self.config.bic_groups == "all"
+        logits = self.corrected(out.scaled_logits) if keep else out.scaled_logits
+        beta, gamma = fit_bias(logits[:, :seen], positions, old, self.config)
         if not keep:
             self.beta.fill_(1.0)
             self.gamma.fill_(0.0)
         self.beta[old:seen], self.gamma[old:seen] = beta, gamma
 
     def predict(self, logits: Tensor) -> Tensor:
+        """Return the corrected logits [n, W]."""
         return self.corrected(logits)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return beta and gamma."""
         return {"beta": self.beta, "gamma": self.gamma}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up beta and gamma."""
         self.beta.copy_(state["beta"])
         self.gamma.copy_(state["gamma"])
 
 
 @torch.enable_grad()
 def fit_bias(logits: Tensor, targets: Tensor, num_old: int, config: BiCConfig) -> tuple[Tensor, Tensor]:
-    """beta and gamma, 0-d, that minimise the cross-entropy of the corrected logits plus penalty gamma^2 / 2.
+    """Return beta and gamma, 0-d, that minimise the cross-entropy of the corrected logits plus penalty gamma^2 / 2.
 
-    logits: [n, seen], of held-out images; targets: int64 [n]; columns from num_old on are corrected.
+    logits: [n, seen], of held-out images. targets: int64 [n], incremental positions. num_old: columns from there on are
+    corrected.
     """
     new = torch.arange(logits.shape[1], device=logits.device) >= num_old
     beta = torch.ones((), device=logits.device, requires_grad=True)

@@ -1,8 +1,8 @@
 """Corrections of the bias after a step: balanced finetuning (Table 4).
 
 "IL-Baseline being finetuned after each incremental step on a small balanced training set for few epochs similar to the
-procedure used by PODNet and LUCIR" (section 4.3.3). Both finetune on the exemplars of all classes seen, those of the
-new classes herded first, under the method's own loss; herding is done anew afterwards, as in PODNet's code.
+procedure used by PODNet and LUCIR" (section 4.3.3). Both finetune on the exemplars of all classes seen, with the
+method's own loss. The new classes are herded for it, and herded again afterwards, as in PODNet's code.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from fastil.settings import Share
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    """What follows the training of an incremental step."""
+    """The correction that follows the training of an incremental step."""
 
     correction: Literal["none", "balanced_finetuning"] = "none"
     finetune_epochs: PositiveInt = 20  # PODNet and LUCIR; the paper: "few"
@@ -32,15 +32,15 @@ class CorrectionConfig:
         check_milestones("finetune_milestones", self.finetune_milestones)
 
     def epochs_of(self, step: int) -> int:
-        """Of finetuning after a step: none after the base step."""
+        """Return the epochs of finetuning after a step, 0 after the base step."""
         return self.finetune_epochs if step > 0 and self.correction == "balanced_finetuning" else 0
 
     def parameters(self, network: Network) -> list[nn.Parameter]:
-        """What finetuning trains."""
+        """Return the parameters that finetuning trains."""
         if self.finetune_parameters == "weights":
             return [network.head.weight]
         return list((network.head if self.finetune_parameters == "classifier" else network).parameters())
 
     def learning_rate(self, epoch: int) -> float:
-        """Of an epoch of finetuning, from 0."""
+        """Return the learning rate of an epoch of finetuning, counted from 0."""
         return self.finetune_lr * 0.1 ** drops(self.finetune_milestones, epoch, self.finetune_epochs)

@@ -1,10 +1,11 @@
 """iCaRL (Rebuffi et al., CVPR 2017), in the two forms that are called so.
 
-`icarl`: the paper's row is "reported from" LUCIR, whose code trains softmax cross-entropy + KL distillation with a
-weight of T^2 beta N_old on an elementwise mean, which is T^2 beta on the mean over the batch, and classifies by the
-nearest mean of exemplars. Numbers called iCaRL since then are mostly this.
+`icarl`: the paper's row is "reported from" LUCIR. LUCIR's code trains softmax cross-entropy + KL distillation and
+classifies by the nearest mean of exemplars. Its weight of T^2 beta N_old on a mean over all elements is T^2 beta on the
+mean over the batch. Most numbers called iCaRL since then are this.
 
-`icarl_bce`: as published: a sigmoid for each class, binary cross-entropy, the teacher's outputs the aims of old ones.
+`icarl_bce`: as published in 2017: a sigmoid for each class and binary cross-entropy, whose targets for old classes are
+the teacher's outputs.
 
 LUCIR's code mirrors exemplars for the class means along the colour channels instead of the width; here it is the width.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastil.data import Batch
 from fastil.losses import icarl_cross_entropy
-from fastil.methods.classification_loss import StepContext
+from fastil.methods.context import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Method
 from fastil.methods.registry import register
 from fastil.models import Output
@@ -32,29 +33,32 @@ class ICarlConfig:
 
 @register
 class ICarl(Method):
-    """L = L_c + T^2 beta KL."""
+    """LUCIR's iCaRL: L = L_c + T^2 beta KL."""
 
     name = "icarl"
-    base = CROSS_ENTROPY
+    base_training = CROSS_ENTROPY
     Config = ICarlConfig
 
-    def weigh(self, context: StepContext) -> tuple[float, float]:
-        return 1.0, self.parts["icarl"].icarl_beta if context.num_old else 0.0
+    def loss_weights(self, context: StepContext) -> tuple[float, float]:
+        """Return 1 and beta; the base step distils nothing."""
+        return 1.0, self.configs["icarl"].icarl_beta if context.num_old else 0.0
 
 
 @register
 class ICarlBCE(Method):
-    """Algorithm 3; the classification loss is part of it."""
+    """iCaRL as published (its Algorithm 3); the classification loss is part of it."""
 
     name = "icarl_bce"
     losses = ("softmax",)
-    base = "icarl_bce"
+    base_training = "icarl_bce"
     distils_logits = False
 
-    def weigh(self, context: StepContext) -> tuple[float, float]:
-        return 0.0, 0.0  # the kernel only counts hits
+    def loss_weights(self, context: StepContext) -> tuple[float, float]:
+        """Return zeros: the kernel only counts hits."""
+        return 0.0, 0.0
 
-    def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor:
+    def extra_loss(self, batch: Batch, out: Output, teacher_out: Output | None, ops: Any) -> Tensor:
+        """Return the whole loss, 0-d."""
         teacher = None if teacher_out is None else teacher_out.logits
-        part = self.classification
-        return icarl_cross_entropy(out.logits, batch.labels, teacher, part.num_old, part.num_seen, self.num_classes)
+        num_old, num_seen = self.classification.num_old, self.classification.num_seen
+        return icarl_cross_entropy(out.logits, batch.labels, teacher, num_old, num_seen, self.num_classes)

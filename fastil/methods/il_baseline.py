@@ -1,10 +1,11 @@
 """IL-Baseline and BalancedS-CE: rehearsal and distillation under the softmax or the Balanced Softmax (3.1, 3.2).
 
-"L = rho L_d + (1 - rho) L_c" (eq. 1), "where rho is defined as N_t / N_{t+1} [...] the total number of classes". The
-released BiC code weighs the two by the step number and leaves T^2 out; here both are the paper's.
+"L = rho L_d + (1 - rho) L_c" (eq. 1), "where rho is defined as N_t / N_{t+1} [...] the total number of classes": old
+classes over all classes seen (`StepContext.rho`). The released BiC code takes the step number instead and leaves T^2
+out; here both are the paper's.
 """
 
-from fastil.methods.classification_loss import StepContext
+from fastil.methods.context import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Method
 from fastil.methods.registry import register
 
@@ -14,8 +15,8 @@ class ILBaseline(Method):
     """Eq. 1 with any classification loss, on any head."""
 
     name = "il_baseline"
-    base = CROSS_ENTROPY
+    base_training = CROSS_ENTROPY
 
-    def weigh(self, context: StepContext) -> tuple[float, float]:
-        rho = context.num_old / context.num_seen
-        return 1 - rho, rho
+    def loss_weights(self, context: StepContext) -> tuple[float, float]:
+        """Return 1 - rho and rho."""
+        return 1 - context.rho, context.rho

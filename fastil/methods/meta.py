@@ -4,16 +4,16 @@
 number of samples for every classes". Every tenth update: theta* is what the coming update would make of theta; alpha
 moves against the gradient of the plain cross-entropy of theta* on B_t; then the update is made, with the new alpha.
 
-The paper differentiates through the update with a graph and pays for it in memory. But alpha enters theta* through the
-gradient g of the training batch alone, and there beside the logits z alone, so that with v = dL_val/dtheta*
+The paper differentiates through the update with a graph and pays for it in memory. But alpha reaches theta* only
+through the gradient g of the training batch, and within g it only meets the logits z, so with v = dL_val/dtheta*
 
     dL_val/dalpha = <v, dtheta*/dg dg/dalpha> = d/dalpha <u, dL/dz>,   u = J_z (dtheta*/dg)^T v,
 
 where u is the derivative of the training batch's logits along one direction: one forward-mode pass, or the difference
 of two forwards, and no graph. `unrolled` is the paper's way, kept as the reference.
 
-What the paper leaves open is a key: the rate and the bounds of alpha. theta* takes the optimiser's own update, learning
-rate, momentum and decay included (Algorithm 1 prints a unit step).
+The paper leaves the rate and the bounds of alpha open: they are keys. theta* is made by the optimiser's own update,
+learning rate, momentum and decay included (Algorithm 1 prints a unit step).
 """
 
 import math
@@ -31,7 +31,8 @@ from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.kernels import alpha_hypergradient, incremental_loss_grad
 from fastil.losses import balanced_cross_entropy
-from fastil.methods.method import Meter, Method
+from fastil.methods.context import Meter
+from fastil.methods.method import Method
 from fastil.models import Network, Output
 from fastil.optimiser import Update
 from fastil.settings import Share
@@ -57,7 +58,7 @@ class MetaConfig:
 
 
 class UpdateContext(NamedTuple):
-    """A training step just before its update."""
+    """What a training step has at hand just before its update."""
 
     batch: Batch  # (X, Y) of D_t; labels are incremental positions
     teacher_out: Output | None  # of the batch
@@ -69,7 +70,7 @@ class UpdateContext(NamedTuple):
 
 
 class MetaAlpha:
-    """Alpha of a method whose classification loss is balanced, and its updates."""
+    """alpha (eq. 5) of a method whose classification loss is balanced, and its updates (Algorithm 1)."""
 
     def __init__(self, config: MetaConfig, method: Method, batch_size: int) -> None:
         self.config, self.method = config, method
@@ -81,27 +82,27 @@ class MetaAlpha:
         self.one, self.zero = torch.ones((), device=device), torch.zeros((), device=device)
 
     def begin_step(self) -> None:
-        """Algorithm 1, "alpha = 1.0"."""
+        """Set alpha to 1 (Algorithm 1, "alpha = 1.0")."""
         self.alpha.fill_(1.0)
         self.refresh()
 
     def refresh(self) -> None:
-        """Put alpha into the prior of the step."""
+        """Put alpha into the prior of the classification loss."""
         self.classification.set_log_alpha(self.alpha.log())
 
     @torch.no_grad()
     def before_update(self, context: UpdateContext) -> None:
-        """alpha <- alpha - meta_lr dL_val/dalpha, within its bounds. Nothing waits for the device."""
-        of_log = self.gradient(context)
+        """Set alpha to alpha - meta_lr dL_val/dalpha, within its bounds. Nothing waits for the device."""
+        gradient = self.gradient(context)  # in log alpha
         if self.config.meta_alpha == "shared":
-            of_log = of_log.sum().expand_as(of_log)
-        moved = (self.alpha - self.config.meta_lr * of_log / self.alpha).clamp(*self.config.meta_bounds)
+            gradient = gradient.sum().expand_as(gradient)
+        moved = (self.alpha - self.config.meta_lr * gradient / self.alpha).clamp(*self.config.meta_bounds)
         self.alpha.copy_(torch.where(self.classification.is_old, moved, 1.0))
         self.refresh()
 
     @torch.no_grad()
     def gradient(self, context: UpdateContext) -> Tensor:
-        """dL_val/dlog alpha, class by class: float [W], 0 where a class is not old. Leaves everything as it was."""
+        """Return dL_val/dlog alpha, class by class: float32 [W], 0 where a class is not old. Changes nothing."""
         if self.config.meta_gradient == "unrolled":
             return self.unrolled(context)
         network, update = context.network, context.update
@@ -110,15 +111,15 @@ class MetaAlpha:
                 with context.autocast():
                     out = context.student(context.batch.images)
                 self.method.backward(context.batch, out, context.teacher_out, self.scratch)
-                logits = self.method.seen_by_loss(out).scaled.detach().clone()
+                logits = self.method.student_output(out).scaled_logits.detach().clone()
                 del out  # the graph's memory, before the next one is built
                 moving = update.moving()
                 update.apply()
                 network.zero_grad()
                 with context.autocast():
                     held_out = context.student(context.held_out.images)
-                scores = held_out.scaled
-                scores.backward(self.of_validation(scores, context.held_out.labels))  # type: ignore[no-untyped-call]
+                scores = held_out.scaled_logits
+                scores.backward(self.validation_gradient(scores, context.held_out.labels))  # type: ignore[no-untyped-call]
             direction = update.passed_through(moving, [p.grad for p in update.parameters])
         network.zero_grad()
         along = self.forward_mode if self.config.meta_gradient == "jvp" else self.difference
@@ -132,8 +133,9 @@ class MetaAlpha:
             ce_weight=self.method.ce_weight,
         )
 
-    def of_validation(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The gradient in the logits of "softmax_CE(F(X, theta*), Y)" over the classes seen."""
+    def validation_gradient(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the gradient in the logits [B, W] of Algorithm 1's "softmax_CE(F(X, theta*), Y)", over the classes
+        seen."""
         return incremental_loss_grad(
             logits,
             target,
@@ -147,7 +149,7 @@ class MetaAlpha:
         )
 
     def forward_mode(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
-        """The derivative of the training batch's logits along the direction, [B, W].
+        """Return the derivative of the training batch's logits along the direction, [B, W], by a forward-mode pass.
 
         In float32 whatever the precision of training: under autocast batch normalisation gives a bfloat16 output a
         float32 tangent, which the next convolution refuses.
@@ -161,13 +163,14 @@ class MetaAlpha:
             buffers = {name: b.clone() for name, b in network.named_buffers()}
             with network.as_formula():
                 out: Output = functional_call(network, (values, buffers), (images,))
-            return self.method.seen_by_loss(out).scaled
+            return self.method.student_output(out).scaled_logits
 
         tangent: Tensor = jvp(logits, (parameters,), (tangents,))[1]
         return tangent.float()
 
     def difference(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
-        """The same but for kinks of the ReLUs, from a step to each side. In float32: bfloat16 rounds the step away."""
+        """Return the same (except at kinks of the ReLUs) from a step to each side. In float32: bfloat16 rounds the step
+        away."""
         images, parameters = as_wide(context.batch.images, context.network), context.update.parameters
         length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(direction)))
         step = DIFFERENCE / length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)
@@ -176,12 +179,12 @@ class MetaAlpha:
             for shift in (step, -2 * step):
                 for parameter, along in zip(parameters, direction, strict=True):
                     parameter.add_(along * shift)
-                sides.append(self.method.seen_by_loss(context.network(images)).scaled)
+                sides.append(self.method.student_output(context.network(images)).scaled_logits)
         derivative: Tensor = (sides[0] - sides[1]) / (2 * step)
         return derivative
 
     def unrolled(self, context: UpdateContext) -> Tensor:
-        """The same by a graph through the update, as the paper describes it: exact, slow and large."""
+        """Return `gradient` by a graph through the update, as the paper describes it: exact, slow and large."""
         network, update = context.network, context.update
         parameters: dict[str, Tensor] = dict(network.named_parameters())
         names = {p: name for name, p in parameters.items()}
@@ -190,29 +193,31 @@ class MetaAlpha:
             log_alpha = self.classification.log_alpha.clone().requires_grad_()
             images, held_images = (as_wide(b.images, network) for b in (context.batch, context.held_out))
             out = functional_call(network, (parameters, buffers), (images,))
-            prior = self.classification.of_counts + log_alpha
+            prior = self.classification.prior_without_alpha + log_alpha
             loss = self.method.formula(context.batch, out, context.teacher_out, prior)
             gradients = torch.autograd.grad(loss, update.parameters, create_graph=True, allow_unused=True)
             moved = {names[p]: new for p, new in zip(update.parameters, update.formula(gradients), strict=True)}
             held_out = functional_call(network, (parameters | moved, buffers), (held_images,))
             seen = torch.where(prior > -math.inf, 0.0, -math.inf).detach()
             (gradient,) = torch.autograd.grad(
-                balanced_cross_entropy(held_out.scaled, context.held_out.labels, seen), log_alpha
+                balanced_cross_entropy(held_out.scaled_logits, context.held_out.labels, seen), log_alpha
             )
         return torch.where(self.classification.is_old, gradient, 0.0)
 
     def observed(self) -> dict[str, Any]:
-        """For metrics.jsonl: alpha, one number or one per old class. Waits for the device."""
+        """Return alpha for metrics.jsonl, one number or one per old class. Waits for the device."""
         old = self.alpha[self.classification.is_old].tolist()
         return {"alpha": old[0] if self.config.meta_alpha == "shared" else old}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return alpha [W]."""
         return {"alpha": self.alpha}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up alpha; `refresh` puts it into the prior."""
         self.alpha.copy_(state["alpha"])
 
 
 def as_wide(images: Tensor, network: Network) -> Tensor:
-    """The images in the precision of the weights, which autocast does not lower."""
+    """Return the images in the dtype of the weights, which autocast does not lower."""
     return images.to(next(network.parameters()).dtype)

@@ -1,22 +1,22 @@
 """Mnemonics (Liu et al., CVPR 2020): exemplars whose pixels are learned. Both variants are approximations.
 
 `released` follows the public training code, which is not the paper's method: its README calls it "LwF with mnemonics",
-with 54.21 and 52.72, and says that its LUCIR form, whose row has 63.34, has known bugs. From the first incremental step
-on the convolutions are frozen but for a factor per filter (`weight_transfer`), the loss is softmax cross-entropy + KL
-distillation on LUCIR's head without its other terms, and after herding the new exemplars' pixels take one epoch of SGD
-steps on the cross-entropy of the step's images under the exemplars' class means. (The code casts the result to bytes
-without clipping, so that bright pixels wrap around; here it is rounded and clipped.)
+with 54.21 and 52.72, and says that its LUCIR form, whose row has 63.34, has known bugs. After the base step the
+convolutions are frozen except for a factor per filter (`weight_transfer`). The loss is softmax cross-entropy + KL
+distillation on LUCIR's head, without LUCIR's other terms. After herding, the new exemplars' pixels take one epoch of
+SGD on the cross-entropy of the step's images under the exemplars' class means. (The code casts the result to bytes
+without clipping, so bright pixels wrap around; here it is rounded and clipped.)
 
 `bilevel` follows what the paper describes, on LUCIR's losses: a temporary classifier takes an SGD step on exemplars,
-and the pixels move against the loss of that classifier on the step's images; the exemplars of old classes are halved,
-each half validating the step taken on the other. The inner step is on the head alone, over frozen features.
+and the pixels move against the loss of that classifier on the step's images. The exemplars of old classes are halved,
+and each half validates the step taken on the other. The inner step is on the head alone, over frozen features.
 
 The public code is mnemonics=released weight_transfer=true mnemonics_epochs=1 mnemonics_lr=1e-5 mnemonics_decay=5e-4
 exemplars_per_class=null memory_budget=2000 (there rounded up for each class, here down). It changes new exemplars only.
 
-What the rates do, measured: at 1e-5 pixels move by 0.0006 grey levels; the exemplars of the public code change because
-it cuts floats to bytes (38 % of the values drop by one), and here, where they are rounded, they do not. At 0.01 nearly
-all of the movement is weight decay's, towards the mean colour; `bilevel` at 0.01 moves them by at most 0.028 levels.
+Measured: at a rate of 1e-5 pixels move by 0.0006 grey levels. The exemplars of the public code change because it
+truncates floats to bytes (38 % of the values drop by one); here they are rounded, and do not change. At 0.01 nearly all
+of the movement is weight decay, towards the mean colour; `bilevel` at 0.01 moves them by at most 0.028 levels.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.methods.classification_loss import StepContext
+from fastil.methods.context import MemoryContext, StepContext
 from fastil.methods.lucir import Lucir
-from fastil.methods.method import Keys, Memory
+from fastil.methods.method import Keys
 from fastil.methods.registry import register
 from fastil.models import Network, Output
 from fastil.models.heads import CosineHead
@@ -55,12 +55,15 @@ class MnemonicsConfig:
 
 @register
 class Mnemonics(Lucir):
+    """LUCIR, or LwF on its head, with exemplars whose pixels are learned after each step."""
+
     name = "mnemonics"
     Config = MnemonicsConfig
-    own: MnemonicsConfig
+    config: MnemonicsConfig
 
     @classmethod
     def reads(cls, keys: Keys) -> set[str]:
+        """Return its own keys and, by variant, those of LUCIR or of iCaRL's distillation."""
         own = super().reads(keys)
         if keys["mnemonics"] == "released":
             return own - {"mnemonics_inner_lr"} | {"temperature", "icarl_beta"}
@@ -68,61 +71,69 @@ class Mnemonics(Lucir):
 
     @classmethod
     def to_read(cls, key: str) -> str:
+        """Return the settings that make a recipe read a key."""
         return super().to_read(key) + (" mnemonics=bilevel" if key == "mnemonics_inner_lr" else "")
 
     @classmethod
     def exemplar_epochs(cls, keys: Keys) -> int:
+        """Return `mnemonics_epochs`."""
         return int(keys["mnemonics_epochs"])
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.released = self.own.mnemonics == "released"
+        self.released = self.config.mnemonics == "released"
         self.distils_logits = self.released
 
-    def weigh(self, context: StepContext) -> tuple[float, float]:
+    def loss_weights(self, context: StepContext) -> tuple[float, float]:
+        """Return LUCIR's weights, or 1 and iCaRL's beta in the released variant."""
         if not self.released:
-            return super().weigh(context)
-        return 1.0, self.parts["icarl"].icarl_beta if context.num_old else 0.0
+            return super().loss_weights(context)
+        return 1.0, self.configs["icarl"].icarl_beta if context.num_old else 0.0
 
     @property
     def ranking_weight(self) -> float:
+        """LUCIR's; 0 in the released variant."""
         return 0.0 if self.released else super().ranking_weight
 
-    def ranking(self, batch: Batch) -> dict[str, Any]:
-        return {} if self.released else super().ranking(batch)
+    def ranking_arguments(self, batch: Batch) -> dict[str, Any]:
+        """Return LUCIR's; nothing in the released variant."""
+        return {} if self.released else super().ranking_arguments(batch)
 
-    def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:
-        return None if self.released else super().further(batch, out, teacher_out, forms)
+    def extra_loss(self, batch: Batch, out: Output, teacher_out: Output | None, ops: Any) -> Tensor | None:
+        """Return LUCIR's less-forget term; nothing in the released variant."""
+        return None if self.released else super().extra_loss(batch, out, teacher_out, ops)
 
     def parameters(self, network: Network, step: int) -> list[nn.Parameter]:
-        """With a factor per filter, the base step trains the filters and the later ones the factors."""
+        """Return all parameters; with a factor per filter, the base step leaves out the factors and later steps the
+        filters."""
         frozen = "parametrizations.weight.original" if step else "parametrizations.weight.0.factor"
         return [p for name, p in network.named_parameters() if not name.endswith(frozen)]
 
-    def after_memory(self, network: Network, memory: Memory) -> dict[str, Tensor]:
+    def after_memory(self, network: Network, memory: MemoryContext) -> dict[str, Tensor]:
+        """Learn the exemplars' pixels. Returns their ids and new images."""
         exemplars = Exemplars(network, memory, self.context.num_old)
         learn = exemplars.class_mean_loss if self.released else exemplars.bilevel_loss
-        for epoch in range(self.own.mnemonics_epochs):
-            lr = self.own.mnemonics_lr * 0.5 ** (epoch // self.own.mnemonics_halving)
+        for epoch in range(self.config.mnemonics_epochs):
+            lr = self.config.mnemonics_lr * 0.5 ** (epoch // self.config.mnemonics_halving)
             for batch in memory.training(epoch):
                 with torch.enable_grad():
-                    (gradient,) = torch.autograd.grad(learn(batch, self.own.mnemonics_inner_lr), exemplars.pixels)
-                exemplars.move(gradient, lr, self.own.mnemonics_decay)
+                    (gradient,) = torch.autograd.grad(learn(batch, self.config.mnemonics_inner_lr), exemplars.pixels)
+                exemplars.move(gradient, lr, self.config.mnemonics_decay)
         return {"ids": exemplars.ids, "images": exemplars.as_bytes()}
 
 
 class Exemplars:
-    """Pixels of exemplars while they are learned, [m, 3, h, w], normalised: those of the new classes in the released
-    variant, which has only those in its loss, and all of them in the other."""
+    """The pixels of exemplars while they are learned, [m, 3, h, w], normalised. In the released variant only those of
+    new classes are in the loss and move, in the other all of them."""
 
-    def __init__(self, network: Network, memory: Memory, num_old: int) -> None:
+    def __init__(self, network: Network, memory: MemoryContext, num_old: int) -> None:
         self.network, self.loader, self.num_old = network.eval(), memory.loader, num_old
         self.ids = torch.from_numpy(memory.ids).to(memory.loader.device)
         self.positions = torch.from_numpy(memory.positions).to(memory.loader.device)
         self.pixels = memory.loader.whole(memory.ids).requires_grad_()
         self.momentum = torch.zeros_like(self.pixels)
         self.first_new = int((self.positions < num_old).sum())  # the memory holds old classes first
-        # In turns of equal shares of all classes: everybody's first exemplar, everybody's second, ...
+        # Turns take equal shares of all classes: the first exemplar of each class, the second of each, ...
         rank = np.arange(len(memory.ids)) - np.searchsorted(memory.positions, memory.positions)
         self.rank = torch.from_numpy(rank).to(self.ids.device)
         self.turns = torch.from_numpy(np.argsort(rank, kind="stable")).to(self.ids.device)
@@ -132,26 +143,30 @@ class Exemplars:
             self.old_means = self.pixels.new_zeros(0, network.head.weight.shape[-1])
             if num_old:  # as the nearest-mean classifier has them
                 old = memory.ids[: self.first_new]
-                upright, mirrored = (F.normalize(memory.images.output(old, side).features) for side in (False, True))
-                self.old_means = F.normalize(by_class(upright + mirrored, self.positions[: self.first_new]))
+                upright, mirrored = (
+                    F.normalize(memory.extractor.extract(old, side).features) for side in (False, True)
+                )
+                self.old_means = F.normalize(sum_by_class(upright + mirrored, self.positions[: self.first_new]))
 
     def features(self, chosen: Any) -> Tensor:
+        """Return the features [k, d] of the exemplars at rows `chosen` [k], differentiable in their pixels."""
         chosen = torch.as_tensor(chosen, dtype=torch.int64, device=self.pixels.device)
         out: Output = self.network(self.pixels[chosen])
         return out.features
 
     def class_mean_loss(self, batch: Batch, _: float) -> Tensor:
-        """Released: cross-entropy of the images' cosines with the class means of the exemplars, without a scale. Those
-        of new classes are means of features as they are."""
+        """Return the released loss: cross-entropy of the images' cosines with the class means of the exemplars, without
+        a scale. The means of new classes are over features that are not normalised."""
         with torch.no_grad():
             images = F.normalize(self.network(batch.images).features)
         new = torch.arange(self.first_new, len(self.ids), device=images.device)
-        means = F.normalize(by_class(self.features(new), self.positions[new] - self.num_old))
+        means = F.normalize(sum_by_class(self.features(new), self.positions[new] - self.num_old))
         return F.cross_entropy(images @ torch.cat((self.old_means, means)).T, batch.labels)
 
     def bilevel_loss(self, batch: Batch, inner_lr: float) -> Tensor:
-        """Loss of classifiers that have taken a step on some of the exemplars: new ones are validated on the images of
-        new classes, the halves of the old ones on each other. A batch of exemplars takes its turn each time."""
+        """Return the loss of classifiers that have taken a step on some exemplars: a step on new ones is validated on
+        images of new classes, a step on one half of the old ones on the other half. Each call takes the next batch of
+        exemplars."""
         count = min(len(batch.labels), len(self.ids))
         chosen = self.turns[(self.turn + torch.arange(count, device=self.ids.device)) % len(self.ids)]
         self.turn += count
@@ -169,8 +184,8 @@ class Exemplars:
         losses = [self.after_a_step(*pair, inner_lr) for pair in pairs if len(pair[1]) and len(pair[3])]
         return torch.stack(losses).sum() if losses else 0 * self.pixels.sum()
 
-    def after_a_step(self, train: Tensor, aims: Tensor, images: Tensor, labels: Tensor, inner_lr: float) -> Tensor:
-        """Cross-entropy on images of the head's classifier after a step of SGD on the features `train`."""
+    def after_a_step(self, train: Tensor, targets: Tensor, images: Tensor, labels: Tensor, inner_lr: float) -> Tensor:
+        """Return the head's cross-entropy on features `images` after an SGD step on features `train`, 0-d."""
         head = self.network.head
         assert isinstance(head, CosineHead)
         scale, before = head.scale.detach(), head.weight.detach()[: self.seen].requires_grad_()
@@ -178,26 +193,26 @@ class Exemplars:
         def loss(features: Tensor, weight: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(scale * F.normalize(features) @ F.normalize(weight).T, target)
 
-        (gradient,) = torch.autograd.grad(loss(train, before, aims), before, create_graph=True)
+        (gradient,) = torch.autograd.grad(loss(train, before, targets), before, create_graph=True)
         return loss(images, before - inner_lr * gradient, labels)
 
     @torch.no_grad()
     def move(self, gradient: Tensor, lr: float, decay: float) -> None:
-        """SGD as in the released code, momentum 0.9, of the pixels that had their turn."""
+        """Take an SGD step as in the released code, momentum 0.9, on the pixels of exemplars that had their turn."""
         moving = (gradient != 0).flatten(1).any(1)[:, None, None, None]  # not those that had no turn
         velocity = 0.9 * self.momentum + gradient + decay * self.pixels
         self.momentum.copy_(torch.where(moving, velocity, self.momentum))
         self.pixels.sub_(torch.where(moving, lr * velocity, 0.0))
 
     def as_bytes(self) -> Tensor:
-        """uint8 [m, h, w, 3], rounded and clipped."""
+        """Return the pixels as uint8 [m, h, w, 3], rounded and clipped. Raises UserError if they are not finite."""
         if not bool(self.pixels.isfinite().all()):
             raise UserError("the exemplars' pixels became infinite; lower mnemonics_lr and choose another --out")
         mean, std = (v[:, None, None] for v in (self.loader.mean, self.loader.std))
         return (255 * (self.pixels.detach() * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
-def by_class(features: Tensor, positions: Tensor) -> Tensor:
-    """Sums of the rows of features [n, d] of each class, [classes, d]."""
+def sum_by_class(features: Tensor, positions: Tensor) -> Tensor:
+    """Return the sum of each class's rows of features [n, d]: [classes, d]."""
     sums = features.new_zeros(int(positions.max()) + 1, features.shape[1])
     return sums.index_add(0, positions, features)

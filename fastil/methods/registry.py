@@ -1,4 +1,4 @@
-"""Which methods there are: those of the files here, of installed packages, and those that a command names.
+"""The known methods: those of the files here, of installed packages, and those that a command names.
 
 A method from outside is a subclass of `Method`. What makes it known: `register` in one's own script, the entry point
 group `fastil.methods` in an installed package, `method=module:Class` or `method=path/to/file.py:Class` in a command.
@@ -21,15 +21,15 @@ GROUP = "fastil.methods"
 
 
 def register(method: M) -> M:
-    """Make a method known as `method=NAME`, by its `name` or the name of its class in lower case. Also a decorator.
-    A class that is defined again, as in a notebook, takes the place of the old one. Raises UserError for what is no
-    method, and if another class has that name."""
+    """Make a method known as `method=NAME`, by its `name` or the name of its class in lower case. Also a decorator. A
+    class that is defined again, as in a notebook, replaces the old one. Raises UserError if it is not a method, and if
+    another class has that name."""
     METHODS[name_of(find(method))] = method
     return method
 
 
 def name_of(method: type[Method]) -> str:
-    """What a class that is given itself is called. Raises UserError if another class has that name."""
+    """Return the name of a method that was given as a class. Raises UserError if another class has that name."""
     known = METHODS.get(method.name, method)
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise UserError(
@@ -39,8 +39,8 @@ def name_of(method: type[Method]) -> str:
 
 
 def find(given: Any) -> type[Method]:
-    """The method that the user means by a name, module:Class or path/to/file.py:Class, or by the class itself. Raises
-    UserError for what is not there and for what is no method."""
+    """Return the method that a name, module:Class or path/to/file.py:Class means, or the class itself. Raises UserError
+    if there is none, and if it is not a method."""
     if not isinstance(given, str):
         return _checked(given.__name__.lower() if isinstance(given, type) else shown(given), given)
     known = installed(given)
@@ -56,8 +56,8 @@ def find(given: Any) -> type[Method]:
 
 
 def installed(name: str) -> type[Method] | None:
-    """A method of fastil, of `register` or of an entry point: what a run directory may name without that code of its
-    own is imported. Raises UserError for an entry point that is broken."""
+    """Return a method of fastil, of `register` or of an entry point, or None: a run directory may name these, and no
+    other code is imported for it. Raises UserError for a broken entry point."""
     if name not in METHODS:
         entry = next((entry for entry in entry_points(group=GROUP) if entry.name == name), None)
         if entry is None:
@@ -67,13 +67,16 @@ def installed(name: str) -> type[Method] | None:
 
 
 def _checked(name: str, found: Any) -> type[Method]:
-    """A class as the method of this name, which it takes if it has none."""
+    """Return the class, as the method of this name if it has none. Raises UserError if it is not a method."""
     if not isinstance(found, type) or not issubclass(found, Method):
         raise UserError(f"method={name}: is not a subclass of fastil.Method")
     if found.Config is not None and not is_dataclass(found.Config):
         raise UserError(f"method={name}: its Config is not a dataclass")
-    if found.weigh is Method.weigh:
-        raise UserError(f"method={name}: write weigh(self, context), the weights of cross-entropy and of distillation")
+    if found.loss_weights is Method.loss_weights:
+        raise UserError(
+            f"method={name}: write loss_weights(self, context), which returns the weights of cross-entropy "
+            "and of distillation"
+        )
     if not vars(found).get("name"):
         found.name = name
     return found

@@ -4,11 +4,11 @@ Known: the topology of the feature space is kept as an elastic Hebbian graph, bu
 topology-preserving loss penalises changes of its neighbour relations while new classes are learned; the graph grows.
 
 Chosen here: vertices are the class embeddings (mean directions of the exemplars under the network that is the next
-step's teacher); each exemplar joins its nearest and second nearest vertex by an edge, whose age starts anew, and ages
-the winner's other edges, which go when too old. Each image of a batch is a signal: with s its cosines with the vertex
-that wins it under the teacher and the vertices joined to that one, the loss is 1 minus the correlation, over the batch,
-of the student's s with the teacher's. Its weight grows with sqrt(N_old / N_new), and the rest is LUCIR's: head,
-imprinting, frozen rows, margin ranking; the topology takes the place of its less-forget constraint.
+step's teacher). Each exemplar joins its nearest and second nearest vertex by an edge of age 0 and ages the winner's
+other edges, which are removed when too old. Each image of a batch is a signal: let s be its cosines with the vertex
+that wins it under the teacher and with the vertices joined to that one; the loss is 1 minus the correlation, over the
+batch, of the student's s with the teacher's. Its weight grows with sqrt(N_old / N_new). The rest is LUCIR's: head,
+imprinting, frozen rows, margin ranking; the topology replaces the less-forget constraint.
 
 Measured on 14 small classes: lambda 1 and 5 end alike and behind LUCIR (by 4 to 5 points after the first step; features
 of old images drift seven to eight times as far), and 50 diverges. With 10 classes nearly all vertices are joined.
@@ -29,8 +29,9 @@ from torch import Tensor
 
 from fastil.data import Batch
 from fastil.losses import topology
+from fastil.methods.context import MemoryContext
 from fastil.methods.lucir import Lucir, mean_direction
-from fastil.methods.method import Keys, Memory
+from fastil.methods.method import Keys
 from fastil.methods.registry import register
 from fastil.models import Network, Output
 
@@ -39,21 +40,22 @@ from fastil.models import Network, Output
 class TpcilConfig:
     """method=tpcil."""
 
-    # Of the topology-preserving loss, times sqrt(N_old / N_new): LUCIR's, chosen here.
-    tpcil_lambda: NonNegativeFloat = 5.0
+    tpcil_lambda: NonNegativeFloat = 5.0  # of the topology loss, times sqrt(N_old / N_new): LUCIR's, chosen here
     tpcil_age: PositiveInt = 200  # how many wins of a vertex an edge survives without being one of them
 
 
 @register
 class Tpcil(Lucir):
-    """ages: int64 [W, W], wins since an edge was one of them; -1: no edge. vertices: [W, d], of length 1."""
+    """LUCIR with a topology-preserving loss. ages: int64 [W, W], wins of a vertex since an edge was one of them; -1: no
+    edge. vertices: [W, d], of length 1."""
 
     name = "tpcil"
     Config = TpcilConfig
-    own: TpcilConfig
+    config: TpcilConfig
 
     @classmethod
     def reads(cls, keys: Keys) -> set[str]:
+        """Return its own keys and LUCIR's, without `lucir_lambda`."""
         return super().reads(keys) | Lucir.reads(keys) - {"lucir_lambda"}
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -65,11 +67,12 @@ class Tpcil(Lucir):
 
     @property
     def adaptive_lambda(self) -> float:
-        return self.own.tpcil_lambda * math.sqrt(self.context.num_old / self.context.num_new)
+        """The weight of the topology loss, a float."""
+        return self.config.tpcil_lambda * math.sqrt(self.context.num_old / self.context.num_new)
 
-    def further(self, batch: Batch, out: Output, teacher_out: Output | None, forms: Any) -> Tensor | None:
-        """An image is a signal: its edges are those to the vertex that wins it under the teacher and to the vertices
-        that are joined to that one."""
+    def extra_loss(self, batch: Batch, out: Output, teacher_out: Output | None, ops: Any) -> Tensor | None:
+        """Return the weighted topology loss, 0-d. An image is a signal: its edges lead to the vertex that wins it under
+        the teacher and to the vertices joined to that one."""
         if teacher_out is None:
             return None
         wide = self.vertices.dtype  # features are bfloat16 under autocast, which does not reach here
@@ -78,31 +81,35 @@ class Tpcil(Lucir):
         winner = torch.where(old, teacher, -2.0).argmax(1)
         return self.adaptive_lambda * topology(student, teacher, self.joined[winner] & old)
 
-    def after_memory(self, network: Network, memory: Memory) -> dict[str, Tensor]:
-        """Grow the graph by the new classes, and let the exemplars compete for its vertices."""
-        features = F.normalize(memory.images.output(memory.ids, False).features).double().cpu()
+    def after_memory(self, network: Network, memory: MemoryContext) -> dict[str, Tensor]:
+        """Add the new classes to the graph, and let the exemplars compete for its vertices. Returns no pixels."""
+        features = F.normalize(memory.extractor.extract(memory.ids, False).features).double().cpu()
         classes = range(int(memory.positions.max()) + 1)
         vertices = torch.stack([mean_direction(features[torch.from_numpy(memory.positions == c)]) for c in classes])
         nearest = (features @ vertices.T).topk(min(2, len(vertices)), dim=1).indices.numpy()
         if len(vertices) > 1:
-            compete(self.ages, nearest, self.own.tpcil_age)
+            compete(self.ages, nearest, self.config.tpcil_age)
         self.vertices = F.pad(vertices.float().to(self.device), (0, 0, 0, len(self.ages) - len(vertices)))
         self.join()
         return {}
 
     def join(self) -> None:
+        """Set `joined`, bool [W, W], from the ages: which vertices an edge joins; each is joined to itself."""
         self.joined.copy_(torch.from_numpy(self.ages >= 0) | torch.eye(len(self.ages), dtype=torch.bool))
 
     def state_dict(self) -> dict[str, Any]:
+        """Return ages and vertices."""
         return {"ages": torch.from_numpy(self.ages), "vertices": self.vertices}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up ages and vertices."""
         self.ages, self.vertices = state["ages"].cpu().numpy().copy(), state["vertices"].to(self.device)
         self.join()
 
 
 def compete(ages: NDArray[np.int64], nearest: NDArray[np.int64], oldest: int) -> None:
-    """Competitive Hebbian learning, in place. nearest: int64 [n, 2], the nearest vertices of each signal, in turn."""
+    """Run competitive Hebbian learning on ages [V, V], in place. nearest: int64 [n, 2], the two nearest vertices of
+    each signal, in turn. oldest: the age beyond which an edge is removed."""
     for first, second in nearest:
         edges = ages[first] >= 0
         ages[first, edges] += 1

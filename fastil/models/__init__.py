@@ -3,11 +3,11 @@
 from fastil.models.folding import Folded
 from fastil.models.network import (
     MODELS,
+    ExternalBackbone,
     Factory,
     ModelConfig,
     Network,
     Output,
-    Outside,
     build_network,
     check_backbone,
     find_factory,
@@ -15,12 +15,12 @@ from fastil.models.network import (
 
 __all__ = [
     "MODELS",
+    "ExternalBackbone",
     "Factory",
     "Folded",
     "ModelConfig",
     "Network",
     "Output",
-    "Outside",
     "build_network",
     "check_backbone",
     "find_factory",

@@ -9,12 +9,13 @@ from torch.nn.utils import parametrize
 
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 3x3 convolution with padding 1 and no bias."""
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with a fixed momentum and without torch's counter of batches, which nothing would read: one
-    launch less per layer and step. Older weights, which have that counter, load all the same."""
+    """Batch normalisation with a fixed momentum and without torch's counter of batches, which nothing reads: one launch
+    less per layer and step. Older weights, which have that counter, still load."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -33,6 +34,7 @@ class SliceShortcut(nn.Module):
         self.new_channels = new_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [B, C + new channels, H / 2, W / 2] from x [B, C, H, W]."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
 
 
@@ -72,6 +74,7 @@ class BasicBlock(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [B, channels_out, H / stride, W / stride] from x [B, channels_in, H, W]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y)) + self.shortcut(x)
         return F.relu(y) if self.relu else y
@@ -80,15 +83,15 @@ class BasicBlock(nn.Module):
 def stage(
     channels_in: int, channels_out: int, stride: int, relus: list[bool], *, project: bool = True
 ) -> nn.Sequential:
-    """As many blocks as there are entries in relus; the first one strides and widens."""
+    """Return as many blocks as there are entries in relus; the first one strides and widens."""
     blocks = [BasicBlock(channels_in, channels_out, stride, relu=relus[0], project=project)]
     blocks += [BasicBlock(channels_out, channels_out, relu=relu) for relu in relus[1:]]
     return nn.Sequential(*blocks)
 
 
 def initialise(module: nn.Module, generator: torch.Generator, *, zero_last_bn: bool) -> None:
-    """He initialisation (fan out) of every convolution; batch normalisation starts as the identity, or, with
-    zero_last_bn, the last one of each block at 0, so that a block starts as its shortcut."""
+    """Initialise every convolution as He does (fan out) and batch normalisation as the identity; with zero_last_bn the
+    last one of each block starts at 0, so that a block starts as its shortcut."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
@@ -104,6 +107,7 @@ class FilterScale(nn.Module):
         self.factor = nn.Parameter(torch.ones(*weight.shape[:2], 1, 1))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight [out, in, h, w] times its factors."""
         return weight * self.factor
 
 

@@ -1,8 +1,8 @@
-"""A frozen network with its batch normalisation multiplied into the convolutions: the teacher, and what evaluates.
+"""A frozen network with its batch normalisation folded into the convolutions: for the teacher and for evaluation.
 
-In eval mode a batch normalisation is a factor and an offset per channel, so `conv` and `bn` are one convolution with a
-bias. That is worked out in float32 once per step instead of once per batch, and cast once to what the network computes
-in. The network itself stays as it is: checkpoints hold that one.
+In eval mode batch normalisation is a factor and an offset per channel, so `conv` and `bn` are one convolution with a
+bias. It is computed in float32, once per step instead of once per batch, and cast once to the dtype of the network. The
+network itself stays as it is: checkpoints hold that one.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fusion
 
-from fastil.models.network import Network, Output, Outside
+from fastil.models.network import ExternalBackbone, Network, Output
 
 
 class Folded:
-    """What a network computes in eval mode as it was at the last `refresh`, to rounding, without gradients. A backbone
-    from outside is not copied, for nobody knows how it could be: it is run itself, with the weights that it has.
+    """What a network computes in eval mode, as it was at the last `refresh`, up to rounding and without gradients. A
+    backbone from outside cannot be folded safely, so it is not copied: it is run itself, with its current weights.
 
     network: the one to follow. dtype: of the folded convolutions and of the head, and of the images it takes. `fast` is
     called with batches of `full` images, `plain` with all others; both are the same module, `fast` maybe compiled.
@@ -32,13 +32,13 @@ class Folded:
         self.refresh()
 
     def __call__(self, images: Tensor) -> Output:
-        """Features and logits of a batch, images [B, 3, H, W] in `dtype`; the output is in it, too."""
+        """Return features and logits of a batch. images: [B, 3, H, W] in `dtype`, which the output has too."""
         with torch.no_grad(), _in_eval_mode(self.plain):
             return (self.fast if len(images) == self.full else self.plain)(images)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take up the weights and statistics that the network has now, in place: a compiled twin stays valid."""
+        """Take over the weights and statistics that the network has now, in place: a compiled copy stays valid."""
         done = set()
         for (_, convolution, normalisation), (name, twin, _) in zip(
             _pairs(self.network), _pairs(self.plain), strict=True
@@ -60,7 +60,7 @@ class Folded:
 
 
 def _pairs(network: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Every convolution that only a batch normalisation reads, by its name, with what stands in that one's place."""
+    """Yield every convolution that only a batch normalisation reads: its name, itself, and that batch normalisation."""
     for prefix, part in network.named_modules():
         for convolution, normalisation in getattr(part, "normalised", {}).items():
             yield f"{prefix}.{convolution}", part.get_submodule(convolution), part.get_submodule(normalisation)
@@ -68,7 +68,7 @@ def _pairs(network: nn.Module) -> Iterator[tuple[str, Any, Any]]:
 
 @contextlib.contextmanager
 def _in_eval_mode(twin: Network) -> Iterator[None]:
-    """Inside, a backbone that is the student's own is in eval mode."""
+    """Keep a backbone that is the student's own in eval mode while inside."""
     if not twin.backbone.training:
         yield
         return
@@ -80,8 +80,8 @@ def _in_eval_mode(twin: Network) -> Iterator[None]:
 
 
 def _without_normalisation(network: Network, dtype: torch.dtype) -> Network:
-    """A copy whose folded convolutions have a bias, and an identity in the place of their normalisation."""
-    if isinstance(network.backbone, Outside):  # which casts for itself
+    """Return a copy whose folded convolutions have a bias, with identities in place of their normalisation."""
+    if isinstance(network.backbone, ExternalBackbone):  # which casts for itself
         twin = copy.deepcopy(network, {id(network.backbone): network.backbone})
         copied: nn.Module = twin.head
     else:
@@ -99,7 +99,8 @@ def _without_normalisation(network: Network, dtype: torch.dtype) -> Network:
 
 
 def _with_bias(old: Any) -> nn.Conv2d:
-    """A convolution of the same shape, without a factor per filter, which `refresh` multiplies in."""
+    """Return a convolution of the same shape with a bias, and without a factor per filter, which `refresh` multiplies
+    in."""
     new = nn.Conv2d(
         old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
         padding_mode=old.padding_mode, device="meta",  # where nothing is initialised, so no generator moves on

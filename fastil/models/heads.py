@@ -10,13 +10,13 @@ from fastil.kernels import cosine_head
 
 
 def padded_width(num_classes: int) -> int:
-    """W: the classes of the whole run, rounded up to a multiple of 8 so that rows of logits load wide."""
+    """Return W: the classes of the whole run, rounded up to a multiple of 8 so that rows of logits load wide."""
     return -(-num_classes // 8) * 8
 
 
 class LinearHead(nn.Module):
-    """weight [W, d] and bias [W]. Rows of classes not seen yet are 0: the masked loss gives them no gradient and decay
-    leaves 0 at 0, so they stay so until `open_rows`."""
+    """A linear classifier: weight [W, d] and bias [W]. Rows of classes not seen yet are 0 until `open_rows`: the masked
+    loss gives them no gradient, and decay leaves 0 at 0."""
 
     def __init__(self, feature_dim: int, width: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, W], and no scale."""
+        """Return logits [B, W], and no scale."""
         return F.linear(features, self.weight, self.bias), None
 
     @torch.no_grad()
@@ -39,11 +39,11 @@ class LinearHead(nn.Module):
 class CosineHead(nn.Module):
     """Cosine similarity of features and proxies under a learned scale; no bias.
 
-    proxies=None: LUCIR's, one proxy per class, weight [W, d], logits are cosines. Otherwise PODNet's Local Similarity
-    Classifier (arXiv 2004.13513, eq. 6 and 7), weight [W, P, d]: its code takes s' = 2 cos - 2 for a similarity, inside
-    the softmax over the proxies and outside; the -2 is the same for every class, so here it is left out.
+    proxies=None: LUCIR's head, one proxy per class, weight [W, d], logits are cosines. Otherwise PODNet's Local
+    Similarity Classifier (arXiv 2004.13513, its eq. 6 and 7), weight [W, P, d]. Its code takes s' = 2 cos - 2 as the
+    similarity, in the softmax over the proxies and after it; the -2 is the same for every class and is left out here.
 
-    formula: compute with torch's own differentiable functions, for a second derivative or a forward-mode one.
+    formula: compute with torch's own differentiable functions, for a second or a forward-mode derivative.
     """
 
     formula = False
@@ -54,16 +54,18 @@ class CosineHead(nn.Module):
         shape = (width, feature_dim) if proxies is None else (width, proxies, feature_dim)
         self.weight = nn.Parameter(torch.zeros(shape))
         self.scale = nn.Parameter(torch.ones(()))  # sigma of LUCIR, eta of PODNet
-        self.of_code = 1.0 if proxies is None else 2.0
-        self.register_buffer("factor", torch.tensor(self.of_code), persistent=False)  # on the device: nothing is sent
+        self.cosine_factor = 1.0 if proxies is None else 2.0
+        self.register_buffer(
+            "factor", torch.tensor(self.cosine_factor), persistent=False
+        )  # on the device: nothing is sent
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Similarities [B, W], before the scale, and the scale, 0-d."""
+        """Return similarities [B, W], before the scale, and the scale, 0-d."""
         if not self.formula:
-            return cosine_head(features, self.weight, self.factor, self.of_code), self.scale
+            return cosine_head(features, self.weight, self.factor, self.cosine_factor), self.scale
         cosines = F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).flatten(0, -2).T
         s = cosines.reshape(len(features), len(self.weight), -1)
-        return self.of_code * (torch.softmax(self.of_code * s, 2) * s).sum(2), self.scale
+        return self.cosine_factor * (torch.softmax(self.cosine_factor * s, 2) * s).sum(2), self.scale
 
     @torch.no_grad()
     def open_rows(self, start: int, stop: int, generator: torch.Generator) -> None:
@@ -79,8 +81,8 @@ class CosineHead(nn.Module):
 
     @torch.no_grad()
     def imprint(self, start: int, proxies: Tensor) -> None:
-        """Set the rows from position `start` on to proxies [n, d] or [n, P, d] times the mean length of the rows
-        before them, as both codes do."""
+        """Set the rows from position `start` on to proxies, [n, d] or [n, P, d], times the mean length of the rows
+        before them, as the codes of LUCIR and PODNet do."""
         length = self.weight[:start].flatten(0, -2).norm(dim=1).mean()
         self.weight[start : start + len(proxies)] = proxies.to(self.weight) * length
 

@@ -1,8 +1,8 @@
-"""A backbone under a head.
+"""The network: a backbone and a head.
 
-A backbone from outside (`model=module:factory`, `model=path/to/file.py:factory`): factory() returns a module that takes
-images [B, 3, H, W] to features [B, d], or to (features, maps of the stages) for methods that read them, and says d as
-its `feature_dim` or `num_features`.
+A backbone from outside comes by `model=module:factory` or `model=path/to/file.py:factory`: factory() returns a module
+that takes images [B, 3, H, W] to features [B, d], or to (features, maps of the stages) for methods that read maps. Its
+`feature_dim` or `num_features` is d.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class ModelConfig:
 
 
 class Output(NamedTuple):
-    """What one forward yields."""
+    """The result of one forward pass."""
 
     features: Tensor  # [B, d], pooled, as the head sees them
     maps: list[Tensor]  # stage outputs, [B, C, H, W] each; none where the network does not keep them
@@ -61,13 +61,14 @@ class Output(NamedTuple):
     scale: Tensor | None = None  # 0-d, of a cosine head, learned
 
     @property
-    def scaled(self) -> Tensor:
-        """What a softmax is taken of, [B, W]."""
+    def scaled_logits(self) -> Tensor:
+        """The logits that a softmax is taken of, [B, W]."""
         return self.logits if self.scale is None else self.scale * self.logits
 
 
-class Outside(nn.Module):
-    """A backbone from outside, as the network calls it. wants_maps: whether the method reads the maps of the stages."""
+class ExternalBackbone(nn.Module):
+    """A backbone from outside, wrapped for the network. wants_maps: whether the method reads the stages' maps. Raises
+    UserError if it is not a module of known width."""
 
     def __init__(self, name: str, module: nn.Module, wants_maps: bool) -> None:
         super().__init__()
@@ -82,6 +83,8 @@ class Outside(nn.Module):
         self.feature_dim = width
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return features [B, d] and the stages' maps, in the dtype of images [B, 3, H, W]. Raises UserError for
+        features of another shape and for missing maps."""
         half = images.dtype == torch.bfloat16
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):  # its weights stay in float32
             out = self.module(images)
@@ -97,9 +100,9 @@ class Outside(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and head; W is the padded number of classes of the whole run.
+    """A backbone and a head; W is the padded number of classes of the whole run.
 
-    keeps_maps: whether outputs hold the maps of the stages. Only a method that reads them asks for that (PODNet): a
+    keeps_maps: whether outputs hold the maps of the stages. Only a method that reads them (PODNet) asks for that: a
     compiled step would write them out, and gradients of zero for them.
     """
 
@@ -115,13 +118,14 @@ class Network(nn.Module):
             self.head = CosineHead(dim, self.width, config.proxies if config.head == "proxies" else None)
 
     def forward(self, images: Tensor) -> Output:
+        """Return features, maps and logits of images [B, 3, H, W]."""
         features, maps = self.backbone(images)
         logits, scale = self.head(features)
         return Output(features, maps if self.keeps_maps else [], logits, scale)
 
     @contextlib.contextmanager
     def as_formula(self) -> Iterator[None]:
-        """Inside, forwards can be differentiated twice, and in forward mode."""
+        """Make forwards differentiable twice, and in forward mode, while inside."""
         before = getattr(self.head, "formula", None)
         try:
             if before is not None:
@@ -135,8 +139,8 @@ class Network(nn.Module):
 def build_network(
     config: ModelConfig, num_classes: int, seed: int, *, factory: Factory | None = None, keeps_maps: bool = False
 ) -> Network:
-    """The network of a recipe, initialised from the seed, channels-last, on the CPU. factory: of the backbone, where it
-    comes from outside. keeps_maps: see Network."""
+    """Return the network of a recipe, initialised from the seed, channels-last, on the CPU. factory: of a backbone from
+    outside. keeps_maps: see Network. Raises UserError if a backbone from outside is not loaded."""
     generator = torch.Generator().manual_seed(seed)
     name = config.model
     backbone: nn.Module
@@ -145,7 +149,7 @@ def build_network(
             if factory is None:
                 raise UserError(f"model={name}: code that a run directory names is not loaded; give model= here, too")
             torch.default_generator.manual_seed(seed)
-            backbone = Outside(name, outside.imported(f"model={name}", factory), keeps_maps)
+            backbone = ExternalBackbone(name, outside.imported(f"model={name}", factory), keeps_maps)
         elif name == "resnet32_rebuffi":
             backbone = ResNetRebuffi(config.last_relu, generator)
         elif name.startswith("resnet18"):
@@ -160,10 +164,10 @@ def build_network(
 
 
 def find_factory(given: Any) -> tuple[str, Factory | None]:
-    """The value of `model` and the backbone from outside that it means, if it does: module:factory, imported, or the
-    function itself. Raises UserError for what is not there and for what is no function with a name.
+    """Return the value of `model` and, if it means a backbone from outside, its factory: module:factory, imported, or
+    the function itself. Raises UserError if there is none, or if it is not a function with a name.
 
-    A name out of a run directory never comes here, so that reading a run runs no code that it names.
+    A name from a run directory never comes here, so reading a run runs no code that it names.
     """
     if not callable(given) and not (isinstance(given, str) and ":" in given):
         return given, None
@@ -179,17 +183,17 @@ def find_factory(given: Any) -> tuple[str, Factory | None]:
             arguments = [*map(repr, given.args), *(f"{key}={value!r}" for key, value in given.keywords.items())]
             called = f"{getattr(given.func, '__qualname__', given.func)}({', '.join(arguments)})"
         raise UserError(
-            f"model={type(given).__name__}: give a function with a name, for the run builds the backbone twice and a "
-            f"resume tells it by its source; write `def backbone(): return {called}`"
+            f"model={type(given).__name__}: give a function with a name, because the run builds the backbone twice "
+            f"and a resume knows it by its source; write `def backbone(): return {called}`"
         )
     return f"{given.__module__}:{name}", given
 
 
 def check_backbone(network: Network, height: int, width: int) -> None:
-    """Raise UserError for a backbone from outside that does not take images of this size, or does not return what the
-    method reads."""
+    """Raise UserError if a backbone from outside does not take images of this size, or does not return what the method
+    reads."""
     backbone, training = network.backbone, network.training
-    if not isinstance(backbone, Outside):
+    if not isinstance(backbone, ExternalBackbone):
         return
     images = torch.zeros(2, 3, height, width, device=next(network.parameters()).device)
     with torch.no_grad():

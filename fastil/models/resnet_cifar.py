@@ -32,6 +32,7 @@ class ResNetCifar(nn.Module):
         initialise(self, generator, zero_last_bn=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return features [B, 64] and the three maps, from images [B, 3, H, W]."""
         x = F.relu(self.bn1(self.conv1(images)))
         x1 = self.stage1(x)
         x2 = self.stage2(x1)
@@ -43,8 +44,8 @@ class ResNetRebuffi(nn.Module):
     """PODNet's ResNet-32: stages of 5, 5, 4 and 1 blocks, slicing shortcuts, no ReLU after any addition, and the last
     batch normalisation of each block starting at 0.
 
-    Maps are the four stage outputs before their ReLU. Features are pooled after it with last_relu, as in its iCaRL, and
-    without are what the code calls raw features: those under PODNet's classifier.
+    Maps are the four stage outputs before their ReLU. With last_relu features are pooled after it, as in PODNet's
+    iCaRL; without, they are what the code calls raw features, which its classifier reads.
     """
 
     feature_dim = 64
@@ -62,6 +63,7 @@ class ResNetRebuffi(nn.Module):
         initialise(self, generator, zero_last_bn=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return features [B, 64] and the four maps, from images [B, 3, H, W]."""
         x = F.relu(self.bn1(self.conv1(images)))
         x1 = self.stage1(x)
         x2 = self.stage2(x1)

@@ -12,11 +12,11 @@ from fastil.models.blocks import BatchNorm, initialise, stage
 class ResNet18(nn.Module):
     """Four stages of two blocks with 64 to 512 channels, projection shortcuts. Maps are the four stage outputs.
 
-    pod=False: 7x7 stem with stride 2, ReLU after every addition; last_relu switches the very last one (LUCIR's cosine
-    network has it off). pod=True: what PODNet's code trains, a 3x3 stem with stride 1 (3.8 times the work), no ReLU
-    after the second block of a stage, and zero-initialised last batch normalisations; with last_relu features are
-    pooled after a ReLU, and without, as under PODNet's classifier, they are not. small_stem: the 3x3 one; default: with
-    pod.
+    pod=False: 7x7 stem with stride 2, ReLU after every addition; last_relu=False drops the very last one (LUCIR's
+    cosine network). pod=True: PODNet's code, a 3x3 stem with stride 1 (3.8 times the work), no ReLU after the second
+    block of a stage, and the last batch normalisation of each block starting at 0; features are pooled after a ReLU
+    with last_relu, and without one under PODNet's classifier. small_stem: whether the stem is the 3x3 one; by default
+    if pod.
     """
 
     feature_dim = 512
@@ -40,6 +40,7 @@ class ResNet18(nn.Module):
         initialise(self, generator, zero_last_bn=pod)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return features [B, 512] and the four maps, from images [B, 3, H, W]."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(images))))
         x1 = self.stage1(x)
         x2 = self.stage2(x1)

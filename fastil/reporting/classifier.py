@@ -56,7 +56,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         out = self.network((self.checked(images) - self.mean) / self.std)
-        scores: Tensor = out.scaled
+        scores: Tensor = out.scaled_logits
         if self.means is not None:
             scores = nearest_mean_scores(out.features, self.means)
         elif self.method is not None:  # no module, so it stays on the CPU when this moves to a GPU

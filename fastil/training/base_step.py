@@ -1,7 +1,7 @@
-"""Taking the base step from another run, where both would train the very same network there: bit for bit on the same
-kind of device, in the same precision, with as many threads, compiled or not alike.
+"""Taking the base step from another run, if both would train the very same network in it: bit for bit on the same kind
+of device, in the same precision, with the same number of threads, both compiled or both not.
 
-Methods that compare only in how they go on share hours of base training this way, and their differences are paired.
+Methods that differ only in later steps share hours of base training this way, and their differences are paired.
 """
 
 from dataclasses import dataclass
@@ -38,10 +38,10 @@ SAME_WITHOUT_OLD = {
 
 
 def base_identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides the network after the base step, if the base classes have equal numbers of images."""
+    """Return the settings that decide the network after the base step, if the base classes have equally many images."""
     own = {key for config in recipe.of_methods.values() for key in values_of(config)} | {"code of method"}
     keys = {k: v for k, v in recipe.identity().items() if k not in LATER | own and not k.startswith(LATER_PARTS)}
-    of_method = recipe.procedure.base_step(recipe.keys())
+    of_method = recipe.procedure.base_step_settings(recipe.keys())
     if recipe.model.weight_transfer:  # methods train other parts of the network with it
         of_method |= {"training": recipe.method.method}
     if of_method.get("training") == recipe.method.method:  # no other method shares it
@@ -97,7 +97,8 @@ class BaseStep:
 
 
 def read(base_run: Path, network: Network, device: torch.device) -> BaseStep:
-    """network: one of this run's, into which the weights are put, for that says whether they fit."""
+    """Return the base step of a run. network: one of this run's, into which the weights are put to see that they fit.
+    Raises UserError if a file is missing, damaged or of another network."""
     path = base_run / "checkpoints/step_0.pt"
     try:
         weights = files.load(path, device)

@@ -91,7 +91,7 @@ def compile_network(
         with torch.set_grad_enabled(train):
             out = compiled(example)
             if train:
-                out.scaled.sum().backward()  # type: ignore[no-untyped-call]
+                out.scaled_logits.sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # a missing header or a broken compiler surfaces as one of many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return network, f"torch.compile failed ({reason}): {use} runs uncompiled"

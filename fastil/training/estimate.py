@@ -144,7 +144,7 @@ def _images_per_second(
             if teacher is not None:
                 teacher(images)
             with autocast(precision, device):
-                loss = student(images).scaled.float().sum()
+                loss = student(images).scaled_logits.float().sum()
             loss.backward()
         student.zero_grad()
         if device.type == "cuda":

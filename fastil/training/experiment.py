@@ -13,7 +13,7 @@ from fastil.data import load_dataset
 from fastil.data.sources import image_size
 from fastil.device import multiplying_in, pick_device
 from fastil.evaluation import StepResult, evaluate
-from fastil.methods import Images, Memory, MetaAlpha, Method, StepContext
+from fastil.methods import FeatureExtractor, MemoryContext, MetaAlpha, Method, StepContext
 from fastil.models import check_backbone
 from fastil.nearest_mean import nearest_mean_scores
 from fastil.protocol import Ids, build_protocol
@@ -54,10 +54,10 @@ class Experiment:
         check_backbone(student, *size)
         self.flops, handed_on = compiling.cost_per_image(student, *size)
         capacity.check_batch(recipe, self.steps, size, self.device, handed_on)
-        self.base: base_step.BaseStep | None = None
+        self.shared_base: base_step.BaseStep | None = None
         if base_run is not None and not (resume and self.directory.last.exists()):  # else it is behind us
             base_step.check(base_run, recipe, self.protocol, self.dataset, counts)
-            self.base = base_step.read(base_run, teacher, self.device)  # the first step overwrites the teacher
+            self.shared_base = base_step.read(base_run, teacher, self.device)  # the first step overwrites the teacher
         self.base_step_of: str | None = None
         self.loaders = RunLoaders(recipe, self.dataset, self.device, recipe.memory.total(counts[order]))
         self.method = recipe.build_method(student.width, len(order), self.device)
@@ -78,7 +78,7 @@ class Experiment:
         )  # fmt: skip
         self.frozen = FrozenNetwork(student, self.loaders)
         self.rehearsal = Rehearsal(recipe, self.protocol, self.dataset, self.frozen, self.progress.say)
-        self.images = Images(self.frozen.of_training, lambda p: self.dataset.train.of_class(order[p]))
+        self.extractor = FeatureExtractor(self.frozen.training_output, lambda p: self.dataset.train.of_class(order[p]))
         self.results: list[StepResult] = []
         self.step = 0
 
@@ -134,14 +134,14 @@ class Experiment:
         self.trainer.begin_step()
         generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, plan.step))
         student = self.trainer.student
-        self.method.open_classes(student, plan.classes_old, plan.classes_seen, generator, self.images)
-        if self.base is None or plan.step > 0:
+        self.method.open_classes(student, plan.classes_old, plan.classes_seen, generator, self.extractor)
+        if self.shared_base is None or plan.step > 0:
             return Position(plan.step)
-        student.load_state_dict(self.base.weights)
-        for line in self.base.metrics:
+        student.load_state_dict(self.shared_base.weights)
+        for line in self.shared_base.metrics:
             self.directory.append_metrics(line)
-        self.base_step_of = self.base.source
-        self.progress.say(f"base step taken from {self.base.source}")
+        self.base_step_of = self.shared_base.source
+        self.progress.say(f"base step taken from {self.shared_base.source}")
         return Position(plan.step, "memory")
 
     def train(self, plan: StepPlan, position: Position) -> Position:
@@ -157,14 +157,14 @@ class Experiment:
         self.progress.end()
         position = Position(plan.step, "memory")
         if self.recipe.correction.epochs_of(plan.step):
-            self.rehearsal.select_balanced(plan.step)
+            self.rehearsal.select_finetuning_set(plan.step)
             position = Position(plan.step, "correct")
         self.save(position)
         return position
 
     def finetune(self, plan: StepPlan, position: Position) -> None:
         """Balanced finetuning on the exemplars of every class seen, herded for it."""
-        ids = self.rehearsal.balanced
+        ids = self.rehearsal.finetuning_set
         self.begin(plan, ids, fresh=position.epoch == position.batch == 0)
         self.loaders.keep(self.rehearsal.memory.ids())
         self.trainer.fit(self.phases.finetuning(plan.step, ids), position.epoch, position.batch)
@@ -185,13 +185,13 @@ class Experiment:
         student = self.trainer.student
         if plan.step > 0:
             positions = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
-            self.method.after_training(student, self.images, held_out, positions)
+            self.method.after_training(student, self.extractor, held_out, positions)
         self.directory.write_exemplars(plan.step, self.rehearsal.update(plan.step))
         if plan.memory_visits:
             self.progress.begin(f"step {plan.step}, exemplars", plan.memory_visits, 0)
         kept = self.rehearsal.memory.ids()
-        memory = Memory(
-            kept, self.rehearsal.positions_of(kept), self.images, self.loaders.plain,
+        memory = MemoryContext(
+            kept, self.rehearsal.positions_of(kept), self.extractor, self.loaders.plain,
             lambda epoch: self.trainer.batches(self.phases.training_epoch(plan.step, ids, None, epoch)),
         )  # fmt: skip
         self.loaders.overlay(self.method.after_memory(student, memory))
@@ -201,7 +201,7 @@ class Experiment:
         """Top-1 over the test images of every class seen, by the recipe's predictor."""
         positions = self.rehearsal.positions[self.dataset.val.labels]
         ids = np.flatnonzero((positions >= 0) & (positions < plan.classes_seen))
-        out = self.frozen.of_test(ids)
+        out = self.frozen.test_output(ids)
         nme = self.recipe.evaluation.predictor == "nme"
         if nme:
             kept, mirrored = self.rehearsal.memory.ids(), self.recipe.evaluation.nme_mirrored
@@ -226,7 +226,7 @@ class Experiment:
         """Claim the directory and take up its last checkpoint, if there is one."""
         transform = self.loaders.test.transform
         size = transform.height, transform.width
-        read_by = [self.loaders.train.name, *(self.base.read_by if self.base else ())]
+        read_by = [self.loaders.train.name, *(self.shared_base.read_by if self.shared_base else ())]
         protocol = run_directory.protocol_file(self.dataset, self.protocol, self.steps, size, read_by)
         state = self.directory.claim(self.recipe, protocol, self.device)
         if state is None:
@@ -274,8 +274,8 @@ class Experiment:
 
     def compile(self) -> None:
         """Compile training and evaluation, each where the run repays it."""
-        of_test = np.bincount(self.dataset.val.labels)[self.protocol.order]
-        frozen = self.flops * step_plan.frozen_visits(self.steps, of_test)
+        test_counts = np.bincount(self.dataset.val.labels)[self.protocol.order]
+        frozen = self.flops * step_plan.frozen_visits(self.steps, test_counts)
         notes = compiling.compile_run(
             self.recipe.train.compile, self.device, self.trainer.compile, step_plan.run_flops(self.steps, self.flops),
             self.frozen.compile, frozen,

@@ -1,4 +1,4 @@
-"""The student between two trainings: what exemplars, class means and accuracies are computed from."""
+"""The student between two trainings: exemplars, class means and accuracies are computed from it."""
 
 import torch
 from torch import Tensor
@@ -12,25 +12,26 @@ from fastil.training.run_loaders import RunLoaders
 
 
 class FrozenNetwork:
-    """The student in float32, at the weights that it has when it is asked, and the images that it looks at."""
+    """The student in float32, with the weights that it has when it is called, and the images that it is called on."""
 
     def __init__(self, student: Network, loaders: RunLoaders) -> None:
         self.loaders, self.folded = loaders, Folded(student, torch.float32, BATCH)
         self.folded.plain.keeps_maps = False
 
-    def of_training(self, ids: Ids, mirrored: bool = False) -> Output:
-        """Features [n, d] and logits [n, W] of training images, by the test-time transform."""
+    def training_output(self, ids: Ids, mirrored: bool = False) -> Output:
+        """Return features [n, d] and logits [n, W] of training images, by the test-time transform."""
         return forward(self.folded, self.loaders.plain, ids, mirrored=mirrored)
 
-    def of_test(self, ids: Ids) -> Output:
+    def test_output(self, ids: Ids) -> Output:
+        """Return features [n, d] and logits [n, W] of test images."""
         return forward(self.folded, self.loaders.test, ids)
 
     def class_means(self, exemplars: Ids, positions: Ids, mirrored: bool) -> Tensor:
-        """Means of the exemplars' features, float32 [classes, d]. positions: the classes of the exemplars, int64 [m].
-        mirrored: whether they take in mirror images, where training has seen some."""
-        plain = self.of_training(exemplars).features
+        """Return the means of the exemplars' features, float32 [classes, d]. positions: the classes of the exemplars,
+        int64 [m]. mirrored: include mirror images, if training flips."""
+        plain = self.training_output(exemplars).features
         mirrored = mirrored and self.loaders.train.transform.flip
-        other = self.of_training(exemplars, mirrored=True).features if mirrored else plain
+        other = self.training_output(exemplars, mirrored=True).features if mirrored else plain
         return class_means(plain, other, torch.from_numpy(positions).to(plain.device))
 
     def compile(self) -> str | None:

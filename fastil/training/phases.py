@@ -16,8 +16,8 @@ from fastil.training.trainer import BeforeUpdate, Phase
 
 
 class Phases:
-    """Builds the phases of a run from its recipe. meta: where the classification loss is meta_balanced. loader: of
-    training images."""
+    """Builds the phases of a run from its recipe. meta: given if the classification loss is meta_balanced. loader: of
+    training images. steps: their number in the run."""
 
     def __init__(
         self, recipe: Recipe, network: Network, method: Method, meta: MetaAlpha | None, loader: Loader, steps: int
@@ -26,16 +26,17 @@ class Phases:
         self.recipe, self.network, self.method, self.meta, self.loader = recipe, network, method, meta, loader
 
     def training(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, held_out: Ids) -> Phase:
-        """ids: images to train on, exemplars included. probabilities: of the sampler. held_out: B_t, maybe empty."""
+        """Return the training phase of a step. ids: images to train on, exemplars included. probabilities: of the
+        sampler, or None. held_out: B_t, maybe empty."""
         config = self.recipe.train
         epochs = config.epochs_of(step)
         extra: dict[str, Any] = {}
         if self.meta is not None and step > 0:
             key = Key(config.seed, step, "meta")
-            stream = partial(
+            held_out_plan = partial(
                 cycled_plan, held_out, key, self.loader.transform, config.batch_size, sizes=self.loader.sizes
             )
-            extra["before_update"] = BeforeUpdate(self.recipe.meta.meta_every, stream, self.meta.before_update)
+            extra["before_update"] = BeforeUpdate(self.recipe.meta.meta_every, held_out_plan, self.meta.before_update)
         return Phase(
             name="train",
             step=step,
@@ -53,23 +54,25 @@ class Phases:
         )
 
     def observed(self, step: int) -> dict[str, Any]:
-        """Beside the loss, for metrics.jsonl, once per epoch: the learned scale of a cosine head, Meta's alpha."""
+        """Return the method's part of an epoch's line of metrics.jsonl: the scale of a cosine head, Meta's alpha."""
         scale = getattr(self.network.head, "scale", None)
         shown = {} if scale is None else {"scale": float(scale.detach())}
         return shown if self.meta is None or step == 0 else shown | self.meta.observed()
 
     def training_epoch(self, step: int, ids: Ids, probabilities: NDArray[np.float64] | None, epoch: int) -> EpochPlan:
+        """Return the plan of a training epoch."""
         key = Key(self.recipe.train.seed, step, "train", epoch)
         visited = ids if probabilities is None else draw(ids, probabilities, key)
         return self.plan(visited, key)
 
     def plan(self, ids: Ids, key: Key) -> EpochPlan:
+        """Return a plan of augmented visits of `ids`, shuffled by the counter."""
         return training_plan(ids, key, self.loader.transform, self.recipe.train.batch_size, self.loader.sizes)
 
     def finetuning(self, step: int, ids: Ids) -> Phase:
-        """ids: the same number of images of every class seen. No row of the head is frozen."""
+        """Return the phase of balanced finetuning after a step. ids: the same number of images of every class seen. No
+        row of the head is frozen."""
         config, correction = self.recipe.train, self.recipe.correction
-
         return Phase(
             name="correct",
             step=step,

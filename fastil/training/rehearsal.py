@@ -1,4 +1,4 @@
-"""Which images a step trains on, holds out and keeps: new classes, exemplars of old ones, and how these are chosen."""
+"""Which images a step trains on, holds out and keeps: new classes, exemplars of old ones, held-out exemplars."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,9 @@ NAMED = 5  # classes in a message
 
 
 class Rehearsal:
-    """The rehearsal memory of a run and the sets of images that are made with it.
+    """The rehearsal memory of a run, and the sets of images that are made from it.
 
-    network: its features are herded. say: prints what the user should know.
+    network: the one whose features are herded. say: prints a line for the user.
     """
 
     def __init__(
@@ -34,20 +34,21 @@ class Rehearsal:
         self.steps = protocol.steps
         self.positions = protocol.positions(len(dataset.class_names))
         self.memory = memory.RehearsalMemory()
-        self.balanced = np.empty(0, dtype=np.int64)  # what is finetuned on, while that is under way
+        self.finetuning_set = np.empty(0, dtype=np.int64)  # ids to finetune on, while that is under way
 
     def positions_of(self, ids: Ids) -> Ids:
-        """Incremental positions of the classes of training images."""
+        """Return the incremental positions of the classes of training images, int64 [n]."""
         return self.positions[self.dataset.train.labels[ids]]
 
-    def classes(self, step: int) -> tuple[int, int]:
-        """How many are old and how many are seen in a step."""
+    def num_classes(self, step: int) -> tuple[int, int]:
+        """Return how many classes are old in a step, and how many are seen by then."""
         num_old = sum(len(c) for c in self.steps[:step])
         return num_old, num_old + len(self.steps[step])
 
     def training_set(self, step: int) -> tuple[Ids, Ids]:
-        """The images of the new classes and the exemplars of the old ones, and those of both that are held out."""
-        num_old, num_seen = self.classes(step)
+        """Return the ids to train on, new classes and exemplars of old ones, and the held-out ids of both (Meta's B_t,
+        BiC's validation images)."""
+        num_old, num_seen = self.num_classes(step)
         new = [self.dataset.train.of_class(c) for c in self.steps[step]]
         ids, held_out = np.concatenate([*new, self.memory.ids()]), np.empty(0, dtype=np.int64)
         if self.recipe.reserves:
@@ -60,31 +61,31 @@ class Rehearsal:
         return ids, held_out
 
     def reserved(self, classes: Ids, sharing: int) -> Ids:
-        """The images of these classes that are never trained on, once `sharing` classes share the memory."""
+        """Return the images of these classes that are never trained on, once `sharing` classes share the memory."""
         per_class = self.recipe.held_out(self.recipe.memory.quota(sharing))
         key = Key(self.recipe.train.seed, 0, "meta")
         drawn = [memory.select_at_random(self.dataset.train.of_class(c), per_class, key) for c in classes]
         return np.concatenate(drawn)
 
-    def select_balanced(self, step: int) -> None:
-        """Set `balanced`: as many exemplars of every class seen, none of them held out: the quota, or what the smallest
-        class has."""
+    def select_finetuning_set(self, step: int) -> None:
+        """Set `finetuning_set`: the same number of exemplars of every class seen, none of them held out. The number is
+        the quota, or what the smallest class has."""
         held_out = self.training_set(step)[1]
         exemplars = [*self.memory.exemplars.values(), *self.select(step).values()]
         exemplars = [ids[~np.isin(ids, held_out)] for ids in exemplars]
-        size = min(self.quota(self.classes(step)[1]), *map(len, exemplars))
-        self.balanced = np.concatenate([ids[:size] for ids in exemplars])
+        size = min(self.quota(self.num_classes(step)[1]), *map(len, exemplars))
+        self.finetuning_set = np.concatenate([ids[:size] for ids in exemplars])
 
     def select(self, step: int) -> dict[int, Ids]:
-        """The exemplars of each new class, best first, in one pass over its images."""
-        classes, (num_old, num_seen) = self.steps[step], self.classes(step)
+        """Return the exemplars of each new class, best first, from one pass over its images."""
+        classes, (num_old, num_seen) = self.steps[step], self.num_classes(step)
         quota = self.quota(num_seen)
         ids = [self.dataset.train.of_class(c) for c in classes]
         if self.recipe.reserves:
             reserved = self.reserved(classes, num_old or num_seen)
             ids = [i[~np.isin(i, reserved)] for i in ids]
         if self.recipe.memory.exemplar_selection == "herding":
-            features = torch.split(self.network.of_training(np.concatenate(ids)).features, [len(i) for i in ids])
+            features = torch.split(self.network.training_output(np.concatenate(ids)).features, [len(i) for i in ids])
             chosen = [i[rank] for i, rank in zip(ids, memory.herd_classes(features, quota), strict=True)]
         else:
             key = Key(self.recipe.train.seed, step, "memory")
@@ -96,9 +97,9 @@ class Rehearsal:
         return {int(c): exemplars for c, exemplars in zip(classes, chosen, strict=True)}
 
     def update(self, step: int) -> dict[int, Ids]:
-        """Take the exemplars of the new classes into the memory; the older ones keep a prefix of what they have.
-        Returns what is kept of every class, what is reserved included."""
-        chosen, num_seen = self.select(step), self.classes(step)[1]
+        """Add the exemplars of the new classes to the memory; older classes keep a prefix of theirs. Returns the ids
+        kept of every class, reserved ones included."""
+        chosen, num_seen = self.select(step), self.num_classes(step)[1]
         self.memory.reduce(self.quota(num_seen))
         for class_id, exemplars in chosen.items():
             self.memory.add(class_id, exemplars)
@@ -108,16 +109,18 @@ class Rehearsal:
         return kept
 
     def quota(self, num_seen: int) -> int:
-        """Exemplars of a class that are trained on, once num_seen classes share the memory."""
+        """Return the number of exemplars of a class to train on, once num_seen classes share the memory."""
         quota = self.recipe.memory.quota(num_seen)
         return quota - self.recipe.held_out(quota) if self.recipe.reserves else quota
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the memory and the finetuning set as lists of ids."""
         return {
             "memory": {class_id: ids.tolist() for class_id, ids in self.memory.exemplars.items()},
-            "finetuning": self.balanced.tolist(),
+            "finetuning": self.finetuning_set.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the memory and the finetuning set of a checkpoint."""
         self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in state["memory"].items()}
-        self.balanced = np.array(state["finetuning"], dtype=np.int64)
+        self.finetuning_set = np.array(state["finetuning"], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a run will do, step by step, before it does it: the effective protocol."""
+"""The effective protocol: what a run will do, step by step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class StepPlan:
     new_classes: int
     classes_seen: int
     new_images: int
-    exemplars: int  # rehearsed in this step
+    exemplars: int  # of old classes, rehearsed in this step
     exemplars_per_class: int  # at most; fewer where a class has fewer images
-    held_out: int  # images of both that are kept out of training, for Meta's B_t or BiC
+    held_out: int  # images of both that are held out of training, for Meta's B_t or BiC
     epochs: int
     iterations: int
     visits: int  # images seen in training
@@ -37,17 +37,17 @@ class StepPlan:
 
     @property
     def classes_old(self) -> int:
-        """Classes of earlier steps."""
+        """The number of classes of earlier steps."""
         return self.classes_seen - self.new_classes
 
 
 def effective_steps(
     recipe: Recipe, protocol: Protocol, train_counts: NDArray[np.int64], names: Sequence[str] | None = None
 ) -> list[StepPlan]:
-    """The steps of a recipe on a data set with train_counts[class id] training images.
+    """Return the steps of a recipe on a data set. train_counts: int64 [classes], training images by class id.
 
-    A memory too small for the last step or for the method, or a class without enough images, is an error now, not after
-    days of training.
+    A memory too small for the last step or for the method, or a class with too few images, is a UserError now, not
+    after days of training.
     """
     smallest = recipe.memory.quota(len(protocol.order))
     holds_out = recipe.holds_out and len(protocol.steps) > 1
@@ -104,25 +104,25 @@ def effective_steps(
 
 
 def run_flops(steps: Sequence[StepPlan], forward: int) -> float:
-    """Floating-point operations of training: three forwards' worth per visit, four with a teacher."""
+    """Return the floating-point operations of training: three times `forward` per visit, four times with a teacher."""
     visits = ((plan.visits + plan.finetune_visits + plan.memory_visits, 4 if plan.step else 3) for plan in steps)
     return float(sum(count * forward * cost for count, cost in visits))
 
 
 def frozen_visits(steps: Sequence[StepPlan], test_counts: NDArray[np.int64]) -> int:
-    """Images that a run passes through the frozen network: to select exemplars and to evaluate. test_counts: test
-    images of each class, in incremental order."""
+    """Return how many images a run passes through the frozen network, to select exemplars and to evaluate.
+    test_counts: test images of each class, in incremental order."""
     seen = test_counts.cumsum()
     return sum(plan.new_images + int(seen[plan.classes_seen - 1]) for plan in steps)
 
 
 def names_by_step(protocol: Protocol, names: Sequence[str]) -> list[list[str]]:
-    """The names of the classes that each step adds, in the order of the protocol."""
+    """Return the names of the classes that each step adds, in the order of the protocol."""
     return [[names[c] for c in classes] for classes in protocol.steps]
 
 
 def class_lines(protocol: Protocol, names: Sequence[str], most: int) -> list[str]:
-    """`names_by_step` for a terminal, a line for each step, with so many names at most."""
+    """Return `names_by_step` for a terminal, a line for each step, with at most `most` names."""
     return [
         f"step {step} adds  {', '.join(shown(name) for name in added[:most])}"
         + (f" and {len(added) - most} more" if len(added) > most else "")
@@ -131,7 +131,7 @@ def class_lines(protocol: Protocol, names: Sequence[str], most: int) -> list[str
 
 
 def notes(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
-    """Lines for the user about what can be trained but may not be what was meant."""
+    """Return lines for the user about settings that can be trained but may not be what was meant."""
     lines, loss, sampler = [], recipe.loss.loss, recipe.sampler.sampler
     if sampler != "uniform" and loss in COUNTED:
         lines.append(
@@ -143,7 +143,7 @@ def notes(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
 
 
 def as_table(steps: Sequence[StepPlan]) -> str:
-    """The steps for a terminal."""
+    """Return the steps as a table for a terminal."""
     header = ("step", "classes", "new images", "exemplars", "epochs", "lr", "iterations", "image visits")
     rows = [
         (

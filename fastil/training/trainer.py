@@ -27,16 +27,16 @@ from fastil.training.compiling import compile_network
 
 
 class BeforeUpdate(NamedTuple):
-    """What happens before every `every`-th update of a step, counted over its epochs (Meta BalancedS-CE)."""
+    """A hook before every `every`-th update of a step, counted over its epochs (Meta BalancedS-CE)."""
 
     every: int
-    plan: Callable[[int, int], EpochPlan]  # of the held-out images: (first, count) of these occasions, a batch for each
+    plan: Callable[[int, int], EpochPlan]  # of held-out images: (first, count) of these calls, a batch for each
     run: Callable[[UpdateContext], None]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One call of `fit`: what is trained, on what, how long, by which loss."""
+    """One call of `fit`: what is trained, on what, how long, with which loss."""
 
     name: str  # "train" or "correct"; one optimiser state per name
     step: int
@@ -46,7 +46,7 @@ class Phase:
     schedule: Callable[[int], float]  # learning rate of an epoch
     method: Method  # its loss
     trainable: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # masks of parameters that move in part
-    clamp: float | None = None  # of each element of a gradient
+    clamp: float | None = None  # the largest magnitude of an element of a gradient
     weight_decay: float | None = None  # default: the run's
     bn_mode: Literal["train", "frozen"] = "train"
     teacher: bool = True  # whether the loss needs the previous step's network
@@ -56,7 +56,7 @@ class Phase:
 
 @dataclass
 class EpochRecord:
-    """What one epoch showed; a line of metrics.jsonl but for the seconds, which no rerun reproduces."""
+    """The figures of one epoch: a line of metrics.jsonl, without the seconds, which no rerun reproduces."""
 
     step: int
     phase: str
@@ -68,18 +68,19 @@ class EpochRecord:
     images: int
     seconds: float
     data_seconds: float
-    observed: dict[str, Any]  # by the method: alpha
+    observed: dict[str, Any]  # of the method: alpha, the scale of a cosine head
 
 
 class Stopped(Exception):
-    """A signal asked for a stop; the checkpoint has been written."""
+    """A signal asked for a stop, and the checkpoint has been written."""
 
 
 class Trainer:
-    """Student and teacher live here for the whole run: compiled once, overwritten in place at each step.
+    """Trains the student, with the teacher; both live for the whole run, compiled once, overwritten at each step.
 
-    table: int64 [classes of the data set], label to incremental position. save(phase, epoch, batch) writes a checkpoint
-    that resumes before that batch; report gets every finished epoch; stop says whether a signal came.
+    table: int64 [classes of the data set], from label to incremental position. save(phase, epoch, batch) writes a
+    checkpoint that resumes before that batch; report gets every finished epoch; tick the images of every batch; stop
+    returns whether a signal came.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class Trainer:
         self.fast_student: Callable[[Tensor], Output] = student
         self.folded_teacher = Folded(teacher, self.pixels, config.batch_size)
         self.lr = torch.zeros((), device=self.device)
-        # Running sums per row of the batch (a rest of one image joins the batch before it): cross-entropy,
-        # distillation, hits, margin ranking. The loss kernel adds to them; nothing else touches them in an epoch.
+        # A row more than the batch size, because a rest of one image joins the batch before it. The loss kernel adds
+        # to the rows; nothing else touches them in an epoch.
         rows = torch.zeros(config.batch_size + 1, 4, device=self.device)
         self.meter = Meter(rows, torch.zeros((), device=self.device))
         self.images = 0  # counted in the meter
@@ -116,7 +117,7 @@ class Trainer:
         self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
 
     def compile(self) -> str | None:
-        """Compile both networks for the full batch. Returns why not, in one line, if that failed."""
+        """Compile both networks for full batches. Returns None, or in one line why that failed."""
         size = (self.loader.transform.height, self.loader.transform.width)
         example = torch.zeros(self.config.batch_size, 3, *size, dtype=self.pixels, device=self.device)
         example = example.to(memory_format=torch.channels_last)
@@ -131,9 +132,11 @@ class Trainer:
 
     @property
     def compiled(self) -> bool:
+        """Whether the networks are compiled."""
         return self.fast_student is not self.student
 
     def autocast(self) -> torch.autocast:
+        """Return the context in which the student's forward runs."""
         return autocast(self.precision, self.device)
 
     def fit(self, phase: Phase, first_epoch: int = 0, first_batch: int = 0) -> None:
@@ -150,7 +153,7 @@ class Trainer:
             update.reset()
             self.forget_epoch()
         self.student.train(phase.bn_mode == "train")
-        saved = time.monotonic()  # what is behind us is in a checkpoint, or costs nothing to do again
+        saved = time.monotonic()  # all that is done by now is in a checkpoint, or costs nothing to repeat
         for epoch in range(first_epoch, phase.epochs):
             self.lr.fill_(phase.schedule(epoch))
             plan = next(plans)
@@ -173,9 +176,11 @@ class Trainer:
                 self.images += len(batch.ids)
                 self.tick(len(batch.ids))
             first_batch = 0
-            sums = torch.cat((self.meter.rows.sum(0), self.meter.further[None]))
-            ce, kd, hits, ranking, further = sums.tolist()  # the epoch's one wait for the device
-            loss = further + sum(w * term for w, term in zip(phase.method.weights, (ce, kd, ranking), strict=True))
+            sums = torch.cat((self.meter.rows.sum(0), self.meter.unfused[None]))
+            ce, kd, hits, ranking, unfused = sums.tolist()  # the epoch's one wait for the device
+            loss = unfused + sum(
+                w * term for w, term in zip(phase.method.meter_weights, (ce, kd, ranking), strict=True)
+            )
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss became {loss} in step {phase.step}, epoch {epoch + 1}: training diverged; "
@@ -202,8 +207,8 @@ class Trainer:
                 saved = time.monotonic()
 
     def batches(self, plan: EpochPlan) -> Iterator[Batch]:
-        """Training batches for other uses than `fit`; labels are incremental positions. Raises Stopped after a signal,
-        without a checkpoint: the last one stands, and what was begun is done again."""
+        """Yield training batches for uses other than `fit`; labels are incremental positions. Raises Stopped after a
+        signal, without writing a checkpoint: a resume goes back to the last one and repeats what was begun."""
         for batch in self.loader.batches(plan):
             if self.stop():
                 raise Stopped
@@ -211,7 +216,8 @@ class Trainer:
             yield batch._replace(labels=self.table[batch.labels])
 
     def held_out(self, phase: Phase, first: int, last: int) -> Iterator[Batch]:
-        """A batch of held-out images for each occasion of `before_update` among the updates first to last."""
+        """Return an iterator of held-out batches, one for each call of `before_update` among the updates first to
+        last."""
         hook = phase.before_update
         if hook is None:
             return iter(())
@@ -219,7 +225,7 @@ class Trainer:
         return self.loader.batches(hook.plan(start, stop - start), 0, self.pixels) if stop > start else iter(())
 
     def train_step(self, phase: Phase, update: Update, batch: Batch, held_out: Batch | None = None) -> None:
-        """One update. Nothing here reads a value back from the device."""
+        """Make one update. Nothing here reads a value back from the device."""
         batch = batch._replace(labels=self.table[batch.labels])  # from here on incremental positions
         full = len(batch.images) == self.config.batch_size  # a ragged batch would recompile everything
         student = self.fast_student if full and phase.bn_mode == "train" else self.student
@@ -235,8 +241,8 @@ class Trainer:
         self.student.zero_grad()
 
     def update(self, phase: Phase) -> Update:
-        """The phase's optimiser: SGD with momentum and weight decay on every parameter, as the reference codes do. It
-        is built anew only for other parameters."""
+        """Return the phase's optimiser: SGD with momentum and weight decay on every parameter, as in the reference
+        codes. It is rebuilt only if the parameters are others."""
         decay = self.config.weight_decay if phase.weight_decay is None else phase.weight_decay
         known = self.updates.get(phase.name)
         parameters = [p for p in phase.parameters if p.requires_grad]  # a backbone from outside may freeze some
@@ -252,16 +258,18 @@ class Trainer:
         return known
 
     def forget_epoch(self) -> None:
+        """Set the meter and the clock of the epoch to 0."""
         for part in self.meter:
             part.zero_()
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
 
     def begin_step(self) -> None:
-        """Freeze the network of the step before as the teacher."""
+        """Make the network of the step before the teacher."""
         self.teacher.load_state_dict(self.student.state_dict())
         self.folded_teacher.refresh()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of training: networks, meter, clock and momentum."""
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
@@ -271,7 +279,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """path: of the checkpoint, for a message."""
+        """Take up a checkpoint. path: its file, for a message. Raises UserError if its weights do not fit."""
         files.load_weights(self.student, state["student"], path)
         files.load_weights(self.teacher, state["teacher"], path)
         self.folded_teacher.refresh()
@@ -282,13 +290,13 @@ class Trainer:
 
 
 def seed_torch(*place: int | str) -> None:
-    """Seed torch's global generators by where in a run it is. Code from outside may draw from them (dropout, random
-    depth, a loss that mixes images); then neither resume nor rerun changes what it draws."""
+    """Seed torch's global generators by the place in a run. Code from outside may draw from them (dropout, random
+    depth, a loss that mixes images); a resume or a rerun then draws the same."""
     torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest()))
 
 
 def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds it was waited for."""
+    """Yield each batch with the seconds that it was waited for."""
     while True:
         started = time.perf_counter()
         batch = next(batches, None)

@@ -31,7 +31,7 @@ def augment_pixels(
     end = tl.where((sample >= 0) & (sample < count), VALUES, 0)  # nothing is read for an id that the data set lacks
     column = pixel % W
     column = tl.where(tl.load(FLIPS + image) != 0, W - 1 - column, column)
-    # 64 bits, for a box may lie anywhere.
+    # 64 bits, because a box may lie anywhere.
     y = tl.load(BOXES + image * 4).to(tl.int64) + pixel // W
     x = tl.load(BOXES + image * 4 + 1).to(tl.int64) + column
     inside = (value < end) & (y >= 0) & (y < SOURCE_H) & (x >= 0) & (x < SOURCE_W)

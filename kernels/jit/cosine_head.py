@@ -38,7 +38,8 @@ def load_operand(POINTER, offset, inside, dtype: tl.constexpr, UPCAST: tl.conste
 
 @triton.jit
 def inverse_norm(squares):
-    """Of rows from their squares [R, C]; 0 for a row shorter than 1e-12, so that its cosines and gradient are 0. [R]"""
+    """1 / norm of rows from their squares [R, C]: [R]. 0 for a row shorter than 1e-12: cosines and gradient are then
+    0."""
     square = tl.sum(squares, 1)
     some = square > EPS_SQUARED
     return tl.where(some, tl.rsqrt(tl.where(some, square, 1.0)), 0.0)
@@ -173,8 +174,8 @@ def cosine_head_backward(
 
 
 def tile(rows: int, columns: int) -> tuple[int, int]:
-    """The largest tile that still gives about every multiprocessor one: at these sizes a program's chain of loads takes
-    the time, not the arithmetic."""
+    """Return the largest tile that still gives about every multiprocessor one: at these sizes a program's chain of
+    loads takes the time, not the arithmetic."""
     for block in TILES:
         if triton.cdiv(rows, block[0]) * triton.cdiv(columns, block[1]) >= PROGRAMS:
             return block
@@ -182,7 +183,8 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
 
 
 def inner_block(dtype: torch.dtype) -> int:
-    """Columns per turn of a product. float32 has no tensor cores and keeps the tiles in registers, which are few."""
+    """Return the columns per turn of a product. float32 has no tensor cores and keeps the tiles in registers, which are
+    few."""
     return 16 if dtype == torch.float32 else 64
 
 

@@ -7,7 +7,7 @@ input x holds cosines), d the teacher's logits and lambda the class weights of e
     distillation    L_d = T^2 (logsumexp(z / T) - <p_teacher, z / T>), old columns   dL_d/dz = T (p - p_teacher)
     gradient        dz = (ce_weight * sample_weight * dL_c/dz + kd_weight * dL_d/dz) / B
 
-What keeps it accurate in float32; each costs nothing beside the memory traffic:
+What keeps it accurate in float32; none of it costs time next to the memory traffic:
 - maxima are subtracted from raw logits, where the difference of near numbers is exact, and the prior or 1 / T comes
   afterwards. Logits near 1,000 lose no digit that way.
 - three separate maxima: were the old logits measured against the new ones, their sum could underflow.
@@ -222,11 +222,11 @@ def incremental_loss_stream(
 
 
 def launch_table(width: int, smoothed: bool) -> tuple[Any, int, int]:
-    """(kernel, block, warps): eight columns per thread, so that a load is 16 bytes also in bfloat16, and up to 256
-    columns one warp, which needs no barrier. (Several narrow rows per program were no better: more registers or
+    """Return (kernel, block, warps): eight columns per thread, so that a load is 16 bytes in bfloat16 too, and one warp
+    up to 256 columns, which needs no barrier. (Several narrow rows per program were no better: more registers or
     barriers.)"""
     block = power_of_two(max(width, 32))
-    if width % 8 and block > IN_REGISTERS_SMOOTHED:  # rows that are not aligned take an address more per column
+    if width % 8 and block > IN_REGISTERS_SMOOTHED:  # rows that are not aligned need one more address per column
         return incremental_loss_stream, STREAM_BLOCK, 8
     if block <= (IN_REGISTERS_SMOOTHED if smoothed else IN_REGISTERS):
         return incremental_loss_rows, block, max(1, min(16, block // 256))

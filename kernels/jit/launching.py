@@ -1,4 +1,4 @@
-"""How every kernel is launched, and the pieces that more than one kernel uses."""
+"""The launch of every kernel, and pieces that several kernels share."""
 
 from typing import Any
 
@@ -19,28 +19,30 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: object, num_warps: int, **
 
 
 def scalar(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """A kernel argument: a 0-d tensor beside `like` is read on the device, one on the CPU becomes a number."""
+    """Return a kernel argument: a 0-d tensor on the device of `like` as it is, one on the CPU as a number."""
     if isinstance(value, Tensor) and value.device != like.device:
         return value.item()
     return value
 
 
 def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is at least `number`."""
     return max(1, 1 << (number - 1).bit_length())
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor made contiguous; None stays None."""
     return None if tensor is None else tensor.contiguous()
 
 
 def rows_like(tensor: Tensor, *shape: int) -> Tensor:
-    """Room for float32 values per row."""
+    """Return an empty float32 tensor with a value per row."""
     return torch.empty(*shape, dtype=torch.float32, device=tensor.device)
 
 
 @triton.jit
 def value_of(argument, dtype: tl.constexpr):
-    """A scalar that is given as a number or as a pointer to one."""
+    """Return a scalar that is given as a number or as a pointer to one."""
     # One return: after a `return` inside nested conditions Triton compiles what follows the inner one as well.
     if hasattr(argument, "dtype"):  # the interpreter passes floats as they are
         value = tl.load(argument).to(dtype) if argument.dtype.is_ptr() else argument.to(dtype)
@@ -57,6 +59,7 @@ def join4(a, b, c, d):
 
 @triton.jit
 def split4(x):
+    """Return the four tensors that `join4` joined."""
     first, second = tl.split(x)
     a, b = tl.split(first)
     c, d = tl.split(second)

@@ -49,6 +49,7 @@ def less_forget_rows(
     batch,
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One row per program, held in registers."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < W

@@ -60,6 +60,7 @@ def pod_spatial_images(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One image per program."""
     image = tl.program_id(0).to(tl.int64)
     N: tl.constexpr = (H + W) * C
     MAPS += image * (H * W * C)
@@ -135,9 +136,9 @@ def pod_spatial_images(
 
 
 def launch_table(height: int, width: int, channels: int) -> tuple[int, int, int, int]:
-    """(rows, columns, channels, warps) of a tile: whole rows of all channels if they fit, else the channels in parts.
-    Eight numbers per thread, so that a load is 16 bytes also in bfloat16; twice the tile and the warps, with half the
-    registers for each, spills."""
+    """Return (rows, columns, channels, warps) of a tile: whole rows of all channels if they fit, else the channels in
+    parts. Eight numbers per thread, so that a load is 16 bytes also in bfloat16; twice the tile and the warps, with
+    half the registers for each, spills."""
     columns = power_of_two(width)
     part = min(power_of_two(channels), max(8, TILE // columns))
     rows = min(power_of_two(height), max(1, TILE // (columns * part)))

@@ -448,7 +448,7 @@ def test_an_incoming_gradient_scales_the_result(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": torch.zeros(3, dtype=torch.int64)}, r"target must be \[5\] beside logits \[5, 56\], not \[3\]"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, r"target must be \[5\] with logits \[5, 56\], not \[3\]"),
         ({"log_prior": torch.zeros(50)}, r"log_prior must be \[56\]"),
         ({"teacher_logits": torch.zeros(5, 30)}, r"teacher_logits must be \[5, 56\]"),
         ({"sample_weight": torch.zeros(5, 1)}, r"sample_weight must be \[5\]"),

@@ -219,7 +219,7 @@ def test_maps_that_do_not_belong_together_are_refused():
     for other in (x[:1], x[:, :2], x[..., :4], x[0]):
         with pytest.raises(ValueError, match=r"must be \[B, C, H, W\]"):
             pod_spatial([x], [other])
-    with pytest.raises(ValueError, match=r"with one B, not .* beside B = 2"):
+    with pytest.raises(ValueError, match=r"with one B, not .* where B = 2"):
         pod_spatial([x, x[:1]], [x, x[:1]])
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastil.data import Batch
 from fastil.errors import UserError
-from fastil.methods import Images, Memory
+from fastil.methods import FeatureExtractor, MemoryContext
 from fastil.methods.mnemonics import Exemplars
 from fastil.models import Output
 from fastil.models.heads import CosineHead
@@ -67,8 +67,10 @@ def memory_of(pixels, training=None):
     loader = SimpleNamespace(
         device="cpu", whole=lambda ids: pixels.clone(), mean=torch.full((3,), 0.4), std=torch.full((3,), 0.2)
     )
-    images = Images(lambda ids, mirrored: Output((MIRRORED if mirrored else UPRIGHT)[ids], [], None), lambda p: None)
-    return Memory(np.arange(len(POSITIONS)), POSITIONS, images, loader, training)
+    extractor = FeatureExtractor(
+        lambda ids, mirrored: Output((MIRRORED if mirrored else UPRIGHT)[ids], [], None), lambda p: None
+    )
+    return MemoryContext(np.arange(len(POSITIONS)), POSITIONS, extractor, loader, training)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from torch import nn
 
 from fastil import losses
 from fastil.memory import herd
-from fastil.methods import Images, Memory, Meter
+from fastil.methods import FeatureExtractor, MemoryContext, Meter
 from fastil.methods.bic import BiCConfig, fit_bias
 from fastil.methods.lucir import mean_direction
 from fastil.methods.mnemonics import Exemplars
@@ -106,7 +106,7 @@ def test_lucirs_loss_and_head(labels, loss, features, rows, sigma):
     head.scale.data.fill_(3.5)
     x, teacher = random(1, B, D).requires_grad_(), Output(random(2, B, D), [], torch.zeros(B, W), torch.ones(()))
     out = Output(x, [], *head(x))
-    same(out.scaled[:, :SEEN], [15.57687, 1.794388, -0.09758445, 0.1618733])
+    same(out.scaled_logits[:, :SEEN], [15.57687, 1.794388, -0.09758445, 0.1618733])
     assert value(method.loss(batch, out, teacher)) == pytest.approx(loss, rel=1e-6)
     method.backward(batch, out, teacher, Meter(torch.zeros(B, 4), torch.zeros(())))
     same(x.grad, features)
@@ -190,7 +190,7 @@ def test_podnets_network_and_loss():
         teacher_out = teacher(images)
     loss = losses.nca(out.logits, LABELS, SEEN, out.scale)
     assert value(loss) == pytest.approx(2.2957364, rel=1e-7)
-    loss = loss + method_of("podnet", loss="nca").further(BATCH, out, teacher_out, losses)
+    loss = loss + method_of("podnet", loss="nca").extra_loss(BATCH, out, teacher_out, losses)
     loss.backward()
     assert value(loss) == pytest.approx(6.1184256, rel=1e-7)
     same([p.grad for p in network.backbone.parameters()], [3.525638, -0.06547665, -0.0009171497, 0.02303918])
@@ -248,7 +248,7 @@ def test_mnemonics_network_and_loss():
     teacher_out = teacher.requires_grad_(False)(images)
     loss = method.formula(BATCH, out, teacher_out, torch.where(torch.arange(W) < SEEN, 0.0, -math.inf))
     loss.backward()
-    assert value(loss) - entropy(teacher_out.scaled) == pytest.approx(2.3446875, rel=1e-7)
+    assert value(loss) - entropy(teacher_out.scaled_logits) == pytest.approx(2.3446875, rel=1e-7)
     *moving, rows, scale = [p.grad for p in method.parameters(network, 1)]
     same(moving, [0.7831884, -0.002934416, 0.0002549829, -0.007550393])  # factors and batch normalisation
     same(rows[:SEEN], [0.08704549, 0.004345603, -0.002415632, -0.007370101])
@@ -261,9 +261,9 @@ def test_mnemonics_objective_of_exemplars():
     means = torch.from_numpy(np.random.RandomState(76).standard_normal((64, SEEN, 2))[:, :OLD, 0].T.copy())
     pixels = torch.cat((torch.zeros(OLD, 3, 32, 32), random(75, NEW * 3, 3, 32, 32))).double()
     loader = SimpleNamespace(device="cpu", whole=lambda ids: pixels.clone())
-    images = Images(lambda ids, mirrored: Output(means, [], means), lambda position: None)
+    extractor = FeatureExtractor(lambda ids, mirrored: Output(means, [], means), lambda position: None)
     positions = np.concatenate((np.arange(OLD), OLD + np.repeat(np.arange(NEW), 3)))
-    exemplars = Exemplars(network, Memory(np.arange(len(pixels)), positions, images, loader, None), OLD)
+    exemplars = Exemplars(network, MemoryContext(np.arange(len(pixels)), positions, extractor, loader, None), OLD)
     found = exemplars.class_mean_loss(BATCH._replace(images=random(77, B, 3, 32, 32).double()), 0.0)
     (moved,) = torch.autograd.grad(found, exemplars.pixels)
     assert value(found) == pytest.approx(2.2527481955, rel=1e-8)

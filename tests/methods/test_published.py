@@ -17,9 +17,9 @@ from fastil.errors import UserError
 from fastil.losses import icarl_cross_entropy, nca, topology
 from fastil.methods import (
     METHODS,
-    Images,
+    FeatureExtractor,
     LossConfig,
-    Memory,
+    MemoryContext,
     Meter,
     MethodConfig,
     StepContext,
@@ -94,14 +94,14 @@ def assert_loss(method, wanted_of, *, cosine, teacher=True):
         else:
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=2e-5, atol=1e-7)
     ce, kd, hits, ranking = meter.rows.sum(0).tolist()
-    shown = sum(w * t for w, t in zip(method.weights, (ce, kd, ranking), strict=True)) + float(meter.further)
+    shown = sum(w * t for w, t in zip(method.meter_weights, (ce, kd, ranking), strict=True)) + float(meter.unfused)
     hits_wanted = (reference.logits[:, :NUM_SEEN].argmax(1) == LABELS).sum()
     assert hits == hits_wanted
     return shown / B, float(wanted.detach())
 
 
 def cross_entropy(out, prior=False):
-    z = out.scaled[:, :NUM_SEEN]
+    z = out.scaled_logits[:, :NUM_SEEN]
     return F.cross_entropy(z + torch.from_numpy(np.log(COUNTS[:NUM_SEEN])) if prior else z, LABELS)
 
 
@@ -180,7 +180,7 @@ def pod(out, teacher, flat, spatial):
 
 def test_podnet_is_nca_and_pooled_outputs_distillation():
     def wanted(out, teacher):
-        s = out.scaled[:, :NUM_SEEN]
+        s = out.scaled_logits[:, :NUM_SEEN]
         s = s - s.amax(1, keepdim=True)
         own = s.gather(1, LABELS[:, None])[:, 0]
         others = torch.where(F.one_hot(LABELS, NUM_SEEN) > 0, 0.0, s)  # exp(0) in the place of the target
@@ -284,8 +284,8 @@ def test_bic_corrects_the_newest_group_only_unless_all_are_asked_for():
     for groups, kept in (("newest", False), ("all", True)):
         method = method_of("bic", f"bic_groups={groups}")
         method.beta[3:NUM_OLD] = 0.5
-        images = Images(lambda ids, mirrored: held_out, None)
-        method.after_training(None, images, np.arange(18), labels)
+        extractor = FeatureExtractor(lambda ids, mirrored: held_out, None)
+        method.after_training(None, extractor, np.arange(18), labels)
         assert bool((method.beta[3:NUM_OLD] == 0.5).all()) == kept
         assert (method.beta[NUM_OLD:NUM_SEEN] != 1).all()
         assert (method.beta[:3] == 1).all()
@@ -415,7 +415,7 @@ def test_new_classes_are_no_vertices_in_training():
         else:
             vertices[NUM_OLD:] = 0
         method.load_state_dict({"ages": torch.from_numpy(ages), "vertices": vertices})
-        losses.append(float(method.further(BATCH, out, teacher, None).detach()))
+        losses.append(float(method.extra_loss(BATCH, out, teacher, None).detach()))
     assert losses[0] > 0
     assert losses[0] == losses[1]
 
@@ -426,8 +426,8 @@ def test_a_step_grows_the_graph_and_a_checkpoint_holds_it():
     method = method_of("tpcil", "tpcil_age=3")
     for positions in (np.repeat([0, 1], 4), np.repeat([0, 1, 2, 3], 5)):
         features = torch.randn(len(positions), D, generator=generator) + 2 * torch.eye(W, D)[positions]
-        images = Images(lambda ids, mirrored, features=features: Output(features[ids], [], None), None)
-        memory = Memory(np.arange(len(positions)), positions, images, None, None)
+        extractor = FeatureExtractor(lambda ids, mirrored, features=features: Output(features[ids], [], None), None)
+        memory = MemoryContext(np.arange(len(positions)), positions, extractor, None, None)
         assert method.after_memory(None, memory) == {}
         unit = F.normalize(features.double()).numpy()
         vertices = np.stack([unit[positions == c].mean(0) for c in range(positions.max() + 1)])
@@ -453,7 +453,7 @@ def test_a_step_grows_the_graph_and_a_checkpoint_holds_it():
     other.load_state_dict(torch.load(buffer, weights_only=True))
     np.testing.assert_array_equal(other.ages, ages)
     assert torch.equal(other.joined, torch.from_numpy(ages >= 0) | torch.eye(W, dtype=torch.bool))
-    assert torch.equal(*(m.further(BATCH, out, teacher, None) for m in (method, other)))
+    assert torch.equal(*(m.extra_loss(BATCH, out, teacher, None) for m in (method, other)))
 
 
 def test_vertices_compete_for_signals_and_old_edges_go():

@@ -35,8 +35,8 @@ class Mine(Method):
 
     Config = Config
 
-    def weigh(self, context):
-        share = self.own.mine_share if context.num_old else 0.0
+    def loss_weights(self, context):
+        share = self.config.mine_share if context.num_old else 0.0
         return 1 - share, share
 '''
 SETTINGS = ["digits", *TINY, "classes=6", "base_classes=4", "increment=2", "loss=softmax"]
@@ -143,7 +143,7 @@ def entries(monkeypatch, load):
 
 def test_an_installed_method_is_found_by_its_entry_point(monkeypatch):
     class Installed(Method):
-        def weigh(self, context):
+        def loss_weights(self, context):
             return 1.0, 0.0
 
     entries(monkeypatch, lambda: Installed)
@@ -208,7 +208,7 @@ def test_a_base_step_is_shared_only_where_a_method_says_what_trains_it(monkeypat
     assert ours != theirs
     assert ours != base_identity(load("digits", ["loss=softmax"]))
     shared = load("digits", settings)
-    shared.procedure.base = "cross-entropy"
+    shared.procedure.base_training = "cross-entropy"
     assert base_identity(shared) == base_identity(load("digits", ["loss=softmax"]))
 
 
@@ -216,13 +216,13 @@ def test_register_takes_a_name_once():
     class Mine(Method):
         name = "of_my_own"
 
-        def weigh(self, context):
+        def loss_weights(self, context):
             return 1.0, 0.0
 
     assert register(Mine) is Mine is register(Mine)
     assert load("digits", ["method=of_my_own"]).procedure is Mine
     with pytest.raises(UserError, match="method=of_my_own: is"):
-        register(type("Other", (Method,), {"name": "of_my_own", "weigh": Mine.weigh}))
+        register(type("Other", (Method,), {"name": "of_my_own", "loss_weights": Mine.loss_weights}))
 
 
 def test_wa_gives_new_rows_the_mean_length_of_the_old_ones():
@@ -231,7 +231,7 @@ def test_wa_gives_new_rows_the_mean_length_of_the_old_ones():
     before = network.head.weight.detach().double().numpy()
     method = METHODS["wa"](MethodConfig("wa"), LossConfig("softmax"), 16, torch.device("cpu"))
     method.begin_step(StepContext(1, 6, 9, np.array([20] * 6 + [500] * 3 + [0] * 7)))
-    assert method.weigh(method.context) == pytest.approx((1 / 3, 2 / 3 / 4))
+    assert method.loss_weights(method.context) == pytest.approx((1 / 3, 2 / 3 / 4))
     method.after_training(network, None, np.empty(0, dtype=np.int64), torch.empty(0))
     after = network.head.weight.detach().double().numpy()
     length = np.sqrt((before**2).sum(1))

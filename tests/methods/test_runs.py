@@ -275,7 +275,7 @@ def changes(experiment):
         if experiment.step and experiment.recipe.method.method == "tpcil":
             patch.setattr(type(experiment.method), "adaptive_lambda", 1.0)
             batch = Batch(images, torch.from_numpy(positions[ids]), torch.from_numpy(ids))
-            found["topology"] = float(experiment.method.further(batch, student, teacher, losses))
+            found["topology"] = float(experiment.method.extra_loss(batch, student, teacher, losses))
     return found
 
 
@@ -301,13 +301,13 @@ def test_tpcils_loss_keeps_the_topology(ablated):
 def test_bics_second_stage_lowers_the_cross_entropy_of_held_out_images(validation, tmp_path, monkeypatch):
     seen, after_training = [], BiC.after_training
 
-    def spy(method, network, images, held_out, positions):
+    def spy(method, network, extractor, held_out, positions):
         def cross_entropy(logits):
             return float(F.cross_entropy(logits[:, : method.context.num_seen], positions))
 
-        out = images.output(held_out, False)
-        plain = cross_entropy(out.scaled)
-        after_training(method, network, images, held_out, positions)
+        out = extractor.extract(held_out, False)
+        plain = cross_entropy(out.scaled_logits)
+        after_training(method, network, extractor, held_out, positions)
         seen.append((method.context.num_seen, plain, cross_entropy(method.predict(out.logits))))
 
     monkeypatch.setattr(BiC, "after_training", spy)

@@ -39,7 +39,9 @@ def assert_same(folded, network, tolerance):
         wanted = reference(images().double())
     found = folded(images(dtype=folded.dtype))
     for ours, theirs in zip(
-        (found.features, *found.maps, found.scaled), (wanted.features, *wanted.maps, wanted.scaled), strict=True
+        (found.features, *found.maps, found.scaled_logits),
+        (wanted.features, *wanted.maps, wanted.scaled_logits),
+        strict=True,
     ):
         error = (ours.double() - theirs).abs().max() / theirs.abs().max()
         assert error < tolerance, float(error)

@@ -132,7 +132,7 @@ def test_runs_of_versions_that_kept_no_class_means_say_so(tmp_path):
 def test_a_method_and_a_network_of_a_script_go_in_as_they_are_and_again_after_being_defined_anew(tmp_path):
     def define(share):
         class Halved(fastil.Method):
-            def weigh(self, context):
+            def loss_weights(self, context):
                 return 1.0, share if context.num_old else 0.0
 
         return Halved
@@ -159,7 +159,7 @@ def test_a_method_and_a_network_of_a_script_go_in_as_they_are_and_again_after_be
 
 def test_a_method_that_predicts_by_itself_is_given_to_a_run_again(tmp_path):
     class Turned(fastil.Method):
-        def weigh(self, context):
+        def loss_weights(self, context):
             return 1.0, 0.0
 
         def predict(self, logits):
@@ -229,7 +229,7 @@ def backbone_of(width):
 
 def method_of(share):
     class Mine(fastil.Method):
-        def weigh(self, context):
+        def loss_weights(self, context):
             return 1.0, share if context.num_old else 0.0
 
     return Mine
@@ -277,7 +277,7 @@ def method_of_last():
     class Last(fastil.Method):
         """Predicts a class of the last step, of those with many training images."""
 
-        def weigh(self, context):
+        def loss_weights(self, context):
             return 1.0, 0.0
 
         def predict(self, logits):
@@ -295,7 +295,7 @@ def test_code_that_was_edited_since_is_told_by_its_source(tmp_path, key):
 
     def made(value):
         class Mine(fastil.Method):
-            def weigh(self, context):
+            def loss_weights(self, context):
                 return 1.0, value
 
         def backbone():
@@ -339,14 +339,14 @@ def test_weights_that_do_not_fit_leave_no_directory(tmp_path):
 @pytest.mark.parametrize("found", [0.5, (1.0,), (1.0, 0.0, 0.0), None, ("a", "b")])
 def test_weights_of_the_loss_that_are_none_are_said_before_there_is_a_directory(tmp_path, found):
     class Mine(fastil.Method):
-        def weigh(self, context):
+        def loss_weights(self, context):
             return (1.0, 0.0) if context.num_old == 0 else found
 
-    with pytest.raises(UserError, match=r"method=mine: weigh returns .*; return two numbers"):
+    with pytest.raises(UserError, match=r"method=mine: loss_weights returns .*; return two numbers"):
         fastil.run("digits", out=tmp_path / "run", method=Mine, loss="softmax", **SETTINGS)
 
     class Broken(fastil.Method):
-        def weigh(self, context):
+        def loss_weights(self, context):
             return 1.0, 1 / context.num_old
 
     with pytest.raises(UserError, match=r"method=broken: .*test_start\.py, line \d+: ZeroDivisionError"):
@@ -424,7 +424,7 @@ def test_it_runs_in_a_thread(tmp_path):
         ({"lucir_lambda": 3.0}, "lucir_lambda=3.0: nothing reads it here"), ({"method": dict}, "method"),
         ({"model": torch.nn.Identity()}, "give a function with a name"), ({"model": torch.nn.Identity}, "feature_dim"),
         ({"method": "BiC"}, "did you mean bic"), ({"method": "mine.py"}, "write mine.py:NAME"),
-        ({"model": "net.py"}, "write net.py:NAME"), ({"method": fastil.Method}, "write weigh"),
+        ({"model": "net.py"}, "write net.py:NAME"), ({"method": fastil.Method}, "write loss_weights"),
         ({"seed": True}, "seed=true: must be an integer of at least 0"),
     ],
 )  # fmt: skip
