@@ -41,6 +41,7 @@ class Bench:
         loss = LossConfig("meta_balanced")
         self.trainer, self.method, self.phase, _ = build(split, self.device, 2 * BATCH, loss, precision)
         self.trainer.table = torch.arange(0, 60, 6, device=self.device)  # the ten digits, over old and new classes
+        self.inputs, _ = self.trainer.loader.inputs(self.phase.plan(0))
         self.batch, self.held_out = self.trainer.loader.batches(self.phase.plan(0), 0, self.trainer.pixels)
         self.trainer.lr.fill_(0.01)
         self.trainer.student.train()
@@ -62,8 +63,9 @@ class Bench:
         def run() -> float:
             began = time.perf_counter()
             for number in range(steps):
-                due = gradient is not None and number % every == 0
-                self.trainer.train_step(phase, self.update, self.batch, self.held_out if due else None)
+                if phase.before_update is not None and number % every == 0:
+                    self.trainer.before_update(phase, phase.before_update, self.update, self.inputs, self.held_out)
+                self.trainer.train_step(phase, self.update, self.inputs)
             self.trainer.meter.rows.sum(0).tolist()  # the end of the queue
             return (time.perf_counter() - began) / steps
 
@@ -154,7 +156,7 @@ def main() -> None:
         began = time.perf_counter()
         assert higher is not None
         higher()
-        bench.trainer.train_step(bench.phase, bench.update, bench.batch)
+        bench.trainer.train_step(bench.phase, bench.update, bench.inputs)
         return time.perf_counter() - began
 
     if higher is not None:

@@ -76,7 +76,7 @@ class Training:
         self.trainer = Trainer(
             TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"), student, teacher, loader,
             torch.arange(1000) % CLASSES, save=lambda phase, epoch, batch: None, report=lambda record: None,
-            tick=lambda count: None, stop=lambda: False,
+            tick=lambda count: None, stop=lambda: False, say=print,
         )  # fmt: skip
         method = ILBaseline(MethodConfig(), LossConfig(), student.width, CPU)
         method.begin_step(StepContext(0, 0, CLASSES, np.full(student.width, 100)))

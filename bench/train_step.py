@@ -76,6 +76,7 @@ def compiled_trainer(
         report=lambda record: None,
         tick=lambda count: None,
         stop=lambda: False,
+        say=print,
     )
     note = trainer.compile()
     if note:

@@ -74,7 +74,7 @@ class Experiment:
             recipe.train, student, teacher, self.loaders.train,
             torch.from_numpy(self.protocol.positions(len(names))).to(self.device),
             save=lambda *place: self.save(Position(self.step, *place)), report=self.report,
-            tick=self.progress.advance, stop=self.interrupt.requested,
+            tick=self.progress.advance, stop=self.interrupt.requested, say=self.progress.say,
         )  # fmt: skip
         self.frozen = FrozenNetwork(student, self.loaders)
         self.rehearsal = Rehearsal(recipe, self.protocol, self.dataset, self.frozen, self.progress.say)

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from fastil import files
-from fastil.data import Batch, Loader
+from fastil.data import Batch, Inputs, Loader
 from fastil.device import Precision, autocast, multiplying_in, pixel_dtype
 from fastil.errors import UserError
 from fastil.methods import Meter, Method
 from fastil.methods.meta import UpdateContext
-from fastil.models import Folded, Network, Output
+from fastil.models import ExternalBackbone, Folded, Network, Output
 from fastil.optimiser import TrainConfig, Update
 from fastil.plan import EpochPlan, drawn_ahead, num_batches
+from fastil.training.captured import CapturedStep, has_streams, side_stream
 from fastil.training.compiling import compile_network
 
 
@@ -80,7 +81,7 @@ class Trainer:
 
     table: int64 [classes of the data set], from label to incremental position. save(phase, epoch, batch) writes a
     checkpoint that resumes before that batch; report gets every finished epoch; tick the images of every batch; stop
-    returns whether a signal came.
+    returns whether a signal came; say shows the user a line.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class Trainer:
         report: Callable[[EpochRecord], None],
         tick: Callable[[int], None],
         stop: Callable[[], bool],
+        say: Callable[[str], None],
     ) -> None:
         self.config, self.student, self.teacher = config, student, teacher
         self.loader, self.table = loader, table
-        self.save, self.report, self.tick, self.stop = save, report, tick, stop
+        self.save, self.report, self.tick, self.stop, self.say = save, report, tick, stop, say
         self.device = table.device
         assert config.precision != "auto"  # Recipe.settled has said what it means
         self.precision: Precision = config.precision
@@ -143,12 +145,19 @@ class Trainer:
         """Run a phase, from its beginning or from where a checkpoint stopped."""
         with (
             multiplying_in(self.precision, self.device),
+            side_stream(self.device),
             drawn_ahead(phase.plan, range(first_epoch, phase.epochs)) as plans,
         ):
             self._fit(phase, first_epoch, first_batch, plans)
 
     def _fit(self, phase: Phase, first_epoch: int, first_batch: int, plans: Iterator[EpochPlan]) -> None:
         update = self.update(phase)
+        step = CapturedStep(
+            lambda inputs: self.train_step(phase, update, inputs),
+            # Nobody knows what code from outside waits for.
+            capture=has_streams(self.device) and not isinstance(self.student.backbone, ExternalBackbone),
+            say=self.say,
+        )
         if first_epoch == first_batch == 0:
             update.reset()
             self.forget_epoch()
@@ -160,8 +169,8 @@ class Trainer:
             done = epoch * num_batches(len(plan.ids), plan.batch_size)  # updates of earlier epochs
             held_out = self.held_out(phase, done + first_batch, done + num_batches(len(plan.ids), plan.batch_size))
             started, before = time.perf_counter(), self.seconds
-            batches = self.loader.batches(plan, first_batch, self.pixels)
-            for number, (batch, waited) in enumerate(timed(batches), first_batch):
+            batches = self.loader.inputs(plan, first_batch)
+            for number, (inputs, waited) in enumerate(timed(batches), first_batch):
                 stop = self.stop()
                 if stop or time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
                     self.seconds = before + time.perf_counter() - started
@@ -170,11 +179,12 @@ class Trainer:
                         raise Stopped
                     saved = time.monotonic()
                 self.waited += waited
-                meta = phase.before_update is not None and (done + number) % phase.before_update.every == 0
                 seed_torch(self.config.seed, phase.step, phase.name, epoch, number)
-                self.train_step(phase, update, batch, next(held_out) if meta else None)
-                self.images += len(batch.ids)
-                self.tick(len(batch.ids))
+                if phase.before_update is not None and (done + number) % phase.before_update.every == 0:
+                    self.before_update(phase, phase.before_update, update, inputs, next(held_out))
+                step(inputs)
+                self.images += len(inputs.ids)
+                self.tick(len(inputs.ids))
             first_batch = 0
             sums = torch.cat((self.meter.rows.sum(0), self.meter.unfused[None]))
             ce, kd, hits, ranking, unfused = sums.tolist()  # the epoch's one wait for the device
@@ -224,21 +234,34 @@ class Trainer:
         start, stop = -(-first // hook.every), -(-last // hook.every)
         return self.loader.batches(hook.plan(start, stop - start), 0, self.pixels) if stop > start else iter(())
 
-    def train_step(self, phase: Phase, update: Update, batch: Batch, held_out: Batch | None = None) -> None:
-        """Make one update. Nothing here reads a value back from the device."""
-        batch = batch._replace(labels=self.table[batch.labels])  # from here on incremental positions
-        full = len(batch.images) == self.config.batch_size  # a ragged batch would recompile everything
-        student = self.fast_student if full and phase.bn_mode == "train" else self.student
+    def train_step(self, phase: Phase, update: Update, inputs: Inputs) -> None:
+        """Make one update. Nothing here reads a value back from the device, and what is launched does not depend on one."""
+        batch = self.batch(inputs)
         teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
-        if held_out is not None and phase.before_update is not None:
-            held_out = held_out._replace(labels=self.table[held_out.labels])
-            context = UpdateContext(batch, teacher_out, held_out, student, self.student, update, self.autocast)
-            phase.before_update.run(context)
         with self.autocast():
-            out = student(batch.images)
+            out = self.student_for(phase, batch)(batch.images)
         phase.method.backward(batch, out, teacher_out, self.meter)
         update.apply()
         self.student.zero_grad()
+
+    def before_update(self, phase: Phase, hook: BeforeUpdate, update: Update, inputs: Inputs, held_out: Batch) -> None:
+        """Let Meta move alpha. It makes the batch once more and runs the teacher once more, so that the step that
+        follows is the same as all others."""
+        batch = self.batch(inputs)
+        teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
+        held_out = held_out._replace(labels=self.table[held_out.labels])
+        student = self.student_for(phase, batch)
+        hook.run(UpdateContext(batch, teacher_out, held_out, student, self.student, update, self.autocast))
+
+    def batch(self, inputs: Inputs) -> Batch:
+        """A training batch; labels are incremental positions."""
+        batch = self.loader.batch(inputs, self.pixels)
+        return batch._replace(labels=self.table[batch.labels])
+
+    def student_for(self, phase: Phase, batch: Batch) -> Callable[[Tensor], Output]:
+        """The compiled student where it was compiled for such a batch: a ragged one would recompile everything."""
+        full = len(batch.images) == self.config.batch_size
+        return self.fast_student if full and phase.bn_mode == "train" else self.student
 
     def update(self, phase: Phase) -> Update:
         """Return the phase's optimiser: SGD with momentum and weight decay on every parameter, as in the reference
@@ -295,7 +318,7 @@ def seed_torch(*place: int | str) -> None:
     torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest()))
 
 
-def timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+def timed(batches: Iterator[Inputs]) -> Iterator[tuple[Inputs, float]]:
     """Yield each batch with the seconds that it was waited for."""
     while True:
         started = time.perf_counter()

@@ -115,17 +115,18 @@ def test_the_ways_to_alphas_gradient_agree_over_a_step(meta, tmp_path, gradient)
 def test_held_out_images_are_balanced_and_not_trained_on(tmp_path):
     experiment = Experiment(load("digits", [*QUICK, *META]), tmp_path / "run", resume=False)
     labels, seen = experiment.dataset.train.labels, {}
-    train_step = experiment.trainer.train_step
+    train_step, before_update = experiment.trainer.train_step, experiment.trainer.before_update
 
-    def watched(phase, update, batch, held_out=None):
-        of_step = seen.setdefault(phase.step, (set(), set()))
-        of_step[0].update(batch.ids.tolist())
-        if held_out is not None:
-            assert len(held_out.ids) == 32
-            of_step[1].update(held_out.ids.tolist())
-        train_step(phase, update, batch, held_out)
+    def watched(phase, update, inputs):
+        seen.setdefault(phase.step, (set(), set()))[0].update(inputs.ids.tolist())
+        train_step(phase, update, inputs)
 
-    experiment.trainer.train_step = watched
+    def watched_before(phase, hook, update, inputs, held_out):
+        assert len(held_out.ids) == 32
+        seen.setdefault(phase.step, (set(), set()))[1].update(held_out.ids.tolist())
+        before_update(phase, hook, update, inputs, held_out)
+
+    experiment.trainer.train_step, experiment.trainer.before_update = watched, watched_before
     experiment.run()
     assert seen[0][1] == set()
     effective = json.loads((tmp_path / "run/protocol.json").read_text())["effective"]

@@ -53,7 +53,8 @@ def make_trainer(split, config=None, device="cpu", table=None, model=None, **hoo
         student, teacher = (build_network(model, CLASSES, 0, keeps_maps=maps) for _ in range(2))
     if detect_fake_mode() is not None:
         student, teacher = on_fake(student, device), on_fake(teacher, device)
-    calls = {"save": lambda *a: None, "report": lambda r: None, "tick": lambda n: None, "stop": lambda: False} | hooks
+    calls = {"save": lambda *a: None, "report": lambda r: None, "tick": lambda n: None, "stop": lambda: False}
+    calls |= {"say": print} | hooks
     loader = make_loader(split, "auto", TRANSFORM, device)
     table = torch.arange(CLASSES, device=device) if table is None else table
     return Trainer(config, student, teacher, loader, table, **calls)

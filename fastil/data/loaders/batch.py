@@ -11,3 +11,16 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     ids: Tensor
+
+
+class Inputs(NamedTuple):
+    """What a loader makes a batch of, on the device. It may be overwritten when the next is asked for.
+
+    ids int64 [B]; flips bool [B]. boxes int32 [B, 4], where the images lie on the device and are cut there; frames
+    uint8 [B, H, W, 3], where they come already cut.
+    """
+
+    ids: Tensor
+    flips: Tensor
+    boxes: Tensor | None = None
+    frames: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastil import machine
 from fastil.data.formats.beton import Beton
-from fastil.data.loaders.batch import Batch
+from fastil.data.loaders.batch import Batch, Inputs
 from fastil.data.loaders.reference import Reference
 from fastil.data.loaders.resident import Resident
 from fastil.data.loaders.streaming import AnySplit
@@ -42,6 +42,14 @@ class Loader(Protocol):
 
     def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
+        ...
+
+    def inputs(self, plan: EpochPlan, first: int = 0) -> Iterator[Inputs]:
+        """What these batches are made of, for `batch`."""
+        ...
+
+    def batch(self, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Batch:
+        """A batch from its inputs, by work of the device alone, which a CUDA graph can capture."""
         ...
 
     def whole(self, ids: NDArray[np.int64]) -> Tensor:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil import kernels
-from fastil.data.loaders.batch import Batch
+from fastil.data.loaders.batch import Batch, Inputs
 from fastil.data.sources import Split
 from fastil.plan import EpochPlan, Transform, sequential_plan
 
@@ -38,19 +38,28 @@ class Resident:
 
     def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
+        for inputs in self.inputs(plan, first):
+            yield self.batch(inputs, dtype)
+
+    def inputs(self, plan: EpochPlan, first: int = 0) -> Iterator[Inputs]:
+        """What the batches of the plan are made of, from number `first` on."""
         if self.images is None:
             raise ValueError("this loader was closed")
         # One transfer per epoch; every batch is then a view of it.
         ids = torch.as_tensor(plan.ids, device=self.device)
         boxes = torch.as_tensor(plan.boxes, device=self.device)
         flips = torch.as_tensor(plan.flips, device=self.device)
-        size = (self.transform.height, self.transform.width)
         for number, part in enumerate(plan.batches()):
             if number >= first:
-                images = kernels.augment(
-                    self.images, ids[part], boxes[part], flips[part], self.mean, self.std, dtype, size
-                )
-                yield Batch(images, self.labels[ids[part]], ids[part])
+                yield Inputs(ids[part], flips[part], boxes=boxes[part])
+
+    def batch(self, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Batch:
+        """Cut the images out and normalise them. Work of the device alone."""
+        assert self.images is not None
+        assert inputs.boxes is not None
+        size = (self.transform.height, self.transform.width)
+        images = kernels.augment(self.images, inputs.ids, inputs.boxes, inputs.flips, self.mean, self.std, dtype, size)
+        return Batch(images, self.labels[inputs.ids], inputs.ids)
 
     def whole(self, ids: NDArray[np.int64]) -> Tensor:
         """The images by the test-time transform, normalised, [n, 3, H, W]."""

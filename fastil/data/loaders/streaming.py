@@ -20,7 +20,7 @@ from torch import Tensor
 from fastil import kernels, machine
 from fastil.data.formats.beton import RAW, Beton
 from fastil.data.formats.pixels import open_stored
-from fastil.data.loaders.batch import Batch
+from fastil.data.loaders.batch import Batch, Inputs
 from fastil.data.loaders.frames import Box, frame_of, resized
 from fastil.data.sources import Split
 from fastil.errors import UserError
@@ -49,6 +49,7 @@ class Streaming(ABC):
         self.held: dict[int, Tensor] = {}  # pixels on the device, [h, w, 3], by sample
         self.replaced: set[int] = set()  # those of them that are not what is stored
         self.reads_held = device.type == "cpu"  # whether `frames` shows them; else `pixels` makes their frames
+        self.whole_frames: dict[int, tuple[Tensor, Tensor]] = {}  # rows and boxes of a batch, by its size
         self.copies = None
         if device.type == "cuda":
             self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -61,20 +62,30 @@ class Streaming(ABC):
 
     def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
+        with closing(self.inputs(plan, first)) as made_of:
+            for inputs in made_of:
+                yield self.batch(inputs, dtype)
+
+    def inputs(self, plan: EpochPlan, first: int = 0) -> Generator[Inputs, None, None]:
+        """What the batches of the plan are made of, from number `first` on."""
         ids = torch.as_tensor(plan.ids, device=self.device)
         flips = torch.as_tensor(plan.flips, device=self.device)
-        size = (self.transform.height, self.transform.width)
-        longest = max((part.stop - part.start for part in plan.batches()), default=0)
-        rows = torch.arange(longest, device=self.device)
-        whole = torch.tensor([0, 0, *size], dtype=torch.int32, device=self.device).repeat(longest, 1)
         parts = list(plan.batches())[first:]
         with closing(self.pixels(plan, first)) as frames:
             for part, pixels in zip(parts, frames, strict=True):
-                count = part.stop - part.start
-                images = kernels.augment(
-                    pixels, rows[:count], whole[:count], flips[part], self.mean, self.std, dtype, size
-                )
-                yield Batch(images, self.labels[ids[part]], ids[part])
+                yield Inputs(ids[part], flips[part], frames=pixels)
+
+    def batch(self, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Batch:
+        """Mirror the frames and normalise them. Work of the device alone."""
+        assert inputs.frames is not None
+        count, size = len(inputs.ids), (self.transform.height, self.transform.width)
+        if count not in self.whole_frames:
+            whole = torch.tensor([0, 0, *size], dtype=torch.int32, device=self.device)
+            self.whole_frames[count] = torch.arange(count, device=self.device), whole.repeat(count, 1)
+        images = kernels.augment(
+            inputs.frames, *self.whole_frames[count], inputs.flips, self.mean, self.std, dtype, size
+        )
+        return Batch(images, self.labels[inputs.ids], inputs.ids)
 
     def pixels(self, plan: EpochPlan, first: int = 0) -> Generator[Tensor, None, None]:
         """The frames of the batches from number `first` on, on the device, those of held images among them. They may

@@ -1,0 +1,101 @@
+"""The captured training step, on a CPU: a graph that records what torch is asked to do, and does it again on the same
+tensors. What a step takes from elsewhere (a Python number that changes, a tensor in another place) it would not see."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from test_bf16 import COMBINATIONS
+from test_runs import BRIEF, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastil.training import trainer
+from fastil.training.captured import CapturedStep
+
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+# One incremental step; enough batches of both sizes that all are captured.
+SETTINGS = [*BRIEF, "precision=fp32", "classes=5", "base_classes=4", "increment=1", "epochs=6", "batch_size=64"]
+
+
+class Graph:
+    """In the place of torch.cuda.CUDAGraph."""
+
+    made: ClassVar[list["Graph"]] = []
+
+    def __init__(self):
+        self.calls, self.replays = [], 0
+        Graph.made.append(self)
+
+    def pool(self):
+        return None
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, results in self.calls:
+            found = function(*args, **kwargs)
+            for old, new in zip(results, tree_leaves(found), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recording(TorchDispatchMode):
+    """In the place of torch.cuda.graph: afterwards nothing has happened but that the graph knows the calls."""
+
+    def __init__(self, graph, pool, **options):
+        super().__init__()
+        self.graph, self.before = graph, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        given = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
+        for argument in function._schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written or argument.name in ("running_mean", "running_var"):  # of which the schema does not tell
+                tensors = [t for t in tree_leaves(given.get(argument.name)) if isinstance(t, torch.Tensor)]
+                self.before += [(t, t.clone()) for t in tensors]
+        result = function(*args, **kwargs)
+        self.graph.calls.append((function, args, kwargs, tree_leaves(result)))
+        return result
+
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        with torch.no_grad():
+            for tensor, old in reversed(self.before):
+                tensor.copy_(old)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Have steps captured by those two."""
+
+    class Captured(CapturedStep):
+        def __init__(self, step, *, capture, say):
+            assert not capture  # there is no GPU
+            super().__init__(step, capture=True, say=say)
+
+    Graph.made.clear()
+    monkeypatch.setattr(trainer, "CapturedStep", Captured)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_captured_run_is_the_uncaptured_one_bit_for_bit(name, tmp_path, request):
+    settings = [*SETTINGS, *COMBINATIONS[name]]
+    plain = run(settings, tmp_path / "plain")
+    request.getfixturevalue("captured")
+    assert run(settings, tmp_path / "captured") == plain
+    assert len(Graph.made) >= 2
+    assert sum(graph.replays for graph in Graph.made) >= 20
+    for file in ("metrics.jsonl", "memory/step_1.json"):
+        assert (tmp_path / "captured" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    for step in (0, 1):
+        ours, theirs = (
+            torch.load(tmp_path / d / f"checkpoints/step_{step}.pt", weights_only=True) for d in ("captured", "plain")
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
