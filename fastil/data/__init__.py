@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 # Imported when asked for: the loaders bring torch, which the command line tools of this package do without.
 __getattr__, __dir__ = names_from(__name__, {
     "Beton": "formats.beton", "Batch": "loaders.batch", "Inputs": "loaders.batch", "Loader": "loaders.choose",
-    "make_loader": "loaders.choose", "DataConfig": "sources", "Dataset": "sources", "Split": "sources", "load_dataset": "sources",
+    "make_loader": "loaders.choose", "DataConfig": "sources", "Dataset": "sources", "Split": "sources",
+    "load_dataset": "sources",
 })  # fmt: skip
 
 __all__ = ["Batch", "Beton", "DataConfig", "Dataset", "Inputs", "Loader", "Split", "load_dataset", "make_loader"]
