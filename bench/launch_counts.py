@@ -21,7 +21,6 @@ The interpreter and Inductor's code generator cannot share a process. `bench.ker
 
 import argparse
 import contextlib
-import copy
 import functools
 import importlib
 import json
@@ -30,7 +29,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -39,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.code_for_h100 import for_h100
 from bench.loss_contestants import CASES, COMPILED, Call, Case, backward_of, contestants, formulas, make_call
 
 INTERPRETED_ROWS = (4, 8)  # batch sizes that are run; a call's bytes lie on the line through them
@@ -182,25 +181,10 @@ def count_interpreted(cases: list[Case]) -> list[dict[str, Count]]:
     ]
 
 
-class CodeIsThere(BaseException):
-    """Ends Inductor's work before it would load the code onto the GPU."""
-
-
 def count_compiled(case: Case) -> Count:
     """Return the counts of torch.compile in its default mode: launches in the Triton code that Inductor makes for an
     H100."""
-    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
-    from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch._inductor.graph import GraphLowering
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.node import map_aggregate
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    count, cuda = Count(), torch.device("cuda", 0)
-    h100 = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, warp_size=32, gcnArchName="",
-                           regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
-                           max_threads_per_block=1024, shared_memory_per_block_optin=232448)  # fmt: skip
+    count = Count()
 
     def read_code(graph: Any) -> None:
         code = graph.codegen()[0].value
@@ -209,44 +193,9 @@ def count_compiled(case: Case) -> Count:
         if len(moved) != len(launches):
             raise ValueError(f"{len(launches)} launches in the code of {len(moved)} scheduled kernels")
         count.bytes.extend(moved)
-        raise CodeIsThere
 
-    def on_the_gpu(module: Any, inputs: Any, **keys: Any) -> Any:
-        """Generate code for a copy of the graph that lives on the GPU; run the graph itself here."""
-        moved = torch.fx.GraphModule(module, copy.deepcopy(module.graph))
-        for node in moved.graph.nodes:
-            node.args, node.kwargs = (
-                map_aggregate(v, lambda leaf: cuda if isinstance(leaf, torch.device) else leaf)
-                for v in (node.args, node.kwargs)
-            )
-        mode = FakeTensorMode()
-        with mode:
-            fake = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=cuda) for t in inputs]
-        FakeTensorProp(moved, mode=mode).propagate(*fake)
-        with contextlib.suppress(CodeIsThere), torch._guards.tracing(torch._guards.TracingContext(mode)):
-            compile_fx_inner(moved, fake, is_backward=keys.get("is_backward", False))
-        return make_boxed_func(module.forward)
-
-    with contextlib.ExitStack() as patches:
-
-        def put(owner: Any, name: str, value: Any) -> None:
-            patches.enter_context(mock.patch.object(owner, name, value))
-
-        for owner in (torch.cuda, CudaInterface, CudaInterface.Worker):
-            put(owner, "get_device_properties", lambda device=None: h100)
-        put(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        put(torch.cuda, "current_device", lambda: 0)
-        put(CudaInterface, "get_compute_capability", lambda device=None: 90)
-        put(CudaInterface, "is_available", lambda: True)
-        put(CudaInterface, "is_bf16_supported", lambda including_emulation=False: True)
-        put(CudaInterface, "raise_if_triton_unavailable", lambda device=None: None)
-        put(torch.utils._triton, "triton_hash_with_backend", lambda: "none")
-        put(GraphLowering, "compile_to_module", read_code)
-        patches.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
-        torch.compiler.reset()  # else the eighth shape would run uncompiled
-        compiled = torch.compile(
-            formulas, backend=lambda module, inputs: compile_fx(module, inputs, inner_compile=on_the_gpu), dynamic=False
-        )
+    with for_h100(read_code) as backend:
+        compiled = torch.compile(formulas, backend=backend, dynamic=False)
         backward_of(compiled)(make_call(case, torch.device("cpu"), 0))
     return count
 

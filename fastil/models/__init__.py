@@ -1,5 +1,6 @@
 """Networks: a backbone and a head, with features, maps and logits from one forward."""
 
+from fastil.models.casting import CastWeights
 from fastil.models.folding import Folded
 from fastil.models.network import (
     MODELS,
@@ -15,6 +16,7 @@ from fastil.models.network import (
 
 __all__ = [
     "MODELS",
+    "CastWeights",
     "ExternalBackbone",
     "Factory",
     "Folded",

@@ -125,7 +125,8 @@ class Trainer:
         example = example.to(memory_format=torch.channels_last)
         with multiplying_in(self.precision, self.device):
             with self.autocast():
-                student, why_not = compile_network(self.student, example, train=True)
+                together = self.precision == "bf16" and not isinstance(self.student.backbone, ExternalBackbone)
+                student, why_not = compile_network(self.student, example, train=True, cast_weights=together)
             if why_not is None:
                 teacher, why_not = compile_network(self.folded_teacher.plain, example, train=False)
         if why_not is None:
