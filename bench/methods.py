@@ -29,7 +29,8 @@ from fastil.models import Output
 from fastil.optimiser import Update
 from fastil.plan import EpochPlan, Key, training_plan
 from fastil.recipe import Recipe, load
-from fastil.training.trainer import BeforeUpdate, Phase, Trainer
+from fastil.training.phase import BeforeUpdate, Phase
+from fastil.training.trainer import Trainer
 
 ROWS: dict[str, list[str]] = {  # overrides of the CIFAR-100 recipe of that name
     "il_baseline": [], "balanced": [], "meta": [], "icarl": [], "icarl_bce": [], "bic": [], "lucir": [],

@@ -32,7 +32,8 @@ from fastil.methods.il_baseline import ILBaseline
 from fastil.models import ModelConfig, Network, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan
-from fastil.training.trainer import Phase, Trainer
+from fastil.training.phase import Phase
+from fastil.training.trainer import Trainer
 
 BATCH, STEPS, CLASSES, NUM_OLD = 128, 8, 60, 50
 TRANSFORM = Transform(32, 32, pad=4, flip=True, mean=(0.5071, 0.4866, 0.4409), std=(0.2009, 0.1984, 0.2023))

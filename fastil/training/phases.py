@@ -12,7 +12,7 @@ from fastil.models import Network
 from fastil.plan import EpochPlan, Key, cycled_plan, draw, training_plan
 from fastil.protocol import Ids
 from fastil.recipe import Recipe
-from fastil.training.trainer import BeforeUpdate, Phase
+from fastil.training.phase import BeforeUpdate, Phase
 
 
 class Phases:

@@ -7,52 +7,25 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastil import files
 from fastil.data import Batch, Inputs, Loader
 from fastil.device import Precision, autocast, multiplying_in, pixel_dtype
 from fastil.errors import UserError
-from fastil.methods import Meter, Method
+from fastil.methods import Meter
 from fastil.methods.meta import UpdateContext
 from fastil.models import ExternalBackbone, Folded, Network, Output
 from fastil.optimiser import TrainConfig, Update
 from fastil.plan import EpochPlan, drawn_ahead, num_batches
 from fastil.training.captured import CapturedStep, has_streams, side_stream
 from fastil.training.compiling import compile_network
-
-
-class BeforeUpdate(NamedTuple):
-    """A hook before every `every`-th update of a step, counted over its epochs (Meta BalancedS-CE)."""
-
-    every: int
-    plan: Callable[[int, int], EpochPlan]  # of held-out images: (first, count) of these calls, a batch for each
-    run: Callable[[UpdateContext], None]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One call of `fit`: what is trained, on what, how long, with which loss."""
-
-    name: str  # "train" or "correct"; one optimiser state per name
-    step: int
-    parameters: list[nn.Parameter]
-    plan: Callable[[int], EpochPlan]  # of an epoch
-    epochs: int
-    schedule: Callable[[int], float]  # learning rate of an epoch
-    method: Method  # its loss
-    trainable: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # masks of parameters that move in part
-    clamp: float | None = None  # the largest magnitude of an element of a gradient
-    weight_decay: float | None = None  # default: the run's
-    bn_mode: Literal["train", "frozen"] = "train"
-    teacher: bool = True  # whether the loss needs the previous step's network
-    before_update: BeforeUpdate | None = None
-    observed: Callable[[], dict[str, Any]] = dict  # what else an epoch's line of metrics.jsonl holds
+from fastil.training.phase import BeforeUpdate, Phase
 
 
 @dataclass
@@ -236,7 +209,8 @@ class Trainer:
         return self.loader.batches(hook.plan(start, stop - start), 0, self.pixels) if stop > start else iter(())
 
     def train_step(self, phase: Phase, update: Update, inputs: Inputs) -> None:
-        """Make one update. Nothing here reads a value back from the device, and what is launched does not depend on one."""
+        """Make one update. Nothing here reads a value back from the device, and what is launched does not depend on
+        one."""
         batch = self.batch(inputs)
         teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
         with self.autocast():

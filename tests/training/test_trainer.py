@@ -29,7 +29,8 @@ from fastil.models import Folded, ModelConfig, Output, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import Key, Transform, cycled_plan, training_plan
 from fastil.training.compiling import decide, has_cxx_compiler
-from fastil.training.trainer import BeforeUpdate, Phase, Stopped, Trainer
+from fastil.training.phase import BeforeUpdate, Phase
+from fastil.training.trainer import Stopped, Trainer
 
 CLASSES, SIZE = 6, 8
 TRANSFORM = Transform(SIZE, SIZE, pad=1, flip=True, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
