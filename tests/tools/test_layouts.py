@@ -8,8 +8,9 @@ from making import listed, png, refused, write_tar
 from fastil.data import load_dataset
 from fastil.data.formats.beton import Beton
 from fastil.data.formats.detect import open_source
+from fastil.data.published import table
 from fastil.errors import UserError
-from fastil.protocol import build_protocol, class_order
+from fastil.protocol import build_protocol, imagenet_subset
 from fastil.recipe import load as load_recipe
 
 # Classes
@@ -48,15 +49,35 @@ def test_classes_that_are_numbers_have_one_order(tmp_path):
     assert not open_source(numbered(tmp_path / "few", 10)).notes
 
 
-def test_a_file_of_a_subset_of_imagenet_is_taken_by_the_recipes_of_that_subset(tmp_path):
+def test_a_file_of_a_subset_of_imagenet_is_taken_by_the_recipes_of_that_subset_alone(tmp_path):
     """A set of 100 classes was refused, and what would have helped not named."""
-    files = {f"{split}/n{100 * c:08d}/0.png": png(c) for split in ("train", "val") for c in range(100)}
-    convert(write(tmp_path / "in", files), tmp_path / "in100.beton", mode="jpeg")
-    recipe = load_recipe("subimagenet_balanced_5", data=str(tmp_path / "in100.beton"))
-    names = load_dataset(recipe.data).class_names
-    protocol = build_protocol(recipe.protocol, len(names), names)
+    wnids = table()["imagenet"].class_names
+    chosen = [wnids[c] for c in imagenet_subset("lucir")]
+    write(tmp_path / "in", {f"{s}/{wnids[c]}/0.png": png(c) for s in ("train", "val") for c in range(1000)})
+    (tmp_path / "names").write_text("\n".join(wnids[100:200]))
+    paths = {}
+    for classes in ("lucir", "first100", "names"):
+        paths[classes] = tmp_path / f"{classes}.beton"
+        convert(
+            tmp_path / "in",
+            paths[classes],
+            mode="jpeg",
+            classes=str(tmp_path / classes) if classes == "names" else classes,
+        )
+
+    def protocol_on(classes, *settings):
+        recipe = load_recipe("subimagenet_balanced_5", settings, data=str(paths[classes]))
+        names = load_dataset(recipe.data).class_names
+        return names, build_protocol(recipe.protocol, len(names), names)
+
+    names, protocol = protocol_on("lucir")
     assert [len(step) for step in protocol.steps] == [50, 10, 10, 10, 10, 10]
-    assert [names[c] for c in protocol.order] == [f"n{100 * c:08d}" for c in class_order("lucir", 100)]
+    assert [names[c] for c in protocol.order] == chosen
+    with pytest.raises(UserError, match="set subset=first100, or convert ImageNet with --classes lucir"):
+        protocol_on("first100")
+    with pytest.raises(UserError, match="has 100 others, so set subset=null"):
+        protocol_on("names")
+    assert len(protocol_on("names", "subset=null")[1].order) == 100
 
 
 # Flat validation folders

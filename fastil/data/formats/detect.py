@@ -15,6 +15,7 @@ from fastil.data.formats.left_out import suffix_of
 from fastil.data.formats.parquet import open_parquet
 from fastil.data.formats.pixels import suffixes
 from fastil.data.formats.records import SAME, Pixels, Source
+from fastil.data.formats.shards import split_of
 from fastil.data.formats.tar import COMPRESSED
 from fastil.data.formats.tree import Folder
 from fastil.data.formats.webdataset import looks_like_webdataset, open_webdataset
@@ -78,6 +79,24 @@ def open_source(path: Path, kind: str | None = None, val: str | None = None, **h
     if note is not None and note not in source.notes:
         source = replace(source, notes=(*source.notes, note))
     return source
+
+
+def check_whole(path: Path) -> None:
+    """Raise UserError where a path without validation images is one half of a data set, such as DIR/train or
+    x.val.beton: it names the whole."""
+    base = path if path.name else path.absolute()
+    name = base.name
+    if path.suffix == ".beton":
+        whole = base.with_name(name.removesuffix(".val.beton") + ".beton")
+        if name.endswith(".val.beton"):
+            give = str(whole) if whole.exists() else "the file of its training images"
+            raise UserError(f"{path}: holds the validation images of {whole.name}; give --data {give}")
+        return
+    if split_of(name) is None:
+        return
+    others = {split_of(entry.name) for entry in base.parent.iterdir() if entry.is_dir() == path.is_dir()}
+    if "train" in others and others & {"val", "test"}:
+        raise UserError(f"{path}: is one half of the data set {base.parent}; give --data {base.parent}")
 
 
 def detect(path: Path, val: str | None = None) -> str:
