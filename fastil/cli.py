@@ -106,8 +106,13 @@ def download(
 ) -> None:
     """Fetch a public data set, with progress, resume and checksum."""
     from fastil.data.formats.download import download as fetch
+    from fastil.data.formats.download import kept
 
-    say(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
+    try:
+        say(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
+    except KeyboardInterrupt:
+        say(f"stopped; {kept(name, folder)}the same command goes on", sys.stderr)
+        raise typer.Exit(130) from None
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line instead of text.")]

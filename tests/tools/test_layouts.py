@@ -55,15 +55,10 @@ def test_a_file_of_a_subset_of_imagenet_is_taken_by_the_recipes_of_that_subset_a
     chosen = [wnids[c] for c in imagenet_subset("lucir")]
     write(tmp_path / "in", {f"{s}/{wnids[c]}/0.png": png(c) for s in ("train", "val") for c in range(1000)})
     (tmp_path / "names").write_text("\n".join(wnids[100:200]))
-    paths = {}
-    for classes in ("lucir", "first100", "names"):
-        paths[classes] = tmp_path / f"{classes}.beton"
-        convert(
-            tmp_path / "in",
-            paths[classes],
-            mode="jpeg",
-            classes=str(tmp_path / classes) if classes == "names" else classes,
-        )
+    chosen_by = {"lucir": "lucir", "first100": "first100", "names": str(tmp_path / "names")}
+    paths = {name: tmp_path / f"{name}.beton" for name in chosen_by}
+    for name, classes in chosen_by.items():
+        convert(tmp_path / "in", paths[name], mode="jpeg", classes=classes)
 
     def protocol_on(classes, *settings):
         recipe = load_recipe("subimagenet_balanced_5", settings, data=str(paths[classes]))
