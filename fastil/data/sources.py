@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from fastil.data import published
 from fastil.data.formats import cifar, in_memory
-from fastil.data.formats.beton import Beton, check_same_classes, val_path_of
+from fastil.data.formats.beton import Beton, check_same_classes, notes_of, val_path_of
 from fastil.data.formats.class_names import some
 from fastil.data.formats.detect import PACKED, SMOKE_TEST, check_whole, detect, open_source
 from fastil.data.formats.folder import NEEDED
@@ -290,7 +290,7 @@ def imagenet(config: DataConfig) -> Dataset:
     train, val = Beton(path), Beton(val_path)
     names = train.class_names
     check_same_classes(train, val)
-    notes = tuple(train.manifest.notes) if train.manifest else ()
+    notes = notes_of(train)
     if config.val:  # given now, whatever was missing then
         notes = tuple(note for note in notes if not note.startswith("no validation images"))
     if config.val == SAME:

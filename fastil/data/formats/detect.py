@@ -14,7 +14,7 @@ from fastil.data.formats.imagenet import TRAIN, VAL, is_ilsvrc, open_ilsvrc, ope
 from fastil.data.formats.left_out import suffix_of
 from fastil.data.formats.parquet import open_parquet
 from fastil.data.formats.pixels import suffixes
-from fastil.data.formats.records import SAME, Pixels, Source
+from fastil.data.formats.records import SAME, Pixels, Source, special
 from fastil.data.formats.shards import split_of
 from fastil.data.formats.tar import COMPRESSED
 from fastil.data.formats.tree import Folder
@@ -125,8 +125,9 @@ def _detect_file(path: Path) -> str:
         return "parquet" if path.suffix == ".parquet" else "webdataset"
     if path.suffix in (".beton", ".parquet"):
         return path.suffix[1:]
-    if not path.is_file():
-        raise UserError(f"{path}: neither a file nor a folder; give the path of a data set")
+    what = special(path.stat().st_mode)  # not opened: a pipe would be waited for
+    if what:
+        raise UserError(f"{path}: is {what}, neither a file nor a folder; give the path of a data set")
     with path.open("rb") as file:
         begin = file.read(512)
     tool = next((tool for magic, tool in COMPRESSED.items() if begin.startswith(magic)), None)
