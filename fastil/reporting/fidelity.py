@@ -65,9 +65,8 @@ def _images_line(name: str, dataset: Dataset, protocol: ProtocolFile) -> str | N
         return f"UNIDENTIFIED DATA: {'; '.join(odd)}"
     told = differences(expected, dataset.class_names, train, val)  # in more detail
     if not told and train.kind == val.kind == "pixels" and expected.train.identity is None:
-        return (
-            f"images: classes and counts are those of {title}; no sum of its pixels is known, so they are not compared"
-        )
+        same = f"images: classes and counts are those of {title}"
+        return f"{same}; its pixels are not compared, for no sum of them is known"
     return f"OTHER DATA: not {title} as published: {'; '.join(told or odd)}"
 
 

@@ -119,18 +119,12 @@ COUNTS = [1300] * 900 + [1111] * 99 + [1281167 - 900 * 1300 - 99 * 1111]  # in a
 
 def streamed(names, *splits):
     """A data set of files of which checksums alone are known."""
-    train, val = (
-        split["identity"]
-        and SimpleNamespace(kind="stored", shape=(), counts=tuple(split["counts"] or ()) or tuple(COUNTS), classes=())
-        for split in splits
-    )
-    return SimpleNamespace(
-        name="x",
-        class_names=names,
-        train=SimpleNamespace(identity=train),
-        val=SimpleNamespace(identity=val),
-        proven=False,
-    )
+    parts = []
+    for split in splits:
+        counts = tuple(split["counts"] or COUNTS)
+        kind = (split["identity"] or "").partition(":")[0]
+        parts.append(SimpleNamespace(identity=Identity(kind, (), counts, ("",) * len(counts)) if kind else None))
+    return SimpleNamespace(name="x", class_names=names, train=parts[0], val=parts[1], proven=False)
 
 
 @pytest.mark.parametrize(

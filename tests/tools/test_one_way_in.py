@@ -262,10 +262,9 @@ def test_the_commands_refuse_a_pipe_and_never_open_it(start, tmp_path, pipe, dat
     write_tar(tmp_path / "shards/train-0.tar", {"0.png": png(0), "0.cls": b"0", "1.png": png(1), "1.cls": b"1"})
     os.mkfifo(tmp_path / pipe)
     settings = ["base_classes=1", "increment=1"]
-    commands = [
-        ["convert", data, "y.beton"], ["plan", "folder", "--data", data, *settings],
-        ["run", "folder", "--data", data, *settings],
-    ]  # fmt: skip
+    commands = [["convert", data, "y.beton"], ["run", "folder", "--data", data, *settings]]
+    if data == "in":
+        commands.append(["plan", "folder", "--data", data, *settings])
     processes = [start(*command) for command in commands]
     while any(process.poll() is None for process in processes):
         with pytest.raises(OSError, match="No such device"):
