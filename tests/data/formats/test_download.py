@@ -379,7 +379,7 @@ def test_a_stopped_download_says_what_is_kept_and_how_to_go_on(tmp_path, server,
 
     monkeypatch.setattr(module.Bar, "advance", stop)
     if moment != "receiving":
-        monkeypatch.setattr(module, "pieces", lambda url, start: iter([module.Piece(0, len(GOOD), b"")]))
+        monkeypatch.setattr(module, "pieces", lambda url, start: (piece for piece in [module.Piece(0, len(GOOD), b"")]))
     with pytest.raises(typer.Exit) as stopped:
         cli.download("cifar10", tmp_path, server.url)
     assert stopped.value.exit_code == 130
