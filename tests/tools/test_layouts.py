@@ -7,6 +7,7 @@ from converting import in_both, load, tree, write
 from converting import run as convert
 from making import listed, png, refused, write_tar
 
+from fastil.data import DataConfig, load_dataset
 from fastil.data.formats.beton import Beton
 from fastil.data.formats.detect import open_source
 from fastil.data.published import table
@@ -72,6 +73,17 @@ def test_a_file_of_a_subset_of_imagenet_is_taken_by_the_recipes_of_that_subset_a
     with pytest.raises(UserError, match="has 100 others, so set subset=null"):
         protocol_on(str(tmp_path / "names"))
     assert len(protocol_on(str(tmp_path / "names"), "subset=null")[1].order) == 100
+
+
+@pytest.mark.parametrize(("option", "note"), [("squash", "squashed to 6x6"), ("max_side", "at most 6 pixels a side")])
+def test_a_file_of_images_in_other_sizes_says_so(tmp_path, option, note):
+    write(tmp_path / "in", tree(cat=(".png", 2), dog=(".png", 2)))
+    convert(tmp_path / "in", tmp_path / "x.beton", **{option: 6})
+    for config in (
+        DataConfig("folder", str(tmp_path / "x.beton"), size=8),
+        DataConfig("imagenet", str(tmp_path / "x.beton")),
+    ):
+        assert note in str(load_dataset(config).notes)
 
 
 # Flat validation folders
