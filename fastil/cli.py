@@ -65,7 +65,7 @@ def run(
 ) -> None:
     """Train one recipe."""
     from fastil.recipe import load
-    from fastil.reporting.fidelity import had_published
+    from fastil.reporting.fidelity import remark_of
     from fastil.training.start import Interrupted, train
 
     try:
@@ -75,10 +75,9 @@ def run(
         raise typer.Exit(128 + stop.number) from None
     average, final = done.results.average_incremental_accuracy, done.results.final_top1
     say(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
-    if done.recipe.published is not None:
-        say(f"published: average incremental accuracy {done.recipe.published:.2f}")
-    elif had_published(done.recipe):
-        say(f"{done.recipe.fidelity}; the paper's number is of another experiment")
+    remark = remark_of(done.recipe)
+    if remark is not None:
+        say(remark)
     say(f"results, figures and checkpoints: {done.path}")
 
 
@@ -107,8 +106,13 @@ def download(
 ) -> None:
     """Fetch a public data set, with progress, resume and checksum."""
     from fastil.data.formats.download import download as fetch
+    from fastil.data.formats.download import kept
 
-    say(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
+    try:
+        say(f"ready: {fetch(name, folder, url)}; train with --data {folder}")
+    except KeyboardInterrupt:
+        say(f"stopped; {kept(name, folder)}the same command goes on", sys.stderr)
+        raise typer.Exit(130) from None
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line instead of text.")]

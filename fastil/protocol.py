@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,6 +22,8 @@ from fastil.settings import shown
 Ids = NDArray[np.int64]
 SEED = 1993
 IMAGENET_CLASSES = 1000
+# The hash of the wnids of each ImageNet-100 subset, sorted: a data set of 100 classes is one of them by its names.
+SUBSET_HASHES = {"lucir": "fce943fa2f5b", "first100": "e685f52fed13"}
 LUCIR_RUNS = {"lucir": 1, "lucir2": 2, "lucir3": 3}
 ORDERS = "lucir, lucir2, lucir3, icarl, alphabetical, natural, seedN, or a list of class ids or names"
 
@@ -206,8 +208,11 @@ class Protocol:
     def class_hash(self, names: Sequence[str]) -> str:
         """Return a short hash of the class names in incremental order, to tell two "ImageNet-100" runs apart at a
         glance."""
-        listing = "\n".join(names[i] for i in self.order)
-        return hashlib.sha256(listing.encode()).hexdigest()[:12]
+        return _hash_of(names[i] for i in self.order)
+
+
+def _hash_of(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
 def build_protocol(config: ProtocolConfig, num_classes: int, names: Sequence[str] | None = None) -> Protocol:
@@ -220,13 +225,18 @@ def build_protocol(config: ProtocolConfig, num_classes: int, names: Sequence[str
         )
     if config.subset is not None:
         order = imagenet_subset(config.subset)
-        wnids = names is not None and all(re.fullmatch("n[0-9]{8}", name) for name in names)
-        if num_classes == len(order) and wnids:  # of the subset alone, such as `convert --classes lucir` writes
-            order = class_order("lucir", num_classes)
+        found = _subset_of(names or ())
+        if found == config.subset:  # the subset alone, such as `convert --classes lucir` writes
+            order = np.argsort(np.array(names))[class_order("lucir", num_classes)]
+        elif found is not None:
+            raise UserError(
+                f"subset={config.subset}: this data set has the 100 classes of the other ImageNet-100, {found}; set "
+                f"subset={found}, or convert ImageNet with --classes {config.subset}"
+            )
         elif num_classes != IMAGENET_CLASSES:
             raise UserError(
-                f"subset={config.subset}: picks among ImageNet's 1000 classes, or takes those {len(order)} alone, by "
-                f"wnid; this data set has {num_classes} others, so set subset=null"
+                f"subset={config.subset}: picks among ImageNet's 1000 classes, or takes its own {len(order)} alone, by "
+                f"their wnids; this data set has {num_classes} others, so set subset=null"
             )
     else:
         order = class_order("lucir" if config.order is None else config.order, num_classes, names)
@@ -237,6 +247,12 @@ def build_protocol(config: ProtocolConfig, num_classes: int, names: Sequence[str
             )
         order = order[: config.classes]
     return Protocol(order, _base(config, len(order)), _increment(config, len(order)))
+
+
+def _subset_of(names: Sequence[str]) -> str | None:
+    """Return the ImageNet-100 subset that has exactly these classes, or None."""
+    found = _hash_of(sorted(names))
+    return next((subset for subset, known in SUBSET_HASHES.items() if known == found), None)
 
 
 def _base(config: ProtocolConfig, total: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastil.data.published import table
 from fastil.errors import UserError
 from fastil.protocol import (
     Protocol,
@@ -351,15 +352,23 @@ def test_a_recipe_that_makes_no_protocol_is_one_clear_error(config, num_classes,
         build_protocol(config, num_classes)
 
 
-@pytest.mark.parametrize("subset", ["lucir", "first100"])
-def test_a_data_set_of_the_subset_alone_has_the_same_classes_in_the_same_order(subset):
-    all_names = [f"n{number:08d}" for number in range(1000)]
-    names = sorted(all_names[c] for c in imagenet_subset(subset))
-    whole, alone = (build_protocol(ProtocolConfig(subset=subset), len(n), n) for n in (all_names, names))
-    assert [names[c] for c in alone.order] == [all_names[c] for c in whole.order]
+WNIDS = list(table()["imagenet"].class_names)
+
+
+@pytest.mark.parametrize(("subset", "other"), [("lucir", "first100"), ("first100", "lucir")])
+def test_a_data_set_of_the_subset_alone_has_the_same_classes_in_the_same_order(subset, other):
+    names = sorted(WNIDS[c] for c in imagenet_subset(subset))
+    whole, alone = (build_protocol(ProtocolConfig(subset=subset), len(n), n) for n in (WNIDS, names))
+    assert [names[c] for c in alone.order] == [WNIDS[c] for c in whole.order]
     assert sizes(alone) == sizes(whole)
-    with pytest.raises(UserError, match="subset=null"):
-        build_protocol(ProtocolConfig(subset=subset), 100, ["cat", *names[1:]])
+    turned = build_protocol(ProtocolConfig(subset=subset), 100, names[::-1])
+    assert [names[::-1][c] for c in turned.order] == [names[c] for c in alone.order]
+    # Any 100 classes with wnids passed, and were trained in the place of the subset.
+    with pytest.raises(UserError, match=f"subset={other}: .*set subset={subset}, or .*--classes {other}"):
+        build_protocol(ProtocolConfig(subset=other), 100, names)
+    for odd in ("cat", next(name for name in WNIDS if name not in names)):
+        with pytest.raises(UserError, match="subset=null"):
+            build_protocol(ProtocolConfig(subset=subset), 100, [odd, *names[1:]])
 
 
 @pytest.mark.parametrize("order", [[3, 1, 0, 2], (3, 1, 0, 2), np.array([3, 1, 0, 2])])

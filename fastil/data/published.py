@@ -180,14 +180,18 @@ def _of_split(
         found.append(f"{split} has {sum(ours.counts):,} images instead of {theirs.images:,}")
     expected = theirs.counts or ours.counts
     odd = [label for label in range(len(names)) if ours.counts[label] != expected[label]]
-    if odd:
-        first, gap = odd[0], expected[odd[0]] - ours.counts[odd[0]]
-        images = f"{abs(gap):,} image{'s' if abs(gap) > 1 else ''}"
-        found.append(
-            f"{split} has {images} {'less' if gap > 0 else 'more'} of class {names[first]} "
-            f"({ours.counts[first]:,} instead of {expected[first]:,})"
-            + (f", and other counts of {len(odd) - 1} more classes" if len(odd) > 1 else "")
-        )
+    sides = []
+    for sign, word in ((1, "less"), (-1, "more")):
+        side = [label for label in odd if sign * (expected[label] - ours.counts[label]) > 0]
+        if side:
+            first, gap = side[0], abs(expected[side[0]] - ours.counts[side[0]])
+            others = f" and {word} of {len(side) - 1} more class{'es' if len(side) > 2 else ''}"
+            sides.append(
+                f"{gap:,} image{'s' if gap > 1 else ''} {word} of class {names[first]} "
+                f"({ours.counts[first]:,} instead of {expected[first]:,}){others if len(side) > 1 else ''}"
+            )
+    if sides:
+        found.append(f"{split} has {', and '.join(sides)}")
     digests = theirs.classes if ours.kind == "pixels" else None
     changed = [
         names[label]

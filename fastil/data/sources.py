@@ -18,9 +18,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from fastil.data import published
 from fastil.data.formats import cifar, in_memory
-from fastil.data.formats.beton import Beton, check_same_classes, val_path_of
+from fastil.data.formats.beton import Beton, check_same_classes, notes_of, val_path_of
 from fastil.data.formats.class_names import some
-from fastil.data.formats.detect import PACKED, SMOKE_TEST, detect, open_source
+from fastil.data.formats.detect import PACKED, SMOKE_TEST, check_whole, detect, open_source
 from fastil.data.formats.folder import NEEDED
 from fastil.data.formats.identity import Identity, of_pixels
 from fastil.data.formats.pixels import MOST_PIXELS, Exif, Reading, reading_of
@@ -106,6 +106,7 @@ class Dataset:
     val: Split | Beton
     notes: tuple[str, ...] = ()  # what the reader had to do that the user should know
     proven: bool = False  # by checksums of its files, to be what was published under its name
+    skipped: tuple[str, ...] = ()  # of the notes, those that name images which could not be read
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -149,12 +150,11 @@ def _known(config: DataConfig, dataset: Dataset) -> Dataset:
     differences = published.differences(expected, dataset.class_names, train.identity, val.identity)
     if differences:
         raise UserError(
-            f"{config.data or dataset.name}: not {expected.title} as published: {'; '.join(differences)}. Take the "
-            "published images, or train on these as another data set, without a published number beside it: "
-            "verify=false"
+            f"{config.data or dataset.name}: not {expected.title} as published: "
+            f"{'; '.join([*differences, *dataset.skipped])}. Take the published images, or train on these as another "
+            "data set, without a published number beside it: verify=false"
         )
-    note = f"classes and counts are those of {expected.title}; its pixels are not compared, for no sum of them is known"
-    return dataset if expected.train.identity else replace(dataset, notes=(*dataset.notes, note))
+    return dataset
 
 
 def image_size(config: DataConfig, dataset: Dataset) -> tuple[int, int]:
@@ -256,16 +256,22 @@ def _opened(config: DataConfig) -> Source:
 
 def _in_memory(config: DataConfig, source: Source, size: int | None) -> Dataset:
     """Both splits decoded. size: of the images; None: their own."""
+    path = _required(config)
     for name, records in (("train", source.train), ("val", source.val)):
-        if records is None and source.kind == "folder":
-            raise UserError(f"{Path(str(config.data)) / name}: no such folder; {NEEDED}")
-        if records is None:
-            raise UserError(
-                f"{config.data}: no {name} images in this source of the kind {source.kind}; give them by --val"
-            )
+        if records is not None:
+            continue
+        check_whole(path)
+        if source.kind == "folder":
+            raise UserError(f"{path / name}: no such folder; {NEEDED}")
+        raise UserError(f"{path}: no {name} images in this source of the kind {source.kind}; give them by --val")
     how = reading_of(source, Reading(config.exif, config.max_pixels))
-    (train, val), notes = in_memory.read(source, size, how, config.on_corrupt == "skip")
-    return Dataset(source.name, source.class_names, Split(*train), Split(*val), (*source.notes, *notes))
+    known = published.table().get(config.dataset) if config.verify else None
+    by = in_memory.SKIP
+    if known:
+        by += f" verify=false (fewer images are no longer {known.title} as published)"
+    (train, val), skipped = in_memory.read(source, size, how, config.on_corrupt == "skip", by)
+    notes = (*source.notes, *skipped)
+    return Dataset(source.name, source.class_names, Split(*train), Split(*val), notes, skipped=tuple(skipped))
 
 
 def imagenet(config: DataConfig) -> Dataset:
@@ -279,11 +285,12 @@ def imagenet(config: DataConfig) -> Dataset:
         raise UserError(f"{path}: no such file; give --data the file that fastil convert wrote")
     val_path = path if config.val == SAME else Path(config.val) if config.val else val_path_of(path)
     if not val_path.exists():
+        check_whole(path)
         raise UserError(f"{val_path}: no such file; convert the validation images as well, or give --val FILE or same")
     train, val = Beton(path), Beton(val_path)
     names = train.class_names
     check_same_classes(train, val)
-    notes = tuple(train.manifest.notes) if train.manifest else ()
+    notes = notes_of(train)
     if config.val:  # given now, whatever was missing then
         notes = tuple(note for note in notes if not note.startswith("no validation images"))
     if config.val == SAME:

@@ -1,7 +1,8 @@
 """Whether a published number may stand beside a run: on the published images, with the recipe as it comes with fastil.
 
-This is decided here alone. A run directory's recipe.yaml, the end of `fastil run`, reports and pages all show the
-recipe that `labelled` returns; tables, whose rows have settings of their own, ask for the images only.
+This is decided here alone. A run directory's recipe.yaml, the first and last lines of `fastil run`, `fastil plan`,
+reports and pages all show the recipe that `labelled` returns; tables, whose rows have settings of their own, ask for
+the images only.
 """
 
 import json
@@ -9,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastil.data.published import official_labels, table
+from fastil.data import Dataset
+from fastil.data.published import Published, differences, official_labels, table
 from fastil.recipe import Recipe, load, shipped
 from fastil.reporting.run_files import ProtocolFile
 
@@ -18,9 +20,10 @@ OTHER_PIXELS = ("ffcv", "dali")  # loaders of streamed images that decode or res
 SIZE_TOLERANCE = 1e-3  # what tar adds to the files of ImageNet is 0.6 % and known to a tenth of it
 
 
-def labelled(recipe: Recipe, protocol: ProtocolFile) -> Recipe:
+def labelled(recipe: Recipe, protocol: ProtocolFile | None) -> Recipe:
     """The recipe of a run as it is shown: with what fastil's own says of the paper where nothing was changed, otherwise
-    without a published number and with a `fidelity` that tells the changes."""
+    without a published number and with a `fidelity` that tells the changes. protocol: None where the images are not
+    here, so that settings alone are compared."""
     changes = modifications(recipe, protocol)
     if changes:
         return replace(recipe, published=None, fidelity=MODIFIED + ", ".join(changes))
@@ -28,35 +31,95 @@ def labelled(recipe: Recipe, protocol: ProtocolFile) -> Recipe:
     return replace(recipe, published=own.published, fidelity=own.fidelity)
 
 
-def modifications(recipe: Recipe, protocol: ProtocolFile) -> Sequence[str]:
+def opening(recipe: Recipe, dataset: Dataset | None, protocol: ProtocolFile | None) -> list[str]:
+    """What is said before anything is trained: whether the images are the published ones, and the remark on the
+    number. None: the images are not here."""
+    remark = remark_of(labelled(recipe, protocol))
+    images = None if dataset is None or protocol is None else _images_line(_dataset_of(recipe), dataset, protocol)
+    return [line for line in (images, remark) if line is not None]
+
+
+def remark_of(shown: Recipe) -> str | None:
+    """A line on the published number of a recipe that `labelled` has returned, or on why there is none. None: nothing
+    was published, and nothing was modified."""
+    if shown.published is not None:
+        return f"published: average incremental accuracy {shown.published:.2f}"
+    if had_published(shown):
+        return f"{shown.fidelity}; the paper's number is of another experiment"
+    return shown.fidelity if shown.fidelity.startswith(MODIFIED) else None
+
+
+def _images_line(name: str, dataset: Dataset, protocol: ProtocolFile) -> str | None:
+    """Whether the images are those published under a name. None: nothing is known of that."""
+    expected = table().get(name)
+    if expected is None:
+        return None
+    title, odd = expected.title, _differences(expected, protocol)
+    if not odd:
+        how = "content" if expected.train.identity else "wnids, counts and bytes of its files, not by their content"
+        return f"images: the published {title} (verified by {how})"
+    if dataset.proven and dataset.name == name:
+        return f"images: the published {title} (verified by the md5 sums of its files)"
+    train, val = dataset.train.identity, dataset.val.identity
+    if train is None or val is None:
+        return f"UNIDENTIFIED DATA: {'; '.join(odd)}"
+    told = differences(expected, dataset.class_names, train, val)  # in more detail
+    if not told and train.kind == val.kind == "pixels" and expected.train.identity is None:
+        same = f"images: classes and counts are those of {title}"
+        return f"{same}; its pixels are not compared, for no sum of them is known"
+    return f"OTHER DATA: not {title} as published: {'; '.join(told or odd)}"
+
+
+def modifications(recipe: Recipe, protocol: ProtocolFile | None) -> Sequence[str]:
     """What sets a run apart from what was published under the name of its recipe, such as "epochs=6", "other data"."""
     differences = recipe.differences()
     if differences is None:
         return ["a recipe that does not come with fastil"]
     changes = [f"{key}={_shown(value)}" for key, value in sorted(differences.items())]
+    if protocol is None:
+        return changes
     changes += [f"loader={name}" for name in protocol.dataset.read_by if name in OTHER_PIXELS]
-    expected = load(recipe.name).data.dataset
+    expected = _dataset_of(recipe)
     if expected in table() and not on_published_data(expected, protocol):
         known = protocol.dataset.train.identity and protocol.dataset.val.identity
         changes.append("other data" if known else "unidentified data")
     return changes
 
 
+def _dataset_of(recipe: Recipe) -> str:
+    """The data set that a recipe is about, whatever it was told to train on: a name of the key `dataset`."""
+    return (shipped(recipe.name) or recipe).data.dataset
+
+
 def on_published_data(dataset: str, protocol: ProtocolFile) -> bool:
     """Whether the images of a run are those published under the name that the key `dataset` has for them."""
     expected = table().get(dataset)
-    if expected is None:
-        return False
-    for ours, theirs in ((protocol.dataset.train, expected.train), (protocol.dataset.val, expected.val)):
-        if theirs.identity is not None:
-            if ours.identity != theirs.identity:
-                return False
+    return expected is not None and not _differences(expected, protocol)
+
+
+def _differences(expected: Published, protocol: ProtocolFile) -> list[str]:
+    """What sets the images of a run apart from published ones, as far as its files tell; pieces of a sentence."""
+    found, parts = [], protocol.dataset
+    for split, ours, theirs in (("train", parts.train, expected.train), ("val", parts.val, expected.val)):
+        identity, size = ours.identity or "", ours.bytes or 0
+        if not identity:
+            found.append(f"nothing tells what the images of {split} were made of")
+        elif theirs.identity is not None:
+            if identity != theirs.identity:
+                found.append(f"the images of {split} are others")
         # ImageNet: image files as they are in the source, so many of each class and so large in all.
-        elif not (ours.identity or "").startswith("stored:") or not theirs.has_counts(ours.counts or [0]):
-            return False
-        elif theirs.bytes is None or abs((ours.bytes or 0) / theirs.bytes - 1) > SIZE_TOLERANCE:
-            return False  # resized or re-encoded before it was converted
-    return official_labels(expected, protocol.class_names) == list(range(expected.classes))
+        elif not identity.startswith("stored:"):
+            found.append(f"the images of {split} were resized, encoded or left out by fastil convert")
+        elif not theirs.has_counts(ours.counts or [0]):
+            found.append(
+                f"{split} has {ours.images:,} images of {len(ours.counts or ()):,} classes, or not as many each"
+            )
+        elif theirs.bytes is None or abs(size / theirs.bytes - 1) > SIZE_TOLERANCE:
+            known = "" if theirs.bytes is None else f" instead of about {theirs.bytes:,}, as after a resize"
+            found.append(f"the image files of {split} have {size:,} bytes{known}")
+    if official_labels(expected, protocol.class_names) != list(range(expected.classes)):
+        found.append("its classes have other names or labels")
+    return found
 
 
 def had_published(recipe: Recipe) -> bool:

@@ -1,5 +1,6 @@
 """The runs behind a table: which there are, which are missing, whose base step each may take, and its command."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -182,10 +183,14 @@ def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
     """None where only its published shape is known, and needed."""
     try:
         return load_dataset(loaded.data)
-    except UserError:
-        if not preview or loaded.data.dataset not in table() or loaded.data.data is not None:
-            raise
-        return None
+    except UserError as error:
+        if preview and loaded.data.dataset in table() and loaded.data.data is None:
+            return None
+        fixes = [fix for fix in ("on_corrupt=skip", "verify=false") if fix in str(error)]
+        if fixes:
+            command = shlex.join(["fastil", "run", loaded.name, "--data", str(loaded.data.data), *fixes])
+            raise UserError(f"{error}, which a table does not take; train on these apart from it: {command}") from None
+        raise
 
 
 def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.int64], tuple[int, int]]:

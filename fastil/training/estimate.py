@@ -6,6 +6,7 @@ import time
 import numpy as np
 import torch
 
+from fastil.data import Dataset
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.choose import check_resident, choose, cpu_rate, mean_pixels, resident_bytes
 from fastil.data.loaders.streaming import AnySplit
@@ -24,8 +25,10 @@ from fastil.errors import UserError
 from fastil.models import Folded, Network, check_backbone
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
+from fastil.reporting.fidelity import opening
 from fastil.training import compiling, step_plan
 from fastil.training.capacity import check_batch
+from fastil.training.run_directory import protocol_file
 
 NAMED = 100  # classes of a step
 TIMED_STEPS = 3
@@ -36,6 +39,7 @@ META_COST = 3.1  # training steps that an update of alpha takes beside its own (
 def plan_text(recipe: Recipe) -> str:
     """The effective protocol as text. Without the files, a published shape of the data set is used."""
     names: list[str] | None
+    dataset: Dataset | None = None
     notes: tuple[str, ...] = ()
     try:
         dataset = load_dataset(recipe.data)
@@ -67,9 +71,12 @@ def plan_text(recipe: Recipe) -> str:
     if isinstance(images, Beton) and images.mode == "jpeg":
         rate = cpu_rate(mean_pixels(images))
         reading = f"; without reading, which these cores alone do at about {rate:,.0f} images/s"
+    backend = recipe.data.loader
+    if backend == "auto" and images is not None:
+        backend = choose(images, device)[0]
+    described = None if dataset is None else protocol_file(dataset, protocol, steps, size, [backend])
     if recipe.data.memory == "resident" and images is not None:
         exemplars = recipe.memory.total(counts[protocol.order])
-        backend = choose(images, device)[0] if recipe.data.loader == "auto" else recipe.data.loader
         check_resident(images, exemplars, backend, device)
         kept = f"; about {resident_bytes(images, exemplars) / 2**30:.1f} GiB decoded on {device}"
     student = recipe.build_network(len(protocol.order), 0).to(device)
@@ -92,6 +99,7 @@ def plan_text(recipe: Recipe) -> str:
     lines = [
         f"{recipe.name}: {recipe.description}",
         f"data         {source}, {size[0]}x{size[1]}, {place}",
+        *opening(recipe, dataset, described),
         f"classes      {len(protocol.order)}" + (f", list {protocol.class_hash(names)}" if names else ""),
         f"model        {recipe.model.model}, {parameters:,} parameters, {flops / 2e6:,.0f} MMAC per image",
         f"loss         {method.method}, loss={loss.loss}, T={method.temperature:g}, alpha={loss.alpha:g}",

@@ -8,6 +8,8 @@ from fastil.device import device_name, precision_note
 from fastil.evaluation import StepResult
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe
+from fastil.reporting.fidelity import opening
+from fastil.reporting.run_files import read_protocol
 from fastil.training import step_plan
 from fastil.training.run_directory import Position
 from fastil.training.run_loaders import RunLoaders
@@ -33,6 +35,7 @@ def announcement(
         f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
         f"seed {recipe.train.seed}, on {device_name(device)}, {recipe.precision}",
         f"{dataset.name}, class list {protocol.class_hash(dataset.class_names)}, into {out}",
+        *opening(recipe, dataset, read_protocol(out)),
         f"loader {loaders.train.name}: {loaders.why}" + ("; exemplars stay decoded" if loaders.keeps_exemplars else ""),
         *([] if slow is None else [slow]),
         step_plan.as_table(steps),

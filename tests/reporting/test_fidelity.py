@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -15,11 +16,12 @@ from fastil import cli
 from fastil.data import published
 from fastil.data.formats import in_memory
 from fastil.data.formats.detect import open_source
+from fastil.data.formats.identity import Identity
 from fastil.data.formats.records import canonical
 from fastil.evaluation import StepResult
 from fastil.recipe import load, read_effective
 from fastil.reporting import report
-from fastil.reporting.fidelity import labelled
+from fastil.reporting.fidelity import labelled, opening
 from fastil.reporting.rows import rows
 from fastil.reporting.run_files import ProtocolFile, Results
 from fastil.reporting.runs import Run
@@ -115,6 +117,16 @@ WNIDS = list(published.table()["imagenet"].class_names)
 COUNTS = [1300] * 900 + [1111] * 99 + [1281167 - 900 * 1300 - 99 * 1111]  # in all as many as ImageNet has
 
 
+def streamed(names, *splits):
+    """A data set of files of which checksums alone are known."""
+    parts = []
+    for split in splits:
+        counts = tuple(split["counts"] or COUNTS)
+        kind = (split["identity"] or "").partition(":")[0]
+        parts.append(SimpleNamespace(identity=Identity(kind, (), counts, ("",) * len(counts)) if kind else None))
+    return SimpleNamespace(name="x", class_names=names, train=parts[0], val=parts[1], proven=False)
+
+
 @pytest.mark.parametrize(
     ("change", "known"),
     [
@@ -139,7 +151,60 @@ def test_imagenet_is_known_by_wnids_counts_and_untouched_files(change, known):
     )
     assert shown.published == (66.45 if known else None)
     changed = [f"loader={name}" for name in read_by if name != "threads"]
+    line = opening(
+        load("imagenet_balanced_5"),
+        streamed(names, train, val),
+        protocol("imagenet", train=train, val=val, class_names=names),
+    )[0]
+    assert line.startswith(
+        "images: the published ImageNet" if known or read_by else ("OTHER DATA", "UNIDENTIFIED DATA")
+    )
     assert known or shown.fidelity == f"modified: {', '.join(changed or ['other data'])}" or change["identity"] is None
+
+
+# What is said before anything is trained
+
+
+def opened(name, overrides=(), of="cifar100", images=None, **described):
+    """The opening lines of a run of a recipe. images: counts of the classes of train, where pixels are at hand."""
+    expected = published.table()[of]
+
+    def split(part, counts):
+        return SimpleNamespace(identity=Identity("pixels", expected.shape, counts, part.classes or ("",) * len(counts)))
+
+    train, val = (split(part, part.counts or ()) for part in (expected.train, expected.val))
+    if images is not None:
+        train = split(expected.train, images)
+    dataset = SimpleNamespace(name=of, class_names=list(expected.class_names), train=train, val=val, proven=False)
+    return opening(load(name, list(overrides)), dataset, protocol(of, **described))
+
+
+def test_the_opening_says_what_the_images_are_and_what_was_modified():
+    number = "published: average incremental accuracy 62.22"
+    known = "images: the published CIFAR-100 (verified by content)"
+    another = "; the paper's number is of another experiment"
+    assert opened("cifar100_balanced_5") == [known, number]
+    assert opened("cifar100_balanced_5", ["verify=false"]) == [known, number]
+    assert opened("cifar100_balanced_5", ["epochs=6"]) == [known, f"modified: epochs=6{another}"]
+    less = opened("cifar100_balanced_5", images=(499, *[500] * 99), train={"identity": "pixels:0"})
+    assert less == [
+        "OTHER DATA: not CIFAR-100 as published: train has 1 image less of class apple (499 instead of 500)",
+        f"modified: other data{another}",
+    ]
+    assert opened("digits", of="digits") == ["images: the published scikit-learn's digits (verified by content)"]
+    assert opened("folder") == []
+    assert opened("folder", ["size=48"]) == ["modified: size=48"]
+    assert opening(load("cifar100_balanced_5"), None, None) == [number]
+    assert opening(load("cifar100_balanced_5", ["epochs=6"]), None, None) == [f"modified: epochs=6{another}"]
+
+
+def test_cifar10_is_known_by_the_sums_of_its_files_or_by_its_counts(tmp_path):
+    """No recipe of it has a published number."""
+    (tmp_path / "mine.yaml").write_text("base: cifar100_balanced_5\ndataset: cifar10\n")
+    first, _ = opened(
+        str(tmp_path / "mine.yaml"), of="cifar10", train={"identity": "pixels:1"}, val={"identity": "pixels:2"}
+    )
+    assert first.startswith("images: classes and counts are those of CIFAR-10; its pixels are not compared")
 
 
 # Real runs
@@ -209,6 +274,15 @@ def first(images, tmp_path_factory):
         run(images, out)
     out.with_name("printed").write_text(printed.getvalue())
     return out
+
+
+def test_a_run_says_before_it_trains_what_it_is_labelled_with_and_why(first):
+    lines = first.with_name("printed").read_text().splitlines()
+    before = lines[: next(i for i, line in enumerate(lines) if line.startswith("| step"))]
+    assert [
+        line for line in before if line.startswith("OTHER DATA: not CIFAR-100 as published: it has 10 classes inst")
+    ]
+    assert f"{LABEL}; the paper's number is of another experiment" in before
 
 
 @pytest.mark.parametrize("container", [as_tar, as_beton, as_parquet])

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import make_folder
 from test_reproduce import CONTENT
 
 from fastil import recipe
@@ -185,3 +186,21 @@ def test_a_scale_from_the_command_line_to_the_table(tmp_path, monkeypatch, capsy
     for scale, base in (("short", run), ("cpu", None)):  # for a row of another table
         work = WorkList(tables.table_of(CONTENT, "more", scale).entries, [4], tmp_path, None)
         assert work.donor(work.jobs[0]) == base
+
+
+def test_other_images_are_refused_with_a_command_that_takes_them(tmp_path, monkeypatch, capsys):
+    """verify=false was named, which is no setting of a table."""
+    data = make_folder(tmp_path / "my data", classes=3, train=2, val=1)
+    (data / "train/class1/0.png").write_bytes(b"damaged")
+    refused = {"on_corrupt=skip verify=false": "0.png", "verify=false": "3 classes instead of 100"}
+    for settings, why in refused.items():
+        command = f"train on these apart from it: fastil run cifar100_balanced_5 --data '{data}' {settings}"
+        arguments = ["table1", "--scale", "short", "--steps", "5", "--only", "balanced", "--data", str(data)]
+        monkeypatch.setattr(sys, "argv", ["fastil", "reproduce", *arguments, "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert why in said
+        assert said.endswith(f"{command}\n")
+        (data / "train/class1/0.png").unlink(missing_ok=True)

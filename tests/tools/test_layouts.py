@@ -1,15 +1,18 @@
 """What users met: layouts and labels of data sets that were refused, or read otherwise by each container."""
 
+from pathlib import Path
+
 import pytest
 from converting import in_both, load, tree, write
 from converting import run as convert
 from making import listed, png, refused, write_tar
 
-from fastil.data import load_dataset
+from fastil.data import DataConfig, load_dataset
 from fastil.data.formats.beton import Beton
 from fastil.data.formats.detect import open_source
+from fastil.data.published import table
 from fastil.errors import UserError
-from fastil.protocol import build_protocol, class_order
+from fastil.protocol import build_protocol, imagenet_subset
 from fastil.recipe import load as load_recipe
 
 # Classes
@@ -48,15 +51,39 @@ def test_classes_that_are_numbers_have_one_order(tmp_path):
     assert not open_source(numbered(tmp_path / "few", 10)).notes
 
 
-def test_a_file_of_a_subset_of_imagenet_is_taken_by_the_recipes_of_that_subset(tmp_path):
+def test_a_file_of_a_subset_of_imagenet_is_taken_by_the_recipes_of_that_subset_alone(tmp_path):
     """A set of 100 classes was refused, and what would have helped not named."""
-    files = {f"{split}/n{100 * c:08d}/0.png": png(c) for split in ("train", "val") for c in range(100)}
-    convert(write(tmp_path / "in", files), tmp_path / "in100.beton", mode="jpeg")
-    recipe = load_recipe("subimagenet_balanced_5", data=str(tmp_path / "in100.beton"))
-    names = load_dataset(recipe.data).class_names
-    protocol = build_protocol(recipe.protocol, len(names), names)
+    wnids = table()["imagenet"].class_names
+    write(tmp_path / "in", {f"train/{wnid}/0.png": png(c) for c, wnid in enumerate(wnids)})
+    (tmp_path / "names").write_text("\n".join(wnids[100:200]))
+
+    def protocol_on(classes, *settings):
+        path = tmp_path / f"{Path(classes).name}.beton"
+        if not path.exists():
+            convert(tmp_path / "in", path, classes=classes)
+        with Beton(path) as beton:
+            names = beton.class_names
+        return names, build_protocol(load_recipe("subimagenet_balanced_5", settings).protocol, len(names), names)
+
+    names, protocol = protocol_on("lucir")
     assert [len(step) for step in protocol.steps] == [50, 10, 10, 10, 10, 10]
-    assert [names[c] for c in protocol.order] == [f"n{100 * c:08d}" for c in class_order("lucir", 100)]
+    assert [names[c] for c in protocol.order] == [wnids[c] for c in imagenet_subset("lucir")]
+    with pytest.raises(UserError, match="set subset=first100, or convert ImageNet with --classes lucir"):
+        protocol_on("first100")
+    with pytest.raises(UserError, match="has 100 others, so set subset=null"):
+        protocol_on(str(tmp_path / "names"))
+    assert len(protocol_on(str(tmp_path / "names"), "subset=null")[1].order) == 100
+
+
+@pytest.mark.parametrize(("option", "note"), [("squash", "squashed to 6x6"), ("max_side", "at most 6 pixels a side")])
+def test_a_file_of_images_in_other_sizes_says_so(tmp_path, option, note):
+    write(tmp_path / "in", tree(cat=(".png", 2), dog=(".png", 2)))
+    convert(tmp_path / "in", tmp_path / "x.beton", **{option: 6})
+    for config in (
+        DataConfig("folder", str(tmp_path / "x.beton"), size=8),
+        DataConfig("imagenet", str(tmp_path / "x.beton")),
+    ):
+        assert note in str(load_dataset(config).notes)
 
 
 # Flat validation folders

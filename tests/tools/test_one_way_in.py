@@ -5,13 +5,14 @@ import socket
 import stat
 import struct
 import threading
+import time
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, encoded
+from conftest import encoded
 from converting import in_both, load, photo, tagged, tree, write
 from converting import run as convert
-from making import png, refused
+from making import png, refused, write_tar
 from PIL import Image, features
 
 from fastil.data.formats import pixels
@@ -247,13 +248,33 @@ def test_a_pipe_in_place_of_any_file_of_a_source_ends_at_once(tmp_path, names):
     assert stat.S_ISFIFO(os.stat(tmp_path / names[0]).st_mode)
 
 
-def test_the_commands_refuse_a_pipe(fastil, tmp_path):
+PLACES = {
+    "in a folder": ("in/train/dog/pipe.jpg", "in"), "for a folder": ("pipe", "pipe"),
+    "for a .beton": ("x.beton", "x.beton"), "among shards": ("shards/train-1.tar", "shards"),
+    "for a tar": ("pipe.tar", "pipe.tar"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pipe", "data"), PLACES.values(), ids=PLACES)
+def test_the_commands_refuse_a_pipe_and_never_open_it(start, tmp_path, pipe, data):
+    """A writer without a reader cannot open it, so one that can has found a command that reads."""
     write(tmp_path / "in", tree(cat=(".png", 2), dog=(".png", 2)))
-    os.mkfifo(tmp_path / "in/train/dog/pipe.jpg")
-    for command in (
-        ["convert", "in", "x.beton", "--dry-run"], ["plan", "folder", "--data", "in", "base_classes=1", "increment=1"],
-    ):  # fmt: skip
-        assert_user_error(fastil(*command), "dog/pipe.jpg", "a named pipe")
+    write_tar(tmp_path / "shards/train-0.tar", {"0.png": png(0), "0.cls": b"0", "1.png": png(1), "1.cls": b"1"})
+    os.mkfifo(tmp_path / pipe)
+    settings = ["base_classes=1", "increment=1"]
+    commands = [["convert", data, "y.beton"], ["run", "folder", "--data", data, *settings]]
+    if data == "in":
+        commands.append(["plan", "folder", "--data", data, *settings])
+    processes = [start(*command) for command in commands]
+    while any(process.poll() is None for process in processes):
+        with pytest.raises(OSError, match="No such device"):
+            os.open(tmp_path / pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.01)
+    for process in processes:
+        said, _ = process.communicate()
+        assert process.returncode == 2, said
+        assert pipe in said, said
+        assert "a named pipe" in said, said
 
 
 # Skipping

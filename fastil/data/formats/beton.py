@@ -381,10 +381,25 @@ def records_of(path: Path, val_path: Path | None = None) -> Source:
     names, titles = train.class_names, train.manifest.titles if train.manifest else None
     if val is not None:
         check_same_classes(train, val)
-    notes = tuple(train.manifest.notes) if train.manifest else ()
     name = train.manifest.source["name"] if train.manifest else path.stem
     val_records = None if val is None else records(val)
-    return Source("beton", name, names, records(train), val_records, titles, notes, settled=True)
+    return Source("beton", name, names, records(train), val_records, titles, notes_of(train), settled=True)
+
+
+def notes_of(train: Beton) -> tuple[str, ...]:
+    """What a conversion noted, and how it changed the sizes of images, which those of its user should share."""
+    if train.manifest is None:
+        return ()
+    notes, storage = tuple(train.manifest.notes), train.manifest.parameters.get("storage", {})
+    if storage.get("squash"):
+        side = storage["squash"]
+        notes += (f"images were squashed to {side}x{side}, whatever their shape (convert --squash): show a network of "
+                  "this run images squashed likewise",)  # fmt: skip
+    if storage.get("max_side"):
+        notes += (
+            f"images have at most {storage['max_side']} pixels a side; larger ones were resized (convert --max-side)",
+        )
+    return notes
 
 
 def val_path_of(path: Path) -> Path:

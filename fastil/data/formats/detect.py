@@ -14,7 +14,8 @@ from fastil.data.formats.imagenet import TRAIN, VAL, is_ilsvrc, open_ilsvrc, ope
 from fastil.data.formats.left_out import suffix_of
 from fastil.data.formats.parquet import open_parquet
 from fastil.data.formats.pixels import suffixes
-from fastil.data.formats.records import SAME, Pixels, Source
+from fastil.data.formats.records import SAME, Pixels, Source, special
+from fastil.data.formats.shards import split_of
 from fastil.data.formats.tar import COMPRESSED
 from fastil.data.formats.tree import Folder
 from fastil.data.formats.webdataset import looks_like_webdataset, open_webdataset
@@ -80,6 +81,24 @@ def open_source(path: Path, kind: str | None = None, val: str | None = None, **h
     return source
 
 
+def check_whole(path: Path) -> None:
+    """Raise UserError where a path without validation images is one half of a data set, such as DIR/train or
+    x.val.beton: it names the whole."""
+    base = path if path.name else path.absolute()
+    name = base.name
+    if path.suffix == ".beton":
+        whole = base.with_name(name.removesuffix(".val.beton") + ".beton")
+        if name.endswith(".val.beton"):
+            give = str(whole) if whole.exists() else "the file of its training images"
+            raise UserError(f"{path}: holds the validation images of {whole.name}; give --data {give}")
+        return
+    if split_of(name) is None:
+        return
+    others = {split_of(entry.name) for entry in base.parent.iterdir() if entry.is_dir() == path.is_dir()}
+    if "train" in others and others & {"val", "test"}:
+        raise UserError(f"{path}: is one half of the data set {base.parent}; give --data {base.parent}")
+
+
 def detect(path: Path, val: str | None = None) -> str:
     """The kind of a path, by its files' names and, of a tar, its first members."""
     if not path.is_dir():
@@ -106,8 +125,9 @@ def _detect_file(path: Path) -> str:
         return "parquet" if path.suffix == ".parquet" else "webdataset"
     if path.suffix in (".beton", ".parquet"):
         return path.suffix[1:]
-    if not path.is_file():
-        raise UserError(f"{path}: neither a file nor a folder; give the path of a data set")
+    what = special(path.stat().st_mode)  # not opened: a pipe would be waited for
+    if what:
+        raise UserError(f"{path}: is {what}, neither a file nor a folder; give the path of a data set")
     with path.open("rb") as file:
         begin = file.read(512)
     tool = next((tool for magic, tool in COMPRESSED.items() if begin.startswith(magic)), None)

@@ -59,6 +59,17 @@ def download(name: str, folder: Path, url: str | None = None) -> Path:
     return target
 
 
+def kept(name: str, folder: Path) -> str:
+    """What a download that was stopped has left, as the beginning of a sentence; or ""."""
+    partial = partial_of(folder / VARIANTS[name].archive)
+    return f"{partial} keeps the {partial.stat().st_size:,} bytes that have come, and " if partial.exists() else ""
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is as long as it is not whole."""
+    return path.with_name(path.name + ".partial")
+
+
 def fetch(url: str, path: Path, size: int, md5: str) -> None:
     """Download a file of `size` bytes from url to path, resuming path.partial; the md5 decides whether it counts."""
     try:
@@ -68,7 +79,7 @@ def fetch(url: str, path: Path, size: int, md5: str) -> None:
         known = False
     if not known:
         raise UserError(f"{url}: not an address; --url needs one with http:// or https:// and a host")
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     receive(url, partial, size)
     found = md5_of(partial)
     if found != md5:
@@ -211,6 +222,8 @@ def failure(url: str, start: int, error: Exception) -> UserError:
 
 def md5_of(path: Path) -> str | None:
     """None: no file there that can be read."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

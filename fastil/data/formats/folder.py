@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastil.data.formats.class_names import check_classes, check_same_classes, in_order
+from fastil.data.formats.class_names import check_classes, check_same_classes
 from fastil.data.formats.flat_val import is_flat, list_flat
 from fastil.data.formats.left_out import LeftOut, is_image, suffix_of
 from fastil.data.formats.records import SAME, Files, Source
@@ -10,7 +10,7 @@ from fastil.data.formats.tree import Archive, Folder, Place, Tree
 from fastil.errors import UserError
 
 NEEDED = "train/<class>/* and val/<class>/* are needed, or --val as well"
-VALS = ("val", "validation", "valid", "test")  # folders of validation images, if they have the classes of train
+VALS = ("val", "validation", "valid", "test")  # folders of validation images; the first is one whatever is in it
 KAGGLE = ("Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where Kaggle's ImageNet has train/ and val/
 
 
@@ -22,7 +22,7 @@ def open_folder(path: Path, val: str | None) -> Source:
     """
     tree = tree_at(path)
     base = next((f"{at}/" for at in KAGGLE if tree.has(f"{at}/train")), "")
-    at_top = not tree.has(f"{base}train") and (val is not None or not tree.has("val"))
+    at_top = not _is_train(tree, f"{base}train") and (val is not None or not tree.has("val"))
     train_at = "" if at_top else f"{base}train"
     if not tree.has(train_at):
         raise UserError(f"{tree.where(train_at)}: no such folder; {NEEDED}")
@@ -69,8 +69,16 @@ def list_val(place: Place, train: Place, names: list[str], left: LeftOut) -> Fil
     return _listed(tree, at, names, left, "val")
 
 
+def _is_train(tree: Tree, at: str) -> bool:
+    """Whether a folder holds the training images, and is no class called train (CIFAR-100 has one) among others."""
+    others = set(tree.inside("").folders) - {"train", *VALS}
+    return tree.has(at) and (bool(tree.inside(at).folders) or "/" in at or len(others) < 2)
+
+
 def _is_val(tree: Tree, at: str, names: list[str]) -> bool:
-    return tree.has(at) and (at.rpartition("/")[2] == VALS[0] or in_order(tree.inside(at).folders) == names)
+    """Whether a folder is meant for the validation images: by its name, or as it has most of the classes of train."""
+    shared = set(tree.inside(at).folders) & set(names)
+    return tree.has(at) and (at.rpartition("/")[2] == VALS[0] or 2 * len(shared) > len(names))
 
 
 def classes_in(tree: Tree, at: str) -> list[str]:

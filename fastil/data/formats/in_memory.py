@@ -15,18 +15,19 @@ from fastil.errors import UserError
 from fastil.protocol import Ids
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+SKIP = "on_corrupt=skip"
 NAMED = 3  # how many damaged files a message names before it counts the rest
 TOGETHER = 64  # images that a thread takes in one go: small ones decode in less time than they are handed over
 AT_ONCE = 2 * TOGETHER * machine.cores()  # encoded images of a sequential source that wait for a thread
 
 
 def read(
-    source: Source, size: int | None, how: Reading = DEFAULT, skip_corrupt: bool = False
+    source: Source, size: int | None, how: Reading = DEFAULT, skip_corrupt: bool = False, by: str = SKIP
 ) -> tuple[list[Arrays], list[str]]:
     """The two splits (uint8 [N, size, size, 3], int64 [N]) in canonical order, and notes.
 
     size None: images keep their own, which must be one. A sample that cannot be read is an error that names it, or,
-    with skip_corrupt, left out and named in a note.
+    with skip_corrupt, left out and named in a note. by: the settings that leave it out, for the error.
     """
     splits, notes = [], []
     for split, records in (("train", source.train), ("val", source.val)):
@@ -56,7 +57,7 @@ def read(
             listing = "; ".join(f"{records.where(row)} ({error})" for row, error in list(errors.items())[:NAMED])
             more = f" and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
             if not skip_corrupt:
-                raise UserError(f"not a readable image: {listing}{more}; repair or remove, or set on_corrupt=skip")
+                raise UserError(f"not a readable image: {listing}{more}; repair or remove, or set {by}")
             notes.append(f"skipped {len(errors)} of {len(records)} files: {listing}{more}")
             kept = np.setdiff1d(np.arange(len(records)), place[list(errors)])
             images, labels = images[kept], labels[kept]

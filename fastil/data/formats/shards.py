@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastil.data.formats.records import special
 from fastil.errors import UserError
 
 SPLIT = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?:[-_.\d]|$)")
@@ -30,8 +31,12 @@ def grouped(path: Path, suffix: str) -> dict[str | None, list[Path]]:
             raise UserError(f"{home}: holds only the first part of a data set; fetch the whole of it")
         of_folder = split_of(home.name) if home != path else None
         for file in sorted(home.iterdir()):
-            if file.name.endswith(suffix) and not file.name.startswith(".") and file.is_file():
-                splits.setdefault(split_of(file.name) or of_folder, []).append(file)
+            if not file.name.endswith(suffix) or file.name.startswith(".") or file.is_dir():
+                continue
+            what = special(file.stat().st_mode) if file.exists() else "a link to nothing"
+            if what:
+                raise UserError(f"{file}: is {what}, not a file; remove it")
+            splits.setdefault(split_of(file.name) or of_folder, []).append(file)
     return splits
 
 

@@ -11,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import typer
 
+from fastil import cli
 from fastil.data.formats import download as module
 from fastil.data.formats.cifar import CIFAR10, CIFAR100
 from fastil.data.formats.download import download
@@ -361,3 +363,35 @@ def test_a_folder_that_is_a_file_is_named(tmp_path, server):
     (tmp_path / "place").write_bytes(b"")
     with pytest.raises(UserError, match=str(tmp_path / "place")):
         download("cifar10", tmp_path / "place", server.url)
+
+
+@pytest.mark.parametrize("moment", ["receiving", "before the first byte"])
+def test_a_stopped_download_says_what_is_kept_and_how_to_go_on(tmp_path, server, monkeypatch, capsys, moment):
+    """Ctrl-C ended it without a word."""
+    half = len(GOOD) // 2
+    partial = tmp_path / f"{ARCHIVE}.partial"
+    advance = module.Bar.advance
+
+    def stop(bar, count):
+        advance(bar, count)
+        if moment != "receiving" or partial.stat().st_size >= half:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Bar, "advance", stop)
+    if moment != "receiving":
+        monkeypatch.setattr(module, "pieces", lambda url, start: (piece for piece in [module.Piece(0, len(GOOD), b"")]))
+    with pytest.raises(typer.Exit) as stopped:
+        cli.download("cifar10", tmp_path, server.url)
+    assert stopped.value.exit_code == 130
+    said = capsys.readouterr().err
+    if moment == "receiving":
+        size = partial.stat().st_size
+        assert said == f"stopped; {partial} keeps the {size:,} bytes that have come, and the same command goes on\n"
+        assert GOOD.startswith(partial.read_bytes())
+    else:
+        assert said == "stopped; the same command goes on\n"
+        assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    publish(monkeypatch, GOOD)
+    download("cifar10", tmp_path, server.url)
+    check(tmp_path)

@@ -5,6 +5,7 @@ import tarfile
 import numpy as np
 import pytest
 from conftest import SHARED
+from making import png
 from PIL import Image
 
 from fastil.data import DataConfig, load_dataset
@@ -13,6 +14,8 @@ from fastil.data.formats.detect import open_source
 from fastil.data.formats.pixels import Reading
 from fastil.data.formats.records import whole_file
 from fastil.errors import UserError
+from fastil.tools.convert import convert, options_of
+from fastil.tools.reporting import Reporter
 
 TINY_IMAGENET = SHARED / "tiny-imagenet-40.tar"
 SIZE = 8
@@ -386,3 +389,65 @@ def test_real_images_decode_as_pillow_does(tmp_path):
         np.testing.assert_array_equal(decode(file, 64), np.asarray(rgb))
         half = rgb.resize((32, 32), Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(decode(file, 32), np.asarray(half))
+
+
+# Halves of a data set
+
+
+def halves(root, val="val", names=("ant", "bee", "cow")):
+    for split in ("train", val):
+        for number, name in enumerate(names):
+            (root / split / name).mkdir(parents=True)
+            for i in range(2):
+                (root / split / name / f"{i}.png").write_bytes(png(number))
+    return root
+
+
+def load_folder(path, **settings):
+    return load_dataset(DataConfig(dataset="folder", data=str(path), size=8, **settings))
+
+
+def test_a_half_of_a_data_set_names_the_whole(tmp_path, monkeypatch):
+    """DIR/train/val was not there, it said, and the val file of the val file."""
+    root = halves(tmp_path / "in")
+    for half in ("train", "val"):
+        with pytest.raises(UserError, match=rf"in/{half}: is one half of the data set .*; give --data {root}$"):
+            load_folder(root / half)
+    monkeypatch.chdir(root / "train")
+    with pytest.raises(UserError, match=f"give --data {root}$"):
+        load_folder(".")
+    assert len(load_folder(root / "train", val=str(root / "val")).train.labels) == 6
+    with pytest.raises(UserError, match=r"train/val: no such folder"):  # there is no other half
+        load_folder(halves(tmp_path / "alone", val="other") / "train")
+    convert(root, tmp_path / "x.beton", options_of(workers=1), Reporter())
+    for dataset in ("folder", "imagenet"):
+        with pytest.raises(
+            UserError, match=rf"x\.val\.beton: holds the .* of x\.beton; give --data {tmp_path}/x\.beton$"
+        ):
+            load_dataset(DataConfig(dataset=dataset, data=str(tmp_path / "x.val.beton")))
+    (tmp_path / "x.beton").unlink()
+    with pytest.raises(UserError, match="give --data the file of its training images"):
+        load_folder(tmp_path / "x.val.beton")
+
+
+def test_a_class_renamed_in_test_is_named_in_both_splits(tmp_path):
+    """test/ was passed over without a word, for its classes were others."""
+    root = halves(tmp_path / "in", val="test")
+    assert "test/ is taken for the validation images" in load_folder(root).notes
+    (root / "test/bee").rename(root / "test/bees")
+    with pytest.raises(
+        UserError, match=r"class bee is in .*train but not in .*test; bees is in .*test but not in .*train"
+    ):
+        load_folder(root)
+    for old, new in (("ant", "a"), ("cow", "c")):
+        (root / "test" / old).rename(root / "test" / new)
+    with pytest.raises(UserError, match="in/val: no such folder"):  # which has nothing in common with train
+        load_folder(root)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    """As in CIFAR-100, whose train/ alone was refused."""
+    root = halves(tmp_path / "in", names=("rabbit", "road", "train"))
+    dataset = load_folder(root / "train", val=str(root / "val"))
+    assert dataset.class_names == ["rabbit", "road", "train"]
+    assert len(dataset.val.labels) == 6

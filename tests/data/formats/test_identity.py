@@ -390,6 +390,39 @@ def test_a_renamed_class_that_sorts_elsewhere_is_compared_with_itself(tmp_path):
     ]
 
 
+def moved(splits, *changes):
+    """The splits with the first so many images of a class given to another one."""
+    images, labels = splits["train"]
+    new = labels.copy()
+    for count, source, target in changes:
+        new[np.flatnonzero(labels == source)[:count]] = target
+    return {split: of_pixels(*part) for split, part in (splits | {"train": (images, new)}).items()}
+
+
+def test_both_sides_of_what_was_moved_are_named():
+    """The class that had lost images was named, and the one that had gained them was not."""
+
+    def told(*changes):
+        return published.differences(entry(), NAMES, *moved(SPLITS, *changes).values())
+
+    assert told((1, 0, 1)) == [
+        "train has 1 image less of class apple (4 instead of 5), and 1 image more of class bear (5 instead of 4)"
+    ]
+    assert told((2, 0, 3), (1, 2, 3)) == [
+        "train has 2 images less of class apple (3 instead of 5) and less of 1 more class, and 3 images more of class "
+        "dog (9 instead of 6)"
+    ]
+    assert told((1, 0, 1), (1, 1, 0)) == ["pixels of train differ in apple, bear"]
+    across = {split: of_pixels(*part) for split, part in SPLITS.items()}
+    images, labels = (
+        np.concatenate([whole, part[:1]]) for whole, part in zip(SPLITS["val"], SPLITS["train"], strict=True)
+    )
+    across |= {"train": of_pixels(*without_one(SPLITS)["train"]), "val": of_pixels(images, labels)}
+    assert published.differences(entry(), NAMES, *across.values()) == [
+        "train has 1 image less of class apple (4 instead of 5)", "val has 1 image more of class apple (3 instead of 2)"
+    ]  # fmt: skip
+
+
 def test_missing_classes_are_named(tmp_path):
     keep = {split: tuple(part[labels < 3] for part in (images, labels)) for split, (images, labels) in SPLITS.items()}
     with pytest.raises(UserError, match=r"3 classes instead of 4 \(dog missing\).*verify=false"):
@@ -404,11 +437,19 @@ def test_images_of_several_sizes_are_told_to_be_resized(tmp_path):
 
 def test_a_damaged_image_is_named_as_in_a_folder(tmp_path):
     path = unpacked(tmp_path, members() | {"train/apple/apple_000.png": b"no image"})
-    with pytest.raises(UserError, match=r"apple_000\.png.*on_corrupt=skip"):
+    with pytest.raises(
+        UserError, match=r"apple_000\.png.*set on_corrupt=skip verify=false \(fewer images are no longer"
+    ):
         load(path)
-    with pytest.raises(UserError, match="1 image less of class apple"):
+    with pytest.raises(
+        UserError, match=r"1 image less of class apple .*; skipped 1 of .*apple_000\.png .*verify=false"
+    ):
         load(path, on_corrupt="skip")
-    assert len(load(path, on_corrupt="skip", verify=False).train.labels) == sum(TRAIN) - 1
+    dataset = load(path, on_corrupt="skip", verify=False)
+    assert len(dataset.train.labels) == sum(TRAIN) - 1
+    assert [note for note in dataset.notes if "apple_000.png" in note] == list(dataset.skipped)
+    with pytest.raises(UserError, match=r"apple_000\.png.*set on_corrupt=skip$"):
+        load(path, verify=False)
 
 
 def test_an_archive_that_is_not_unpacked_says_so(tmp_path):
