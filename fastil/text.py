@@ -35,6 +35,14 @@ def say(text: str, file: IO[str] | None = None, flush: bool = False) -> None:
     print(plain(text), file=file, flush=flush)
 
 
+def duration(hours: float) -> str:
+    """Return a time of so many hours as text: "under a minute", "12 minutes", "3.9 hours"."""
+    minutes = round(60 * hours)
+    if minutes < 1:
+        return "under a minute"
+    return f"{minutes} minute{'s' if minutes > 1 else ''}" if minutes < 60 else f"{hours:,.1f} hours"
+
+
 def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table whose columns line up in a terminal too. Each cell is one line."""
     header, rows = tuple(map(one_line, header)), [tuple(map(one_line, row)) for row in rows]

@@ -1,10 +1,8 @@
 """`fastil plan`: what a recipe would do, what it would hold in memory and how long it would take here."""
 
 import math
-import time
 
 import numpy as np
-import torch
 
 from fastil.data import Dataset
 from fastil.data.formats.beton import Beton
@@ -12,27 +10,19 @@ from fastil.data.loaders.choose import check_resident, choose, cpu_rate, mean_pi
 from fastil.data.loaders.streaming import AnySplit
 from fastil.data.published import table
 from fastil.data.sources import Split, image_size, load_dataset
-from fastil.device import (
-    autocast,
-    device_name,
-    multiplying_in,
-    pick_device,
-    pixel_dtype,
-    precision_note,
-    settle_precision,
-)
+from fastil.device import device_name, pick_device, precision_note, settle_precision
 from fastil.errors import UserError
-from fastil.models import Folded, Network, check_backbone
+from fastil.models import check_backbone
 from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.reporting.fidelity import opening
+from fastil.text import duration
 from fastil.training import compiling, step_plan
 from fastil.training.capacity import check_batch
 from fastil.training.run_directory import protocol_file
+from fastil.training.speed import Rates, busy, speeds
 
 NAMED = 100  # classes of a step
-TIMED_STEPS = 3
-TIMED_PIXELS = 2**18  # of a batch that is timed on a CPU
 META_COST = 3.1  # training steps that an update of alpha takes beside its own (python -m bench.meta)
 
 
@@ -83,14 +73,18 @@ def plan_text(recipe: Recipe) -> str:
     check_backbone(student, *size)
     flops, handed_on = compiling.cost_per_image(student, *size)
     check_batch(recipe, steps, size, device, handed_on)
-    plain, distilled = speeds(recipe, size)
     meta = meta_cost(recipe)
-    seconds = sum(
-        (plan.visits * (1 + meta) + plan.finetune_visits + plan.memory_visits) / distilled
-        if plan.step
-        else (plan.visits + plan.memory_visits) / plain
-        for plan in steps
-    )
+
+    def hours(rates: Rates) -> float:
+        seconds = sum(
+            (plan.visits * (1 + meta) + plan.finetune_visits + plan.memory_visits) / rates.distilled
+            if plan.step
+            else (plan.visits + plan.memory_visits) / rates.plain
+            for plan in steps
+        )
+        return seconds / 3600
+
+    timed = speeds(recipe, size)
     finetuned = sum(plan.finetune_visits for plan in steps)
     learned = sum(plan.memory_visits for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
@@ -113,8 +107,9 @@ def plan_text(recipe: Recipe) -> str:
         + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
         + (f", and {learned:,} to learn exemplars" if learned else ""),
         f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}{kept}",
-        f"estimated    {seconds / 3600:.2f} hours on {device_name(device)}, uncompiled: {plain:,.0f} images/s, "
-        f"{distilled:,.0f} with the teacher, timed now over {TIMED_STEPS} steps{reading}",
+        f"estimated    {duration(hours(timed.now))} on {device_name(device)}, uncompiled: {timed.now.plain:,.0f} "
+        f"images/s, {timed.now.distilled:,.0f} with the teacher, timed now over a few steps{reading}",
+        *([] if timed.quiet is None else [busy(timed.others, duration(hours(timed.quiet)))]),
     ]
     said = [*([] if slow is None else [slow]), *step_plan.notes(recipe, names)]
     return "\n".join([*lines, *said, *(f"note: {note}" for note in notes)])
@@ -123,39 +118,3 @@ def plan_text(recipe: Recipe) -> str:
 def meta_cost(recipe: Recipe) -> float:
     """Training steps that Meta's updates of alpha take for each of the network's."""
     return META_COST / recipe.meta.meta_every if recipe.loss.loss == "meta_balanced" else 0.0
-
-
-def speeds(recipe: Recipe, size: tuple[int, int]) -> tuple[float, float]:
-    """Images per second of training on the recipe's device, uncompiled, without and with a teacher."""
-    device = pick_device(recipe.train.device)
-    student, teacher = (recipe.build_network(100, 0).to(device) for _ in range(2))
-    folded = Folded(teacher, pixel_dtype(settle_precision(recipe.train.precision, device)), 0)
-    return (
-        _images_per_second(recipe, student, None, size, device),
-        _images_per_second(recipe, student, folded, size, device),
-    )
-
-
-def _images_per_second(
-    recipe: Recipe, student: Network, teacher: Folded | None, size: tuple[int, int], device: torch.device
-) -> float:
-    """Of an uncompiled training step on one resident batch, which is what bounds a run."""
-    batch, precision = recipe.train.batch_size, settle_precision(recipe.train.precision, device)
-    if device.type == "cpu":  # a large one takes minutes and says the same
-        batch = min(batch, max(2, TIMED_PIXELS // (size[0] * size[1])))
-    images = torch.zeros(batch, 3, *size, dtype=pixel_dtype(precision), device=device)
-    images = images.to(memory_format=torch.channels_last)
-    took = []
-    for _ in range(TIMED_STEPS + 1):  # the first one warms up
-        began = time.perf_counter()
-        with multiplying_in(precision, device):
-            if teacher is not None:
-                teacher(images)
-            with autocast(precision, device):
-                loss = student(images).scaled_logits.float().sum()
-            loss.backward()
-        student.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - began)
-    return len(images) / float(np.median(took[1:]))
