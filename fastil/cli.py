@@ -277,7 +277,11 @@ def reproduce(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="ROW", help="Rows to train (repeatable); the beginning will do.", show_default="all"),
+        typer.Option(
+            metavar="ROW,...",
+            help="Rows to train, by label, recipe, or a run as --dry-run prints it; the beginning of a row will do.",
+            show_default="all",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Only rows with so many incremental steps, 5 or 10.", show_default="all")
@@ -288,6 +292,12 @@ def reproduce(
             min=1, help="Runs at once; if several, with one thread each.", show_default="one per core, on a GPU one"
         ),
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="auto (that of the runs in --out, or else what is fast on this machine), fp32, tf32 or bf16."
+        ),
+    ] = "auto",
     data: Data = None,
     out: Annotated[Path, typer.Option(help="Where runs and tables go.")] = Path("runs/tables"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; train nothing.")] = False,
@@ -295,15 +305,22 @@ def reproduce(
     """Train the runs that a table of the paper needs, and write it."""
     from fastil.reproduce import scheduler as reproduction
     from fastil.reproduce import tables
+    from fastil.reproduce.preview import preview
     from fastil.reproduce.worklist import WorkList
 
     chosen = tables.table_of(tables.read_tables(), table, scale)
     entries = tables.only(chosen, only or [], steps)
     numbers = reproduction.seeds_of(str(chosen.seeds) if seeds is None else seeds)
+    named = tables.seed_of(only or [])
+    if named is not None:
+        if seeds is not None and numbers != [named]:
+            raise UserError(f"--seeds {seeds}: --only names a run of seed {named}; leave one of them out")
+        numbers = [named]
     if dry_run:
-        say(reproduction.preview(WorkList(entries, numbers, out, data, preview=True, table=chosen.entries), jobs))
+        work = WorkList(entries, numbers, out, data, preview=True, table=chosen.entries, wanted=precision)
+        say(preview(work, jobs))
         return
-    text, status = reproduction.reproduce(chosen, entries, numbers, out, data, jobs)
+    text, status = reproduction.reproduce(chosen, entries, numbers, out, data, jobs, precision)
     say(text)
     raise typer.Exit(status)
 

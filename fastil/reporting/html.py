@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fastil.errors import UserError
 from fastil.reporting.chart import WIDTH, Axis, Chart, Series, Style, chart, log_axis
-from fastil.reporting.rows import rows, seed_spread, spread
+from fastil.reporting.rows import heading, rows, seed_spread, spread
 from fastil.reporting.run_files import Timings, read_timings
 from fastil.reporting.runs import Run, alpha_paths, geometric_mean
 from fastil.text import plain
@@ -93,6 +93,7 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
     }
     alphas = {label: {run.results.seed: alpha_paths(run) for run in runs} for label, runs in groups.items()}
     document = TEMPLATES.get_template("page.html").render(
+        heading=heading(groups),
         summary=Table(*rows(groups)),
         notes=notes,
         datasets=[accuracy(dataset, of_dataset, styles) for dataset, of_dataset in parts.items()],
@@ -110,7 +111,7 @@ def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
         found.setdefault(runs[0].image_hashes, {})[label] = runs
     names = [next(iter(part.values()))[0].dataset_name for part in found.values()]
     return {
-        name if names.count(name) == 1 else f"{name} {images[0][:6]}, {images[1][:6]}": part
+        name if names.count(name) == 1 else f"{name} (sha256 of its images {images[0][:6]}, {images[1][:6]})": part
         for name, (images, part) in zip(names, found.items(), strict=True)
     }
 

@@ -4,11 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastil.errors import UserError
+from fastil.reporting.fidelity import MODIFIED
 from fastil.reporting.figures import draw_accuracy, draw_last_confusions
 from fastil.reporting.html import page
-from fastil.reporting.rows import paired_gain, rows
+from fastil.reporting.rows import heading, paired_gain, rows
 from fastil.reporting.runs import Run, group_runs
 from fastil.text import format_table, plain
+
+LONGEST = 60  # characters of a label in tables and figures
+IMAGES = (
+    "images=...: the data set, and the first six digits of the sha256 of its training images; runs with other digits "
+    "were trained on other images."
+)
 
 
 def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
@@ -17,12 +24,14 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
     out = Path("report") if as_html and out is None else out
     started = [path for path in paths if not (path / "recipe.yaml").exists() or (path / "results.json").exists()]
     skipped = [f"{path}: no results yet, left out" for path in paths if path not in started] if started else []
-    groups = group_runs([Run(path) for path in started or paths])
-    notes = [*paired_gain(groups), *skipped]
+    runs, twice = distinct([Run(path) for path in started or paths])
+    groups, cut = shortened(group_runs(runs))
+    explained = [IMAGES] if any("images=" in text for text in [*groups, *cut]) else []
+    notes = [*cut, *explained, *paired_gain(groups), *twice, *skipped]
     text = plain(
         "\n\n".join(
             [
-                "Top-1 in percent over all classes seen; mean ± standard deviation over seeds.",
+                heading(groups),
                 format_table(*rows(groups)),
                 *notes,
             ]
@@ -44,3 +53,41 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     html = f"\npage: {out}/report.html" if as_html else ""
     return text + f"\n\nfigures: {out}/accuracy.png, {out}/confusion.png{html}"
+
+
+def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Each run once, and a line for each that is left out: a directory that is given twice, or a copy of another."""
+    kept: list[Run] = []
+    lines: list[str] = []
+    for run in runs:
+        same = next((other for other in kept if _same(run, other)), None)
+        if same is None:
+            kept.append(run)
+        else:
+            what = "given twice" if run.path.samefile(same.path) else f"the same run as {same.path}"
+            lines.append(f"{run.path}: {what}, used once")
+    return kept, lines
+
+
+def _same(a: Run, b: Run) -> bool:
+    return a.path.samefile(b.path) or (
+        (a.image_hashes, a.results) == (b.image_hashes, b.results) and a.recipe.identity() == b.recipe.identity()
+    )
+
+
+def shortened(groups: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], list[str]]:
+    """The groups under labels that are not too long for a table, and a line with the whole label of each that was."""
+    short: dict[str, list[Run]] = {}
+    lines: list[str] = []
+    for label, runs in groups.items():
+        if len(label) > LONGEST:
+            lines.append(f"[{len(lines) + 1}] {label}")
+            parts = label.split(", ")
+            while len(parts) > 1 and len(", ".join(parts)) > LONGEST:
+                parts.pop()
+            kept = ", ".join(parts)[:LONGEST]
+            if MODIFIED in label and MODIFIED not in kept:
+                kept += f", {MODIFIED.rstrip()}"
+            label = f"{kept}, … [{len(lines)}]"
+        short[label] = runs
+    return short, lines

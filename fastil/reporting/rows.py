@@ -1,11 +1,26 @@
 """The rows of a report: a line per group of runs, and what one loss gains over another."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from fastil.reporting.runs import Run
 
 HEADER = ("run", "seeds", "average incremental", "paper", "base", "final", "final old", "final new")
+
+
+def heading(groups: dict[str, list[Run]]) -> str:
+    """What the numbers of a report are."""
+    precisions = sorted({run.recipe.precision for runs in groups.values() for run in runs})
+    return (
+        f"Top-1 in percent over all classes seen; {deviation(groups.values())}. "
+        f"All runs were trained in {' and '.join(precisions)}."
+    )
+
+
+def deviation(groups: Iterable[Collection[Run]]) -> str:
+    """What the numbers are over the seeds of each row."""
+    most = max(map(len, groups), default=0)
+    return "one seed each, so no deviation" if most == 1 else "mean ± standard deviation over seeds"
 
 
 def rows(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -45,7 +60,10 @@ def paired_gain(groups: dict[str, list[Run]]) -> list[str]:
                 if run.results.seed in by_seed
             ]
             if gains:
-                lines.append(f"{label} minus {other}: {spread(gains, sign=True)} points on average, paired over seeds")
+                over = (
+                    "on average, paired over seeds" if len(gains) > 1 else "with the same seed (one seed, no deviation)"
+                )
+                lines.append(f"{label} minus {other}: {spread(gains, sign=True)} points {over}")
     return lines
 
 

@@ -175,7 +175,8 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     one_precision([(run.path, run.recipe.precision) for run in runs], "report them apart")
     groups: dict[str, list[Run]] = {}
     identities = [
-        run.recipe.identity(seed=False) | {"images": f"{run.dataset_name} {run.image_hashes[0][:6]}"} for run in runs
+        run.recipe.identity(seed=False) | {"images": f"{run.dataset_name} (sha256 {run.image_hashes[0][:6]})"}
+        for run in runs
     ]
     for run, identity in zip(runs, identities, strict=True):
         same_recipe = [i for i, other in zip(identities, runs, strict=True) if other.recipe.name == run.recipe.name]

@@ -12,17 +12,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fastil import machine
-from fastil.device import pick_device
+from fastil.device import precision_note
 from fastil.errors import UserError
 from fastil.reporting.runs import Run
 from fastil.reproduce.table_text import write
 from fastil.reproduce.tables import Entry, Table
 from fastil.reproduce.worklist import Job, WorkList
-from fastil.text import Bar, format_table
-from fastil.training import estimate
+from fastil.text import Bar, duration
 from fastil.training.interrupt import Interrupt
 
 POLL = 1.0  # seconds
@@ -111,7 +108,7 @@ class Scheduler(Bar):
         else:
             self.last_line = time.monotonic()
             rate = done / (time.monotonic() - self.began)
-            hours = f", about {left / rate / 3600:.1f} h left" if done else ""
+            hours = f", about {duration(left / rate / 3600)} left" if done else ""
             self.say(
                 f"{finished} of {len(self.work.jobs)} runs, {self.running()} running, "
                 f"{100 * done / max(1, total):.0f} % of what was missing, {rate:,.0f} img/s{hours}"
@@ -141,49 +138,15 @@ def seeds_of(text: str) -> list[int]:
     return list(range(numbers[0]))
 
 
-def preview(work: WorkList, jobs: int | None = None) -> str:
-    """The work list and what it costs, timed on this machine; trains nothing. jobs: runs at once."""
-    rows: list[tuple[str, ...]] = []
-    costs: list[float] = []
-    speeds: dict[str, tuple[float, float]] = {}
-    usual, threads = usual_jobs(work), torch.get_num_threads()
-    at_once = jobs or usual
-    torch.set_num_threads(1 if at_once > 1 else threads)  # as the runs will
-    for job in work.jobs:
-        cost, shared = 0.0, ""
-        if not job.finished:
-            key = f"{job.recipe.model}{job.recipe.train.batch_size}{job.size}"
-            if key not in speeds:
-                speeds[key] = estimate.speeds(job.recipe, job.size)
-            cost = _hours(work, job, *speeds[key])
-            shared = "trains its own" if work.trains_base(job) else "" if job.has_base else "shared"
-        costs.append(cost)
-        rows.append((job.name, job.state(), shared, f"{work.left(job):,}", f"{cost:.2f}"))
-    torch.set_num_threads(threads)
-    text = format_table(("run", "state", "base step", "image visits left", "hours"), rows)
-    total = sum(work.left(job) for job in work.jobs)
-    at_once = max(1, min(at_once, len(work.missing)))
-    # More at once than usual are no faster together, and no run is faster for it.
-    hours = max(sum(costs) / min(at_once, usual), *costs, 0.0)
-    return (
-        f"{text}\n\n{len(work.missing)} of {len(work.jobs)} runs to train, {total:,} image visits: about "
-        f"{hours:.2f} hours with {crowd(at_once, usual)}, {sum(costs):.2f} one by one, timed now over a few steps"
-    )
-
-
-def _hours(work: WorkList, job: Job, plain: float, distilled: float) -> float:
-    """What is left of a run, at so many images per second without and with a teacher."""
-    left = work.left(job)
-    of_base = min(left, max(0, job.visits[0] - job.done_visits())) if work.trains_base(job) else 0
-    meta = estimate.meta_cost(job.recipe)
-    return (of_base / plain + (left - of_base) * (1 + meta) / distilled) / 3600
-
-
 def usual_jobs(work: WorkList) -> int:
     """On a CPU a run per core, each with one thread: small networks gain less from a second thread than from that."""
-    if any(pick_device(job.recipe.train.device).type == "cuda" for job in work.jobs):
-        return 1
-    return machine.cores()
+    return 1 if work.device.type == "cuda" else machine.cores()
+
+
+def precision_line(work: WorkList) -> str:
+    """In what its runs compute, and why."""
+    slow = precision_note(work.precision, work.device) if work.missing else None
+    return f"precision: {work.precision} ({work.why})" + ("" if slow is None else f"\n{slow}")
 
 
 def crowd(at_once: int, usual: int) -> str:
@@ -193,18 +156,25 @@ def crowd(at_once: int, usual: int) -> str:
 
 
 def reproduce(
-    table: Table, entries: Sequence[Entry], seeds: Sequence[int], out: Path, data: str | None, jobs: int | None = None
+    table: Table,
+    entries: Sequence[Entry],
+    seeds: Sequence[int],
+    out: Path,
+    data: str | None,
+    jobs: int | None = None,
+    precision: str = "auto",
 ) -> tuple[str, int]:
-    """Train what is missing and write the table. jobs: runs at once. Returns its text and an exit status."""
-    work = WorkList(entries, seeds, out, data, table=table.entries)
+    """Train what is missing of some entries and write the table. jobs: runs at once. Returns its text and an exit
+    status."""
+    work = WorkList(entries, seeds, out, data, table=table.entries, wanted=precision)
     usual = usual_jobs(work)
     scheduler = Scheduler(work, jobs or usual)
     if work.missing:
         missing = f"{len(work.missing)} of {len(work.jobs)} runs to train"
-        missing += f", in {work.precision} as those that are there" if work.precision else ""
         scheduler.say(f"{missing}, {crowd(scheduler.at_once, usual)}, into {out}")
+        scheduler.say(precision_line(work))
         scheduler.run()
-    text = write(table, out)
+    text = write(table, out, entries)
     failed = [job for job in work.jobs if job.failure]
     if failed:
         text += "\n" + "\n".join(f"failed: {job.folder} ({job.failure}; all of it: {job.log})" for job in failed)

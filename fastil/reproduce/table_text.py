@@ -3,16 +3,28 @@
 import csv
 import io
 import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from fastil.device import Precision
 from fastil.errors import UserError
-from fastil.reporting.rows import spread
+from fastil.reporting.rows import deviation, spread
 from fastil.reporting.runs import Run
 from fastil.reproduce.bootstrap import Predictions, paired_interval
 from fastil.reproduce.table_figures import draw
-from fastil.reproduce.tables import Found, Table, finished_runs, modified, on_paper_data, published_of
+from fastil.reproduce.tables import (
+    Entry,
+    Found,
+    Table,
+    finished_runs,
+    modified,
+    on_paper_data,
+    precision_of,
+    published_of,
+)
 from fastil.text import format_table
 
 HEADER = (
@@ -58,7 +70,7 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
         known = [f"{published[key]:.2f}" if key in published else "-" for key in ("average", "final", "base")]
         lines.append(
             (
-                str(entry.steps), entry.label, str(len(runs)), known[0], spread(averages) or "-", distance, gain,
+                str(entry.steps), entry.label, str(len(runs) or "-"), known[0], spread(averages) or "-", distance, gain,
                 interval, spread([run.curve[0] for run in runs.values()]) or "-",
                 spread([step.top1 for step in last]) or "-", known[1],
                 spread([step.top1_base for step in last]) or "-", known[2],
@@ -68,27 +80,40 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
     return lines, paired
 
 
-def write(table: Table, out: Path) -> str:
-    """TABLE-SCALE.md, .csv and .png in `out`; returns the text."""
-    found = finished_runs(table, out)
+def write(table: Table, out: Path, asked: Sequence[Entry] | None = None) -> str:
+    """TABLE-SCALE.md, .csv and .png in `out`; returns the text. asked: the entries that were asked for, all by default;
+    others stand there where they have runs."""
+    found, precision = finished_runs(table, out), precision_of(table.entries, out)
+    left_out = [e for e in table.entries if asked is not None and e not in asked and not found[e.row, e.steps]]
+    table = replace(table, entries=[entry for entry in table.entries if entry not in left_out])
     rows, paired = rows_of(table, found)
     shown = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in rows)]  # no columns of dashes
     of_what = published_of(table, found)
     headings = [f"{heading}{of_what if heading.startswith('published') else ''}" for heading in HEADER]
-    header, rows = tuple(headings[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
-    theirs = all(on_paper_data(run) for of_row in found.values() for run in of_row.values())
-    text = "\n\n".join([*notes(table, paired, theirs), format_table(header, rows)])
+    header, cells = tuple(headings[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
+    runs_of = [found[entry.row, entry.steps].values() for entry in table.entries]
+    theirs = all(on_paper_data(run) for runs in runs_of for run in runs)
+    below = (
+        [] if all(runs_of) else ['"-" under seeds: no finished run yet.' if any(runs_of) else "No run is finished yet."]
+    )
+    if left_out:
+        steps: dict[str, list[str]] = {}
+        for entry in left_out:
+            steps.setdefault(entry.label, []).append(str(entry.steps))
+        names = [f"{label} ({' and '.join(numbers)} steps)" for label, numbers in steps.items()]
+        below.append(f"Not asked for, and without a finished run: {'; '.join(names)}.")
+    text = "\n\n".join([*notes(table, paired, theirs, precision, runs_of), format_table(header, cells), *below])
     stem = out / f"{table.name}-{table.scale}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         stem.with_suffix(".md").write_text(text + "\n")
         content = io.StringIO()
-        runs_of = [found[entry.row, entry.steps].values() for entry in table.entries]
-        fidelity = [
-            modified(table, entry, runs) if runs else "-" for entry, runs in zip(table.entries, runs_of, strict=True)
+        of_rows = [
+            (precision, modified(table, entry, runs)) if runs else ("-", "-")
+            for entry, runs in zip(table.entries, runs_of, strict=True)
         ]
-        lines = [(*row, of_row) for row, of_row in zip(rows, fidelity, strict=True)]
-        csv.writer(content, lineterminator="\n").writerows([(*header, "fidelity"), *lines])
+        lines = [(*row, *of_row) for row, of_row in zip(cells, of_rows, strict=True)]
+        csv.writer(content, lineterminator="\n").writerows([(*header, "precision", "fidelity"), *lines])
         stem.with_suffix(".csv").write_text(content.getvalue())
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
@@ -96,15 +121,24 @@ def write(table: Table, out: Path) -> str:
     return text + f"\n\nwritten: {stem}.md, .csv, .png"
 
 
-def notes(table: Table, paired: set[int], paper_data: bool = True) -> list[str]:
-    """What the columns mean, and what they do not say. paper_data: all runs are on the images of the paper's tables."""
+def notes(
+    table: Table,
+    paired: set[int],
+    paper_data: bool = True,
+    precision: Precision | None = None,
+    runs: Sequence[Collection[Run]] = (),
+) -> list[str]:
+    """What the columns mean, and what they do not say. paper_data: all runs are on the images of the paper's tables;
+    runs: of each row."""
     references = {entry.against for entry in table.entries if entry.against}
     labels = list(dict.fromkeys(e.label.partition(",")[0] for e in table.entries if e.row in references))
     lines = [
-        f'{table.name}: {table.title}. Top-1 in percent, mean ± standard deviation over seeds; "average incremental" '
+        f'{table.name}: {table.title}. Top-1 in percent, {deviation(runs)}; "average incremental" '
         'takes in the base step, "final" is the last step, over all classes and over those of the base step, of all '
         "earlier steps and of the last one."
     ]
+    if precision is not None and any(runs):
+        lines.append(f"All runs were trained in {precision}.")
     if paired:
         drawn = "test images" if paired == {1} else "seeds and test images"
         lines.append(

@@ -1,5 +1,7 @@
 """The paper's tables as work lists, and the finished runs of their rows."""
 
+import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -14,6 +16,9 @@ from fastil.errors import UserError
 from fastil.recipe import Recipe
 from fastil.reporting.fidelity import MODIFIED, on_published_data
 from fastil.reporting.runs import Run, one_precision
+from fastil.settings import shown
+
+RUN = re.compile(r".*-s([0-9]{1,10})")  # a run as a dry run prints it
 
 
 @dataclass(frozen=True)
@@ -113,23 +118,60 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
     )
 
 
-def only(table: Table, wanted: list[str], steps: int | None = None) -> list[Entry]:
-    """The entries of the rows whose names are, or begin with, one of `wanted`, with so many incremental steps; all of
-    them where neither is given."""
+def only(table: Table, wanted: Sequence[str], steps: int | None = None) -> list[Entry]:
+    """The entries that `wanted` names, with so many incremental steps; all of them where neither is given. A text of
+    `wanted` holds one name (see `_named`) or several with commas."""
     entries = [entry for entry in table.entries if steps in (None, entry.steps)]
     if not entries:
         there = " or ".join(str(number) for number in sorted({entry.steps for entry in table.entries}))
         raise UserError(f"--steps {steps}: no rows with so many at --scale {table.scale}; use {there}")
+    chosen: list[Entry] = []
+    for text in wanted:
+        parts = text.split(",")
+        while parts:
+            # The longest one first, for labels have commas: "softmax, R = 5".
+            names = [(count, ",".join(parts[:count]).strip()) for count in range(len(parts), 0, -1)]
+            count, found = next(((n, f) for n, name in names if (f := _named(entries, name))), (0, []))
+            if not found:
+                raise UserError(_unknown(table, entries, parts[0].strip()))
+            chosen += found
+            parts = parts[count:]
+    return [entry for entry in entries if entry in chosen or not wanted]
+
+
+def seed_of(wanted: Sequence[str]) -> int | None:
+    """The seed of the runs that `wanted` names as a dry run prints them; None where it names rows."""
+    seeds = {int(found[1]) for text in wanted for part in text.split(",") if (found := RUN.fullmatch(part.strip()))}
+    if len(seeds) > 1:
+        raise UserError("--only names runs of several seeds; name rows, and the seeds by --seeds, such as --seeds 0,1")
+    return next(iter(seeds), None)
+
+
+def _named(entries: Sequence[Entry], name: str) -> list[Entry]:
+    """The entries of this row, label, run ("alpha_0.5-s0", with or without the folder that is printed before it) or
+    recipe, or else of the rows that begin so."""
+    run = RUN.fullmatch(name)
+    row = (run[0].rpartition("-s")[0] if run else name).casefold()
+    found = [e for e in entries if row in (e.row.casefold(), f"{e.recipe}/{e.row}".casefold(), e.label.casefold())]
+    if not found and name in recipe.names():
+        found = [e for e in entries if _trains(e, name)] or [e for e in entries if e.recipe == name]
+    return found or [e for e in entries if row and e.row.casefold().startswith(row)]
+
+
+def _trains(entry: Entry, name: str) -> bool:
+    """Whether a row is this recipe, at the scale's own schedule."""
+    try:
+        return recipe.load(name, entry.scaled).identity(seed=False) == entry.load(0).identity(seed=False)
+    except UserError:  # a setting of the scale that the recipe does not read
+        return False
+
+
+def _unknown(table: Table, entries: Sequence[Entry], name: str) -> str:
     rows = list(dict.fromkeys(entry.row for entry in entries))
-    chosen: list[str] = []
-    for name in wanted:
-        found = [name] if name in rows else [row for row in rows if row.startswith(name)]
-        if not found or not name:
-            raise UserError(f"--only {name}: no such row in {table.name}; its rows are {', '.join(rows)}")
-        if wanted.count(name) > 1:
-            raise UserError(f"--only {name}: given twice; leave one out")
-        chosen += found
-    return [entry for entry in entries if entry.row in chosen or not wanted]
+    known = {text.casefold(): text for entry in entries for text in (entry.recipe, entry.label, entry.row)}
+    near = difflib.get_close_matches(name.casefold(), known, n=1)
+    hint = f"did you mean {known[near[0]]}? Its" if near else "its"
+    return f"--only {shown(name)}: no such row in {table.name}; {hint} rows are {', '.join(rows)}"
 
 
 def finished_run(folder: Path, wanted: Recipe) -> Run | None:
@@ -167,7 +209,6 @@ def finished_runs(table: Table, out: Path) -> Found:
             if seed.isdecimal() and path.is_dir()
         }
         found[entry.row, entry.steps] = {seed: run for seed, run in sorted(runs.items()) if run is not None}
-    precision_of(table.entries, out)
     everything = [run for of_row in found.values() for run in of_row.values()]
     for run in everything:
         if run.image_hashes != everything[0].image_hashes:

@@ -6,15 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from fastil import recipe
+from fastil import files, recipe
 from fastil.data import Dataset, load_dataset
 from fastil.data.published import table
 from fastil.data.sources import image_size
-from fastil.device import pick_device
+from fastil.device import Precision, fastest_precision, pick_device
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
 from fastil.reporting.run_files import MetricsLine, read_metrics
@@ -22,6 +24,7 @@ from fastil.reporting.runs import Run
 from fastil.reproduce import tables
 from fastil.reproduce.tables import Entry
 from fastil.training import base_step, step_plan
+from fastil.training.run_directory import Position
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Job:
     size: tuple[int, int] = (0, 0)  # of the images
     base_group: str = ""  # equal where the base steps are the same
     visits: list[int] = field(default_factory=list)  # images seen in training and finetuning, of each step
+    begun: Position | None = None  # where its checkpoint is, before anything was started
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     failure: str = ""  # why, where it failed
 
@@ -64,20 +68,28 @@ class Job:
             return []
 
     def done_visits(self) -> int:
-        return sum(line.images for line in self.lines())
+        """Images that it need not see again: what it says, and before it is started what its checkpoint holds."""
+        lines, of_epoch = self.lines(), 0
+        step = lines[-1].step if lines else 0
+        if self.process is None:
+            if self.begun is None:
+                return 0
+            step, of_epoch = self.begun.step, self.begun.batch * self.recipe.train.batch_size
+            lines = [line for line in lines if _holds(self.begun, line)]
+        return sum(self.visits[:step]) + sum(line.images for line in lines if line.step == step) + of_epoch
 
     def state(self) -> str:
         if self.finished:
             return "finished"
-        lines = self.lines()
-        return f"at step {lines[-1].step}" if lines else "missing"
+        return "missing" if self.begun is None else f"begun (step {self.begun.step})"
 
 
 class WorkList:
     """The runs behind some entries of a table, each once, and the command that trains each.
 
     preview: take the published shape of a data set whose files are not here, instead of raising UserError. table: the
-    entries that these are compared with, which decide the precision.
+    entries that these are compared with, whose runs in `out` decide the precision. wanted: the precision that is asked
+    for; UserError where those runs have another one.
     """
 
     def __init__(
@@ -88,20 +100,32 @@ class WorkList:
         data: str | None,
         preview: bool = False,
         table: Sequence[Entry] = (),
+        wanted: str = "auto",
     ) -> None:
         self.data = data
         self.jobs: list[Job] = []
         self.bases: dict[str, Path] = {}  # by base group, a run of this scale that had the base step before
-        # Of what is there: on another machine all go on in that.
-        self.precision = tables.precision_of(table or entries, out)
+        asked = _asked(wanted)
+        before = tables.precision_of(table or entries, out)
+        if asked is not None and before not in (None, asked):
+            raise UserError(
+                f"--precision {asked}: the runs of this table that are in {out} are in {before}, and no table mixes "
+                f"precisions; leave it out to go on in {before}, or choose another --out"
+            )
         for seed in seeds:
             for entry in entries:
                 folder = entry.folder(out, seed)
                 if all(job.folder != folder for job in self.jobs):
                     loaded = entry.load(seed, data)
-                    loaded = loaded.settled(pick_device(loaded.train.device), self.precision)
-                    finished = tables.finished_run(folder, loaded) is not None
-                    self.jobs.append(Job(entry, seed, folder, loaded, finished, had_base=False))
+                    loaded = loaded if asked is None else loaded.in_precision(asked)
+                    loaded = loaded.settled(pick_device(loaded.train.device), before)
+                    job = Job(entry, seed, folder, loaded, finished=False, had_base=False)
+                    job.finished = tables.finished_run(folder, loaded) is not None
+                    job.begun = None if job.finished else _position(folder)
+                    self.jobs.append(job)
+        self.device = pick_device(self.jobs[0].recipe.train.device)
+        self.precision = self.jobs[0].recipe.precision
+        self.why = _why(self.precision, before, asked, self.device, out)  # that one
         if not self.missing and data is None:  # then the table can be written again without its images
             return
         datasets: dict[str, Dataset | None] = {}
@@ -143,16 +167,25 @@ class WorkList:
         return self.bases.get(job.base_group) or next(fresh, None)
 
     def trains_base(self, job: Job) -> bool:
-        """Whether it has a base step to train: the first of its group, unless one has it already."""
-        first = next((j for j in self._group(job) if not j.finished and not j.failure), None)
-        return job is first and not job.has_base and self.donor(job) is None
+        """Whether it has a base step to train: one that has begun it, or the first of a group in which none has."""
+        if job.has_base or job.finished:
+            return False
+        if job.begun is not None:  # goes on from its checkpoint and takes no other base step
+            return True
+        to_train = [j for j in self._group(job) if not j.finished and not j.failure and not j.has_base]
+        begun = any(j.begun is not None for j in to_train)
+        return not begun and job is next(iter(to_train), None) and self.donor(job) is None
+
+    def waits(self, job: Job) -> bool:
+        """Whether it cannot start before another run of its group has trained the base step."""
+        return not job.has_base and self.donor(job) is None and not self.trains_base(job)
 
     def left(self, job: Job) -> int:
         """Image visits that this run still trains."""
         if job.finished:
             return 0
         shared = 0 if job.has_base or self.trains_base(job) else job.visits[0]
-        return max(0, sum(job.visits) - shared - job.done_visits())
+        return max(0, sum(job.visits) - max(shared, job.done_visits()))
 
     def command(self, job: Job) -> list[str]:
         command = [sys.executable, "-m", "fastil.cli", "run", job.entry.recipe, *job.entry.overrides]
@@ -164,14 +197,45 @@ class WorkList:
         return command
 
     def ready(self, job: Job) -> bool:
-        """Not started, and not waiting for the base step of another run."""
-        if job.process is not None or job.finished:
-            return False
-        waiting = not job.has_base and self.donor(job) is None
-        return not (waiting and any(j.running for j in self._group(job)))
+        return job.process is None and not job.finished and not self.waits(job)
 
     def _group(self, job: Job) -> list[Job]:
         return [j for j in self.jobs if j.base_group == job.base_group]
+
+
+def _asked(wanted: str) -> Precision | None:
+    """What --precision asks for; None for "auto"."""
+    known: tuple[Precision, ...] = get_args(Precision)
+    if wanted not in ("auto", *known):
+        raise UserError(f"--precision {wanted}: use one of auto, {', '.join(known)}")
+    return next((precision for precision in known if precision == wanted), None)
+
+
+def _why(
+    precision: Precision, before: Precision | None, asked: Precision | None, device: torch.device, out: Path
+) -> str:
+    """What decided the precision."""
+    if before is not None:
+        usual = fastest_precision(device)
+        return f"as the runs in {out} have it" + (f"; this machine would take {usual}" if usual != precision else "")
+    return "auto: what this machine is fast in; --precision chooses another" if asked is None else "as --precision asks"
+
+
+def _position(folder: Path) -> Position | None:
+    """Where the checkpoint of a run that was stopped is; None where there is none, or none that can be read, which the
+    run itself will say."""
+    path = folder / "checkpoints/last.pt"
+    try:
+        return Position(*files.load(path, torch.device("cpu"))["position"]) if path.exists() else None
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def _holds(checkpoint: Position, line: MetricsLine) -> bool:
+    """Whether an epoch of metrics.jsonl was over when the checkpoint was written."""
+    rank = {"train": 0, "correct": 1, "memory": 2}
+    place = checkpoint.step, rank.get(checkpoint.phase, 0), checkpoint.epoch
+    return (line.step, rank.get(line.phase, 0), line.epoch) <= place
 
 
 def hashes(dataset: Dataset) -> tuple[str, str]:
@@ -181,6 +245,12 @@ def hashes(dataset: Dataset) -> tuple[str, str]:
 
 def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
     """None where only its published shape is known, and needed."""
+    if loaded.data.dataset == "folder" and loaded.data.data is None:
+        classes = f" of {loaded.protocol.classes} classes" if loaded.protocol.classes else ""
+        raise UserError(
+            f"{loaded.name} trains on your own images: give --data DIR with train/CLASS and val/CLASS{classes}, as "
+            f"Tiny ImageNet has; or --scale short, which trains on CIFAR-100 (fastil download cifar100 DIR)"
+        )
     try:
         return load_dataset(loaded.data)
     except UserError as error:
