@@ -34,6 +34,7 @@ from fastil.settings import (
 )
 from fastil.text import one_line
 from fastil.training import estimate
+from fastil.training.speed import Rates, Speeds
 
 DRAWN = configured(deadline=None, database=None, derandomize=True, max_examples=2000 if SOAK else 100)
 NUMBERS = st.integers(-(10**18) + 1, 10**18 - 1) | st.floats(allow_nan=False, allow_infinity=False)
@@ -338,7 +339,7 @@ def drawn_input(draw, names, folder, number):
 
 
 def test_whatever_is_written_is_a_plan_or_one_line_and_no_value_is_taken_for_another(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "speeds", lambda *_: (1000.0, 500.0))  # which a plan measures
+    monkeypatch.setattr(estimate, "speeds", lambda *_: Speeds(Rates(1000.0, 500.0)))  # which a plan measures
     monkeypatch.chdir(tmp_path)
     folder = make_folder(tmp_path / "data", classes=20, train=3, val=1)
     count, draw, outcomes, slowest = 5000 if SOAK else 250, random.Random(17), collections.Counter(), (0.0, "")

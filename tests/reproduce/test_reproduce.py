@@ -12,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SOAK
 from sklearn.datasets import load_digits
 
-from fastil import recipe
+from fastil import device, recipe
 from fastil.cli import main
 from fastil.errors import UserError
 from fastil.protocol import class_order
 from fastil.reproduce import scheduler as reproduce
 from fastil.reproduce import tables, worklist
+from fastil.reproduce.preview import preview
+from fastil.reproduce.scheduler import precision_line
 from fastil.reproduce.worklist import WorkList
 
 SHORT = {"base_classes": 8, "increment": 1, "epochs": 2, "base_epochs": 2, "batch_size": 64, "compile": False}
@@ -104,7 +107,7 @@ def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
     assert (again, status) == (text, 0)
     work = WorkList(table.entries, range(1), out, None)
     assert work.missing == []
-    assert "0 of 3 runs to train, 0 image visits" in reproduce.preview(work)
+    assert "0 of 3 runs to train, 0 image visits" in preview(work)
 
 
 def test_a_finished_table_is_written_again_without_its_images(trained, monkeypatch):
@@ -129,20 +132,58 @@ def test_a_base_step_is_taken_from_a_run_of_another_table(trained, tmp_path):
 def test_a_preview_counts_what_a_stopped_run_has_done(trained, tmp_path):
     out, table, _, _ = trained
     shutil.copytree(out / "digits/softmax-s0", tmp_path / "digits/softmax-s0")
-    (tmp_path / "digits/softmax-s0/results.json").unlink()
-    metrics = tmp_path / "digits/softmax-s0/metrics.jsonl"
-    lines = [line for line in metrics.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= 2][:-1]
-    metrics.write_text("".join(lines) + '{"step": 2, "images": 9')  # one epoch of step 2, and half a line
+    run = tmp_path / "digits/softmax-s0"
+    (run / "results.json").unlink()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "images": 9')  # killed in the middle of a line
+    stop_at(run, 2, "train", 1, 3)  # what it did after that is lost
     work = WorkList(table.entries, range(1), tmp_path, None)
-    row = next(line for line in reproduce.preview(work).splitlines() if "softmax-s0" in line)
-    assert "at step 2" in row
-    assert f"{sum(work.jobs[0].visits) - sum(json.loads(line)['images'] for line in lines):,} " in row
+    row = next(line for line in preview(work).splitlines() if "softmax-s0" in line)
+    assert "begun (step 2)" in row
+    kept = [line["images"] for line in lines if (line["step"], line["epoch"]) <= (2, 1)]
+    assert len(kept) == 5  # two epochs of two steps, one of the third
+    left = sum(line["images"] for line in lines) - sum(kept) - 3 * SHORT["batch_size"]
+    assert f"| {left:,} " in row
+
+
+def stop_at(run, *position):
+    """Make the checkpoint of a run one of this position."""
+    state = torch.load(run / "checkpoints/last.pt", weights_only=True)
+    torch.save(state | {"position": list(position)}, run / "checkpoints/last.pt")
+
+
+def test_a_base_step_that_has_begun_is_the_one_that_others_wait_for(trained, tmp_path):
+    """A run goes on from its checkpoint, whatever base step it could take, so no other trains one meanwhile."""
+    out, table, _, _ = trained
+    run = tmp_path / "digits/alpha_0.5-s0"  # the second one of its group
+    shutil.copytree(out / "digits/alpha_0.5-s0", run)
+    for name in ("results.json", "checkpoints/step_0.pt"):
+        (run / name).unlink()
+    stop_at(run, 0, "train", 1, 0)
+    work = WorkList(table.entries[1:], range(1), tmp_path, None)
+    balanced, half = work.jobs
+    assert [(work.ready(job), work.trains_base(job)) for job in work.jobs] == [(False, False), (True, True)]
+    assert work.left(half) == sum(half.visits) - half.visits[0] // 2  # two epochs
+    assert work.left(balanced) == sum(balanced.visits[1:])
+    (run / "checkpoints/last.pt").write_bytes(b"")  # damaged: the run will say so itself
+    assert WorkList(table.entries[1:], range(1), tmp_path, None).jobs[1].state() == "missing"
+
+
+@pytest.mark.parametrize("asked", ["auto", "fp32"])
+def test_runs_train_in_the_precision_that_was_asked_for(tmp_path, asked, monkeypatch):
+    table = tables.table_of(CONTENT, "small", "cpu")
+    monkeypatch.setattr(device, "multiplies_in_bf16", lambda device: True)
+    work = WorkList(table.entries, [0], tmp_path, None, wanted=asked)
+    expected = "bf16" if asked == "auto" else "fp32"
+    assert all(f"precision={expected}" in work.command(job) for job in work.jobs)
+    assert f"precision: {expected} (" in precision_line(work)
 
 
 def test_a_preview_says_what_is_missing_and_trains_nothing(trained, tmp_path):
     _, table, _, _ = trained
     work = WorkList(table.entries, range(2), tmp_path, None)
-    text = reproduce.preview(work)
+    text = preview(work)
     assert "6 of 6 runs to train" in text
     assert text.count("trains its own") == 4  # softmax and balanced, two seeds
     assert text.count("shared") == 2
@@ -253,7 +294,7 @@ def test_a_finished_run_of_other_settings_is_neither_counted_nor_built_on(traine
     assert status == 1
     assert "a run of another recipe (weight_decay was 0.0004, now 0.0005)" in text
     rows = {line["row"]: line for line in csv.DictReader((tmp_path / "small-cpu.csv").read_text().splitlines())}
-    assert rows["ours"]["seeds"] == "0"
+    assert rows["ours"]["seeds"] == "-"
     assert rows["half"]["seeds"] == "1"
     assert json.loads((tmp_path / "digits/alpha_0.5-s0/timings.json").read_text())["base_step_of"] is None
 
@@ -274,7 +315,16 @@ def test_a_directory_of_other_settings_is_left_alone(trained, tmp_path):
         (["table9"], "unknown table table9: use one of table1, table2, table3, table4"),
         (["table2", "--scale", "gpu"], "--scale gpu: unknown; use one of paper, short, cpu"),
         (["table2", "--only", "bic"], "--only bic: no such row in table2; its rows are alpha_0.1"),
-        (["table2", "--only", "meta", "--only", "meta"], "--only meta: given twice"),
+        (["table2", "--only", "meta,alhpa_0.5"], "--only alhpa_0.5: no such row in table2; did you mean alpha_0.5?"),
+        (["table1", "--only", "IL-Baseline w/ Balanced-CE"], "did you mean IL-Baseline w/ BalancedS-CE?"),
+        (["table2", "--only", "meta-s0,meta-s1"], "--only names runs of several seeds"),
+        (["table2", "--only", "meta-s0", "--seeds", "3"], "--seeds 3: --only names a run of seed 0"),
+        (["table2", "--precision", "half"], "--precision half: use one of auto, fp32, tf32, bf16"),
+        (["table2", "--scale", "short", "--precision", "tf32", "--dry-run"], "precision=tf32: only CUDA"),
+        (
+            ["table2", "--dry-run"],
+            "tiny20_5 trains on your own images: give --data DIR with train/CLASS and val/CLASS of 20",
+        ),
         (["table3", "--scale", "short", "--steps", "10"], "--steps 10: no rows with so many at --scale short; use 5"),
         (["table2", "--steps", "3"], "--steps 3: no rows with so many at --scale cpu; use 5 or 10"),
         (["table2", "--seeds", "0"], "--seeds 0: a number of runs must be at least 1"),
@@ -315,9 +365,43 @@ def test_only_takes_rows_by_name_or_beginning():
     table = tables.table_of(tables.read_tables(), "table3", "cpu")
     assert {e.row for e in tables.only(table, ["meta"])} == {"meta"}  # a whole name wins over its being a beginning
     assert {e.row for e in tables.only(table, ["meta_"])} == {"meta_r5", "meta_r10", "meta_r50"}
+    assert [e.row for e in tables.only(table, ["meta", "meta"])] == ["meta"]
     assert len(tables.only(table, [])) == 14
+    assert [e.row for e in tables.only(table, ["softmax, R = 5, meta_r5"])] == ["softmax_r5", "meta_r5"]  # a label
     with pytest.raises(UserError, match="no such row"):
         tables.only(table, ["lucir"])
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "wanted", "rows"),
+    [
+        ("table1", "paper", ["il-baseline w/ balanceds-ce"], ["balanced 5", "balanced 10"]),
+        ("table1", "paper", ["cifar100_il_baseline_5,cifar100_lucir_10"], ["softmax 5", "lucir 10"]),
+        ("table1", "short", ["cifar100_meta_5", "cifar100_bic_5"], ["bic 5", "meta 5"]),  # at its own schedule
+        (
+            "table2",
+            "cpu",
+            ["tiny20_10"],
+            [f"{row} 10" for row in ("alpha_0.1", "alpha_0.25", "alpha_0.5", "balanced", "meta")],
+        ),
+        ("table2", "short", ["alpha_0.5-s1"], ["alpha_0.5 5", "alpha_0.5 10"]),
+        ("table2", "short", ["cifar100_balanced_10/alpha_0.5-s1, meta-s1"], ["meta 5", "alpha_0.5 10", "meta 10"]),
+    ],
+)
+def test_only_takes_what_tables_and_dry_runs_print(name, scale, wanted, rows):
+    table = tables.table_of(tables.read_tables(), name, scale)
+    assert list(dict.fromkeys(f"{e.row} {e.steps}" for e in tables.only(table, wanted))) == rows
+    assert tables.seed_of(wanted) == (1 if "-s1" in wanted[0] else None)
+
+
+def test_every_run_that_a_dry_run_prints_is_a_name_for_only(tmp_path):
+    for scale in ("short", "cpu"):
+        table = tables.table_of(tables.read_tables(), "table3", scale)
+        for entry in table.entries:
+            folder = entry.folder(tmp_path, 3)
+            printed = f"{folder.parent.name}/{folder.name}"
+            assert tables.only(table, [printed]) == [entry]
+            assert tables.seed_of([printed]) == 3
 
 
 @pytest.mark.parametrize("scale", ["cpu", "paper"])

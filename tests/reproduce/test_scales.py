@@ -1,8 +1,10 @@
 """`fastil reproduce --scale`: what a scale makes of the rows, where its runs lie, and what they are said to cost."""
 
 import json
+import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from test_reproduce import CONTENT
 from fastil import recipe
 from fastil.cli import main
 from fastil.data import Dataset, Split
-from fastil.reproduce import scheduler, tables, worklist
+from fastil.reproduce import preview, scheduler, tables, worklist
 from fastil.reproduce.worklist import WorkList
-from fastil.training import estimate
+from fastil.text import duration
+from fastil.training import speed
+from fastil.training.speed import Rates, Speeds
 
 TABLES = ["table1", "table2", "table3", "table4"]
 
@@ -82,8 +86,8 @@ def test_runs_lie_where_they_always_did_and_those_of_the_short_scale_apart(tmp_p
 @pytest.fixture
 def known_speeds(monkeypatch):
     """100 and 50 images a second without and with a teacher, on two cores."""
-    monkeypatch.setattr(estimate, "speeds", lambda recipe, size: (100.0, 50.0))
-    monkeypatch.setattr(scheduler, "usual_jobs", lambda work: 2)
+    monkeypatch.setattr(speed, "speeds", lambda recipe, size: Speeds(Rates(100.0, 50.0)))
+    monkeypatch.setattr(preview, "usual_jobs", lambda work: 2)
 
 
 def of_cifar100(config):
@@ -113,14 +117,21 @@ def test_the_hours_of_the_short_scale(with_data, known_speeds, tmp_path, monkeyp
     }
     hours = {row: value / 3600 for row, value in seconds.items()}
     total = sum(hours.values())
-    for jobs, spent in ((None, max(total / 2, *hours.values())), (1, total), (3, max(total / 2, *hours.values()))):
-        text = scheduler.preview(WorkList(entries, [0], tmp_path, data, preview=True), jobs)
+    # Two at once: podnet and balanced, then meta in the place of balanced. Three: meta once balanced has its base step,
+    # and the three share two cores until the first is done.
+    left = [hours["meta"], *(hours[row] - base / 100 / 3600 for row in ("balanced", "podnet"))]
+    of_three = base / 100 / 3600 + 1.5 * min(left) + max(left) - min(left)
+    for jobs, spent in ((None, max(hours["podnet"], hours["balanced"] + hours["meta"])), (1, total), (3, of_three)):
+        work = WorkList(entries, [0], tmp_path, data, preview=True)
+        text = preview.preview(work, jobs)
         said = {line.split("/")[1].split("-s0")[0]: line for line in text.splitlines() if "-s0" in line}
         assert set(said) == set(hours)
         for row, line in said.items():
-            assert line.split("|")[-2].strip() == f"{hours[row]:.2f}"
-        assert f"about {spent:.2f} hours with {jobs or 2} at once" in text
-        assert f"{total:.2f} one by one" in text
+            assert line.split("|")[-2].strip() == duration(hours[row])
+        costs = [preview._cost(work, job, Rates(100.0, 50.0)) for job in work.jobs]
+        assert preview.hours(work, costs, jobs or 2, 2) == pytest.approx(spent, rel=1e-9)
+        assert f"about {duration(spent)} with {jobs or 2} at once" in text
+        assert f"{duration(total)} one by one" in text
         assert ("(2 by default: one per core" in text) == (jobs == 3)
 
 
@@ -128,8 +139,49 @@ def test_one_long_run_is_not_halved_by_two_cores(known_speeds, tmp_path):
     table = tables.table_of(tables.read_tables(), "table1", "short")
     work = WorkList(tables.only(table, ["lucir"], steps=5), [0], tmp_path, None, preview=True)
     assert len(work.jobs) == 1  # two lines of the table, one run
-    text = scheduler.preview(work, jobs=2)
+    text = preview.preview(work, jobs=2)
     assert "hours with 1 at once" in text
+
+
+def test_the_hours_of_a_schedule_are_those_of_going_through_it_tick_by_tick():
+    """Random runs in groups that share a base step, each on a core of its own."""
+    draw = random.Random(3)
+    for _ in range(50):
+        at_once, runs = (
+            draw.randint(1, 4),
+            [(draw.randint(0, 3), draw.randint(1, 9)) for _ in range(draw.randint(1, 9))],
+        )
+        bases = {group: draw.randint(1, 9) for group, _ in runs}
+        firsts = [[group for group, _ in runs].index(group) == i for i, (group, _) in enumerate(runs)]
+        costs = [(bases[group] if first else 0, rest) for (group, rest), first in zip(runs, firsts, strict=True)]
+        jobs = [
+            SimpleNamespace(base_group=group, waits=not first) for (group, _), first in zip(runs, firsts, strict=True)
+        ]
+        work = SimpleNamespace(missing=jobs, waits=lambda job: job.waits)
+        done, begun, ticks = [0] * len(runs), [], 0
+        while any(done[i] < sum(costs[i]) for i in range(len(runs))):
+            for i, (group, _) in enumerate(runs):
+                first = next(k for k, (other, _) in enumerate(runs) if other == group)
+                busy = sum(done[k] < sum(costs[k]) for k in begun)
+                if i not in begun and busy < at_once and (firsts[i] or done[first] >= bases[group]):
+                    begun.append(i)
+            for i in begun:
+                done[i] += 1
+            ticks += 1
+        assert preview.hours(work, costs, at_once, 4) == pytest.approx(ticks)
+
+
+def test_a_dry_run_on_a_busy_machine_says_what_it_would_be_on_a_quiet_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "speeds", lambda *_: Speeds(Rates(100.0, 50.0), Rates(400.0, 200.0), 0.75))
+    table = tables.table_of(tables.read_tables(), "table1", "short")
+    work = WorkList(tables.only(table, ["lucir"], steps=5), [0], tmp_path, None, preview=True)
+    hours = sum(preview._cost(work, work.jobs[0], Rates(100.0, 50.0)))
+    text = preview.preview(work)
+    assert f"about {duration(hours)} with" in text
+    assert "other programs took 75 % of the processors while this was timed" in text
+    assert f"on a quiet machine about {duration(hours / 4)}" in text
+    monkeypatch.setattr(speed, "speeds", lambda *_: Speeds(Rates(100.0, 50.0)))
+    assert "other programs" not in preview.preview(work)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,30 @@ def test_a_scale_with_a_folder_of_its_own_has_its_own_runs_and_no_distance_to_th
         assert ('Scale "short": 9 epochs, not 40.' in text) == (scale == "short")
 
 
+def test_only_rows_that_were_asked_for_or_have_runs_stand_in_a_table(tmp_path):
+    make_run(tmp_path, "balanced", 0, 0.6)
+    table = tables.table_of(CONTENT, "curves", "cpu")
+    text = table_text.write(table, tmp_path, tables.only(table, ["meta"]))
+    lines = list(csv.DictReader((tmp_path / "curves-cpu.csv").read_text().splitlines()))
+    assert [(line["row"], line["seeds"]) for line in lines] == [("alpha 1.0", "1"), ("Meta", "-")]
+    assert "Not asked for, and without a finished run: alpha 0.5 (5 steps)." in text
+    assert '"-" under seeds: no finished run yet.' in text
+    assert "Not asked for" not in written(tmp_path, "curves")[0]
+
+
+def test_a_table_says_its_precision_and_whether_there_is_a_deviation(tmp_path):
+    text, _ = written(tmp_path)
+    assert "trained in" not in text
+    assert "No run is finished yet." in text
+    make_run(tmp_path, "balanced", 0, 0.6, settings=["precision=fp32"])
+    text, rows = written(tmp_path)
+    assert "All runs were trained in fp32." in (tmp_path / "bars-cpu.md").read_text()
+    assert (rows["ours"]["precision"], rows["plain"]["precision"]) == ("fp32", "-")
+    assert "Top-1 in percent, one seed each, so no deviation;" in text
+    make_run(tmp_path, "balanced", 1, 0.6, settings=["precision=fp32"])
+    assert "mean ± standard deviation over seeds" in written(tmp_path)[0]
+
+
 def test_the_text_says_what_the_interval_is_over(tmp_path):
     text, rows = written(tmp_path)
     assert "bootstrap" not in text  # nothing has run
@@ -192,7 +216,7 @@ def test_the_text_says_what_the_interval_is_over(tmp_path):
     make_run(tmp_path, "balanced", 1, 0.6)
     text, _ = written(tmp_path)
     assert "interval over seeds and test images." in text
-    assert "one seed" not in text
+    assert "one seed only" not in text
 
 
 @pytest.mark.parametrize(
@@ -261,6 +285,11 @@ def test_what_is_missing_goes_on_in_the_precision_of_the_whole_table(tmp_path):
     work = WorkList(tables.only(table, ["balanced"]), [0], tmp_path, None, table=table.entries)
     assert [job.entry.row for job in work.missing] == ["balanced"]
     assert all("precision=bf16" in work.command(job) for job in work.missing)
+    assert f"as the runs in {tmp_path} have it" in work.why
+    chosen = tables.only(table, ["balanced"])
+    assert WorkList(chosen, [0], tmp_path, None, table=table.entries, wanted="bf16").precision == "bf16"
+    with pytest.raises(UserError, match=r"--precision fp32: the runs of this table that are in .* are in bf16"):
+        WorkList(table.entries, [0], tmp_path, None, wanted="fp32")
 
 
 def test_runs_of_other_settings_do_not_decide_the_precision(tmp_path):

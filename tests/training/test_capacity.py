@@ -9,6 +9,7 @@ from fastil.recipe import load
 from fastil.training import capacity, estimate
 from fastil.training.compiling import cost_per_image
 from fastil.training.experiment import Experiment
+from fastil.training.speed import Rates, Speeds
 
 CPU = torch.device("cpu")
 HANDED_ON = 3 * 16 * 64 + 3 * 32 * 16 + 3 * 64 * 4  # by the nine convolutions of resnet8, of an image of 8x8
@@ -32,7 +33,7 @@ def test_what_convolutions_hand_on_is_counted():
     ],
 )
 def test_a_batch_is_refused_only_where_its_least_does_not_fit(overrides, least, monkeypatch, tmp_path):
-    monkeypatch.setattr(estimate, "speeds", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(estimate, "speeds", lambda *_: Speeds(Rates(1.0, 1.0)))
     recipe = load("digits", overrides)
     monkeypatch.setattr(capacity, "memory_of", lambda device: least)
     assert "exemplars" in estimate.plan_text(recipe)
@@ -65,7 +66,7 @@ def test_a_batch_that_no_machine_holds_is_refused_before_anything_of_its_size_is
 
 
 def test_a_plan_without_the_files_is_of_the_size_that_was_asked_for(monkeypatch):
-    monkeypatch.setattr(estimate, "speeds", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(estimate, "speeds", lambda *_: Speeds(Rates(1.0, 1.0)))
     assert " 64x64, streamed" in estimate.plan_text(load("imagenet_balanced_5", ["size=64"]))
     with pytest.raises(UserError, match=r"images of 100000000x100000000 .*lower batch_size, or the size"):
         estimate.plan_text(load("imagenet_balanced_5", ["size=100000000"]))
