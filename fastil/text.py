@@ -35,12 +35,11 @@ def say(text: str, file: IO[str] | None = None, flush: bool = False) -> None:
     print(plain(text), file=file, flush=flush)
 
 
-def duration(hours: float) -> str:
-    """Return a time of so many hours as text: "under a minute", "12 minutes", "3.9 hours"."""
-    minutes = round(60 * hours)
-    if minutes < 1:
-        return "under a minute"
-    return f"{minutes} minute{'s' if minutes > 1 else ''}" if minutes < 60 else f"{hours:,.1f} hours"
+def duration(seconds: float) -> str:
+    """Return a time as text: "45 s", "12 min", "3.9 hours"."""
+    if seconds > 5400:
+        return f"{seconds / 3600:,.1f} hours"
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

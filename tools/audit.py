@@ -15,6 +15,7 @@ from fastil.data.formats.class_names import some
 from fastil.data.formats.pixels import Reading, content_of
 from fastil.data.formats.records import Extent, Item, Records, Source, Unreadable, is_sequential, item_of
 from fastil.errors import UserError
+from fastil.text import duration
 from fastil.tools.files import reading_order
 from fastil.tools.images import LOSSLESS, SMALL_FILE, Head, Prepared, Storage, look, prepare, small_lossless
 from fastil.tools.pool import Pool
@@ -257,13 +258,3 @@ def summary(found: Audit, classes: int) -> dict[str, Any]:
 
 def listed(counter: "Counter[str]") -> str:
     return ", ".join(f"{key} {count:,}" for key, count in counter.most_common())
-
-
-def duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} hours"
-        if seconds > 5400
-        else f"{seconds / 60:.0f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )

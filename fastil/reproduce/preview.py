@@ -8,7 +8,7 @@ from fastil.text import duration, format_table
 from fastil.training import speed
 from fastil.training.estimate import meta_cost
 
-Cost = tuple[float, float]  # hours of the base step and of the rest of a run, by itself
+Cost = tuple[float, float]  # seconds of the base step and of the rest of a run, by itself
 
 
 def preview(work: WorkList, jobs: int | None = None) -> str:
@@ -27,20 +27,20 @@ def preview(work: WorkList, jobs: int | None = None) -> str:
     if work.missing:
         total, parallel = sum(work.left(job) for job in work.jobs), max(1, min(at_once, len(work.missing)))
         lines[1] += (
-            f", {total:,} image visits: about {duration(hours(work, now, parallel, usual))} with "
+            f", {total:,} image visits: about {duration(makespan(work, now, parallel, usual))} with "
             f"{crowd(parallel, usual)}, {duration(sum(map(sum, now)))} one by one, timed now over a few steps"
         )
         slowed = [speeds.others for speeds in timed.values() if speeds.quiet is not None]
         if slowed:
             quiet = [_cost(work, job, timed[_network(job)].quiet or timed[_network(job)].now) for job in work.missing]
-            lines.insert(2, speed.busy(max(slowed), duration(hours(work, quiet, parallel, usual))))
+            lines.insert(2, speed.busy(max(slowed), duration(makespan(work, quiet, parallel, usual))))
     return "\n".join(lines)
 
 
-def hours(work: WorkList, costs: list[Cost], at_once: int, usual: int) -> float:
-    """Hours until all missing runs are trained, by going through them as the scheduler does: in their order, so many at
-    once, those whose base step another run trains not before it is there. costs: of each of work.missing. More at once
-    than usual are no faster together."""
+def makespan(work: WorkList, costs: list[Cost], at_once: int, usual: int) -> float:
+    """Seconds until all missing runs are trained, by going through them as the scheduler does: in their order, so many
+    at once, those whose base step another run trains not before it is there. costs: of each of work.missing. More at
+    once than usual are no faster together."""
     jobs = work.missing
     left = [[base, rest] if base else [rest] for base, rest in costs]
     waiting, running = list(range(len(jobs))), list[int]()
@@ -89,4 +89,4 @@ def _cost(work: WorkList, job: Job, rates: speed.Rates) -> Cost:
     """What is left of a run, at so many images per second without and with a teacher."""
     left = work.left(job)
     of_base = min(left, max(0, job.visits[0] - job.done_visits())) if work.trains_base(job) else 0
-    return of_base / rates.plain / 3600, (left - of_base) * (1 + meta_cost(job.recipe)) / rates.distilled / 3600
+    return of_base / rates.plain, (left - of_base) * (1 + meta_cost(job.recipe)) / rates.distilled

@@ -108,10 +108,10 @@ class Scheduler(Bar):
         else:
             self.last_line = time.monotonic()
             rate = done / (time.monotonic() - self.began)
-            hours = f", about {duration(left / rate / 3600)} left" if done else ""
+            remaining = f", about {duration(left / rate)} left" if done else ""
             self.say(
                 f"{finished} of {len(self.work.jobs)} runs, {self.running()} running, "
-                f"{100 * done / max(1, total):.0f} % of what was missing, {rate:,.0f} img/s{hours}"
+                f"{100 * done / max(1, total):.0f} % of what was missing, {rate:,.0f} img/s{remaining}"
             )
 
 

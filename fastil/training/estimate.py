@@ -75,14 +75,13 @@ def plan_text(recipe: Recipe) -> str:
     check_batch(recipe, steps, size, device, handed_on)
     meta = meta_cost(recipe)
 
-    def hours(rates: Rates) -> float:
-        seconds = sum(
+    def seconds(rates: Rates) -> float:
+        return sum(
             (plan.visits * (1 + meta) + plan.finetune_visits + plan.memory_visits) / rates.distilled
             if plan.step
             else (plan.visits + plan.memory_visits) / rates.plain
             for plan in steps
         )
-        return seconds / 3600
 
     timed = speeds(recipe, size)
     finetuned = sum(plan.finetune_visits for plan in steps)
@@ -107,9 +106,9 @@ def plan_text(recipe: Recipe) -> str:
         + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
         + (f", and {learned:,} to learn exemplars" if learned else ""),
         f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}{kept}",
-        f"estimated    {duration(hours(timed.now))} on {device_name(device)}, uncompiled: {timed.now.plain:,.0f} "
+        f"estimated    {duration(seconds(timed.now))} on {device_name(device)}, uncompiled: {timed.now.plain:,.0f} "
         f"images/s, {timed.now.distilled:,.0f} with the teacher, timed now over a few steps{reading}",
-        *([] if timed.quiet is None else [busy(timed.others, duration(hours(timed.quiet)))]),
+        *([] if timed.quiet is None else [busy(timed.others, duration(seconds(timed.quiet)))]),
     ]
     said = [*([] if slow is None else [slow]), *step_plan.notes(recipe, names)]
     return "\n".join([*lines, *said, *(f"note: {note}" for note in notes)])

@@ -115,21 +115,21 @@ def test_the_hours_of_the_short_scale(with_data, known_speeds, tmp_path, monkeyp
         "meta": updates * 1.31 / 50,  # shares the base step; 3.1 steps more for every tenth
         "podnet": base / 100 + (30 * sum(images) + finetuned) / 50,
     }
-    hours = {row: value / 3600 for row, value in seconds.items()}
-    total = sum(hours.values())
+    total = sum(seconds.values())
     # Two at once: podnet and balanced, then meta in the place of balanced. Three: meta once balanced has its base step,
     # and the three share two cores until the first is done.
-    left = [hours["meta"], *(hours[row] - base / 100 / 3600 for row in ("balanced", "podnet"))]
-    of_three = base / 100 / 3600 + 1.5 * min(left) + max(left) - min(left)
-    for jobs, spent in ((None, max(hours["podnet"], hours["balanced"] + hours["meta"])), (1, total), (3, of_three)):
+    left = [seconds["meta"], *(seconds[row] - base / 100 for row in ("balanced", "podnet"))]
+    of_three = base / 100 + 1.5 * min(left) + max(left) - min(left)
+    of_two = max(seconds["podnet"], seconds["balanced"] + seconds["meta"])
+    for jobs, spent in ((None, of_two), (1, total), (3, of_three)):
         work = WorkList(entries, [0], tmp_path, data, preview=True)
         text = preview.preview(work, jobs)
         said = {line.split("/")[1].split("-s0")[0]: line for line in text.splitlines() if "-s0" in line}
-        assert set(said) == set(hours)
+        assert set(said) == set(seconds)
         for row, line in said.items():
-            assert line.split("|")[-2].strip() == duration(hours[row])
+            assert line.split("|")[-2].strip() == duration(seconds[row])
         costs = [preview._cost(work, job, Rates(100.0, 50.0)) for job in work.jobs]
-        assert preview.hours(work, costs, jobs or 2, 2) == pytest.approx(spent, rel=1e-9)
+        assert preview.makespan(work, costs, jobs or 2, 2) == pytest.approx(spent, rel=1e-9)
         assert f"about {duration(spent)} with {jobs or 2} at once" in text
         assert f"{duration(total)} one by one" in text
         assert ("(2 by default: one per core" in text) == (jobs == 3)
@@ -168,18 +168,18 @@ def test_the_hours_of_a_schedule_are_those_of_going_through_it_tick_by_tick():
             for i in begun:
                 done[i] += 1
             ticks += 1
-        assert preview.hours(work, costs, at_once, 4) == pytest.approx(ticks)
+        assert preview.makespan(work, costs, at_once, 4) == pytest.approx(ticks)
 
 
 def test_a_dry_run_on_a_busy_machine_says_what_it_would_be_on_a_quiet_one(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "speeds", lambda *_: Speeds(Rates(100.0, 50.0), Rates(400.0, 200.0), 0.75))
     table = tables.table_of(tables.read_tables(), "table1", "short")
     work = WorkList(tables.only(table, ["lucir"], steps=5), [0], tmp_path, None, preview=True)
-    hours = sum(preview._cost(work, work.jobs[0], Rates(100.0, 50.0)))
+    seconds = sum(preview._cost(work, work.jobs[0], Rates(100.0, 50.0)))
     text = preview.preview(work)
-    assert f"about {duration(hours)} with" in text
+    assert f"about {duration(seconds)} with" in text
     assert "other programs took 75 % of the processors while this was timed" in text
-    assert f"on a quiet machine about {duration(hours / 4)}" in text
+    assert f"on a quiet machine about {duration(seconds / 4)}" in text
     monkeypatch.setattr(speed, "speeds", lambda *_: Speeds(Rates(100.0, 50.0)))
     assert "other programs" not in preview.preview(work)
 
