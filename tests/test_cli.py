@@ -133,7 +133,7 @@ def test_report_groups_seeds_and_pairs_losses(fastil, tmp_path):
     page = (tmp_path / "report/report.html").read_text()
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page
-    assert_user_error(fastil("report", "softmax0", "softmax0"), "the same run")
+    assert "softmax0: given twice, used once" in fastil("report", "softmax0", "softmax0").stdout
 
 
 def test_a_published_number_stands_only_beside_the_recipe_it_belongs_to(tmp_path):
