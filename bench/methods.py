@@ -28,7 +28,8 @@ from fastil.methods.tpcil import Tpcil
 from fastil.models import Output
 from fastil.optimiser import Update
 from fastil.plan import EpochPlan, Key, training_plan
-from fastil.recipe import Recipe, load
+from fastil.recipe import Recipe
+from fastil.recipe_file import load
 from fastil.training.phase import BeforeUpdate, Phase
 from fastil.training.trainer import Trainer
 

@@ -17,7 +17,11 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Name of a recipe (see `fastil recipes`) or path of a YAML file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Name of a recipe (see `fastil recipes`), path of a YAML file, or a run directory: the same settings.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
@@ -64,12 +68,11 @@ def run(
     ] = None,
 ) -> None:
     """Train one recipe."""
-    from fastil.recipe import load
     from fastil.reporting.fidelity import remark_of
     from fastil.training.start import Interrupted, train
 
     try:
-        done = train(load(recipe, overrides or [], data=data, val=val), out, resume, base)
+        done = train(recipe, overrides or [], out, resume, base, data=data, val=val)
     except Interrupted as stop:
         say(str(stop), sys.stderr)
         raise typer.Exit(128 + stop.number) from None
@@ -84,7 +87,7 @@ def run(
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val: Val = None) -> None:
     """Print what a recipe would do, without training."""
-    from fastil.recipe import load
+    from fastil.recipe_file import load
     from fastil.training.estimate import plan_text
 
     say(plan_text(load(recipe, overrides or [], data=data, val=val)))
@@ -252,10 +255,13 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder for report.md and the figures.", show_default=False)] = None,
     html: Annotated[bool, typer.Option("--html", help="Also one self-contained page, report.html, in --out.")] = False,
 ) -> None:
-    """Put runs side by side, with the published numbers where a recipe has them."""
+    """Put runs side by side, with the published numbers where a recipe has them; exit status 1 if a run cannot be read
+    and is left out."""
     from fastil.reporting.report import write_report
 
-    say(write_report(runs, out, html))
+    text, whole = write_report(runs, out, html)
+    say(text)
+    raise typer.Exit(0 if whole else 1)
 
 
 @app.command()

@@ -1,21 +1,31 @@
-"""Files that are whole or absent, locks, and full disks: of runs, and of conversions."""
+"""Files that are whole or absent, files that cannot be read, locks, and full disks: of runs, and of conversions."""
 
 import contextlib
 import errno
 import fcntl
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from fastil.errors import UserError
+from fastil.text import one_line
 
 if TYPE_CHECKING:
     import torch  # otherwise loaded where it is needed: the tools on files do without
 
 RESUME = "go on with --resume"  # once a file can be written
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Damaged(UserError):
+    """A file that can be read, and holds something else than it should. found: the message without the fix."""
+
+    def __init__(self, path: Path, reason: str, fix: str) -> None:
+        self.found = one_line(f"{path}: {' '.join(reason.split())}")
+        super().__init__(f"{self.found}; {fix}")
 
 
 @contextlib.contextmanager
@@ -25,10 +35,9 @@ def written(path: Path, then: str = RESUME) -> Iterator[None]:
         yield
     except BrokenPipeError:  # whoever reads what is shown has gone
         raise
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError) and cause.errno in FULL:
-            full = f"{path}: disk full ({cause.strerror}), nothing written before is lost"
+    except OSError as error:
+        if error.errno in FULL:
+            full = f"{path}: disk full ({error.strerror}), nothing written before is lost"
             raise UserError(f"{full}; free some space and {then}") from None
         raise UserError(f"{path}: cannot be written ({error}); once it can, {then}") from None
 
@@ -66,35 +75,70 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def read(path: Path, fix: str) -> bytes:
+    """Return the bytes of a file. Raises UserError where it is missing or cannot be read. fix: what to do then."""
+    with readable(path, fix):
+        return path.read_bytes()
+
+
+@contextlib.contextmanager
+def readable(path: Path, fix: str) -> Iterator[None]:
+    """Turn a failed read of this file into a UserError with this fix."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+            raise OSError(None, "not a file")
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {fix}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); mend that, or {fix}") from None
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """A checkpoint: tensors and plain containers only, so that loading it runs no code."""
     import torch
 
-    write_atomically(path, lambda file: torch.save(state, file))
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # so torch reports a failed write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    write_atomically(path, write)
 
 
-def load(path: Path, device: "torch.device") -> dict[str, Any]:
+def load(path: Path, device: "torch.device", fix: str) -> dict[Any, Any]:
+    """Return what `save` has written, on this device. Raises UserError where it is missing or cannot be read, and
+    Damaged where it holds something else. fix: what to do then."""
     import torch
 
-    try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # a damaged zip or pickle raises many types
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise UserError(f"{path}: not a whole checkpoint ({reason}); remove it to start the run anew") from None
+    with readable(path, fix), warnings.catch_warnings(action="ignore"):  # torch warns of some foreign pickles
+        try:
+            state: Any = torch.load(path, map_location=device, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # a damaged zip or pickle raises many types
+            reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+            if reason.startswith("Weights only"):  # what follows advises to trust the file
+                reason = "it is damaged, or holds other things than tensors and numbers"
+            raise Damaged(path, f"not a whole checkpoint ({reason})", fix) from None
+    if not isinstance(state, dict):
+        raise Damaged(path, f"holds {type(state).__name__} and no checkpoint", fix)
     return state
 
 
-def load_weights(module: "torch.nn.Module", weights: Mapping[str, Any], path: Path) -> None:
-    """Put the weights of a file into a network. Raises UserError where they are of another one."""
+def load_weights(module: "torch.nn.Module", weights: Mapping[str, Any], path: Path, fix: str) -> None:
+    """Put the weights of a file into a network. Raises Damaged where they are of another one, or no numbers."""
     try:
         module.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         found = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path}: its weights are of another network; give the code that they were trained with ({found})"
-        ) from error
+        advice = f"give the code that they were trained with, or {fix}"
+        raise Damaged(path, f"its weights are of another network ({found})", advice) from error
+    if any(bool(value.isnan().any()) for value in weights.values()):
+        raise Damaged(path, "holds weights that are NaN", fix)
 
 
 @contextlib.contextmanager
@@ -107,6 +151,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             free = lock(file.fileno())
         except OSError as error:
+            path.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot be locked ({error.strerror}); choose --out on another disk") from None
         if not free:
             raise UserError(f"{folder}: another process is running there; wait for it or choose another --out")

@@ -18,7 +18,7 @@ from fastil.data import Beton, DataConfig, load_dataset
 from fastil.data.formats.detect import open_source
 from fastil.errors import UserError
 from fastil.kernels import incremental_loss
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 from fastil.training import estimate

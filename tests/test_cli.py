@@ -137,10 +137,10 @@ def test_report_groups_seeds_and_pairs_losses(fastil, tmp_path):
 
 
 def test_a_published_number_stands_only_beside_the_recipe_it_belongs_to(tmp_path):
-    from fastil.recipe import load
+    from fastil.recipe_file import differences, load
 
-    assert load("cifar100_balanced_5", ["seed=4", "device=cpu"], data="elsewhere").differences() == {}
-    assert load("cifar100_balanced_5", ["epochs=20"]).differences() != {}
+    assert differences(load("cifar100_balanced_5", ["seed=4", "device=cpu"], data="elsewhere")) == {}
+    assert differences(load("cifar100_balanced_5", ["epochs=20"])) != {}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_cifar_file_cut_short_or_malicious_is_refused_and_runs_nothing(fastil,
 
 
 def test_without_a_cxx_compiler_training_runs_and_says_so(tmp_path, monkeypatch, capsys):
-    from fastil.recipe import load
+    from fastil.recipe_file import load
     from fastil.training.experiment import Experiment
 
     monkeypatch.setenv("PATH", str(tmp_path))

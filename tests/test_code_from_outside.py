@@ -9,7 +9,7 @@ import pytest
 from fastil import outside
 from fastil.errors import UserError
 from fastil.models import find_factory
-from fastil.recipe import load
+from fastil.recipe_file import load
 
 NET = """
 from torch import nn

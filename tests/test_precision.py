@@ -11,7 +11,8 @@ from fastil.data import Split, make_loader
 from fastil.device import fastest_precision, multiplying_in, precision_note, settle_precision
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
-from fastil.recipe import load, read_effective
+from fastil.recipe_file import load, read_effective
+from fastil.reporting.checkpoints import Position
 from fastil.reporting.report import write_report
 from fastil.training import compiling, step_plan
 from fastil.training.experiment import Experiment
@@ -140,7 +141,12 @@ def test_a_run_stores_its_precision_and_keeps_it_on_another_processor(tmp_path, 
     processor(monkeypatch, "amx_bf16")
     out = tmp_path / "run"
     experiment = Experiment(load("digits", BRIEF), out, False)
-    monkeypatch.setattr(experiment, "run_step", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def killed(*arguments):
+        experiment.save(Position())  # a start that fails before its first checkpoint leaves nothing behind
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run_step", killed)
     with pytest.raises(KeyboardInterrupt):
         experiment.run()
     assert read_effective(out / "recipe.yaml").train.precision == "bf16"

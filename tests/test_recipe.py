@@ -12,9 +12,9 @@ from fastil import recipe
 from fastil.errors import UserError
 from fastil.methods import configs_of
 from fastil.protocol import build_protocol
-from fastil.recipe import load, read_effective
+from fastil.recipe_file import differences, load, names, read_effective
 
-SHIPPED = recipe.names()
+SHIPPED = names()
 
 
 def write(folder, name, text):
@@ -40,7 +40,7 @@ def test_a_shipped_recipe_loads_as_it_is_and_says_what_it_is(name):
     assert loaded.name == name
     assert loaded.description
     assert loaded.fidelity
-    assert loaded.differences() == {}
+    assert differences(loaded) == {}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -390,7 +390,7 @@ def test_an_effective_recipe_is_read_back_as_it_was_written(tmp_path, name, over
     back = read_effective(path)
     assert back == loaded
     assert [type(value) for value in back.keys().values()] == [type(value) for value in loaded.keys().values()]
-    assert back.differences() == loaded.differences()
+    assert differences(back) == differences(loaded)
 
 
 def test_a_dump_holds_every_key_so_that_later_defaults_cannot_change_it():
@@ -446,7 +446,7 @@ def test_a_wrong_value_in_an_effective_recipe_is_refused(tmp_path):
      ["epochs=250", "lr=1e-1", "loss=balanced"]],
 )  # fmt: skip
 def test_where_and_how_fast_it_runs_leave_a_recipe_as_shipped(overrides):
-    assert load("cifar100_balanced_5", overrides).differences() == {}
+    assert differences(load("cifar100_balanced_5", overrides)) == {}
 
 
 @pytest.mark.parametrize(
@@ -457,12 +457,12 @@ def test_where_and_how_fast_it_runs_leave_a_recipe_as_shipped(overrides):
      "last_relu=false", "dataset=cifar10", "pad=0", "flip=false", "mean=[0, 0, 0]", "std=[1, 1, 1]"],
 )  # fmt: skip
 def test_what_changes_the_training_makes_it_another_experiment(override):
-    assert load("cifar100_balanced_5", [override]).differences() != {}
+    assert differences(load("cifar100_balanced_5", [override])) != {}
 
 
 def test_a_recipe_of_the_users_own_is_not_as_shipped(tmp_path):
-    assert load(write(tmp_path, "mine.yaml", "base: digits\n")).differences() != {}
-    assert load(write(tmp_path, "digits.yaml", "base: digits\nepochs: 2\n")).differences() != {}
+    assert differences(load(write(tmp_path, "mine.yaml", "base: digits\n"))) != {}
+    assert differences(load(write(tmp_path, "digits.yaml", "base: digits\nepochs: 2\n"))) != {}
 
 
 def test_identity_with_the_seed_tells_two_seeds_apart():

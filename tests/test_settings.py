@@ -18,9 +18,9 @@ from hypothesis import settings as configured
 from hypothesis import strategies as st
 from pydantic import Field, PositiveInt
 
-from fastil import recipe
+from fastil import recipe_file
 from fastil.errors import UserError
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.settings import (
     MOST_DEPTH,
     MOST_TEXT,
@@ -344,7 +344,7 @@ def test_whatever_is_written_is_a_plan_or_one_line_and_no_value_is_taken_for_ano
     folder = make_folder(tmp_path / "data", classes=20, train=3, val=1)
     count, draw, outcomes, slowest = 5000 if SOAK else 250, random.Random(17), collections.Counter(), (0.0, "")
     for number in range(count):
-        name, overrides, said = drawn_input(draw, recipe.names(), folder, number)
+        name, overrides, said = drawn_input(draw, recipe_file.names(), folder, number)
         began = time.process_time()
         try:
             loaded = load(name, overrides)

@@ -15,12 +15,14 @@ from fastil.data.loaders.frames import frame_of, resized
 from fastil.data.published import table
 from fastil.data.transforms import transforms
 from fastil.errors import UserError
+from fastil.files import Damaged
 from fastil.methods import Method, StepContext
 from fastil.models import Network
 from fastil.nearest_mean import nearest_mean_scores
 from fastil.plan import Transform
 from fastil.recipe import Recipe
-from fastil.reporting.run_files import ProtocolFile
+from fastil.reporting.checkpoints import read_predictor, read_weights
+from fastil.reporting.run_files import AGAIN, ProtocolFile
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-3  # by which rounding may leave the range of pixels
@@ -104,17 +106,11 @@ def load_classifier(run: Path, recipe: Recipe, protocol: ProtocolFile, step: int
     it needs code that its directory names and nothing else does."""
     network = recipe.build_network(len(protocol.class_order), 0)
     weights = run / f"checkpoints/step_{step}.pt"
-    files.load_weights(network, files.load(weights, CPU), weights)
+    files.load_weights(network, read_weights(weights, CPU), weights, AGAIN)
     method, means = None, None
     path = run / f"checkpoints/predictor_{step}.pt"
     if path.exists():
-        kept = files.load(path, CPU)
-        means = kept.get("means")
-        if means is None:
-            method = recipe.build_method(network.width, len(protocol.class_order), CPU)
-            if "counts" in kept:  # older versions did not keep the context
-                method.begin_step(StepContext(step, kept["num_old"], kept["num_seen"], kept["counts"].numpy()))
-            method.load_state_dict(kept["method"])
+        means, method = _predictor(path, recipe, network, protocol, step)
     elif recipe.evaluation.predictor == "nme" or recipe.predicts_by_method:
         raise UserError(f"{path}: missing, as in runs of older versions, which did not keep it; train the run again")
     names = [protocol.class_names[c] for classes in protocol.steps[: step + 1] for c in classes]
@@ -123,6 +119,26 @@ def load_classifier(run: Path, recipe: Recipe, protocol: ProtocolFile, step: int
     )[1]
     reading = Reading(recipe.data.exif, recipe.data.max_pixels)
     return Classifier(network, names, transform, method, means, reading).eval()
+
+
+def _predictor(
+    path: Path, recipe: Recipe, network: Network, protocol: ProtocolFile, step: int
+) -> tuple[Tensor | None, Method | None]:
+    """The class means of predictor_K.pt, or the method in the state that corrected its scores."""
+    kept = read_predictor(path, CPU)
+    if kept.means is not None:
+        shape = [sum(map(len, protocol.steps[: step + 1])), network.head.weight.shape[-1]]
+        if recipe.evaluation.predictor != "nme" or [*kept.means.shape] != shape or kept.means.isnan().any():
+            raise Damaged(path, f"damaged (not the class means {shape} of this run)", AGAIN)
+        return kept.means, None
+    method = recipe.build_method(network.width, len(protocol.class_order), CPU)
+    try:
+        if kept.counts is not None:
+            method.begin_step(StepContext(step, kept.num_old, kept.num_seen, kept.counts.numpy()))
+        method.load_state_dict(kept.method or {})
+    except Exception as error:  # what a method makes of another one's state
+        raise Damaged(path, f"damaged (not the state of method={recipe.method.method}: {error})", AGAIN) from error
+    return None, method
 
 
 def _image_size(recipe: Recipe, protocol: ProtocolFile) -> tuple[int, int]:

@@ -12,7 +12,9 @@ from typing import Any
 
 from fastil.data import Dataset
 from fastil.data.published import Published, differences, official_labels, table
-from fastil.recipe import Recipe, load, shipped
+from fastil.recipe import Recipe
+from fastil.recipe_file import differences as differences_of
+from fastil.recipe_file import load, shipped
 from fastil.reporting.run_files import ProtocolFile
 
 MODIFIED = "modified: "
@@ -72,7 +74,7 @@ def _images_line(name: str, dataset: Dataset, protocol: ProtocolFile) -> str | N
 
 def modifications(recipe: Recipe, protocol: ProtocolFile | None) -> Sequence[str]:
     """What sets a run apart from what was published under the name of its recipe, such as "epochs=6", "other data"."""
-    differences = recipe.differences()
+    differences = differences_of(recipe)
     if differences is None:
         return ["a recipe that does not come with fastil"]
     changes = [f"{key}={_shown(value)}" for key, value in sorted(differences.items())]

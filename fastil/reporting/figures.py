@@ -27,7 +27,7 @@ def draw_run(path: Path) -> None:
         draw_alpha(alphas, path / "figures/alpha.png")
 
 
-def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
+def draw_accuracy(groups: dict[str, list[Run]], path: Path, then: str = files.RESUME) -> None:
     """Top-1 over the classes seen, mean over seeds, with a band of one standard deviation."""
     figure, axes = new_figure(1)
     for i, (label, runs) in enumerate(groups.items()):
@@ -48,7 +48,7 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path) -> None:
         figure.set_size_inches(11, 4.8)
         place, where = figure, "outside right upper"
     place.legend(loc=where, title="average incremental accuracy in brackets", fontsize="small", title_fontsize="small")
-    save_figure(figure, path)
+    save_figure(figure, path, then)
 
 
 def draw_alpha(steps: dict[int, NDArray[np.float64]], path: Path) -> None:
@@ -75,16 +75,16 @@ def draw_alpha(steps: dict[int, NDArray[np.float64]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_last_confusions(groups: dict[str, list[Run]], path: Path) -> None:
+def draw_last_confusions(groups: dict[str, list[Run]], path: Path, then: str) -> None:
     """The last confusion matrix of each group, summed over its seeds, side by side."""
     panels = []
     for label, runs in groups.items():
         last = min(len(run.curve) for run in runs) - 1
         panels.append((label, np.sum([run.confusion(last) for run in runs], axis=0)))
-    draw_confusions(panels, path)
+    draw_confusions(panels, path, then)
 
 
-def draw_confusions(panels: Sequence[tuple[str, NDArray[np.int64]]], path: Path) -> None:
+def draw_confusions(panels: Sequence[tuple[str, NDArray[np.int64]]], path: Path, then: str = files.RESUME) -> None:
     """Confusion matrices as log(1 + x), "for better visibility" (Figure 2), classes in incremental order."""
     figure, axes = new_figure(len(panels))
     for axis, (title, matrix) in zip(axes, panels, strict=True):
@@ -92,17 +92,18 @@ def draw_confusions(panels: Sequence[tuple[str, NDArray[np.int64]]], path: Path)
         axis.set(title=textwrap.fill(title, 48), xlabel="predicted class", ylabel="true class")
         axis.title.set_fontsize("small")
         figure.colorbar(image, ax=axis, shrink=0.8, label="log(1 + images)")
-    save_figure(figure, path)
+    save_figure(figure, path, then)
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write it as PNG. Names that stand in it are text: no control characters, and no formulas between dollar signs."""
+def save_figure(figure: Any, path: Path, then: str = files.RESUME) -> None:
+    """Write it as PNG. Names that stand in it are text: no control characters, and no formulas between dollar signs.
+    then: what to do once it can be written."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_text(plain(text.get_text()))
         text.set_parse_math(False)
-    files.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    files.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120), then)
 
 
 def new_figure(panels: int) -> tuple[Any, Any]:

@@ -2,7 +2,8 @@
 
 import re
 
-from fastil.recipe import Recipe, load, names
+from fastil.recipe import Recipe
+from fastil.recipe_file import load, names
 from fastil.text import format_table
 
 DATASETS = ("cifar100", "subimagenet", "imagenet")

@@ -8,7 +8,7 @@ from fastil.reporting.fidelity import MODIFIED
 from fastil.reporting.figures import draw_accuracy, draw_last_confusions
 from fastil.reporting.html import page
 from fastil.reporting.rows import heading, paired_gain, rows
-from fastil.reporting.runs import Run, group_runs
+from fastil.reporting.runs import Run, alpha_paths, group_runs
 from fastil.text import format_table, plain
 
 LONGEST = 60  # characters of a label in tables and figures
@@ -16,18 +16,29 @@ IMAGES = (
     "images=...: the data set, and the first six digits of the sha256 of its training images; runs with other digits "
     "were trained on other images."
 )
+AGAIN = "write the report again, or choose another --out"  # once a file can be written
 
 
-def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
-    """The text of the report; with `out`, also report.md, the figures and, as_html, one self-contained page there
-    (default folder: report)."""
+def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> tuple[str, bool]:
+    """The text of the report, and whether all runs could be read; those that could not are left out and named. With
+    `out`, also report.md, the figures and, as_html, one self-contained page there (default folder: report)."""
     out = Path("report") if as_html and out is None else out
-    started = [path for path in paths if not (path / "recipe.yaml").exists() or (path / "results.json").exists()]
-    skipped = [f"{path}: no results yet, left out" for path in paths if path not in started] if started else []
-    runs, twice = distinct([Run(path) for path in started or paths])
+    found: list[Run] = []
+    errors, left_out, whole = [], [], True
+    for path in paths:
+        begun = (path / "recipe.yaml").exists() and not (path / "results.json").exists()
+        try:
+            found.append(read_whole(path, figures=out is not None, page=as_html))
+        except UserError as error:
+            errors.append(error)
+            left_out.append(f"{path}: no results yet, left out" if begun else f"left out: {error}")
+            whole = whole and begun
+    if not found:
+        raise errors[0]
+    runs, twice = distinct(found)
     groups, cut = shortened(group_runs(runs))
     explained = [IMAGES] if any("images=" in text for text in [*groups, *cut]) else []
-    notes = [*cut, *explained, *paired_gain(groups), *twice, *skipped]
+    notes = [*cut, *explained, *paired_gain(groups), *twice, *left_out]
     text = plain(
         "\n\n".join(
             [
@@ -38,21 +49,33 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> str:
         )
     )
     if out is None:
-        return text
+        return text, whole
     document = ""
     if as_html:
         document = page(groups, notes)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.md").write_text(text + "\n", encoding="utf-8")
-        draw_accuracy(groups, out / "accuracy.png")
-        draw_last_confusions(groups, out / "confusion.png")
+        draw_accuracy(groups, out / "accuracy.png", AGAIN)
+        draw_last_confusions(groups, out / "confusion.png", AGAIN)
         if document:
             (out / "report.html").write_text(document, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     html = f"\npage: {out}/report.html" if as_html else ""
-    return text + f"\n\nfigures: {out}/accuracy.png, {out}/confusion.png{html}"
+    text += f"\n\nfigures: {out}/accuracy.png, {out}/confusion.png{html}"
+    return text, whole
+
+
+def read_whole(path: Path, figures: bool, page: bool) -> Run:
+    """A run, with all that figures and a page show of it read once, so that a run with a damaged file can be left out
+    of them."""
+    run = Run(path)
+    for step in run.results.steps if figures else ():
+        run.confusion(step.step)
+    if page:  # which says so itself where the timings are damaged
+        alpha_paths(run)
+    return run
 
 
 def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

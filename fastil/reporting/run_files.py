@@ -1,4 +1,5 @@
-"""What the files of a run directory hold that are read again, and the one place that reads them.
+"""What the files of a run directory hold that are read again, and the one place that reads them; the .pt files are in
+`checkpoints`, and `fastil.recipe_file` reads recipe.yaml.
 
 A key that this version does not know is no error, and only what older runs lack may be missing. What a damaged file
 raises is a UserError that names the file, the field and the fix.
@@ -7,13 +8,16 @@ raises is a UserError that names the file, the field and the fix.
 import json
 import re
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import pydantic
+from numpy.typing import NDArray
 from pydantic import Field, JsonValue, StrictFloat
 
-from fastil.errors import UserError
+from fastil import files
 from fastil.evaluation import Count, Percent, StepResult
+from fastil.files import Damaged
 
 AGAIN = "train this run again in a new --out"
 Row = Annotated[dict[str, JsonValue], Field(min_length=1)]  # of a table that is shown as it is, whatever its columns
@@ -86,9 +90,13 @@ class ProtocolFile(_Content):
 
     @pydantic.model_validator(mode="after")
     def named(self) -> "ProtocolFile":
-        nameless = {c for classes in self.steps for c in classes if c >= len(self.class_names)}
-        if nameless:
-            raise ValueError(f"steps: class {min(nameless)} has no name in class_names")
+        learned = [c for classes in self.steps for c in classes]
+        for key, classes in (("class_order", self.class_order), ("steps", learned)):
+            nameless = {c for c in classes if c >= len(self.class_names)}
+            if nameless:
+                raise ValueError(f"{key}: class {min(nameless)} has no name in class_names")
+        if self.class_order != learned or len(set(learned)) < len(learned):
+            raise ValueError("class_order: not the classes of steps, each once")
         return self
 
 
@@ -124,42 +132,70 @@ def read_results(run: Path) -> Results:
     return _read(run / "results.json", Results, "run again with --resume")
 
 
-def read_protocol(run: Path) -> ProtocolFile:
-    return _read(run / "protocol.json", ProtocolFile, AGAIN)
+def read_protocol(run: Path, fix: str = AGAIN) -> ProtocolFile:
+    return _read(run / "protocol.json", ProtocolFile, fix)
 
 
 def read_timings(run: Path) -> Timings:
-    return _read(run / "timings.json", Timings, AGAIN)
+    return _read(run / "timings.json", Timings, "run again with --resume")
 
 
-def read_metrics(run: Path) -> list[MetricsLine]:
+def read_metrics(run: Path, fix: str = AGAIN) -> list[MetricsLine]:
     """The lines of metrics.jsonl but for a last one that is half written."""
     path = run / "metrics.jsonl"
-    lines = _bytes(path, AGAIN).split(b"\n")[:-1]
-    return [_parsed(line, MetricsLine, path, AGAIN, f"line {number}, ") for number, line in enumerate(lines, 1)]
+    lines = files.read(path, fix).split(b"\n")[:-1]
+    return [_parsed(line, MetricsLine, path, fix, f"line {number}, ") for number, line in enumerate(lines, 1)]
+
+
+def read_confusion(run: Path, step: int, classes: int) -> NDArray[np.int64]:
+    """The confusion matrix of a step, int64 [classes, classes]; rows are true classes in incremental order."""
+    path = run / f"confusion/step_{step}.npy"
+    return _array(path, np.dtype(np.int64), (classes, classes), None, "run again with --resume")
+
+
+def read_predictions(run: Path, step: int, classes: int) -> NDArray[np.int16]:
+    """True and predicted incremental position of each test image of the classes seen, int16 [n, 2]."""
+    return _array(run / f"predictions/step_{step}.npy", np.dtype(np.int16), (None, 2), classes, AGAIN)
+
+
+def _array(
+    path: Path, dtype: np.dtype[Any], shape: tuple[int | None, int], below: int | None, fix: str
+) -> NDArray[Any]:
+    """A file of numbers from 0 on, and below this one. A size in its header that is not that of the file takes no
+    memory."""
+    with files.readable(path, fix):
+        try:
+            found = np.load(path, mmap_mode="r")
+            sizes = [size if wanted is None else wanted for size, wanted in zip(found.shape, shape, strict=True)]
+            whole = found.dtype == dtype and [*found.shape] == sizes and found.min() >= 0
+            whole = whole and (below is None or found.max() < below)
+        except OSError:
+            raise
+        except Exception:  # a damaged header or a zip raises many types
+            whole = False
+    if not whole:
+        wanted = ", ".join("n" if size is None else str(size) for size in shape)
+        raise Damaged(path, f"damaged (not {dtype} [{wanted}], of numbers that can be)", fix)
+    return np.array(found)
 
 
 def _read(path: Path, model: type[Content], fix: str) -> Content:
-    return _parsed(_bytes(path, fix), model, path, fix)
-
-
-def _bytes(path: Path, fix: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; {fix}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that or leave the run out") from None
+    return _parsed(files.read(path, fix), model, path, fix)
 
 
 def _parsed(text: bytes, model: type[Content], path: Path, fix: str, line: str = "") -> Content:
     try:
         return model.model_validate(json.loads(text))
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"][:6])
-        what = re.sub(r"^Value error, | or (an )?instance of \w+$", "", first["msg"])
-        reason = f"{place}: {what}" if place else what
+        reason = first_problem(error)
     except (ValueError, RecursionError):  # cut off, binary, or nested without end
         reason = "not JSON"
-    raise UserError(f"{path}: damaged ({line}{' '.join(reason.split())}); {fix}")
+    raise Damaged(path, f"damaged ({line}{reason})", fix)
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The first thing that is wrong with a content, and where, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"][:6])
+    what = re.sub(r"^Value error, | or (an )?instance of \w+$", "", first["msg"])
+    return " ".join((f"{place}: {what}" if place else what).split())

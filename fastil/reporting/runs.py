@@ -11,17 +11,27 @@ from numpy.typing import NDArray
 
 from fastil.device import Precision
 from fastil.errors import UserError
+from fastil.files import Damaged
 from fastil.methods import BUILT_IN, Method, find
 from fastil.models import MODELS, find_factory
-from fastil.recipe import Recipe, read_effective, shipped
+from fastil.recipe import Recipe
+from fastil.recipe_file import differences, read_effective, shipped
 from fastil.reporting.fidelity import MODIFIED, had_published, labelled
-from fastil.reporting.run_files import AGAIN, read_metrics, read_protocol, read_results
+from fastil.reporting.run_files import (
+    AGAIN,
+    read_confusion,
+    read_metrics,
+    read_predictions,
+    read_protocol,
+    read_results,
+)
 from fastil.text import one_line
 
 if TYPE_CHECKING:
     from fastil.reporting.classifier import Classifier
 
 
+ROUNDED = 1e-6  # percent
 ALWAYS_NAMED = ("method", "model")  # in a label, where they are not the recipe's
 PathLike = str | os.PathLike[str]
 
@@ -56,7 +66,7 @@ class Run:
                 raise UserError(f"{path}: was run with {name}, which comes with fastil; leave method or model out")
         if code:
             recipe = read_effective(path / "recipe.yaml", code)  # with the keys of the method
-        if not (path / "results.json").exists():
+        if not os.path.lexists(path / "results.json"):
             raise UserError(f"{path}: no results yet; let the run go on until a step is finished")
         self.results, self.protocol = read_results(path), read_protocol(path)
         seen = list(accumulate(len(classes) for classes in self.protocol.steps))
@@ -96,15 +106,17 @@ class Run:
         """The confusion matrix of a step, -1 for the last one: int64 [seen, seen], rows are true classes in incremental
         order."""
         step = self._step(step)
-        path = self.path / f"confusion/step_{step}.npy"
-        try:
-            matrix: NDArray[np.int64] = np.load(path)
-            whole = matrix.shape == (self.results.steps[step].classes_seen,) * 2 and matrix.dtype == np.int64
-        except (OSError, EOFError, ValueError):
-            whole = False
-        if not whole:
-            raise UserError(f"{path}: missing or damaged; train the run again in a new directory")
-        return matrix
+        return read_confusion(self.path, step, self.results.steps[step].classes_seen)
+
+    def predictions(self, step: int) -> NDArray[np.int16]:
+        """True and predicted incremental position of each test image of the classes seen after a step, int16 [n, 2]."""
+        result = self.results.steps[self._step(step)]
+        found = read_predictions(self.path, result.step, result.classes_seen)
+        top1 = 100 * float((found[:, 0] == found[:, 1]).mean())
+        if abs(top1 - result.top1) > ROUNDED:
+            path = self.path / f"predictions/step_{result.step}.npy"
+            raise Damaged(path, f"of another run (top-1 {top1:.2f}, in results.json {result.top1:.2f})", AGAIN)
+        return found
 
     def network(self, step: int = -1) -> "Classifier":
         """The network after a step as a `Classifier` in eval mode, on the CPU: images to probabilities over its
@@ -145,7 +157,7 @@ def alpha_paths(run: Run) -> dict[int, NDArray[np.float64]]:
             alphas = found.setdefault(line.step, [])
             alphas.append(np.atleast_1d(line.alpha))
             if len(alphas[-1]) != len(alphas[0]):
-                raise UserError(f"{path}: damaged (the alphas of step {line.step} are of other classes); {AGAIN}")
+                raise Damaged(path, f"damaged (the alphas of step {line.step} are of other classes)", AGAIN)
     return {step: np.stack(alphas) for step, alphas in sorted(found.items())}
 
 
@@ -193,7 +205,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         parts = [run.recipe.name, run.results.loss]
         if run.recipe.fidelity.startswith(MODIFIED) and had_published(run.recipe):
             parts.append(run.recipe.fidelity)
-            differing = [key for key in differing if key not in (run.recipe.differences() or {})]
+            differing = [key for key in differing if key not in (differences(run.recipe) or {})]
         label = one_line(", ".join([*parts, *(f"{key}={identity[key]}" for key in differing)]))
         group = groups.setdefault(label, [])
         twin = next((other for other in group if other.results.seed == run.results.seed), None)

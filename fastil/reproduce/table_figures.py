@@ -33,7 +33,7 @@ def draw(table: Table, found: Found, path: Path) -> None:
         axis.set_title(f"{steps} incremental steps")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="best")
-    save_figure(figure, path)
+    save_figure(figure, path, "run the same command again")
 
 
 def draw_bars(axis: Any, entries: list[Entry], runs: dict[str, list[Run]], theirs: str) -> None:

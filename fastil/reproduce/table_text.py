@@ -7,8 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.reporting.rows import deviation, spread
@@ -35,10 +33,7 @@ HEADER = (
 
 
 def predictions(run: Run) -> Predictions:
-    try:
-        return [np.load(run.path / f"predictions/step_{step}.npy") for step in range(len(run.curve))]
-    except (OSError, ValueError):
-        raise UserError(f"{run.path}/predictions: missing or damaged; train this row again in a new --out") from None
+    return [run.predictions(step) for step in range(len(run.curve))]
 
 
 def difference(ours: dict[int, Run], theirs: dict[int, Run]) -> tuple[str, str, int]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from fastil import recipe
 from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.recipe import Recipe
+from fastil.recipe_file import load, names, read_effective
 from fastil.reporting.fidelity import MODIFIED, on_published_data
 from fastil.reporting.runs import Run, one_precision
 from fastil.settings import shown
@@ -41,7 +41,7 @@ class Entry:
         return out / self.scale_folder / self.recipe / f"{self.row}-s{seed}"
 
     def load(self, seed: int, data: str | None = None) -> Recipe:
-        return recipe.load(self.recipe, [*self.overrides, f"seed={seed}"], data=data)
+        return load(self.recipe, [*self.overrides, f"seed={seed}"], data=data)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _named(entries: Sequence[Entry], name: str) -> list[Entry]:
     run = RUN.fullmatch(name)
     row = (run[0].rpartition("-s")[0] if run else name).casefold()
     found = [e for e in entries if row in (e.row.casefold(), f"{e.recipe}/{e.row}".casefold(), e.label.casefold())]
-    if not found and name in recipe.names():
+    if not found and name in names():
         found = [e for e in entries if _trains(e, name)] or [e for e in entries if e.recipe == name]
     return found or [e for e in entries if row and e.row.casefold().startswith(row)]
 
@@ -161,7 +161,7 @@ def _named(entries: Sequence[Entry], name: str) -> list[Entry]:
 def _trains(entry: Entry, name: str) -> bool:
     """Whether a row is this recipe, at the scale's own schedule."""
     try:
-        return recipe.load(name, entry.scaled).identity(seed=False) == entry.load(0).identity(seed=False)
+        return load(name, entry.scaled).identity(seed=False) == entry.load(0).identity(seed=False)
     except UserError:  # a setting of the scale that the recipe does not read
         return False
 
@@ -191,7 +191,7 @@ def precision_of(entries: Sequence[Entry], out: Path) -> Precision | None:
     found: list[tuple[Path, Precision]] = []
     for entry in entries:
         for path in sorted(entry.folder(out, 0).parent.glob(f"{entry.row}-s*/recipe.yaml")):
-            loaded = recipe.read_effective(path)
+            loaded = read_effective(path)
             precision = loaded.precision
             if loaded.identity(seed=False) == entry.load(0).in_precision(precision).identity(seed=False):
                 found.append((path.parent, precision))

@@ -12,19 +12,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastil import files, recipe
 from fastil.data import Dataset, load_dataset
 from fastil.data.published import table
 from fastil.data.sources import image_size
 from fastil.device import Precision, fastest_precision, pick_device
 from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
-from fastil.reporting.run_files import MetricsLine, read_metrics
+from fastil.recipe import Recipe
+from fastil.recipe_file import read_effective
+from fastil.reporting.checkpoints import Position, read_checkpoint
+from fastil.reporting.run_files import AGAIN, MetricsLine, read_metrics
 from fastil.reporting.runs import Run
 from fastil.reproduce import tables
 from fastil.reproduce.tables import Entry
 from fastil.training import base_step, step_plan
-from fastil.training.run_directory import Position
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Job:
     entry: Entry
     seed: int
     folder: Path
-    recipe: recipe.Recipe
+    recipe: Recipe
     finished: bool
     had_base: bool  # before anything was started
     size: tuple[int, int] = (0, 0)  # of the images
@@ -226,8 +227,8 @@ def _position(folder: Path) -> Position | None:
     run itself will say."""
     path = folder / "checkpoints/last.pt"
     try:
-        return Position(*files.load(path, torch.device("cpu"))["position"]) if path.exists() else None
-    except (UserError, KeyError, TypeError):
+        return read_checkpoint(path, torch.device("cpu"), AGAIN).position if path.exists() else None
+    except UserError:
         return None
 
 
@@ -243,7 +244,7 @@ def hashes(dataset: Dataset) -> tuple[str, str]:
     return dataset.train.sha256, dataset.val.sha256
 
 
-def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
+def _dataset(loaded: Recipe, preview: bool) -> Dataset | None:
     """None where only its published shape is known, and needed."""
     if loaded.data.dataset == "folder" and loaded.data.data is None:
         classes = f" of {loaded.protocol.classes} classes" if loaded.protocol.classes else ""
@@ -263,7 +264,7 @@ def _dataset(loaded: recipe.Recipe, preview: bool) -> Dataset | None:
         raise
 
 
-def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.int64], tuple[int, int]]:
+def _shape(loaded: Recipe, dataset: Dataset | None) -> tuple[NDArray[np.int64], tuple[int, int]]:
     """Training images per class, and their height and width."""
     if dataset is not None:
         counts = np.bincount(dataset.train.labels, minlength=len(dataset.class_names))
@@ -273,13 +274,13 @@ def _shape(loaded: recipe.Recipe, dataset: Dataset | None) -> tuple[NDArray[np.i
 
 
 def _same_base(
-    folder: Path, loaded: recipe.Recipe, protocol: Protocol, dataset: Dataset | None, counts: NDArray[np.int64]
+    folder: Path, loaded: Recipe, protocol: Protocol, dataset: Dataset | None, counts: NDArray[np.int64]
 ) -> bool:
     """Whether `fastil run --base FOLDER` would take the base step of that directory."""
     try:
         if dataset is not None:
             base_step.check(folder, loaded, protocol, dataset, counts)
             return True
-        return base_step.base_identity(recipe.read_effective(folder / "recipe.yaml")) == base_step.base_identity(loaded)
+        return base_step.base_identity(read_effective(folder / "recipe.yaml")) == base_step.base_identity(loaded)
     except UserError:
         return False

@@ -18,7 +18,9 @@ from fastil.data import Dataset
 from fastil.errors import UserError
 from fastil.models import Network
 from fastil.protocol import Protocol
-from fastil.recipe import Recipe, read_effective, values_of
+from fastil.recipe import Recipe, values_of
+from fastil.recipe_file import read_effective
+from fastil.reporting.checkpoints import read_weights
 from fastil.reporting.run_files import read_metrics, read_protocol
 from fastil.training.run_directory import described
 
@@ -29,6 +31,7 @@ LATER = {
     "loss", "alpha", "sampler", "predictor", "method",
 }  # fmt: skip
 LATER_PARTS = ("meta_", "finetune_", "correction")
+INSTEAD = "give another --base, or leave it out"  # where a file of the other run cannot be used
 
 
 SAME_WITHOUT_OLD = {
@@ -63,10 +66,7 @@ def check(
     changed = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other_keys]
     if changed:
         raise UserError(f"--base {base_run}: its base step is another one ({'; '.join(changed)})")
-    try:
-        there = read_protocol(base_run)
-    except UserError as error:
-        raise UserError(f"--base {base_run}: give another run, or leave --base out ({error})") from None
+    there = read_protocol(base_run, INSTEAD)
     here = described(dataset.train)
     if there.dataset.train.same_in_another_order(here):
         raise UserError(
@@ -82,8 +82,9 @@ def check(
             f"--base {base_run}: the base classes have unequal numbers of images, so its loss={other.loss.loss} "
             f"trained another network than loss={recipe.loss.loss} would; leave --base out"
         )
-    if not (base_run / "checkpoints/step_0.pt").exists():
-        raise UserError(f"--base {base_run}: has not finished its base step; let it run on, or leave --base out")
+    weights = base_run / "checkpoints/step_0.pt"
+    if not weights.exists():
+        raise UserError(f"{weights}: missing, the base step of --base is not finished; let it run on, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,8 @@ def read(base_run: Path, network: Network, device: torch.device) -> BaseStep:
     """Return the base step of a run. network: one of this run's, into which the weights are put to see that they fit.
     Raises UserError if a file is missing, damaged or of another network."""
     path = base_run / "checkpoints/step_0.pt"
-    try:
-        weights = files.load(path, device)
-        files.load_weights(network, weights, path)
-        lines = [line.model_dump(exclude_unset=True) for line in read_metrics(base_run) if line.step == 0]
-        read_by = read_protocol(base_run).dataset.read_by
-    except UserError as error:
-        raise UserError(f"--base {base_run}: give another run, or leave --base out ({error})") from None
+    weights = read_weights(path, device, INSTEAD)
+    files.load_weights(network, weights, path, INSTEAD)
+    lines = [line.model_dump(exclude_unset=True) for line in read_metrics(base_run, INSTEAD) if line.step == 0]
+    read_by = read_protocol(base_run, INSTEAD).dataset.read_by
     return BaseStep(str(base_run), weights, lines, read_by)

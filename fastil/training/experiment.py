@@ -19,6 +19,7 @@ from fastil.nearest_mean import nearest_mean_scores
 from fastil.protocol import Ids, build_protocol
 from fastil.recipe import Recipe
 from fastil.reporting import figures
+from fastil.reporting.checkpoints import Position
 from fastil.reporting.run_files import Results
 from fastil.training import base_step, capacity, compiling, messages, run_directory, step_plan
 from fastil.training.clock import Clock, versions
@@ -27,8 +28,9 @@ from fastil.training.interrupt import Interrupt
 from fastil.training.phases import Phases
 from fastil.training.progress import StepBar
 from fastil.training.rehearsal import Rehearsal
-from fastil.training.run_directory import Position, RunDirectory
+from fastil.training.run_directory import RunDirectory
 from fastil.training.run_loaders import RunLoaders
+from fastil.training.run_parts import RunParts
 from fastil.training.step_plan import StepPlan
 from fastil.training.trainer import EpochRecord, Trainer, seed_torch
 
@@ -58,7 +60,6 @@ class Experiment:
         if base_run is not None and not (resume and self.directory.last.exists()):  # else it is behind us
             base_step.check(base_run, recipe, self.protocol, self.dataset, counts)
             self.shared_base = base_step.read(base_run, teacher, self.device)  # the first step overwrites the teacher
-        self.base_step_of: str | None = None
         self.loaders = RunLoaders(recipe, self.dataset, self.device, recipe.memory.total(counts[order]))
         self.method = recipe.build_method(student.width, len(order), self.device)
         probe = recipe.build_method(student.width, len(order), self.device)
@@ -79,7 +80,9 @@ class Experiment:
         self.frozen = FrozenNetwork(student, self.loaders)
         self.rehearsal = Rehearsal(recipe, self.protocol, self.dataset, self.frozen, self.progress.say)
         self.extractor = FeatureExtractor(self.frozen.training_output, lambda p: self.dataset.train.of_class(order[p]))
-        self.results: list[StepResult] = []
+        self.parts = RunParts(
+            len(self.steps), self.trainer, self.meta, self.method, self.rehearsal, self.loaders, self.clock
+        )
         self.step = 0
 
     def run(self) -> Results:
@@ -87,11 +90,9 @@ class Experiment:
 
         Raises trainer.Stopped on SIGTERM or SIGINT, with a checkpoint written.
         """
-        self.directory.create()
         devices = [self.device] if self.device.type == "cuda" else []
         with (
-            files.locked(self.directory.path), self.interrupt, multiplying_in("fp32", self.device),
-            torch.random.fork_rng(devices),
+            self.directory.held(), self.interrupt, multiplying_in("fp32", self.device), torch.random.fork_rng(devices),
         ):  # fmt: skip
             position = self.restore()
             if position.step < len(self.steps):
@@ -101,14 +102,16 @@ class Experiment:
                     )
                 )
                 self.compile()
+                for line in messages.of_changes(self.parts.ran_before, self.parts.conditions()):
+                    self.progress.say(f"{self.directory.path}: {line}")
             for plan in self.steps[position.step :]:
                 self.run_step(plan, position if position.step == plan.step else Position(plan.step))
-                self.directory.write_results(self.recipe, self.results)
+                state = self.parts.state_dict(Position(plan.step + 1))
+                self.directory.save_step(plan.step, self.trainer.student.state_dict(), state)
+                self.directory.write_results(self.recipe, self.parts.results)
                 self.write_timings()
-                weights = self.directory.path / f"checkpoints/step_{plan.step}.pt"
-                files.save(weights, self.trainer.student.state_dict())
-                self.save(Position(plan.step + 1))  # last: only now is the step never done again
-            results = self.directory.write_results(self.recipe, self.results)
+                self.directory.save(state)  # last: only now is the step never done again
+            results = self.directory.write_results(self.recipe, self.parts.results)
             figures.draw_run(self.directory.path)
             return results
 
@@ -125,9 +128,9 @@ class Experiment:
         began = time.perf_counter()
         self.select_exemplars(plan)
         selected = time.perf_counter()
-        self.results.append(self.evaluate(plan))
+        self.parts.results.append(self.evaluate(plan))
         self.clock.set(plan.step, memory=selected - began, evaluate=time.perf_counter() - selected)
-        self.progress.say(messages.of_step(self.results[-1], self.clock.trained(plan.step)))
+        self.progress.say(messages.of_step(self.parts.results[-1], self.clock.trained(plan.step)))
 
     def open_classes(self, plan: StepPlan) -> Position:
         """Freeze the teacher and initialise the head's rows of the new classes; a base step may be another run's."""
@@ -140,7 +143,7 @@ class Experiment:
         student.load_state_dict(self.shared_base.weights)
         for line in self.shared_base.metrics:
             self.directory.append_metrics(line)
-        self.base_step_of = self.shared_base.source
+        self.parts.base_step_of = self.shared_base.source
         self.progress.say(f"base step taken from {self.shared_base.source}")
         return Position(plan.step, "memory")
 
@@ -223,47 +226,36 @@ class Experiment:
         return dataclasses.replace(result, nme_top1=result.top1) if nme else result
 
     def restore(self) -> Position:
-        """Claim the directory and take up its last checkpoint, if there is one."""
+        """Take up the latest checkpoint of the directory that can be used, and claim the directory."""
         transform = self.loaders.test.transform
         size = transform.height, transform.width
         read_by = [self.loaders.train.name, *(self.shared_base.read_by if self.shared_base else ())]
         protocol = run_directory.protocol_file(self.dataset, self.protocol, self.steps, size, read_by)
-        state = self.directory.claim(self.recipe, protocol, self.device)
+        protocol = self.directory.check(self.recipe, protocol)
+        state = self.parts.resumed(self.directory, self.device, self.progress.say)
+        self.directory.begin(self.recipe, protocol, state)
+        path = self.directory.path
         if state is None:
             if self.resume:
-                self.progress.say(f"{self.directory.path}: no checkpoint to resume from, starting from the beginning")
+                self.progress.say(f"{path}: no checkpoint to resume from, starting from the beginning")
             return Position()
-        position = Position(*state["position"])
-        self.trainer.load_state_dict(state["trainer"], self.directory.last)
-        if self.meta is not None:
-            self.meta.load_state_dict(state["meta"])
-        self.method.load_state_dict(state["method"])
-        self.loaders.overlay(state["overlay"])
-        self.rehearsal.load_state_dict(state)
-        self.base_step_of = state["base_step_of"]
-        self.results = [StepResult(**result) for result in state["results"]]
-        self.clock.load_state_dict(state["seconds"])
-        where = "finished already"
-        if position.step < len(self.steps):
-            where = messages.of_resume(position, state.get("loader", self.loaders.train.name), self.loaders.train.name)
-        self.progress.say(f"{self.directory.path}: {where}")
-        return position
+        if state.weights_sha256 is not None:  # of a finished step: last.pt cannot be used
+            self.save(state.position)
+        finished, last = state.position.step == len(self.steps), len(self.steps) - 1
+        if finished and not (path / f"checkpoints/step_{last}.pt").exists():
+            self.directory.save_step(last, self.trainer.student.state_dict(), self.parts.state_dict(state.position))
+        if self.parts.results:
+            self.directory.write_results(self.recipe, self.parts.results)
+            if not (path / "timings.json").exists():
+                self.write_timings()
+        lost = self.directory.mend(self.parts.results)
+        if lost:
+            self.progress.say(f"{path}: missing, and only training again writes them: {', '.join(lost)}")
+        self.progress.say(f"{path}: {'finished already' if finished else messages.of_resume(state.position)}")
+        return state.position
 
     def save(self, position: Position) -> None:
-        self.directory.save(
-            {
-                "position": list(position),
-                "trainer": self.trainer.state_dict(),
-                "meta": {} if self.meta is None else self.meta.state_dict(),
-                "method": self.method.state_dict(),
-                "overlay": self.loaders.pixels,
-                **self.rehearsal.state_dict(),
-                "base_step_of": self.base_step_of,
-                "loader": self.loaders.train.name,
-                "results": [dataclasses.asdict(result) for result in self.results],
-                "seconds": self.clock.state_dict(),
-            }
-        )
+        self.directory.save(self.parts.state_dict(position))
 
     def report(self, record: EpochRecord) -> None:
         """Write and show an epoch."""
@@ -284,7 +276,7 @@ class Experiment:
             self.progress.say(note)
 
     def write_timings(self) -> None:
-        run = {"base_step_of": self.base_step_of, "compiled": self.trainer.compiled}
+        run = {"base_step_of": self.parts.base_step_of, "compiled": self.trainer.compiled}
         files.write_json(self.directory.path / "timings.json", self.clock.summary() | run | versions(self.device))
 
     def close(self) -> None:

@@ -1,17 +1,18 @@
 """What a run says of itself: before it trains, after an epoch, after a step, and when it goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastil.data import Dataset
 from fastil.device import device_name, precision_note
 from fastil.evaluation import StepResult
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe
+from fastil.reporting.checkpoints import Position
 from fastil.reporting.fidelity import opening
 from fastil.reporting.run_files import read_protocol
 from fastil.training import step_plan
-from fastil.training.run_directory import Position
 from fastil.training.run_loaders import RunLoaders
 from fastil.training.step_plan import StepPlan
 from fastil.training.trainer import EpochRecord
@@ -70,13 +71,19 @@ def of_step(result: StepResult, seconds: float) -> str:
     return f"step {result.step}: {result.classes_seen} classes, top-1 {result.top1:.2f}{split}  ({seconds:.0f} s)"
 
 
-def of_resume(position: Position, before: str, now: str) -> str:
-    """Where a run goes on. before, now: the loader that read its images so far, and the one from here on."""
-    going_on = (
+def of_resume(position: Position) -> str:
+    """Where a run goes on."""
+    return (
         f"going on at step {position.step}, phase {position.phase}, epoch {position.epoch + 1}, "
         f"batch {position.batch + 1}"
     )
-    if before == now:
-        return going_on
-    # By loader=auto, on another machine.
-    return f"{going_on}; read by loader={before} so far and by {now} from here on: pixels differ a little"
+
+
+def of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that is no setting, has changed since the stop, and can change what a run computes."""
+    return [
+        f"{key}: {before[key]} before the stop and {value} from here on; the numbers may differ a little from those of "
+        "a run without a stop"
+        for key, value in now.items()
+        if key in before and before[key] != value
+    ]

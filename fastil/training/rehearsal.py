@@ -1,6 +1,6 @@
 """Which images a step trains on, holds out and keeps: new classes, exemplars of old ones, held-out exemplars."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,14 @@ class Rehearsal:
             "finetuning": self.finetuning_set.tolist(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the memory and the finetuning set of a checkpoint."""
-        self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in state["memory"].items()}
-        self.finetuning_set = np.array(state["finetuning"], dtype=np.int64)
+    def load_state_dict(self, memory: Mapping[int, Sequence[int]], finetuning: Sequence[int]) -> None:
+        """Take up memory and finetuning set of a checkpoint. Raises ValueError for ids that are no images of these
+        classes."""
+        labels = self.dataset.train.labels
+        for class_id, ids in memory.items():
+            if any(i >= len(labels) or labels[i] != class_id for i in ids):
+                raise ValueError(f"memory: ids that are no images of class {class_id}")
+        if any(i >= len(labels) for i in finetuning):
+            raise ValueError("finetuning: ids that are no images")
+        self.memory.exemplars = {c: np.array(ids, dtype=np.int64) for c, ids in memory.items()}
+        self.finetuning_set = np.array(finetuning, dtype=np.int64)

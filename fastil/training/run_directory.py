@@ -4,12 +4,14 @@ recipe.yaml, protocol.json, results.json, timings.json, metrics.jsonl, memory/, 
 figures/.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,27 +23,30 @@ from fastil.data.formats.beton import Beton
 from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.evaluation import StepResult
+from fastil.files import Damaged
 from fastil.protocol import Protocol
-from fastil.recipe import Recipe, read_effective, values_of
+from fastil.recipe import Recipe, values_of
+from fastil.recipe_file import read_effective
+from fastil.reporting.checkpoints import FORMAT, Checkpoint, read_checkpoint, sha256_of
 from fastil.reporting.fidelity import labelled
-from fastil.reporting.run_files import DescribedDataset, DescribedSplit, ProtocolFile, Results, read_protocol
+from fastil.reporting.run_files import (
+    DescribedDataset,
+    DescribedSplit,
+    ProtocolFile,
+    Results,
+    read_confusion,
+    read_predictions,
+    read_protocol,
+)
 from fastil.training.step_plan import StepPlan, names_by_step
+from fastil.training.trainer import Stopped
 
-FORMAT = 2  # of the checkpoint
+FILES = ("recipe.yaml", "protocol.json", "metrics.jsonl", "timings.json", "results.json", "lock")
 FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
 
 
-class Position(NamedTuple):
-    """Where a checkpoint resumes: phase "train" or "correct", before that batch; "memory", with all that follows."""
-
-    step: int = 0
-    phase: str = "train"
-    epoch: int = 0
-    batch: int = 0
-
-
 class RunDirectory:
-    """Paths and files of one run. Nothing is made before `create`."""
+    """Paths and files of one run. Nothing is made before `held` is entered."""
 
     def __init__(self, path: Path, resume: bool) -> None:
         empty = path.is_dir() and not any(path.iterdir())
@@ -55,24 +60,40 @@ class RunDirectory:
         self.last = path / "checkpoints/last.pt"
         self.metrics = path / "metrics.jsonl"
 
-    def create(self) -> None:
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory, and keep other processes out of it. What fails before the first checkpoint leaves nothing
+        behind of what was made here."""
+        fresh = not self.path.exists() or not any(self.path.iterdir())
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
-            for name in FOLDERS:
-                (self.path / name).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
+        with contextlib.ExitStack() as stack:
+            stack.callback(_remove_empty, made)  # which they are not where another process is at work
+            stack.enter_context(files.locked(self.path))
+            try:
+                yield
+            except Stopped:
+                raise
+            except BaseException:
+                if fresh and not self.last.exists():
+                    for name in FOLDERS:
+                        shutil.rmtree(self.path / name, ignore_errors=True)
+                    for name in FILES:
+                        (self.path / name).unlink(missing_ok=True)
+                raise
 
     def precision(self) -> Precision | None:
         """What a run that is here already computes in; None before its recipe.yaml is written."""
         path = self.path / "recipe.yaml"
         return read_effective(path).precision if path.exists() else None
 
-    def claim(self, recipe: Recipe, protocol: ProtocolFile, device: torch.device) -> dict[str, Any] | None:
-        """Write recipe.yaml and protocol.json and return the last checkpoint, if there is one.
-
-        A directory of another recipe, or of other images, is an error and stays as it was.
-        """
-        recipe_path = self.path / "recipe.yaml"
+    def check(self, recipe: Recipe, protocol: ProtocolFile) -> ProtocolFile:
+        """Raise UserError for the directory of another recipe, or of other images. Returns what its protocol.json is to
+        say from now on."""
+        recipe_path, checkpoints = self.path / "recipe.yaml", self.checkpoints()
         if recipe_path.exists():
             old, new = read_effective(recipe_path, recipe.code).identity(), recipe.identity()
             if old["method"] != new["method"]:  # which keys of methods are read differs by that alone
@@ -84,34 +105,84 @@ class RunDirectory:
                     f"{self.path}: a run of another recipe ({'; '.join(changed)}); repeat its settings or choose "
                     f"another --out"
                 )
-        elif self.last.exists():
+        elif checkpoints:
             raise UserError(f"{recipe_path}: missing, so the run cannot be told; choose another --out")
-        if self.last.exists():
-            before = read_protocol(self.path)
-            _check_images(self.path, before, protocol)
-            if before.dataset.read_by:
-                read_by = sorted({*before.dataset.read_by, *protocol.dataset.read_by})
-                dataset = protocol.dataset.model_copy(update={"read_by": read_by})
-                protocol = protocol.model_copy(update={"dataset": dataset})
-        state = files.load(self.last, device) if self.last.exists() else None
-        if state is not None and state.get("format") != FORMAT:
-            raise UserError(
-                f"{self.last}: written by another version of fastil; choose another --out, or go on with it"
-            )
-        length = 0 if state is None else state["metrics_bytes"]
-        if length and (not self.metrics.exists() or self.metrics.stat().st_size < length):
-            raise UserError(f"{self.metrics}: shorter than the checkpoint says; choose another --out")
-        files.write_text(recipe_path, labelled(recipe, protocol).dump())
+        if not checkpoints:
+            return protocol
+        before = read_protocol(self.path)
+        _check_images(self.path, before, protocol)
+        if not before.dataset.read_by:
+            return protocol
+        read_by = sorted({*before.dataset.read_by, *protocol.dataset.read_by})
+        return protocol.model_copy(update={"dataset": protocol.dataset.model_copy(update={"read_by": read_by})})
+
+    def checkpoints(self) -> list[Path]:
+        """Where a resume can go on, the latest first: last.pt, and the state_K.pt of finished steps."""
+        steps = {
+            int(path.stem.removeprefix("state_")): path
+            for path in self.last.parent.glob("state_*.pt")
+            if path.stem.removeprefix("state_").isdecimal()
+        }
+        return [path for path in (self.last, *(steps[step] for step in sorted(steps, reverse=True))) if path.exists()]
+
+    def read(self, path: Path, device: torch.device) -> Checkpoint:
+        """One of them. Raises Damaged where it cannot be used, so that the one before it is needed."""
+        state = read_checkpoint(path, device, self.advice())
+        if state.metrics_bytes and self._metrics_bytes() < state.metrics_bytes:
+            raise Damaged(self.metrics, f"shorter than {path.name} says", self.advice())
+        return state
+
+    def advice(self) -> str:
+        """What to do where no checkpoint can be used."""
+        base = (self.path / "checkpoints/step_0.pt").exists()
+        return "choose another --out" + (f", where --base {self.path} takes over the base step" if base else "")
+
+    def begin(self, recipe: Recipe, protocol: ProtocolFile, state: Checkpoint | None) -> None:
+        """Write recipe.yaml and protocol.json, and cut metrics.jsonl back to where the run goes on."""
+        try:
+            for name in FOLDERS:
+                (self.path / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
+        files.write_text(self.path / "recipe.yaml", labelled(recipe, protocol).dump())
         files.write_json(self.path / "protocol.json", protocol.model_dump(exclude_unset=True))
         with files.written(self.metrics), open(self.metrics, "ab") as file:
-            file.truncate(length)
-        return state
+            file.truncate(0 if state is None else state.metrics_bytes)
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint; it remembers how long metrics.jsonl was, once that much of it is on the disk."""
+        files.save(self.last, self._dated(state))
+
+    def save_step(self, step: int, weights: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write the network after a step, and beside it what a resume would need if last.pt were damaged."""
+        path = self.last.with_name(f"step_{step}.pt")
+        files.save(path, weights)
+        state = {key: value for key, value in state.items() if key != "trainer"} | {"weights_sha256": sha256_of(path)}
+        files.save(path.with_name(f"state_{step}.pt"), self._dated(state))
+
+    def _dated(self, state: dict[str, Any]) -> dict[str, Any]:
         with files.written(self.metrics), open(self.metrics, "ab") as file:
             os.fsync(file.fileno())
-        files.save(self.last, state | {"format": FORMAT, "metrics_bytes": self.metrics.stat().st_size})
+        return state | {"format": FORMAT, "metrics_bytes": self._metrics_bytes()}
+
+    def _metrics_bytes(self) -> int:
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
+
+    def mend(self, results: Sequence[StepResult]) -> list[str]:
+        """Write a confusion matrix that is missing or damaged again. Returns the files of finished steps that are
+        missing and cannot be written again."""
+        missing = []
+        for step, classes in ((result.step, result.classes_seen) for result in results):
+            try:
+                read_confusion(self.path, step, classes)
+            except UserError:
+                with contextlib.suppress(UserError):
+                    true, predicted = read_predictions(self.path, step, classes).astype(np.int64).T
+                    cells = np.bincount(true * classes + predicted, minlength=classes**2)
+                    self.write_confusion(step, cells.reshape(classes, classes))
+            names = (f"memory/step_{step}.json", f"confusion/step_{step}.npy", f"predictions/step_{step}.npy")
+            missing += [n for n in (*names, f"checkpoints/step_{step}.pt") if not (self.path / n).exists()]
+        return missing
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         with files.written(self.metrics), open(self.metrics, "a") as file:
@@ -148,6 +219,13 @@ class RunDirectory:
         )
         files.write_json(self.path / "results.json", results.model_dump())
         return results
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """The innermost first, up to one that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _check_images(run: Path, before: ProtocolFile, now: ProtocolFile) -> None:

@@ -2,12 +2,13 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastil.device import keep_freed_memory
 from fastil.errors import UserError
-from fastil.recipe import Recipe, load
+from fastil.recipe_file import load, run_named
 from fastil.reporting.runs import PathLike, Run
 from fastil.training.experiment import Experiment
 from fastil.training.trainer import Stopped
@@ -36,17 +37,18 @@ def run(
 ) -> Run:
     """Train one recipe and return the run: what `fastil run` does, from Python.
 
-    recipe: a name (`fastil recipes` lists them) or the path of a YAML file. data: the data set. out: the run directory,
-    by default runs/RECIPE-sSEED. base: a run to take the base step from. settings: keys of the recipe, such as
-    `epochs=30`; `method` may be a subclass of `fastil.Method` and `model` a function that returns a backbone.
+    recipe: a name (`fastil recipes` lists them), the path of a YAML file, or a run directory, whose settings are taken.
+    data: the data set. out: the run directory, by default runs/RECIPE-sSEED. base: a run to take the base step from.
+    settings: keys of the recipe, such as `epochs=30`; `method` may be a subclass of `fastil.Method` and `model` a
+    function that returns a backbone.
 
     Raises fastil.UserError for a mistake, in one line; KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint
     written, from which `resume=True` goes on.
     """
     settings = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in settings.items()}
     try:
-        loaded = load(os.fspath(recipe), settings, data=None if data is None else os.fspath(data))
-        return train(loaded, out, resume, base)
+        data = None if data is None else os.fspath(data)
+        return train(os.fspath(recipe), settings, out, resume, base, data=data)
     except UserError as error:
         raise UserError(_in_python(str(error))) from error
     except Interrupted as error:
@@ -54,8 +56,19 @@ def run(
         raise
 
 
-def train(recipe: Recipe, out: PathLike | None = None, resume: bool = False, base: PathLike | None = None) -> Run:
-    """Train a recipe. Raises Interrupted after a signal, also where it came too late to stop anything."""
+def train(
+    name: str,
+    settings: Iterable[str] | dict[str, Any] = (),
+    out: PathLike | None = None,
+    resume: bool = False,
+    base: PathLike | None = None,
+    **paths: str | None,
+) -> Run:
+    """Train a recipe, or with `resume` go on with it where a run directory stands in its place. settings, paths: as
+    `load` has them. Raises Interrupted after a signal, also where it came too late to stop anything."""
+    recipe = load(name, settings, **paths)
+    if out is None and resume:
+        out = run_named(name)
     path = Path("runs") / f"{recipe.name}-s{recipe.train.seed}" if out is None else Path(out)
     keep_freed_memory()
     experiment = Experiment(recipe, path, resume, None if base is None else Path(base))

@@ -23,6 +23,7 @@ from fastil.methods.meta import UpdateContext
 from fastil.models import ExternalBackbone, Folded, Network, Output
 from fastil.optimiser import TrainConfig, Update
 from fastil.plan import EpochPlan, drawn_ahead, num_batches
+from fastil.reporting.checkpoints import TrainerState
 from fastil.training.captured import CapturedStep, has_streams, side_stream
 from fastil.training.compiling import compile_network
 from fastil.training.phase import BeforeUpdate, Phase
@@ -276,15 +277,19 @@ class Trainer:
             "momentum": self.momentum | {name: update.buffers for name, update in self.updates.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Take up a checkpoint. path: its file, for a message. Raises UserError if its weights do not fit."""
-        files.load_weights(self.student, state["student"], path)
-        files.load_weights(self.teacher, state["teacher"], path)
+    def load_state_dict(self, state: TrainerState, path: Path, fix: str) -> None:
+        """Take up a checkpoint. path, fix: of the weights, for a message. Raises Damaged, or ValueError where the rest
+        does not fit."""
+        files.load_weights(self.student, state.student, path, fix)
+        files.load_weights(self.teacher, state.teacher, path, fix)
         self.folded_teacher.refresh()
-        for part, saved in zip(self.meter, state["meter"], strict=True):
+        self.forget_epoch()
+        for part, saved in zip(self.meter, state.meter, strict=True) if state.meter else ():
+            if part.shape != saved.shape:
+                raise ValueError(f"meter: {[*saved.shape]} in the place of {[*part.shape]}")
             part.copy_(saved)
-        self.images, self.seconds, self.waited = state["clock"]
-        self.updates, self.momentum = {}, dict(state["momentum"])
+        self.images, self.seconds, self.waited = state.clock
+        self.updates, self.momentum = {}, dict(state.momentum)
 
 
 def seed_torch(*place: int | str) -> None:

@@ -10,7 +10,7 @@ from fastil.errors import UserError
 from fastil.methods import LossConfig, Meter, MethodConfig, StepContext
 from fastil.methods.il_baseline import ILBaseline
 from fastil.models import Output
-from fastil.recipe import load
+from fastil.recipe_file import load
 
 W, NUM_OLD, NUM_SEEN = 16, 5, 11
 COUNTS = np.array([3, 7, 2, 9, 4, 50, 41, 60, 13, 22, 38] + [0] * (W - NUM_SEEN))

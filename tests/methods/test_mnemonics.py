@@ -19,7 +19,7 @@ from fastil.methods import FeatureExtractor, MemoryContext
 from fastil.methods.mnemonics import Exemplars
 from fastil.models import Output
 from fastil.models.heads import CosineHead
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.training.experiment import Experiment
 from fastil.training.trainer import Stopped
 

@@ -31,7 +31,7 @@ from fastil.models import ModelConfig, Output, build_network
 from fastil.models.heads import CosineHead, LinearHead
 from fastil.nearest_mean import class_means, nearest_mean_scores
 from fastil.optimiser import TrainConfig
-from fastil.recipe import load
+from fastil.recipe_file import load
 
 B, D, NEW, W = 12, 7, SEEN - OLD, 16
 OF_NEW = OLD + torch.arange(B) % NEW

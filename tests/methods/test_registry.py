@@ -13,7 +13,7 @@ from conftest import TINY, assert_user_error
 from fastil.errors import UserError
 from fastil.methods import METHODS, LossConfig, Method, MethodConfig, StepContext, find, installed, register
 from fastil.models import ModelConfig, build_network
-from fastil.recipe import load, read_effective
+from fastil.recipe_file import load, read_effective
 from fastil.training.base_step import base_identity
 
 MINE = '''

@@ -15,7 +15,7 @@ from fastil import files, losses
 from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.methods.bic import BiC
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.training.base_step import base_identity
 from fastil.training.experiment import Experiment
 from fastil.training.rehearsal import Rehearsal

@@ -13,7 +13,7 @@ from torch import nn
 import fastil
 from fastil.errors import UserError
 from fastil.models import Folded, ModelConfig, build_network
-from fastil.recipe import load, read_effective
+from fastil.recipe_file import load, read_effective
 from fastil.training.estimate import plan_text
 from fastil.training.experiment import Experiment
 from fastil.training.trainer import Trainer

@@ -19,7 +19,7 @@ from fastil.data.formats.detect import open_source
 from fastil.data.formats.identity import Identity
 from fastil.data.formats.records import canonical
 from fastil.evaluation import StepResult
-from fastil.recipe import load, read_effective
+from fastil.recipe_file import load, read_effective
 from fastil.reporting import report
 from fastil.reporting.fidelity import labelled, opening
 from fastil.reporting.rows import rows
@@ -309,7 +309,7 @@ def test_no_published_number_stands_anywhere_near_a_modified_run(first, tmp_path
     assert LABEL in printed
     written = yaml.safe_load((first / "recipe.yaml").read_text())
     assert (written["published"], written["fidelity"]) == (None, LABEL)
-    text = report.write_report([first], tmp_path / "report", as_html=True)
+    text, _ = report.write_report([first], tmp_path / "report", as_html=True)
     assert LABEL in text
     page = (tmp_path / "report/report.html").read_text()
     assert LABEL in page

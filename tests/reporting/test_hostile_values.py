@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fastil import cli
 from fastil.errors import UserError
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.reporting.html import page
 from fastil.reporting.report import write_report
 from fastil.reporting.runs import Run, group_runs
@@ -179,7 +179,7 @@ def shown(path, benign):
     try:
         groups = group_runs([Run(path)])
         document = page(groups, ["a note"])
-        text = write_report([path], None, False)
+        text, _ = write_report([path], None, False)
     except UserError as error:
         refused = str(error)
     assert not commands(refused.replace("\n", "\r"))  # and it is one line

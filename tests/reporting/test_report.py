@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from fastil.errors import UserError
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.reporting.report import LONGEST, write_report
 
 SEEN = (5, 6, 7, 8, 9, 10)
@@ -38,10 +38,10 @@ def make_run(folder, top1, *settings, images="8194c2aa"):
 
 def test_a_run_that_is_given_twice_is_used_once(tmp_path):
     run = make_run(tmp_path / "a", 50.0, "loss=softmax")
-    once = write_report([run], None, False)
+    once = write_report([run], None, False)[0]
     shutil.copytree(run, tmp_path / "copy")
     (tmp_path / "link").symlink_to(run)
-    text = write_report([run, tmp_path / "link", tmp_path / "copy"], None, False)
+    text = write_report([run, tmp_path / "link", tmp_path / "copy"], None, False)[0]
     assert text.startswith(once)
     assert f"{tmp_path}/link: given twice, used once" in text
     assert f"{tmp_path}/copy: the same run as {run}, used once" in text
@@ -59,13 +59,13 @@ def test_a_difference_of_one_seed_has_no_deviation(tmp_path):
         for loss, top1 in (("softmax", 40.0), ("balanced", 60.0))
         for seed in (0, 1)
     ]
-    text = write_report(runs[::2], None, False)
+    text = write_report(runs[::2], None, False)[0]
     assert (
         "Top-1 in percent over all classes seen; one seed each, so no deviation. All runs were trained in fp32." in text
     )
     assert "digits, balanced minus digits, softmax: +20.00 points with the same seed (one seed, no deviation)" in text
     assert "±" not in text
-    text = write_report(runs, None, False)
+    text = write_report(runs, None, False)[0]
     assert "mean ± standard deviation over seeds" in text
     assert "digits, balanced minus digits, softmax: +20.00 ± 0.00 points on average, paired over seeds" in text
 
@@ -73,7 +73,7 @@ def test_a_difference_of_one_seed_has_no_deviation(tmp_path):
 def test_a_long_label_is_cut_and_told_whole_below_the_table(tmp_path):
     many = ["epochs=3", "base_epochs=4", "lr=0.01", "momentum=0.8", "exemplars_per_class=9", "temperature=3", "pad=2"]
     runs = [make_run(tmp_path / "plain", 50.0), make_run(tmp_path / "many", 60.0, *many)]
-    text = write_report(runs, None, False)
+    text = write_report(runs, None, False)[0]
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert max(len(line.split("|")[1].strip()) for line in table) <= LONGEST + len(", … [1]")
     assert table[-1].split("|")[1].strip().endswith(", … [1]")
@@ -84,7 +84,7 @@ def test_a_long_label_is_cut_and_told_whole_below_the_table(tmp_path):
 
 def test_the_hash_in_a_label_is_explained(tmp_path):
     runs = [make_run(tmp_path / "a", 50.0), make_run(tmp_path / "b", 60.0, images="beef0011")]
-    text = write_report(runs, None, False)
+    text = write_report(runs, None, False)[0]
     assert "images=digits (sha256 8194c2)" in text
     assert "first six digits of the sha256 of its training images" in text
-    assert "sha256" not in write_report(runs[:1], None, False)
+    assert "sha256" not in write_report(runs[:1], None, False)[0]

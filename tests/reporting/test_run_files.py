@@ -131,7 +131,7 @@ def test_damage_of_any_kind_is_named(tmp_path, name, damage):
 def test_a_file_that_is_not_there_or_a_folder_is_named(tmp_path, name):
     assert "missing" in complaint(tmp_path, name)
     (tmp_path / name).mkdir()
-    assert "cannot be read (Is a directory)" in complaint(tmp_path, name)
+    assert "cannot be read (not a file)" in complaint(tmp_path, name)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SOAK
 from sklearn.datasets import load_digits
 
-from fastil import device, recipe
+from fastil import device, recipe_file
 from fastil.cli import main
 from fastil.errors import UserError
 from fastil.protocol import class_order
@@ -405,11 +405,11 @@ def test_every_run_that_a_dry_run_prints_is_a_name_for_only(tmp_path):
 def test_every_row_of_the_tables_is_a_recipe(name, scale):
     table = tables.table_of(tables.read_tables(), name, scale)
     for entry in table.entries:
-        loaded = recipe.load(entry.recipe, entry.overrides)
+        loaded = recipe_file.load(entry.recipe, entry.overrides)
         assert f"{entry.steps} x" in loaded.description
         if entry.against is not None:
             reference = next(e for e in table.entries if (e.row, e.steps) == (entry.against, entry.steps))
-            other = recipe.load(reference.recipe, reference.overrides)
+            other = recipe_file.load(reference.recipe, reference.overrides)
             assert other.memory == loaded.memory
             assert other.train == loaded.train
 

@@ -12,7 +12,7 @@ import torch
 from conftest import make_folder
 from test_reproduce import CONTENT
 
-from fastil import recipe
+from fastil import recipe_file
 from fastil.cli import main
 from fastil.data import Dataset, Split
 from fastil.reproduce import preview, scheduler, tables, worklist
@@ -27,7 +27,7 @@ TABLES = ["table1", "table2", "table3", "table4"]
 def pairs(name):
     """The lines of a table at the short scale, beside those at the paper's, with their recipes."""
     short, paper = (tables.table_of(tables.read_tables(), name, scale).entries for scale in ("short", "paper"))
-    loaded = [[recipe.load(entry.recipe, entry.overrides) for entry in entries] for entries in (short, paper)]
+    loaded = [[recipe_file.load(entry.recipe, entry.overrides) for entry in entries] for entries in (short, paper)]
     return list(zip(short, paper, *loaded, strict=True))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fastil import recipe
+from fastil import recipe_file
 from fastil.data import published
 from fastil.errors import UserError
 from fastil.reproduce import table_figures, table_text, tables
@@ -62,7 +62,7 @@ def make_run(out, row, seed, skill, steps=6, images="a", settings=()):
     for name in ("predictions", "checkpoints"):
         (folder / name).mkdir(parents=True)
     overrides = [f"{key}={value}" for key, value in CONTENT["rows"][row].items()]
-    (folder / "recipe.yaml").write_text(recipe.load("digits", [*overrides, f"seed={seed}", *settings]).dump())
+    (folder / "recipe.yaml").write_text(recipe_file.load("digits", [*overrides, f"seed={seed}", *settings]).dump())
     random = np.random.default_rng([seed, int(1000 * skill)])
     results = []
     for step in range(steps):
@@ -235,7 +235,7 @@ def test_damaged_predictions_are_named(tmp_path):
     make_run(tmp_path, "softmax", 0, 0.4)
     make_run(tmp_path, "balanced", 0, 0.6)
     (tmp_path / "digits/balanced-s0/predictions/step_3.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(UserError, match=r"balanced-s0/predictions: missing or damaged"):
+    with pytest.raises(UserError, match=r"balanced-s0/predictions/step_3\.npy: damaged"):
         written(tmp_path)
 
 

@@ -13,7 +13,7 @@ from fastil.data.formats.detect import open_source
 from fastil.data.published import table
 from fastil.errors import UserError
 from fastil.protocol import build_protocol, imagenet_subset
-from fastil.recipe import load as load_recipe
+from fastil.recipe_file import load as load_recipe
 
 # Classes
 

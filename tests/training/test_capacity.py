@@ -5,7 +5,7 @@ import torch
 
 from fastil.errors import UserError
 from fastil.models import build_network
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.training import capacity, estimate
 from fastil.training.compiling import cost_per_image
 from fastil.training.experiment import Experiment

@@ -20,7 +20,7 @@ from conftest import SOAK, TINY, assert_user_error, environment, make_folder
 
 from fastil import files
 from fastil.errors import UserError
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.training.experiment import Experiment
 
 SETTINGS = [
@@ -174,7 +174,10 @@ def test_a_damaged_checkpoint_is_named(fastil, tmp_path, undisturbed):
     shutil.copytree(undisturbed, tmp_path / "run")
     last = tmp_path / "run/checkpoints/last.pt"
     last.write_bytes(last.read_bytes()[:1000])
-    assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), "last.pt", "remove it")
+    for step in range(STEPS):  # else the run goes on from there
+        (last.parent / f"state_{step}.pt").unlink()
+    words = "last.pt: not a whole checkpoint", "choose another --out, where --base run takes over the base step"
+    assert_user_error(fastil("run", *SETTINGS, "--out", "run", "--resume"), *words)
 
 
 def test_resume_never_takes_over_a_folder_that_is_no_run(fastil, tmp_path):

@@ -11,7 +11,7 @@ from fastil.data import DataConfig, load_dataset, make_loader
 from fastil.data.transforms import transforms
 from fastil.models import build_network
 from fastil.plan import sequential_plan
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.reporting.rows import paired_gain
 from fastil.reporting.runs import Run, group_runs
 from fastil.training.experiment import Experiment

@@ -12,7 +12,7 @@ from conftest import assert_user_error, make_folder
 from fastil.data import DataConfig, load_dataset
 from fastil.errors import UserError
 from fastil.nearest_mean import class_means, nearest_mean_scores
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.reporting.figures import draw_run
 from fastil.training.experiment import Experiment
 from fastil.training.trainer import Stopped
@@ -298,7 +298,7 @@ def test_a_damaged_run_gives_no_base_step_and_leaves_nothing_behind(folder, own_
         (own_donor / "protocol.json").write_text("{}")
     else:
         (own_donor / "checkpoints/step_0.pt").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"--base .*donor: give another run, or leave --base out"):
+    with pytest.raises(UserError, match=r"give another --base, or leave it out$"):
         Experiment(recipe, tmp_path / "new", resume=False, base_run=own_donor)
     assert not (tmp_path / "new").exists()
 
@@ -318,7 +318,7 @@ def test_a_base_step_that_would_be_another_is_refused(folder, donor, tmp_path, m
     assert_user_error(fastil(*common, "order=[3,2,1,0]"), "order is")
     other = make_folder(tmp_path / "images", classes=4, train=11)
     assert_user_error(fastil("run", "folder", *SMALL, "--data", other, *common[-4:]), "other images or base classes")
-    assert_user_error(fastil(*common[:-3], tmp_path, *common[-2:]), "missing or damaged")
+    assert_user_error(fastil(*common[:-3], tmp_path, *common[-2:]), "recipe.yaml: missing")
     digits = ["run", "digits", *QUICK, "loss=softmax", "--base", meta, "--out", tmp_path / "new"]
     assert_user_error(fastil(*digits), "unequal numbers of images", "leave --base out")
     assert not (tmp_path / "new").exists()

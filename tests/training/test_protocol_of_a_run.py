@@ -7,8 +7,8 @@ import pytest
 import yaml
 from conftest import TINY, assert_user_error, make_folder
 
-from fastil import recipe
-from fastil.recipe import load
+from fastil import recipe_file
+from fastil.recipe_file import load
 from fastil.reproduce import tables
 from fastil.training.experiment import Experiment
 
@@ -73,7 +73,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_same_meaning(tmp_path, capsy
     run = tmp_path / "run"
     Experiment(load("digits", settings), run, resume=False).run()
     results, protocol = (run / "results.json").read_bytes(), json.loads((run / "protocol.json").read_text())
-    written = recipe.read_effective(run / "recipe.yaml")
+    written = recipe_file.read_effective(run / "recipe.yaml")
     keys = {"recipe": written.name, "description": written.description, "published": None, "fidelity": "x"}
     (run / "recipe.yaml").write_text(yaml.safe_dump(keys | written.keys(), sort_keys=False))
     assert "1.0e-05" in (run / "recipe.yaml").read_text()
@@ -83,7 +83,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_same_meaning(tmp_path, capsy
     assert "finished already" in capsys.readouterr().out
     assert (run / "results.json").read_bytes() == results
     assert json.loads((run / "protocol.json").read_text())["class_names_by_step"] == names
-    assert recipe.read_effective(run / "recipe.yaml").keys() == written.keys()
+    assert recipe_file.read_effective(run / "recipe.yaml").keys() == written.keys()
 
 
 def test_a_row_of_a_table_may_have_a_list_of_increments():

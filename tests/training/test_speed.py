@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastil.recipe import load
+from fastil.recipe_file import load
 from fastil.text import duration
 from fastil.training import estimate, speed
 from fastil.training.speed import FEWEST, LONGEST, MOST, Rates, Speeds, Timed, steady

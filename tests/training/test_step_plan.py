@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fastil import recipe as recipes
+from fastil import recipe_file as recipes
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.protocol import Protocol, class_order

@@ -13,7 +13,7 @@ from fastil.data.formats.beton import Beton
 from fastil.data.loaders.choose import check_resident
 from fastil.data.loaders.streaming import Streaming
 from fastil.errors import UserError
-from fastil.recipe import load, read_effective
+from fastil.recipe_file import load, read_effective
 from fastil.reporting.run_files import read_protocol
 from fastil.reporting.runs import Run
 from fastil.tools.convert import convert, options_of
@@ -165,7 +165,9 @@ def test_a_run_tells_every_loader_that_has_read_its_images_over_resumes(file, tm
     recipe = load("imagenet_balanced_5", [f"data={file}", *SETTINGS, *short])
     elsewhere = before.model_copy(update={"dataset": before.dataset.model_copy(update={"read_by": ["dali"]})})
     for now in (elsewhere, before):  # there, and back again
-        RunDirectory(out, resume=True).claim(recipe, now, torch.device("cpu"))
+        directory = RunDirectory(out, resume=True)
+        state = directory.read(directory.last, torch.device("cpu"))
+        directory.begin(recipe, directory.check(recipe, now), state)
         assert read_protocol(out).dataset.read_by == ["dali", "threads"]
         assert "loader=dali" in read_effective(out / "recipe.yaml").fidelity
     counts = np.bincount(Beton(file).labels).tolist()

@@ -1,0 +1,245 @@
+"""Recipe files, and the recipe.yaml of a run directory.
+
+A recipe is a YAML file of keys with a `base:` parent, `description`, `published` (average incremental accuracy in
+percent) and `fidelity`. Every key of every part is set at the top level, in the file or as KEY=VALUE.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastil import outside, settings
+from fastil.device import Precision
+from fastil.errors import UserError
+from fastil.files import Damaged
+from fastil.methods import BUILT_IN, MethodConfig, check_parts, configs_of, find, installed, name_of
+from fastil.models import ModelConfig, find_factory
+from fastil.recipe import PARTS, About, Keys, Recipe, method_of, values_of
+from fastil.settings import shown
+
+DEEPEST = 10  # parents of a recipe
+EFFECTIVE = "recipe.yaml"  # in a run directory
+
+
+def names() -> list[str]:
+    """Recipes that come with fastil."""
+    return sorted(
+        f.name.removesuffix(".yaml")
+        for f in resources.files("fastil.recipes").iterdir()
+        if f.name.endswith(".yaml") and f.name != "tables.yaml"
+    )
+
+
+def shipped(name: str) -> Recipe | None:
+    """The recipe of this name that comes with fastil. A name out of a run directory may be anything, also the path of a
+    file that names code: that is not read."""
+    return load(name) if name in names() else None
+
+
+def differences(recipe: Recipe) -> dict[str, Any] | None:
+    """The settings in which a recipe differs from fastil's own of this name. None: no such recipe comes with it."""
+    before = shipped(recipe.name)
+    return None if before is None else recipe.differences(before)
+
+
+def run_named(name: str) -> Path | None:
+    """The run directory that stands in the place of a recipe: by its path, or by that of its recipe.yaml."""
+    path = Path(name)
+    try:
+        folder = path if name and path.is_dir() else path.parent if path.name == EFFECTIVE else None
+        parts = ("protocol.json", "lock") if folder != path else ("protocol.json", "lock", EFFECTIVE)
+        is_run = folder is not None and name not in names() and any((folder / part).exists() for part in parts)
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+    return folder if is_run else None
+
+
+def load(name: str, overrides: Iterable[str] | Keys = (), **paths: str | None) -> Recipe:
+    """A recipe by name, by the path of a YAML file, or by a run directory, with KEY=VALUE overrides, or a dictionary of
+    them; paths: the keys `data` and `val`. What `method` and `model` name outside the package is imported, unless only
+    a run directory names it; a dictionary may hold the class and the function themselves."""
+    if isinstance(overrides, dict):
+        given = {key: settings.from_python(value) for key, value in overrides.items()}
+    else:
+        given = dict(map(settings.parse_override, overrides))
+    run = run_named(name)
+    stem, values = Path(name).stem, _read(name) if run is None else {}
+    if run is not None or "recipe" in values:  # only the recipe.yaml of a run, or a copy of it, says what it is of
+        stem, values = _of_run(Path(name) if run is None else run / EFFECTIVE, given)
+    values |= given | {key: path for key, path in paths.items() if path is not None}
+    method = values.get("method", MethodConfig.method)
+    procedure = find(method)
+    values["method"] = name_of(procedure) if isinstance(method, type) else method
+    given_model, factory = find_factory(values.get("model", ModelConfig.model))
+    values["model"] = given_model
+    outer: dict[str, Any] = {"method": procedure} if values["method"] not in BUILT_IN else {}
+    outer |= {} if factory is None else {"model": factory}
+    code = {values[key]: thing for key, thing in outer.items()}
+    sources = {key: outside.source_hash(thing) for key, thing in outer.items()}
+    keys = _parts_of(PARTS | configs_of(values["method"], procedure))
+    for key in given:
+        _known(key, keys)
+    recipe = _build(stem, values, code, sources)
+    try:
+        if recipe.method.method not in BUILT_IN:
+            recipe.dump()
+    except yaml.YAMLError as error:
+        raise UserError(f"method={recipe.method.method}: a key cannot be written as YAML: {error.args[0]}") from None
+    for key, value in given.items():
+        reader = recipe.reader(key)
+        if reader:
+            raise UserError(f"{key}={shown(value)}: nothing reads it here; set {reader} as well, or leave it out")
+    return recipe
+
+
+def read_effective(path: Path, code: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe.yaml of a run directory. code: from outside, for what the recipe calls it; nothing is imported."""
+    name, values, sources = _effective(path)
+    with contextlib.suppress(UserError):  # it must stay readable without what is broken
+        installed(str(values.get("method")))
+    try:
+        return _build(name, values, code or {}, sources)
+    except UserError as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _effective(path: Path) -> tuple[str, Keys, dict[str, str]]:
+    """The name, the keys and the hashes of code that a recipe.yaml holds."""
+    try:
+        text = _file_text(path)
+        values = settings.parse_mapping(text, path.name)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; give a run directory of fastil, or the name of a recipe") from None
+    except (OSError, ValueError) as error:  # ValueError: UserError and UnicodeDecodeError, too
+        raise _damaged(path, getattr(error, "strerror", None) or str(error)) from None
+    name = values.pop("recipe", None)
+    if not isinstance(name, str):
+        raise _damaged(path, "recipe: must be text, the name of the recipe" if name is not None else "no key recipe")
+    missing = [key for key in ("precision", "device", "checkpoint_every") if key not in values]
+    if missing or not text.endswith("\n"):  # defaults must not fill it up
+        raise _damaged(path, f"cut off{f', no key {missing[0]}' if missing else ''}")
+    if values["precision"] == "auto":  # older ones, from before it was settled when a run starts
+        values["precision"] = _older_auto(path.parent, str(values["device"]))
+    sources = {key: values.pop(f"{key}_source", None) for key in ("method", "model")}
+    return name, values, {key: str(value) for key, value in sources.items() if value is not None}
+
+
+def _of_run(path: Path, given: Keys) -> tuple[str, Keys]:
+    """The name and the keys of a run that is trained again, or goes on. Raises UserError for code that it names and
+    the command does not: it would be imported."""
+    name, values, _ = _effective(path)
+    if name != Path(name).name or not name.isprintable():  # a folder is called so
+        raise _damaged(path, "recipe: no name of a recipe")
+    method, model = (str(values.get(key)) for key in ("method", "model"))
+    for key, value, unknown in (("method", method, ":" in method), ("model", model, ":" in model)):
+        if unknown and key not in given:
+            raise UserError(
+                f"{path}: names code ({key}={shown(value)}), which is imported only where the command names it; "
+                f"read that code, and add {key}={shown(value)}"
+            )
+    return name, values
+
+
+def _damaged(path: Path, reason: str) -> Damaged:
+    return Damaged(path, f"damaged ({reason})", "is this the recipe.yaml of a run? Take it from a copy of the run")
+
+
+def _older_auto(run: Path, device: str) -> Precision:
+    """What precision=auto meant before it was stored: bf16 on CUDA. Where device=auto took a run, its timings.json
+    tells once a step is done."""
+    if device != "auto":
+        return "bf16" if device.startswith("cuda") else "fp32"
+    try:
+        name = json.loads((run / "timings.json").read_bytes())["machine"]["device"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "fp32"
+    return "fp32" if str(name).startswith("CPU") else "bf16"
+
+
+def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The keys of a recipe file over those of its parents."""
+    if name in children:
+        raise UserError(f"{name}: is its own parent; change a base")
+    if len(children) > DEEPEST:
+        raise UserError(f"{children[0]}: has more than {DEEPEST} parents, {shown(name)} among them; change a base")
+    values = settings.parse_mapping(_text_of(name), name)
+    for key, kinds in (("base", (".yaml", ".yml")), ("method", (".py",)), ("model", (".py",))):
+        place, colon, attribute = str(values.get(key)).partition(":")
+        if place.endswith(kinds) and name not in names():  # a path, from the folder of this file
+            values[key] = f"{Path(name).parent / place}{colon}{attribute}"
+    parent = values.pop("base", None)
+    if parent is None:
+        return values
+    # What was published belongs to the very recipe that says so, not to those that derive from it.
+    parent = str(parent)
+    return {key: value for key, value in _read(parent, (*children, name)).items() if key != "published"} | values
+
+
+def _text_of(name: str) -> str:
+    """A recipe that comes with fastil, or a file of the user's own."""
+    if name in names():
+        return resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
+    if not name.endswith((".yaml", ".yml")):
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "fastil recipes lists them"
+        raise UserError(f"unknown recipe {shown(name)}: {hint}")
+    try:
+        return _file_text(Path(name))
+    except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(
+            f"{shown(name)}: {reason}; give a recipe's name (fastil recipes lists them) or a YAML file"
+        ) from None
+
+
+def _file_text(path: Path) -> str:
+    """As much of a text file as a recipe may be long."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+        raise OSError(None, "not a file")
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read(settings.MOST_TEXT + 1)
+
+
+def _parts_of(configs: Mapping[str, type]) -> dict[str, str]:
+    """The part that each key belongs to. UserError where a method from outside has a key that is taken."""
+    heads = ("recipe", "description", "published", "fidelity", "base", "method_source", "model_source")
+    parts = dict.fromkeys(heads, "")
+    for part, config in configs.items():
+        for field in dataclasses.fields(config):
+            if parts.setdefault(field.name, part) != part:
+                raise UserError(f"method={part}: its key {field.name} is taken; rename it in {config.__name__}")
+    return {key: part for key, part in parts.items() if part}
+
+
+def _known(key: str, keys: Mapping[str, str]) -> str:
+    if key in keys:
+        return key
+    near = [k for k in keys if k.startswith(key)] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(sorted(keys))}"
+    raise UserError(f"unknown key {shown(key)}: {hint}")
+
+
+def _build(name: str, values: Keys, code: Mapping[str, Any], sources: Mapping[str, str | None]) -> Recipe:
+    """code: what of it is loaded; without the method's, unknown keys may be its own."""
+    about = settings.build(About, {key: values.pop(key) for key in values_of(About()) if key in values})
+    method = str(values.get("method", MethodConfig.method))
+    procedure = method_of(method, code)
+    configs = PARTS | configs_of(method, procedure)
+    keys = _parts_of(configs)
+    unknown = {key: values.pop(key) for key in list(values) if procedure is None and key not in keys}
+    parts: dict[str, Keys] = {part: {} for part in configs}
+    for key, value in values.items():
+        parts[keys[_known(key, keys)]][key] = value
+    built: dict[str, Any] = {part: settings.build(config, parts[part]) for part, config in configs.items()}
+    own = {part: built.pop(part) for part in configs if part not in PARTS}
+    if procedure is not None:
+        check_parts(method, procedure, built["loss"], built["model"].head)
+    code = {name: thing for name, thing in code.items() if name in (method, built["model"].model)}
+    return Recipe(name, **values_of(about), of_methods=own, foreign=unknown, code=code, sources=sources, **built)
