@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastil import files
 from fastil.data import Dataset, load_dataset
 from fastil.data.published import table
 from fastil.data.sources import image_size
@@ -20,7 +21,7 @@ from fastil.errors import UserError
 from fastil.protocol import Protocol, build_protocol
 from fastil.recipe import Recipe
 from fastil.recipe_file import read_effective
-from fastil.reporting.checkpoints import Position, read_checkpoint
+from fastil.reporting.checkpoints import Position
 from fastil.reporting.run_files import AGAIN, MetricsLine, read_metrics
 from fastil.reporting.runs import Run
 from fastil.reproduce import tables
@@ -227,8 +228,8 @@ def _position(folder: Path) -> Position | None:
     run itself will say."""
     path = folder / "checkpoints/last.pt"
     try:
-        return read_checkpoint(path, torch.device("cpu"), AGAIN).position if path.exists() else None
-    except UserError:
+        return Position(*files.load(path, torch.device("cpu"), AGAIN)["position"]) if path.exists() else None
+    except (UserError, KeyError, TypeError):
         return None
 
 
