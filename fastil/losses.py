@@ -17,7 +17,7 @@ Equations are those of "Balanced Softmax Cross-Entropy for Incremental Learning"
     Algorithm 1                     fastil/methods/meta.py
     section 4.1.2, NME              fastil/nearest_mean.py
     section 4.1.3, milestones       fastil/optimiser.py, TrainConfig
-    section 4.1.3, held-out B_t     fastil/memory.py, hold_out; which images: fastil/training/rehearsal.py
+    section 4.1.3, held-out B_t     fastil/memory.py, hold_out; which images: fastil/training/training_set.py
     section 4.3.1, memory size      fastil/memory.py, MemoryConfig
     section 4.3.2, alpha            fastil/methods/classification_loss.py, LossConfig
     section 4.3.3, Table 4          fastil/methods/classification_loss.py (rescaling, Separated Softmax), fastil/plan.py

@@ -27,12 +27,12 @@ from fastil.training.frozen import FrozenNetwork
 from fastil.training.interrupt import Interrupt
 from fastil.training.phases import Phases
 from fastil.training.progress import StepBar
-from fastil.training.rehearsal import Rehearsal
 from fastil.training.run_directory import RunDirectory
 from fastil.training.run_loaders import RunLoaders
 from fastil.training.run_parts import RunParts
 from fastil.training.step_plan import StepPlan
 from fastil.training.trainer import EpochRecord, Trainer, seed_torch
+from fastil.training.training_set import Rehearsal
 
 
 class Experiment:

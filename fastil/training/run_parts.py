@@ -13,10 +13,10 @@ from fastil.files import Damaged
 from fastil.methods import MetaAlpha, Method
 from fastil.reporting.checkpoints import Checkpoint, Position, weights_of
 from fastil.training.clock import Clock, versions
-from fastil.training.rehearsal import Rehearsal
 from fastil.training.run_directory import RunDirectory
 from fastil.training.run_loaders import RunLoaders
 from fastil.training.trainer import Trainer
+from fastil.training.training_set import Rehearsal
 
 
 @dataclass

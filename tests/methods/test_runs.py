@@ -18,7 +18,7 @@ from fastil.methods.bic import BiC
 from fastil.recipe_file import load
 from fastil.training.base_step import base_identity
 from fastil.training.experiment import Experiment
-from fastil.training.rehearsal import Rehearsal
+from fastil.training.training_set import Rehearsal
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
