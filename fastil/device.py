@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -29,6 +30,10 @@ def pick_device(name: str) -> torch.device:
     visible = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= visible:
         raise UserError(f"device={name}: {visible} such devices are visible; use device={'cuda' if visible else 'cpu'}")
+    if device.type == "cuda":
+        # Read once, before the first product: what cuBLAS needs to add in the same order every time. As large as the
+        # default of recent GPUs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device
 
 
@@ -114,6 +119,30 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
 def pixel_dtype(precision: Precision) -> torch.dtype:
     """What the network takes in training and the loaders write: in bf16 a float32 image would only be cast again."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@contextlib.contextmanager
+def choosing_kernels(deterministic: bool, device: torch.device) -> Iterator[None]:
+    """Set how CUDA chooses among kernels that compute the same: the fastest, found by trying each shape once, or only
+    those that add in the same order every time. Nothing changes on a CPU, where torch does so anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic, torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    mode = torch.get_deterministic_debug_mode()
+
+    def set_to(benchmark: bool, fixed: bool, fill: bool, debug_mode: int) -> None:
+        cudnn.benchmark, cudnn.deterministic = benchmark, fixed
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.set_deterministic_debug_mode(debug_mode)
+
+    try:
+        # Warn (1) instead of raising: code from outside may call what has no such form.
+        set_to(not deterministic, deterministic, False, 1 if deterministic else mode)
+        yield
+    finally:
+        set_to(*before, mode)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
+    deterministic: bool = False  # on CUDA: reruns and resumes end in the same bits, at some cost; a CPU does so anyway
     compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
     checkpoint_every: PositiveInt = 10  # epochs between checkpoints within a step, ...
     checkpoint_minutes: PositiveFloat = 10.0  # ... and the longest time between them while it trains, in an epoch too

@@ -8,7 +8,7 @@ from conftest import TINY
 
 from fastil import device as devices
 from fastil.data import Split, make_loader
-from fastil.device import fastest_precision, multiplying_in, precision_note, settle_precision
+from fastil.device import choosing_kernels, fastest_precision, multiplying_in, precision_note, settle_precision
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.recipe_file import load, read_effective
@@ -97,6 +97,24 @@ def test_cuda_multiplies_as_the_precision_says_and_afterwards_as_before():
     with pytest.raises(ZeroDivisionError), multiplying_in("tf32", CUDA):
         raise ZeroDivisionError
     assert [place.fp32_precision for place in places] == before
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_cuda_takes_kernels_of_a_fixed_order_or_the_fastest_and_afterwards_what_it_took_before(deterministic):
+    cudnn = torch.backends.cudnn
+
+    def state():
+        return cudnn.benchmark, cudnn.deterministic, torch.get_deterministic_debug_mode()
+
+    before = state()
+    with choosing_kernels(deterministic, CUDA):
+        assert state() == ((False, True, 1) if deterministic else (True, False, 0))
+    assert state() == before
+    with choosing_kernels(deterministic, CPU):
+        assert state() == before
+    with pytest.raises(ZeroDivisionError), choosing_kernels(deterministic, CUDA):
+        raise ZeroDivisionError
+    assert state() == before
 
 
 @pytest.mark.parametrize("backend", ["resident", "threads", "reference"])
@@ -232,7 +250,7 @@ def two_precisions(tmp_path_factory):
 def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def compile_network(network, example, *, train, use="training"):
+    def compile_network(network, example, *, train, use="training", cast_weights=False):
         asked.append((use, tuple(example.shape), example.dtype))
         return (network, f"no header: {use} runs uncompiled") if use == "evaluation" else (network.forward, None)
 

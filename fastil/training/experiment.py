@@ -11,7 +11,7 @@ import torch
 from fastil import files, outside
 from fastil.data import load_dataset
 from fastil.data.sources import image_size
-from fastil.device import multiplying_in, pick_device
+from fastil.device import choosing_kernels, multiplying_in, pick_device
 from fastil.evaluation import StepResult, evaluate
 from fastil.methods import FeatureExtractor, MemoryContext, MetaAlpha, Method, StepContext
 from fastil.models import check_backbone
@@ -92,7 +92,8 @@ class Experiment:
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with (
-            self.directory.held(), self.interrupt, multiplying_in("fp32", self.device), torch.random.fork_rng(devices),
+            self.directory.held(), self.interrupt, torch.random.fork_rng(devices),
+            choosing_kernels(self.recipe.train.deterministic, self.device), multiplying_in("fp32", self.device),
         ):  # fmt: skip
             position = self.restore()
             if position.step < len(self.steps):
