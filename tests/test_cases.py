@@ -22,6 +22,7 @@ from fastil.recipe_file import load
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 from fastil.training import estimate
+from fastil.training.speed import Rates, Speeds
 
 CASES = SHARED.parent / "cases"
 
@@ -29,7 +30,7 @@ CASES = SHARED.parent / "cases"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Plans do not time the network."""
-    monkeypatch.setattr(estimate, "speeds", lambda recipe, size: (1.0, 1.0))
+    monkeypatch.setattr(estimate, "speeds", lambda *_: Speeds(Rates(1.0, 1.0)))
 
 
 def case(name):

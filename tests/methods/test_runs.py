@@ -158,7 +158,7 @@ def test_balanced_finetuning_never_sees_held_out_images(overrides, tmp_path, mon
         return sets[step]
 
     def spy_too(experiment, plan, *arguments):
-        finetuned[plan.step] = experiment.rehearsal.balanced
+        finetuned[plan.step] = experiment.rehearsal.finetuning_set
         finetune(experiment, plan, *arguments)
 
     monkeypatch.setattr(Rehearsal, "training_set", spy)

@@ -28,6 +28,7 @@ from fastil.methods.il_baseline import ILBaseline
 from fastil.models import Folded, ModelConfig, Output, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import Key, Transform, cycled_plan, training_plan
+from fastil.reporting.checkpoints import TrainerState
 from fastil.training.compiling import decide, has_cxx_compiler
 from fastil.training.phase import BeforeUpdate, Phase
 from fastil.training.trainer import Stopped, Trainer
@@ -407,7 +408,7 @@ def test_stopping_between_any_two_batches_and_going_on_gives_the_same_weights(st
 
     rest = make_trainer(images_of(), report=resumed_records.append)
     phase = make_phase(rest, method, ids)
-    rest.load_state_dict(saved["state"], Path("last.pt"))
+    rest.load_state_dict(TrainerState.model_validate(saved["state"]), Path("last.pt"), "")
     rest.fit(phase, saved["epoch"], saved["batch"])
     for name, value in whole.student.state_dict().items():
         assert torch.equal(value, rest.student.state_dict()[name]), name
