@@ -26,7 +26,7 @@ LAUNCH = re.compile(r"(\w+)\.run\(.*stream=|extern_kernels\.(\w+)\(|torch\.ops\.
 
 
 def launches(code: str) -> Counter[str]:
-    """Of a generated module, by kind."""
+    """Count the launches in a generated module, by kind."""
     found: Counter[str] = Counter()
     for match in LAUNCH.finditer(code):
         triton, extern, operator = match.groups()

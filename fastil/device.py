@@ -45,7 +45,7 @@ def device_name(device: torch.device) -> str:
 
 def keep_freed_memory() -> bool:
     """Have the C library hold on to what is freed, for a training step on a CPU asks for the same again; given back to
-    the system it is mapped and cleared anew, page by page (python -m bench.cpu). For the whole process; False where
+    the system it is mapped and cleared again, page by page (python -m bench.cpu). For the whole process; False where
     the library is not glibc."""
     try:
         set_option = ctypes.CDLL(None).mallopt

@@ -103,7 +103,7 @@ def _streaming(gpu: bool) -> list[str]:
 
 
 def _images_per_second(height: int, width: int) -> float:
-    """Of a JPEG with the bytes per pixel of ImageNet's, decoded and resized to 224x224, on all cores."""
+    """How many JPEGs with as many bytes per pixel as ImageNet's all cores decode and resize to 224x224."""
     import simplejpeg
     import torch
 

@@ -43,7 +43,7 @@ def written(path: Path, then: str = RESUME) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], then: str = RESUME) -> None:
-    """Write beside the target, sync, rename: after a crash the path holds the old content or the new, never a part."""
+    """Write next to the target, sync, rename: after a crash the path holds the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
     with written(path, then):
         try:

@@ -30,7 +30,8 @@ class SamplerConfig:
     sampler: Literal["uniform", "memory_oversampling", "class_oversampling"] = "uniform"
 
     def probabilities(self, positions: NDArray[np.int64], num_old: int) -> NDArray[np.float64] | None:
-        """Of each visit being this image, [n]; None where each is visited once. positions: int64 [n], of its class."""
+        """The probability that a visit is of an image, [n]; None where each is visited once. positions: int64 [n], of
+        its class."""
         if self.sampler == "uniform" or num_old == 0:
             return None
         group = positions if self.sampler == "class_oversampling" else (positions < num_old).astype(np.int64)
@@ -229,7 +230,7 @@ def cycled_plan(
     sizes: NDArray[np.int32] | None = None,
 ) -> EpochPlan:
     """Batches `first` to `first + count` of an endless stream that visits the ids over and over, each pass shuffled and
-    cropped anew. All of them are full, however few ids there are. The pass stands in the place of key.epoch."""
+    cropped again. All of them are full, however few ids there are. The pass stands in the place of key.epoch."""
     start, stop = first * batch_size, (first + count) * batch_size
     passes = range(start // len(ids), -(-stop // len(ids)))
     plans = [training_plan(ids, key._replace(epoch=number), transform, batch_size, sizes) for number in passes]

@@ -49,7 +49,7 @@ INCIDENTAL_KEYS = {"precision", "loader", "on_corrupt"}
 
 Keys = dict[str, Any]
 
-# Beginnings of keys, the longer ones first, that are read beside some values of other keys only: when, and what to set.
+# Beginnings of keys, the longer ones first, that are read with some values of other keys only: when, and what to set.
 # Each method says which of its keys are read.
 READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
     "last_relu": (lambda k: ":" not in k["model"], "model=resnet32"),
@@ -174,7 +174,7 @@ class Recipe:
         return {key: value for part in parts for key, value in values_of(part).items()} | dict(self.foreign)
 
     def identity(self, *, seed: bool = True) -> dict[str, Any]:
-        """The keys that decide what is trained; None for those that nothing reads beside the others."""
+        """The keys that decide what is trained; None for those that nothing reads with the others as they are."""
         ignored = RUNTIME_KEYS if seed else RUNTIME_KEYS | {"seed"}
         keys = {key: value for key, value in self.keys().items() if key not in ignored}
         code = {f"code of {key}": value[:12] for key, value in self.sources.items() if value is not None}

@@ -36,7 +36,7 @@ def quick(monkeypatch):
 def case(name):
     """The folder of a case. Skips, visibly, where there is none."""
     if not CASES.is_dir():
-        pytest.skip("no ../shared/cases beside the repository")
+        pytest.skip("no ../shared/cases next to the repository")
     return CASES / name
 
 

@@ -420,7 +420,7 @@ def test_nearly_equal_features_keep_the_digits_of_one_minus_the_cosine():
     features = example_maps((6, 64), 0)
     teacher = features + example_maps((6, 64), 1, scale=1e-4)
     wanted = one_minus_cosine(float64(features), float64(teacher))
-    assert wanted < 1e-7  # less than float32 resolves beside 1
+    assert wanted < 1e-7  # less than float32 resolves near 1
     assert less_forget(features, teacher).item() == pytest.approx(wanted, rel=1e-2)
 
 

@@ -435,7 +435,7 @@ def test_a_wrong_value_in_an_effective_recipe_is_refused(tmp_path):
         read_effective(path)
 
 
-# Whether the published number may stand beside a result
+# Whether the published number may stand next to a result
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ LUCIR, TPCIL = (["loss=softmax", f"method={m}", *COSINE] for m in ("lucir", "tpc
 RELEASED, BILEVEL = (["loss=softmax", "method=mnemonics", f"mnemonics={m}", *COSINE] for m in ("released", "bilevel"))
 NCA = ["loss=nca", "head=proxies"]
 UNREAD, READ_FROM_FILES = [["dataset=digits"], ["dataset=imagenet"]], [["dataset=folder"], ["dataset=cifar100"]]
-# Of each key: settings beside which nothing reads it, and beside which something does.
+# For each key: settings with which nothing reads it, and with which something does.
 READ = {
     "last_relu=false": ([[f"model={ROOT}/examples/your_own_network.py:backbone"]], [["model=resnet8"]]),
     "size=24": ([["dataset=cifar100"], ["dataset=idx"]], [["dataset=folder"], ["dataset=imagenet"]]),
@@ -536,7 +536,7 @@ def test_every_condition_is_tried_here():
     found = {next((p for p in recipe.READERS if key.startswith(p)), key.partition("_")[0]) for key in READ}
     methods = {field.name.partition("_")[0] for config in configs_of("icarl").values() for field in fields(config)}
     assert found == {*recipe.READERS, *methods, "temperature=3"}
-    assert {"lucir_lambda=3", "mnemonics_inner_lr=0.2"} <= set(READ)  # read beside other keys than the others of theirs
+    assert {"lucir_lambda=3", "mnemonics_inner_lr=0.2"} <= set(READ)  # read with other keys than the others of theirs
 
 
 @pytest.mark.parametrize(("key", "settings"), [(key, s) for key, (refused, _) in READ.items() for s in refused])

@@ -33,8 +33,8 @@ NAMED = 5  # problems shown before the rest is counted
 
 @dataclass
 class Audit:
-    """Of one split. width, height: uint16 [n] as stored; kept: bool [n], the bytes of the source are; problems and
-    reasons: by sample."""
+    """What was found in one split. width, height: uint16 [n] as stored; kept: bool [n], the bytes of the
+    source are; problems and reasons: by sample."""
 
     split: str
     records: Records
@@ -116,13 +116,13 @@ def estimate(found: Audit, storage: Storage, pool: Pool) -> None:
     """Time a few samples of those that are decoded, and measure what encoding makes of them."""
     pixels = found.width.astype(np.int64) * found.height * 3
     good = np.setdiff1d(np.arange(len(pixels)), list(found.problems))
-    anew = good[~found.kept[good]]
+    again = good[~found.kept[good]]
     per_pixel = 1.0
-    if storage.mode != "raw" and len(anew):
-        prepared, _ = timed(found, spread(anew), storage, pool)
+    if storage.mode != "raw" and len(again):
+        prepared, _ = timed(found, spread(again), storage, pool)
         written = [(len(p.content), p.width * p.height * 3) for p in prepared if p.content is not None]
         per_pixel = sum(a for a, _ in written) / max(1, sum(b for _, b in written))
-    decoded = good if storage.check or storage.mode != "jpeg" else anew
+    decoded = good if storage.check or storage.mode != "jpeg" else again
     if len(decoded):
         some = spread(decoded)
         found.seconds = timed(found, some, storage, pool)[1] / len(some) * len(decoded)
@@ -229,7 +229,7 @@ def audit_text(source: Source, audits: Sequence[Audit], free: int, notes: Sequen
 
 
 def amount(size: int) -> str:
-    """Of bytes."""
+    """A number of bytes as people read it."""
     return f"{size / 1e9:,.1f} GB" if size >= 10**10 else f"{size / 1e6:,.1f} MB"
 
 

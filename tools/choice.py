@@ -14,7 +14,7 @@ SUBSETS = ("lucir", "first100")
 
 
 def subset(source: Source, classes: str | None, per_class: int | None) -> Source:
-    """The source with these classes only, labels numbered anew in the source's order, every split sorted by class, then
+    """The source with these classes only, labels renumbered in the source's order, every split sorted by class, then
     by name (images whose files have an official order keep it within a class).
 
     classes: a number (the first so many), names separated by commas, the path of a file with a name per line, or

@@ -45,7 +45,7 @@ COMMIT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """What `fastil convert` can be told. workers: processes beside this one that decode; 1: none."""
+    """What `fastil convert` can be told. workers: processes next to this one that decode; 1: none."""
 
     kind: str | None = None
     val: str | None = None  # a path, or "same"

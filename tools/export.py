@@ -69,7 +69,7 @@ def as_text(found: dict[str, Any]) -> str:
         ]
         lines += [f"  note      {text}" for text in found["notes"]]
     else:
-        lines.append("  no manifest beside it: written by FFCV, or the manifest was lost")
+        lines.append("  no manifest next to it: written by FFCV, or the manifest was lost")
     return "\n".join(map(one_line, lines))
 
 

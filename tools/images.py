@@ -1,4 +1,4 @@
-"""What becomes of one image on its way into a .beton: looked at, checked, and encoded anew only where it must be."""
+"""What becomes of one image on its way into a .beton: looked at, checked, and encoded again only where it must be."""
 
 import io
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ SMALL_FILE = 1 << 20  # bytes; none of an image that small has more
 Mode = Literal["auto", "jpeg", "reencode", "raw"]
 PIXELS = "pixels"  # in place of the format of an image file
 RAW_SIDE, JPEG_SIDE = 65_535, 65_500  # pixels: what a row has room for, what libjpeg encodes and decodes
-MADE = {"raw": "decoded to pixels", "jpeg": "encoded anew", "mixed": "decoded or encoded anew"}  # by what is stored
+MADE = {"raw": "decoded to pixels", "jpeg": "encoded again", "mixed": "decoded or encoded again"}  # by what is stored
 MODE_NAMES = {"L": "grayscale", "LA": "grayscale", "P": "palette", "1": "black and white", "RGBA": "with alpha"}
 
 

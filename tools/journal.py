@@ -1,4 +1,4 @@
-"""The journal beside an unfinished .beton: what is in place and on the disk, so that a killed conversion goes on.
+"""The journal next to an unfinished .beton: what is in place and on the disk, so that a killed conversion goes on.
 
 One record after each commit: a checksum, lengths, a line of JSON, and the new entries as bytes. The checksum is of all
 that comes before and of the record itself. A record that was cut short by the kill is dropped, and with it what it told
@@ -108,7 +108,7 @@ class Told(NamedTuple):
 
 
 class Journal:
-    """The file at `path`. identity: what decides the bytes of the .beton, beside the listing of `records`; it must be
+    """The file at `path`. identity: what decides the bytes of the .beton, next to the listing of `records`; it must be
     the same to go on."""
 
     def __init__(self, path: Path, identity: dict[str, Any], records: Records) -> None:
@@ -116,7 +116,7 @@ class Journal:
         self.told, self.crc = Told(), 0
 
     def begin(self) -> None:
-        """Start anew."""
+        """Start again."""
         self.told, self.crc = Told(), 0
         self.path.unlink(missing_ok=True)
         self.append(self._record({"identity": self.identity}, b""))
@@ -182,5 +182,5 @@ class Journal:
         if different:
             raise UserError(
                 f"{partial}: is of another conversion (other {', '.join(different)}); give the options of that one to "
-                "go on, or remove it to start anew"
+                "go on, or remove it to start again"
             )

@@ -47,7 +47,7 @@ def _verify(beton: Beton, sample: int | None, pool: Pool, reporter: Reporter) ->
     n = len(beton)
     chosen = np.arange(n) if sample is None else np.unique(np.linspace(0, n - 1, min(sample, n)).astype(np.int64))
     if beton.manifest is None:
-        reporter.say(f"{beton.path}: no manifest beside it, so there are no checksums to compare", "no_manifest")
+        reporter.say(f"{beton.path}: no manifest next to it, so there are no checksums to compare", "no_manifest")
     else:
         problems += against_manifest(beton)
     with ThreadPoolExecutor(1) as thread:
@@ -180,7 +180,7 @@ def look(sample: Sample) -> list[str]:
 
 
 def first_lost(path: Path) -> str:
-    """Of a file that does not open: which samples are gone, by its front and its manifest, if it was cut short."""
+    """Which samples of a file that does not open are gone, by its front and its manifest, if it was cut short."""
     try:
         header = np.fromfile(path, HEADER, 1)[0]
         size, n = path.stat().st_size, int(header["num_samples"])

@@ -68,7 +68,7 @@ class Task:
         return self.target.with_name(self.target.name + ".spool")
 
     def identity(self, start: int, page: int) -> dict[str, Any]:
-        """What decides the bytes of the file, beside what the source lists. An image that cannot be read stops the
+        """What decides the bytes of the file, next to what the source lists. An image that cannot be read stops the
         work or is left out: what is in place is the same."""
         options = dict(self.parameters)
         options |= options.pop("storage")
@@ -79,7 +79,7 @@ class Task:
 
 
 class Writing:
-    """Of a task, into a file that is open and locked."""
+    """Writes the file of a task, which is open and locked."""
 
     def __init__(self, task: Task, found: Audit, file: io.FileIO) -> None:
         self.task, self.found, self.file = task, found, file

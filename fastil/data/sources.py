@@ -84,7 +84,7 @@ class Split(ByClass):
 
     @cached_property
     def sha256(self) -> str:
-        """Of pixels and labels, so that two runs can prove that they saw the same data."""
+        """The hash of pixels and labels, so that two runs can prove that they saw the same data."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images).data)
         digest.update(np.ascontiguousarray(self.labels).data)
@@ -152,7 +152,7 @@ def _known(config: DataConfig, dataset: Dataset) -> Dataset:
         raise UserError(
             f"{config.data or dataset.name}: not {expected.title} as published: "
             f"{'; '.join([*differences, *dataset.skipped])}. Take the published images, or train on these as another "
-            "data set, without a published number beside it: verify=false"
+            "data set, without a published number next to it: verify=false"
         )
     return dataset
 
@@ -275,7 +275,7 @@ def _in_memory(config: DataConfig, source: Source, size: int | None) -> Dataset:
 
 
 def imagenet(config: DataConfig) -> Dataset:
-    """A .beton that is streamed: ImageNet, or anything else whose images have to be read anew for every epoch."""
+    """A .beton that is streamed: ImageNet, or anything else whose images have to be read again in every epoch."""
     if config.data is None or not config.data.endswith(".beton"):
         raise UserError(
             "dataset=imagenet is streamed from a file: fastil convert SOURCE imagenet.beton, then --data imagenet.beton"

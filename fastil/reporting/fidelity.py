@@ -1,4 +1,4 @@
-"""Whether a published number may stand beside a run: on the published images, with the recipe as it comes with fastil.
+"""Whether a published number may stand next to a run: on the published images, with the recipe as it comes with fastil.
 
 This is decided here alone. A run directory's recipe.yaml, the first and last lines of `fastil run`, `fastil plan`,
 reports and pages all show the recipe that `labelled` returns; tables, whose rows have settings of their own, ask for

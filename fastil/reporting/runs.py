@@ -39,7 +39,7 @@ PathLike = str | os.PathLike[str]
 class Run:
     """A run directory with at least one finished step: what it says, and its network.
 
-    recipe: with a published number only if that may stand beside the run (`fidelity.labelled`). results, protocol: the
+    recipe: with a published number only if that may stand next to the run (`fidelity.labelled`). results, protocol: the
     content of results.json and protocol.json. Raises UserError for what is missing or damaged. Nothing that the
     directory names as code is imported: method (a class) and model (a function that returns a backbone) are what it
     names, or `fastil.run`'s strings for them; `network` and `predict` need them.

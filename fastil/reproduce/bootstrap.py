@@ -24,7 +24,7 @@ def paired_interval(
 
     ours[s], theirs[s]: the runs of one seed; all runs on the same test images. A replicate draws the test images of
     every class, with replacement, once for all runs, and then seeds: an image that is hard for one seed mostly is for
-    the others, so that drawing images anew for each seed would average that away. An image keeps its weight over the
+    the others, so that drawing images again for each seed would average that away. An image keeps its weight over the
     steps in which it is seen: the images of a class stand in the same order in each. With one seed only images are
     drawn.
     """

@@ -18,7 +18,7 @@ METRICS: dict[str, tuple[str, Callable[[Run], float]]] = {
 
 
 def draw(table: Table, found: Found, path: Path) -> None:
-    """Ours, the mean over seeds with their range, beside the published numbers; a panel per number of steps."""
+    """Ours, the mean over seeds with their range, next to the published numbers; a panel per number of steps."""
     groups = sorted({entry.steps for entry in table.entries})
     figure, axes = new_figure(len(groups))
     theirs = f"published{published_of(table, found)}"

@@ -148,6 +148,6 @@ def notes(
     if not paper_data and table.on_paper_data:
         lines.append(
             "The images are not known to be CIFAR-100 as published: the paper's numbers are of other data and stand "
-            "beside ours for their order only."
+            "next to ours for their order only."
         )
     return lines

@@ -23,7 +23,7 @@ from fastil.training.run_directory import protocol_file
 from fastil.training.speed import Rates, busy, speeds
 
 NAMED = 100  # classes of a step
-META_COST = 3.1  # training steps that an update of alpha takes beside its own (python -m bench.meta)
+META_COST = 3.1  # training steps that an update of alpha takes besides its own (python -m bench.meta)
 
 
 def plan_text(recipe: Recipe) -> str:

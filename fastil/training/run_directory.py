@@ -154,7 +154,7 @@ class RunDirectory:
         files.save(self.last, self._dated(state))
 
     def save_step(self, step: int, weights: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write the network after a step, and beside it what a resume would need if last.pt were damaged."""
+        """Write the network after a step, and next to it what a resume would need if last.pt were damaged."""
         path = self.last.with_name(f"step_{step}.pt")
         files.save(path, weights)
         state = {key: value for key, value in state.items() if key != "trainer"} | {"weights_sha256": sha256_of(path)}

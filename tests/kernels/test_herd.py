@@ -154,7 +154,7 @@ def test_a_smaller_m_is_a_prefix_and_no_image_is_picked_twice(herd, limit, n, d,
 def test_classes_of_different_sizes_in_one_call_equal_one_by_one(m, herd, limit):
     random = np.random.default_rng(3)
     classes = [unit_rows(random.standard_normal((n, 6)) + 0.4) for n in (12, 3, 25, 1, 12, 7)]
-    classes[4][5:] = 0  # one class that needs all thousand turns beside others that are long done
+    classes[4][5:] = 0  # one class that needs all thousand turns among others that are long done
     longest = max(len(rows) for rows in classes)
     gram = torch.from_numpy(random.normal(0, 1e3, (len(classes), longest, longest)))  # padding holds anything finite
     for g, rows in enumerate(classes):

@@ -322,7 +322,7 @@ def test_a_batch_without_targets_distils_only(form, device):
 
 @both_forms
 def test_equal_counts_are_the_plain_softmax(form, device):
-    """Of equal counts nothing is left: log lambda is exactly 0 on every class. The plain form is then torch's
+    """Equal counts leave nothing: log lambda is exactly 0 on every class. The plain form is then torch's
     cross-entropy of every row, bit for bit."""
     logits, target, _, _ = example(8, 50, 30)
     equal = log_prior(torch.where(torch.arange(logits.shape[1]) < 50, 500, 0), 30)

@@ -22,7 +22,7 @@ def loss_arguments(device, cosines):
     logits, teacher = torch.randn(2, 5, 24, device=device)
     prior = torch.zeros(24, device=device)
     options = [torch.tensor(2.0, device=device), torch.tensor(0.5, device=device)] if cosines else [None, None]
-    scalars = [scalar_tensor(v) for v in (8, 20, 0.4, 0.6, 2.0)]  # numbers: on the CPU beside any device
+    scalars = [scalar_tensor(v) for v in (8, 20, 0.4, 0.6, 2.0)]  # numbers: on the CPU with any device
     target = torch.tensor([0, 19, -1, 7, 8], device=device)
     return Operands(logits, target, prior, teacher, *scalars, None, *options, value=True)
 

@@ -171,7 +171,7 @@ def ten_classes(name):
     [
         ("digits", "jvp"), ("digits", "difference"), ("digits", "unrolled"),
         pytest.param("cifar100", "jvp", marks=pytest.mark.skipif(
-            not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar beside the repository"
+            not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar next to the repository"
         )),
     ],
 )  # fmt: skip

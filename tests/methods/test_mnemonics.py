@@ -53,7 +53,7 @@ class Small(nn.Module):
 
 
 def features_of(pixels):
-    """Of Small, in numpy."""
+    """The features of Small, in numpy."""
     return np.tanh(pixels.reshape(len(pixels), -1) @ SMALL.matrix.detach().numpy())
 
 

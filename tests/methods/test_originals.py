@@ -74,7 +74,7 @@ def wide(x):
 
 
 def entropy(teacher_logits):
-    """Of the teacher at T = 2: what the KL divergence has beside the cross-entropy, which the kernel leaves out."""
+    """The entropy of the teacher at T = 2: what the KL divergence has and the kernel leaves out."""
     p = torch.softmax(teacher_logits.detach()[:, :OLD].double() / 2, 1)
     return -float((p * p.log()).sum(1).mean())
 

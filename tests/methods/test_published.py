@@ -376,7 +376,7 @@ def test_the_gradient_of_the_topology_loss_is_that_of_the_correlation():
 
 
 def test_the_gradient_of_the_papers_nca_is_that_of_its_equation_8():
-    """Of similarities and scale; rows behind the hinge, without a target and columns not seen have none."""
+    """The gradient in similarities and scale; none behind the hinge, without a target, and in columns not seen."""
     y = torch.tanh(torch.randn(20, W, generator=torch.Generator().manual_seed(4))).double()
     labels = torch.arange(20) % NUM_SEEN
     y[torch.arange(5), labels[:5]] += 3.0

@@ -373,7 +373,7 @@ def test_the_generator_decides_the_rows_whatever_was_opened_before():
 
 @pytest.mark.parametrize("proxies", [None, 3])
 def test_imprinted_rows_are_as_long_as_the_old_ones_are_on_average(proxies):
-    """Of the rows before them, not of those after; directions with a length of their own keep it as a factor."""
+    """The average is of the rows before, not of those after; directions keep a length of their own as a factor."""
     head = CosineHead(6, 16, proxies)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(head.weight.shape, generator=generator) * torch.arange(1.0, 17).view(

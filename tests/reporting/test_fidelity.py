@@ -32,7 +32,7 @@ CIFAR100 = SHARED / "cifar100-png.tar"
 
 
 def protocol(dataset="cifar100", **other):
-    """Of a run on the images published under this name."""
+    """The protocol of a run on the images published under this name."""
     expected = published.table()[dataset]
     splits = {
         split: {"sha256": "", "images": part.images, "identity": part.identity} | other.get(split, {})
@@ -222,7 +222,7 @@ CLASSES, PER_CLASS = 10, {"train": 20, "val": 10}
 def images(tmp_path_factory):
     """A part of CIFAR-100 as a folder; its images by split, class and name."""
     if not CIFAR100.exists():
-        pytest.skip("no ../shared/data/cifar100-png.tar beside the repository")
+        pytest.skip("no ../shared/data/cifar100-png.tar next to the repository")
     root = tmp_path_factory.mktemp("images") / "folder"
     source = open_source(CIFAR100)
     for split, to in (("train", "train"), ("val", "test")):
@@ -267,7 +267,7 @@ def run(data, out):
 
 @pytest.fixture(scope="module")
 def first(images, tmp_path_factory):
-    """A run directory, beside which lies what was printed."""
+    """A run directory, next to which lies what was printed."""
     out = tmp_path_factory.mktemp("first") / "run"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

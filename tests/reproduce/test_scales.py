@@ -25,7 +25,7 @@ TABLES = ["table1", "table2", "table3", "table4"]
 
 
 def pairs(name):
-    """The lines of a table at the short scale, beside those at the paper's, with their recipes."""
+    """The lines of a table at the short scale, next to those at the paper's, with their recipes."""
     short, paper = (tables.table_of(tables.read_tables(), name, scale).entries for scale in ("short", "paper"))
     loaded = [[recipe_file.load(entry.recipe, entry.overrides) for entry in entries] for entries in (short, paper)]
     return list(zip(short, paper, *loaded, strict=True))
@@ -217,7 +217,7 @@ def test_several_runs_at_once_have_one_thread_each(jobs, threads, tmp_path, monk
 
 @pytest.mark.usefixtures("forked_runs")
 def test_a_scale_from_the_command_line_to_the_table(tmp_path, monkeypatch, capsys):
-    """One run at a scale that overrides its rows, of one seed by name, beside another scale's folder of that name."""
+    """One run at a scale that overrides its rows, of one seed by name, next to another scale's folder of that name."""
     monkeypatch.setattr(tables, "read_tables", lambda: CONTENT)
     (tmp_path / "digits/softmax-s4").mkdir(parents=True)
     arguments = ["small", "--scale", "short", "--only", "softmax", "--seeds", "4,", "--jobs", "1", "--out", tmp_path]

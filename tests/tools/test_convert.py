@@ -599,7 +599,7 @@ def test_a_dry_run_writes_nothing_and_says_what_there_is(tmp_path, capsys):
     text = capsys.readouterr().out
     for words in (
         "folder: in, 2 classes", "train: 9 images, 4 to 5 per class", "JPEG 7", "PNG 1", "unknown 1", "RGB 5", "L 2",
-        "RGBA 1", "30 to 66 wide (median 30)", "20 to 45 high (median 20)", "5 kept as they are, 3 encoded anew",
+        "RGBA 1", "30 to 66 wide (median 30)", "20 to 45 high (median 20)", "5 kept as they are, 3 encoded again",
         "grayscale: 2", "PNG, with alpha: 1", "bad.jpg (not an image of a known format)", "output    about",
         "no validation images", "free disk space",
     ):  # fmt: skip
@@ -889,7 +889,7 @@ def test_other_bytes_from_the_disk_are_seen_before_the_file_gets_its_name(small,
 @pytest.mark.parametrize("options", [{}, {"mode": "reencode"}, {"check": False}])
 @pytest.mark.parametrize("skipped", [0, 2])
 def test_the_checksum_is_that_of_the_file_whatever_was_known_before_it(tmp_path, options, skipped):
-    """Where no image is encoded anew and none is left out, all places are known before, and the file is read back
+    """Where no image is encoded again and none is left out, all places are known before, and the file is read back
     while it is written."""
     files = {name: encoded(photo(30 + i, 40, seed=i)) for i, name in enumerate(photos(9))}
     for name in list(files)[3 : 3 + skipped]:
@@ -919,7 +919,7 @@ def test_a_source_that_changes_after_an_image_was_checked_is_an_error(tmp_path, 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_file_begins_with_is_known_before_and_it_is_read_once(tmp_path, monkeypatch, workers):
-    """Unless an image is encoded anew or left out, or the conversion goes on: then all of it is read at the end."""
+    """Unless an image is encoded again or left out, or the conversion goes on: then all of it is read at the end."""
     reads = []
 
     class Seen(ReadBack):
@@ -936,7 +936,7 @@ def test_what_a_file_begins_with_is_known_before_and_it_is_read_once(tmp_path, m
     assert reads[-1][1] == size
     assert all(one[1] == next[0] for one, next in pairwise(reads))
     assert len(reads) > 3
-    for name, content in (("anew", encoded(photo(30, 40)[..., 0])), ("left out", encoded(photo(30, 40))[:-300])):
+    for name, content in (("again", encoded(photo(30, 40)[..., 0])), ("left out", encoded(photo(30, 40))[:-300])):
         reads.clear()
         write(tmp_path / name, files | {"train/class0/0004.jpg": content})
         run(tmp_path / name, tmp_path / f"{name}.beton", on_corrupt="skip", **options)
@@ -1141,7 +1141,7 @@ def test_small_lossless_images_stay_what_they_are_unless_asked_otherwise(tmp_pat
     printed = capsys.readouterr().out
     for said in ("all images are lossless and no larger than 96x96", "decoded to pixels", "alpha and the low byte"):
         assert (said in printed) == (mode == "raw")
-    assert ("encoded anew" in printed) == (mode == "jpeg")
+    assert ("encoded again" in printed) == (mode == "jpeg")
     run(source, tmp_path / "y.beton", on_corrupt="skip", mode="jpeg")
     with Beton(tmp_path / "y.beton") as file:
         assert file.mode == "jpeg"

@@ -287,7 +287,7 @@ def test_a_manifest_that_says_something_else_is_found(file):
 def test_a_file_without_a_manifest_is_looked_at_as_far_as_it_goes(file, capsys):
     manifest_path(file).unlink()
     assert problems(file) == []
-    assert "no manifest beside it, so there are no checksums to compare" in capsys.readouterr().out
+    assert "no manifest next to it, so there are no checksums to compare" in capsys.readouterr().out
     content = file.read_bytes()
     (start, _), table = places(content)[0][2], places(content)[1]
     for at, value in ((ROWS + 2 * 32 + 1, b"\1\0"), (table + 2 * 24 + 8, b"\7"), (table + 2 * 24, b"\1")):
@@ -314,7 +314,7 @@ def test_info_tells_what_is_there(fastil, whole):
     assert (found["images"], found["counts"], found["class_names"]) == (7, [3, 2, 2], ["class0", "class1", "class2"])
     assert (found["heights"], found["widths"], found["bytes"]) == ([12, 12], [15, 15], len(content))
     assert (found["page_size"], found["split"], found["skipped"]) == (PAGE, "train", 0)
-    text, made = as_text(found), "encoded anew" if found["mode"] == "jpeg" else "decoded to pixels"
+    text, made = as_text(found), "encoded again" if found["mode"] == "jpeg" else "decoded to pixels"
     for words in (
         "7 images of 3 classes, 4.2 MB", f"{found['mode']}, 15 to 15 wide, 12 to 12 high, pages of 2 MiB",
         "2 to 3 images each: class0, class1, class2", found["sha256"], "written   by fastil", "no validation images",
@@ -332,7 +332,7 @@ def test_info_of_a_file_without_a_manifest(file):
     manifest_path(file).unlink()
     found = info(file)
     assert (found["images"], found["class_names"]) == (7, ["0", "1", "2"])
-    assert "no manifest beside it" in as_text(found)
+    assert "no manifest next to it" in as_text(found)
 
 
 # export

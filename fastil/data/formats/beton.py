@@ -232,7 +232,7 @@ class Beton(ByClass):
         return f"Beton({str(self.path)!r}, {len(self):,} images)"
 
     def __reduce__(self) -> tuple[type["Beton"], tuple[Path]]:
-        return Beton, (self.path,)  # for a worker process, which maps the file anew
+        return Beton, (self.path,)  # for a worker process, which maps the file by itself
 
     @property
     def mode(self) -> Literal["jpeg", "raw", "mixed"]:
@@ -242,7 +242,7 @@ class Beton(ByClass):
 
     @cached_property
     def manifest(self) -> Manifest | None:
-        """What `fastil convert` wrote beside the file. None: nothing is there, as with FFCV's own files."""
+        """What `fastil convert` wrote next to the file. None: nothing is there, as with FFCV's own files."""
         found = read_manifest(manifest_path(self.path))
         if found is not None and found.images != len(self):
             raise UserError(f"{manifest_path(self.path)}: belongs to another file, of {found.images:,} images")
@@ -260,8 +260,8 @@ class Beton(ByClass):
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file, as its manifest has it, so that two runs can prove that they saw the same data. Without one, of
-        labels, sizes and places."""
+        """The file's hash by its manifest, so that two runs can prove that they saw the same data. Without one, the
+        hash of labels, sizes and places."""
         if self.manifest is not None:
             return self.manifest.sha256
         digest = hashlib.sha256()

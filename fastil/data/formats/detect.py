@@ -109,7 +109,7 @@ def detect(path: Path, val: str | None = None) -> str:
     if (path / "train").is_file() and (path / "meta").is_file():
         return "cifar100"
     has_folders = _has_class_folders(path / "train") or _has_class_folders(path / "val")
-    if not has_folders:  # which would win over shards that lie beside them
+    if not has_folders:  # which would win over shards that lie next to them
         for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
             if shards.grouped(path, suffix):
                 return kind
@@ -165,7 +165,7 @@ def _unknown(path: Path, hint: str) -> UserError:
 
 
 def _check_names(path: Path, source: Source) -> None:
-    """Of classes: they go to a text file and to people, and tell two files' classes apart."""
+    """Check the names of classes: they go to a text file and to people, and tell two files' classes apart."""
     twice = [name for name, count in Counter(source.class_names).items() if count > 1]
     if twice:
         raise UserError(f"{path}: two classes are called {twice[0][:80]!r}; rename one, or fetch it again")
@@ -243,7 +243,7 @@ _SIGNS = (
 KINDS = {
     "folder": Kind("train/<class>/* and val/<class>/*, or <class>/* alone", _class_folders(packed=False)),
     "folder-tar": Kind("the same in one .tar", _class_folders(packed=True)),
-    "ilsvrc": Kind(f"{TRAIN} with the val and devkit archives beside it", _plain(open_ilsvrc)),
+    "ilsvrc": Kind(f"{TRAIN} with the val and devkit archives next to it", _plain(open_ilsvrc)),
     "tiny-imagenet": Kind("wnids.txt, train/<wnid>/images/*, val/val_annotations.txt", _plain(open_tiny_imagenet)),
     "cifar10": Kind("cifar-10-batches-py or -bin", lambda path, asked: _open_cifar(cifar.CIFAR10, path, asked)),
     "cifar100": Kind("cifar-100-python or -binary", lambda path, asked: _open_cifar(cifar.CIFAR100, path, asked)),

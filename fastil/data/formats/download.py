@@ -244,7 +244,7 @@ def extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack beside the target and rename, so that a half-unpacked folder never carries its name."""
+    """Unpack next to the target and rename, so that a half-unpacked folder never carries its name."""
     staging = archive.with_name(archive.name + ".unpacking")
     shutil.rmtree(staging, ignore_errors=True)
     try:

@@ -1,6 +1,6 @@
 """What a split holds, whatever it lies in: two splits of one identity have the same images in the same classes.
 
-It stands beside the ordered sha256 of a split, which also depends on the order of the images and decides whether a run
+It stands next to the ordered sha256 of a split, which also depends on the order of the images and decides whether a run
 may go on. Names of classes differ between containers and are compared apart.
 """
 
@@ -26,7 +26,7 @@ class Identity:
     """Digests of a split by class.
 
     kind: "pixels", of decoded images; "stored", of the bytes of image files that are the source's own; "changed", of
-    those that were resized, encoded anew or left out on request. shape: height, width and channels of images in memory,
+    those that were resized, re-encoded or left out on request. shape: height, width and channels of images in memory,
     empty for streamed ones. counts: images of each label. classes: hexadecimal digest of each label's images.
     """
 

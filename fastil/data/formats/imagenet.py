@@ -32,7 +32,7 @@ def is_ilsvrc(path: Path) -> bool:
 
 
 def open_ilsvrc(path: Path, val: str | None) -> Source:
-    """The folder of the downloaded archives, or the train archive with the others beside it. val: the val archive
+    """The folder of the downloaded archives, or the train archive with the others next to it. val: the val archive
     elsewhere, or a folder of class folders."""
     home, train_path = (path, path / TRAIN) if path.is_dir() else (path.parent, path)
     devkit_path = next((at for at in (home / DEVKIT, home / DEVKIT.removesuffix(".gz")) if at.exists()), None)
@@ -42,7 +42,7 @@ def open_ilsvrc(path: Path, val: str | None) -> Source:
     names, train = _list_train(train_path)
     notes = _compared(train_path, names, train, devkit) if devkit else []
     if not devkit:
-        notes.append(f"no {DEVKIT} beside {train_path}: classes have no titles, and their counts were not compared")
+        notes.append(f"no {DEVKIT} next to {train_path}: classes have no titles, and their counts were not compared")
 
     val_records: Records | None = None
     val_path = home / VAL if val is None else Path(val)
@@ -57,12 +57,12 @@ def open_ilsvrc(path: Path, val: str | None) -> Source:
     elif val is not None or val_path.exists():
         if not devkit or not devkit_path:
             raise UserError(
-                f"{home / DEVKIT}: missing; it says which class each validation image is of; put it beside {TRAIN}, or "
+                f"{home / DEVKIT}: missing; it says which class each validation image is of; put it by {TRAIN}, or "
                 "leave the validation images out with --val same"
             )
         val_records = _list_val_images(val_path, names, devkit, devkit_path)
     else:
-        notes.append(f"no {VAL} beside {train_path}: there are no validation images")
+        notes.append(f"no {VAL} next to {train_path}: there are no validation images")
     titles = [devkit.titles[name] for name in names] if devkit else None
     return Source("ilsvrc", "imagenet", names, train, val_records, titles, tuple(notes))
 

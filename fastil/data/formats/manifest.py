@@ -1,4 +1,4 @@
-"""The manifest beside a .beton file: where it came from, its classes, and checksums of the file and of each sample."""
+"""The manifest next to a .beton file: where it came from, its classes, and checksums of the file and of each sample."""
 
 import json
 import os
@@ -65,7 +65,7 @@ class Manifest:
         return "".join(self.pieces())
 
     def pieces(self) -> Iterator[str]:
-        """Of `dump`, which may be long."""
+        """The text of `dump` piece by piece, because it may be long."""
         for number, (key, value) in enumerate(vars(self).items()):
             yield f'{"," if number else "{"}\n"{key}": '
             if not isinstance(value, list):

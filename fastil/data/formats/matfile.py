@@ -130,7 +130,7 @@ def _structs(reader: _Reader, count: int, depth: int) -> list[dict[str, Any]]:
 
 
 def _plausible(count: int, content: bytes) -> int:
-    """Of arrays in an array: each takes eight bytes or more."""
+    """Return a count of arrays in an array. ValueError if it cannot be: each takes eight bytes or more."""
     if count > len(content) // 8:
         raise ValueError("cut short")
     return count

@@ -93,7 +93,7 @@ class Rows:
 
     @property
     def total_bytes(self) -> int:
-        """Of its images, about: what the row groups hold without compression, in proportion."""
+        """About how many bytes its images take: what the row groups hold without compression, in proportion."""
         total = sum(group.bytes for group in self.reader.groups)
         return total * len(self) // max(1, sum(group.rows for group in self.reader.groups))
 

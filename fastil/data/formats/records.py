@@ -90,11 +90,11 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """Of a sample, as its source calls it."""
+        """The name of a sample, as its source calls it."""
         ...
 
     def where(self, i: int) -> str:
-        """Of a sample, for a message: the way to it from outside."""
+        """Where a sample lies, for a message: the way to it from outside."""
         ...
 
     def content(self, i: int) -> "bytes | NDArray[np.uint8]":

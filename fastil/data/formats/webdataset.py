@@ -31,7 +31,7 @@ MOST_LABEL_TEXT = 1 << 24  # bytes of a label's member: a .json may hold more th
 
 
 def looks_like_webdataset(path: Path) -> bool:
-    """Whether a tar begins with images that have labels beside them."""
+    """Whether a tar begins with images that have labels next to them."""
     found: dict[str, set[str]] = {}
     with Tar(path) as tar:
         for number, member in enumerate(tar.members()):
@@ -62,7 +62,7 @@ def _in_json(text: bytes) -> object:
 
 def open_webdataset(path: Path, val: str | None) -> Source:
     """A folder of shards, a shard, or a name with braces; val: the same for validation images. Classes are the lines of
-    classnames.txt beside the shards, otherwise numbers."""
+    classnames.txt next to the shards, otherwise numbers."""
     train_shards, val_shards = shards.split_files(path, ".tar")
     if val == SAME:
         val_shards = []

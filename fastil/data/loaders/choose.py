@@ -131,12 +131,12 @@ def cpu_rate(pixels: float) -> float:
 
 
 def resident_bytes(dataset: AnySplit, exemplars: int) -> int:
-    """Of so many exemplars of average size on the device."""
+    """Bytes that so many exemplars of average size take on the device."""
     return round(exemplars * 3 * mean_pixels(dataset))
 
 
 def mean_pixels(dataset: AnySplit) -> float:
-    """Of an image."""
+    """The mean number of pixels of an image."""
     return float(dataset.sizes.prod(axis=1, dtype=np.int64).mean())
 
 

@@ -1,6 +1,6 @@
 """The FFCV loader: FFCV's own decoder and resize (libffcv), called by the threads of the threads loader.
 
-FFCV's Loader compiles its pipeline anew for 2 to 16 s, keeps room for the largest image in every slot of its ring, ends
+FFCV's Loader compiles its pipeline in 2 to 16 s, keeps room for the largest image in every slot of its ring, ends
 silently when a worker fails and draws its own crops. Its speed is that of the two functions that this file calls, which
 let go of the interpreter; so the plan, the order and the errors are those of the threads loader, and the pixels FFCV's:
 libjpeg-turbo's fast transform and OpenCV's INTER_AREA.

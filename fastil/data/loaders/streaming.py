@@ -1,4 +1,4 @@
-"""What the loaders share that read images anew for every epoch: threads, reference, DALI and FFCV.
+"""What the loaders share that read images again in every epoch: threads, reference, DALI and FFCV.
 
 A backend turns a plan into uint8 frames of the output's size, batch by batch and in its order. What every image gets
 that does not depend on where it came from (mirror, normalisation, the cast) is done on the device. Some images may be
@@ -166,7 +166,7 @@ class Streaming(ABC):
             self.replaced.add(i)
 
     def transform_of(self, i: int, box: Box) -> Transform:
-        """Of an image: an overlay that is a frame already is shown as it is."""
+        """The transform of an image: an overlay that is a frame already is shown as it is."""
         whole = (0, 0, self.transform.height, self.transform.width)
         return self.unresized if i in self.replaced and tuple(box) == whole else self.transform
 

@@ -20,7 +20,7 @@ from fastil.data.loaders.frames import Box, cut, frame_of, scaled
 from fastil.data.loaders.streaming import AnySplit, Streaming
 from fastil.plan import EpochPlan, Transform
 
-AHEAD = 2  # batches that are in work beside the one that is asked for
+AHEAD = 2  # batches that are in work besides the one that is asked for
 TOGETHER = 4  # images of a task
 
 
@@ -33,7 +33,7 @@ class Threads(Streaming):
         self, images: AnySplit, transform: Transform, device: torch.device, workers: int | None = None
     ) -> None:
         super().__init__(images, transform, device)
-        # A resize must not be shared out to threads again, beside those of the pool and the network: with two of each
+        # A resize must not be shared out to threads again, next to those of the pool and the network: with two of each
         # an epoch took a quarter longer. torch counts by thread; one that never asked takes the last count set by any.
         torch.get_num_threads()
         self.pool = ThreadPoolExecutor(

@@ -269,7 +269,7 @@ def ffcv_files():
 
 
 class Samples:
-    """Of FFCV's writer: the values of all fields of a sample."""
+    """Samples for FFCV's writer: the values of all fields of a sample."""
 
     def __init__(self, names, images):
         self.names, self.images = names, images

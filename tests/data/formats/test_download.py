@@ -125,7 +125,7 @@ def unpack_by_hand(folder, without=None):
 
 
 def check(folder):
-    """The data set is whole, and nothing half-done lies beside it."""
+    """The data set is whole, and nothing half-done lies next to it."""
     assert {path.name: path.read_bytes() for path in (folder / FOLDER).iterdir()} == {n: content_of(n) for n in FILES}
     assert {path.name for path in folder.iterdir()} == {FOLDER, ARCHIVE}
 

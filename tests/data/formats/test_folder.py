@@ -363,7 +363,7 @@ def test_a_split_whose_files_are_all_damaged_is_refused_even_with_skip(tmp_path,
 # Real images
 
 
-@pytest.mark.skipif(not TINY_IMAGENET.exists(), reason="no ../shared/data/tiny-imagenet-40.tar beside the repository")
+@pytest.mark.skipif(not TINY_IMAGENET.exists(), reason="no ../shared/data/tiny-imagenet-40.tar next to the repository")
 def test_real_images_decode_as_pillow_does(tmp_path):
     modes, per_class = set(), {}
     with tarfile.open(TINY_IMAGENET) as tar:

@@ -221,7 +221,7 @@ def test_a_folder_or_nothing_in_place_of_an_archive_is_called_so(tmp_path):
 @pytest.mark.parametrize("file", ["tiny-imagenet-40.tar", "imagenet-sample-200.tar"])
 def test_real_archives_are_read_as_tarfile_reads_them(file):
     if not (SHARED / file).exists():
-        pytest.skip(f"no ../shared/data/{file} beside the repository")
+        pytest.skip(f"no ../shared/data/{file} next to the repository")
     with tarfile.open(SHARED / file) as tar:
         expected = [Member(info.name, info.offset_data, info.size) for info in tar if info.isfile()]
     assert [member for member in members(SHARED / file) if not member.is_folder] == expected
@@ -338,7 +338,7 @@ def test_the_real_archives_are_listed_by_class():
     for file, classes, per_class in (("tiny-imagenet-40.tar", 40, (500, 50)), ("imagenet-sample-200.tar", 200, (1, 0))):
         path = SHARED / file
         if not path.exists():
-            pytest.skip(f"no ../shared/data/{file} beside the repository")
+            pytest.skip(f"no ../shared/data/{file} next to the repository")
         source = open_source(path)
         assert (source.kind, len(source.class_names)) == ("folder-tar", classes)
         assert np.bincount(source.train.labels).tolist() == [per_class[0]] * classes
@@ -472,7 +472,7 @@ def test_val_of_ilsvrc_may_lie_elsewhere_or_be_train(tmp_path):
 
 
 def test_val_of_ilsvrc_may_be_unpacked_into_one_folder(tmp_path):
-    """The devkit beside the train archive says which class each image is of."""
+    """The devkit next to the train archive says which class each image is of."""
     ilsvrc(tmp_path / "a", val=b"")
     (tmp_path / "val").mkdir()
     for name, content in val_members():

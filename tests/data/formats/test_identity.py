@@ -83,7 +83,7 @@ def test_pixels_are_the_same_if_and_only_if_their_classes_hold_the_same_images()
 
 
 def photos(root, prefix="", quality=90, leave_out=()):
-    """A folder of JPEGs that are no photos but kept byte for byte, two of them for Pillow to encode anew."""
+    """A folder of JPEGs that are no photos but kept byte for byte, two of them for Pillow to encode again."""
     random = np.random.default_rng(1)
     for split, count in (("train", 3), ("val", 1)):
         for name in ("a", "b"):
@@ -145,7 +145,7 @@ def test_images_that_had_to_be_encoded_are_known_by_what_they_were_encoded_from(
     made = {
         "one": (one, {}), "tar": (tmp_path / "one.tar", {}), "quality": (one, {"quality": 40}),
         "roomy": (one, {"max_side": 4000}), "other": (other, {}), "resized": (one, {"max_side": 20}),
-        "squashed": (one, {"squash": 40}), "anew": (one, {"mode": "reencode"}),
+        "squashed": (one, {"squash": 40}), "again": (one, {"mode": "reencode"}),
     }  # fmt: skip
     found = {}
     for name, (source, options) in made.items():
@@ -153,12 +153,12 @@ def test_images_that_had_to_be_encoded_are_known_by_what_they_were_encoded_from(
         with Beton(path) as beton:
             found[name] = beton.identity
             assert beton.manifest.reencoded[0].size == (one / "train/a/0.png").stat().st_size
-            if name not in ("tar", "anew"):
+            if name not in ("tar", "again"):
                 assert beton.source_bytes == sum(file.stat().st_size for file in source.glob("train/*/*"))
     same = {"one", "tar", "quality", "roomy", "squashed"}  # not resized: they have that size already
     assert {name for name, identity in found.items() if identity == found["one"]} == same
     assert found["one"].text != found["other"].text
-    assert {name for name, identity in found.items() if identity.kind == "changed"} == {"resized", "anew"}
+    assert {name for name, identity in found.items() if identity.kind == "changed"} == {"resized", "again"}
 
 
 def test_a_manifest_that_does_not_tell_what_was_encoded_gives_no_identity(tmp_path):
@@ -486,7 +486,7 @@ def test_the_shipped_table_is_consistent():
     assert SHIPPED["imagenet"].train.images == 1_281_167
 
 
-@pytest.mark.skipif(not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar beside the repository")
+@pytest.mark.skipif(not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar next to the repository")
 def test_the_real_test_images_are_known_and_one_changed_pixel_is_not():
     source = open_source(CIFAR100)
     expected = SHIPPED["cifar100"]
@@ -514,7 +514,7 @@ def test_the_real_test_images_are_known_and_one_changed_pixel_is_not():
 
 
 @pytest.mark.skipif(not SOAK, reason="decodes 50,000 images: make soak")
-@pytest.mark.skipif(not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar beside the repository")
+@pytest.mark.skipif(not CIFAR100.exists(), reason="no ../shared/data/cifar100-png.tar next to the repository")
 def test_the_real_training_images_are_known():
     source = open_source(CIFAR100)
     ((images, labels), _), _ = in_memory.read(
