@@ -27,7 +27,7 @@ from fastil.device import Precision, pick_device
 from fastil.losses import balanced_cross_entropy
 from fastil.methods import LossConfig, MetaAlpha, MetaConfig
 from fastil.methods.meta import UpdateContext
-from fastil.training.phase import BeforeUpdate
+from fastil.training.phases import BeforeUpdate
 
 CYCLE = 10  # steps per turn: a tenth of them with an update of alpha where every = 10
 

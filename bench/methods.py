@@ -30,7 +30,7 @@ from fastil.optimiser import Update
 from fastil.plan import EpochPlan, Key, training_plan
 from fastil.recipe import Recipe
 from fastil.recipe_file import load
-from fastil.training.phase import BeforeUpdate, Phase
+from fastil.training.phases import BeforeUpdate, Phase
 from fastil.training.trainer import Trainer
 
 ROWS: dict[str, list[str]] = {  # overrides of the CIFAR-100 recipe of that name

@@ -41,7 +41,7 @@ from fastil.models import ModelConfig, Network
 from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan
 from fastil.protocol import Ids
-from fastil.training.phase import Phase
+from fastil.training.phases import Phase
 from fastil.training.trainer import Trainer
 
 CLASSES, GOAL = 8, 1.05

@@ -32,7 +32,7 @@ from fastil.methods.il_baseline import ILBaseline
 from fastil.models import ModelConfig, Network, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan
-from fastil.training.phase import Phase
+from fastil.training.phases import Phase
 from fastil.training.trainer import Trainer
 
 BATCH, STEPS, CLASSES, NUM_OLD = 128, 8, 60, 50

@@ -119,6 +119,8 @@ def load(path: Path, device: "torch.device", fix: str) -> dict[Any, Any]:
             state: Any = torch.load(path, map_location=device, weights_only=True)
         except OSError:
             raise
+        except (MemoryError, torch.OutOfMemoryError):
+            raise UserError(f"{path}: too little memory to read it; free some and repeat the command") from None
         except Exception as error:  # a damaged zip or pickle raises many types
             reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
             if reason.startswith("Weights only"):  # what follows advises to trust the file

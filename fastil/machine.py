@@ -1,6 +1,7 @@
 """What this process may use of the machine."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -10,27 +11,42 @@ CGROUPS_OF_PROCESS = Path("/proc/self/cgroup")  # lines of ID:CONTROLLERS:PATH; 
 
 
 def cores() -> int:
-    """Return the number of processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of processors that this process may keep busy: those that it may run on, or fewer where a
+    control group gives it less of their time, as in containers."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = []
+    for group in _control_groups("cpu"):
+        words = _numbers(group / "cpu.max") or _numbers(group / "cpu.cfs_quota_us") + _numbers(
+            group / "cpu.cfs_period_us"
+        )
+        if len(words) == 2 and words[0] > 0 and words[1] > 0:  # "max" and -1 are no limit
+            quotas.append(math.ceil(words[0] / words[1]))
+    return min([allowed, *quotas])
 
 
 def memory() -> int:
     """Return the bytes of memory that this process may use: the machine's, or the least that a control group allows, as
     in containers and batch jobs."""
-    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits()])
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for group in _control_groups("memory"):
+        limits += _numbers(group / "memory.max") or _numbers(group / "memory.limit_in_bytes")
+    return min(limits)
 
 
-def _limits() -> Iterator[int]:
-    """Yield the limits of the control groups of this process, and of the groups that these are in."""
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of the control groups of this process, and of the groups that these are in."""
     lines = []
     with contextlib.suppress(OSError):  # not Linux
         lines = [line.split(":", 2) for line in CGROUPS_OF_PROCESS.read_text().splitlines()]
     for _, controllers, path in lines:
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, name = (CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (CGROUPS, "memory.max")
-        group = PurePosixPath(path)
-        for place in (group, *group.parents):
-            # A container may see its own group as the root. "max" is no limit.
-            with contextlib.suppress(OSError, ValueError):
-                yield int((root / place.relative_to("/") / name).read_text())
+        if not controllers or controller in controllers.split(","):
+            root, group = CGROUPS / controller if controllers else CGROUPS, PurePosixPath(path)
+            for place in (group, *group.parents):  # a container may see its own group as the root
+                yield root / place.relative_to("/")
+
+
+def _numbers(path: Path) -> list[int]:
+    """Return the numbers in a file; none where it is missing or holds other words, such as "max"."""
+    with contextlib.suppress(OSError, ValueError):
+        return [int(word) for word in path.read_text().split()]
+    return []

@@ -1,4 +1,4 @@
-"""The memory that a process may use, under control groups of both versions."""
+"""The memory and the processors that a process may use, under control groups of both versions."""
 
 import os
 
@@ -36,15 +36,46 @@ UNLIMITED = 2**63 - 4096  # how version 1 writes "no limit"
     ],
 )
 def test_the_least_limit_of_all_control_groups_counts(tmp_path, monkeypatch, of_process, limits, wanted):
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "CGROUPS_OF_PROCESS", tmp_path / "of_process")
+    control_groups(tmp_path, monkeypatch, of_process, limits)
+    assert machine.memory() == wanted
+
+
+def control_groups(folder, monkeypatch, of_process, limits):
+    """Have the process see these files."""
+    monkeypatch.setattr(machine, "CGROUPS", folder / "cgroup")
+    monkeypatch.setattr(machine, "CGROUPS_OF_PROCESS", folder / "of_process")
     if of_process is not None:
-        (tmp_path / "of_process").write_text(of_process)
+        (folder / "of_process").write_text(of_process)
     for name, limit in limits.items():
-        path = tmp_path / "cgroup" / name
+        path = folder / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{limit}\n")
-    assert machine.memory() == wanted
+
+
+@pytest.mark.parametrize(
+    ("of_process", "limits", "wanted"),
+    [
+        pytest.param("0::/\n", {"cpu.max": "200000 100000"}, 2, id="container"),
+        pytest.param("0::/\n", {"cpu.max": "150000 100000"}, 2, id="rounded up"),
+        pytest.param("0::/\n", {"cpu.max": "10000 100000"}, 1, id="a tenth"),
+        pytest.param("0::/\n", {"cpu.max": "max 100000"}, 8, id="no limit"),
+        pytest.param("0::/\n", {"cpu.max": "9000000 100000"}, 8, id="more than there are"),
+        pytest.param("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3, id="parent"),
+        pytest.param(
+            "4:cpu,cpuacct:/job\n",
+            {"cpu/job/cpu.cfs_quota_us": 400000, "cpu/job/cpu.cfs_period_us": 100000, "cpu/cpu.cfs_quota_us": -1},
+            4,
+            id="version 1",
+        ),
+        pytest.param("4:memory:/job\n", {"cpu/job/cpu.cfs_quota_us": 100000}, 8, id="another controller"),
+        pytest.param("0::/\n", {"cpu.max": "1 0"}, 8, id="no period"),
+        pytest.param(None, {"cpu.max": "100000 100000"}, 8, id="not Linux"),
+    ],
+)
+def test_processors_are_those_of_the_quota(tmp_path, monkeypatch, of_process, limits, wanted):
+    control_groups(tmp_path, monkeypatch, of_process, limits)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert machine.cores() == wanted
 
 
 def test_a_limit_stops_what_would_not_fit(tmp_path, monkeypatch):

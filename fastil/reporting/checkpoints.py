@@ -108,8 +108,8 @@ def read_predictor(path: Path, device: torch.device, fix: str = AGAIN) -> Predic
 def read_checkpoint(path: Path, device: torch.device, fix: str) -> Checkpoint:
     """last.pt, or a state_K.pt with its step_K.pt."""
     content = files.load(path, device, fix)
-    if "trainer" in content and content.get("format") != FORMAT:
-        raise UserError(f"{path}: written by another version of fastil; choose another --out, or go on with it")
+    if content.get("format", FORMAT if "trainer" not in content else None) != FORMAT:
+        raise UserError(f"{path}: written by another version of fastil; resume with that one, or choose another --out")
     state = _checked(path, Checkpoint, content, fix)
     if state.trainer is not None:
         return state

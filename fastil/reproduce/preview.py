@@ -67,12 +67,14 @@ def makespan(work: WorkList, costs: list[Cost], at_once: int, usual: int) -> flo
 def _timed(work: WorkList, at_once: int) -> dict[str, speed.Speeds]:
     """Each network that is missing, timed with as many threads as a run will have."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if at_once > 1 else threads)
     found: dict[str, speed.Speeds] = {}
-    for job in work.missing:
-        if _network(job) not in found:
-            found[_network(job)] = speed.speeds(job.recipe, job.size)
-    torch.set_num_threads(threads)
+    try:
+        torch.set_num_threads(1 if at_once > 1 else threads)
+        for job in work.missing:
+            if _network(job) not in found:
+                found[_network(job)] = speed.speeds(job.recipe, job.size)
+    finally:
+        torch.set_num_threads(threads)
     return found
 
 

@@ -78,10 +78,15 @@ class Scheduler(Bar):
             status = job.process.returncode
             job.finished = status == 0
             if job.finished:
-                average = Run(job.folder).results.average_incremental_accuracy
-                self.say(f"{job.name}: average incremental accuracy {average:.2f}")
+                try:
+                    average = Run(job.folder).results.average_incremental_accuracy
+                except UserError as error:  # the others go on
+                    job.finished, job.failure = False, str(error)
+                else:
+                    self.say(f"{job.name}: average incremental accuracy {average:.2f}")
             elif not self.interrupt.requested():
                 job.failure = f"killed by {signal.Signals(-status).name}" if status < 0 else last_line(job.log)
+            if job.failure:
                 self.say(f"{job.name}: failed: {job.failure}")
 
     def stop(self) -> None:

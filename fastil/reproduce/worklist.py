@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import pydantic
 import torch
 from numpy.typing import NDArray
 
@@ -228,8 +229,11 @@ def _position(folder: Path) -> Position | None:
     run itself will say."""
     path = folder / "checkpoints/last.pt"
     try:
-        return Position(*files.load(path, torch.device("cpu"), AGAIN)["position"]) if path.exists() else None
-    except (UserError, KeyError, TypeError):
+        if not path.exists():
+            return None
+        content = files.load(path, torch.device("cpu"), AGAIN)
+        return pydantic.TypeAdapter(Position).validate_python(content["position"])
+    except (UserError, KeyError, pydantic.ValidationError):
         return None
 
 

@@ -1,4 +1,4 @@
-"""A training step whose tensors always lie in the same places: a CUDA graph replays it, a CPU just runs it."""
+"""A training step whose inputs lie in the same places throughout a phase: a CUDA graph replays it, a CPU runs it."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,12 +17,13 @@ class CapturedStep:
     """Calls `step` on copies of its inputs in buffers of its own, one set for each size of batch.
 
     On CUDA the call is captured after a few steps and replayed from then on: hundreds of launches become one. So the
-    step may depend on what lies in tensors, and on nothing else that changes. A step that cannot be captured, because
-    code from outside waits for the device, goes on as it is; `say` gets a line. capture: whether to try.
+    step may depend on what lies in tensors, and on nothing else that changes while the phase lasts; the next one
+    captures it again. A step that cannot be captured goes on as it is, and `failed` is told why, in one line. capture:
+    whether to try.
     """
 
-    def __init__(self, step: Callable[[Inputs], None], *, capture: bool, say: Callable[[str], None]) -> None:
-        self.step, self.capture, self.say = step, capture, say
+    def __init__(self, step: Callable[[Inputs], None], *, capture: bool, failed: Callable[[str], None]) -> None:
+        self.step, self.capture, self.failed = step, capture, failed
         self.places: dict[int, Inputs] = {}
         self.done: Counter[int] = Counter()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -52,9 +53,11 @@ class CapturedStep:
             with torch.cuda.graph(graph, pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self.step(self.places[size])
         except Exception as error:  # as many types as there are things that cannot be captured
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.say(f"the training step cannot be captured in a CUDA graph ({reason}): it runs uncaptured")
+            cause = error.__context__ or error  # ending a broken capture raises, too
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            self.failed(f"batches of {size} cannot be captured in a CUDA graph ({reason}): the step runs uncaptured")
             self.capture = False
+            self.graphs.clear()
         else:
             self.graphs[size] = graph
 

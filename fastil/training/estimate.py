@@ -84,6 +84,7 @@ def plan_text(recipe: Recipe) -> str:
         )
 
     timed = speeds(recipe, size)
+    eager = "uncompiled" if device.type == "cpu" else "uncompiled and uncaptured, so a run should be faster"
     finetuned = sum(plan.finetune_visits for plan in steps)
     learned = sum(plan.memory_visits for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
@@ -106,7 +107,7 @@ def plan_text(recipe: Recipe) -> str:
         + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
         + (f", and {learned:,} to learn exemplars" if learned else ""),
         f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}{kept}",
-        f"estimated    {duration(seconds(timed.now))} on {device_name(device)}, uncompiled: {timed.now.plain:,.0f} "
+        f"estimated    {duration(seconds(timed.now))} on {device_name(device)}, {eager}: {timed.now.plain:,.0f} "
         f"images/s, {timed.now.distilled:,.0f} with the teacher, timed now over a few steps{reading}",
         *([] if timed.quiet is None else [busy(timed.others, duration(seconds(timed.quiet)))]),
     ]

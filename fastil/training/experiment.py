@@ -57,7 +57,7 @@ class Experiment:
         self.flops, handed_on = compiling.cost_per_image(student, *size)
         capacity.check_batch(recipe, self.steps, size, self.device, handed_on)
         self.shared_base: base_step.BaseStep | None = None
-        if base_run is not None and not (resume and self.directory.last.exists()):  # else it is behind us
+        if base_run is not None and not (resume and self.directory.checkpoints()):  # else it is behind us
             base_step.check(base_run, recipe, self.protocol, self.dataset, counts)
             self.shared_base = base_step.read(base_run, teacher, self.device)  # the first step overwrites the teacher
         self.loaders = RunLoaders(recipe, self.dataset, self.device, recipe.memory.total(counts[order]))

@@ -128,9 +128,19 @@ class RunDirectory:
     def read(self, path: Path, device: torch.device) -> Checkpoint:
         """One of them. Raises Damaged where it cannot be used, so that the one before it is needed."""
         state = read_checkpoint(path, device, self.advice())
-        if state.metrics_bytes and self._metrics_bytes() < state.metrics_bytes:
-            raise Damaged(self.metrics, f"shorter than {path.name} says", self.advice())
+        if self._metrics_bytes() < state.metrics_bytes:
+            found = f"shorter than {path.name} says" if self.metrics.exists() else "missing"
+            raise Damaged(self.metrics, found, self.advice())
         return state
+
+    def put_aside(self) -> str:
+        """Keep a last.pt that could not be used, which the next checkpoint would replace. Returns where, for a line."""
+        if not self.last.exists():
+            return ""
+        aside = self.last.with_name("last.pt.damaged")
+        with files.written(aside):
+            os.replace(self.last, aside)
+        return f"; {self.last.name} is kept as {aside.name}"
 
     def advice(self) -> str:
         """What to do where no checkpoint can be used."""
@@ -159,6 +169,8 @@ class RunDirectory:
         files.save(path, weights)
         state = {key: value for key, value in state.items() if key != "trainer"} | {"weights_sha256": sha256_of(path)}
         files.save(path.with_name(f"state_{step}.pt"), self._dated(state))
+        # Learned exemplars are in it, as pixels. The one before stays, in case this one is damaged.
+        path.with_name(f"state_{step - 2}.pt").unlink(missing_ok=True)
 
     def _dated(self, state: dict[str, Any]) -> dict[str, Any]:
         with files.written(self.metrics), open(self.metrics, "ab") as file:

@@ -73,7 +73,8 @@ class RunParts:
             if path != directory.last:
                 why = problems[0].found if problems else f"{directory.last}: missing"
                 step = state.position.step - 1
-                say(f"{why}; going on from the end of step {step}, and what came after it is trained again")
+                kept = directory.put_aside()
+                say(f"{why}; going on from the end of step {step}, and what came after it is trained again{kept}")
             return state
         if problems:
             raise problems[0]
@@ -92,9 +93,9 @@ class RunParts:
             self.method.load_state_dict(state.method)
             self.rehearsal.load_state_dict(state.memory, state.finetuning)
             self.loaders.overlay(state.overlay)
-        except Damaged:
+        except (Damaged, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # what a method makes of another one's state
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:  # what a method makes of another one's state
             raise Damaged(path, f"of another run ({error})", fix) from error
         self.base_step_of, self.ran_before, self.results = state.base_step_of, state.ran, list(state.results)
         self.clock.load_state_dict(state.seconds)

@@ -18,7 +18,7 @@ from fastil import files
 from fastil.data import Batch, Inputs, Loader
 from fastil.device import Precision, autocast, multiplying_in, pixel_dtype
 from fastil.errors import UserError
-from fastil.methods import Meter
+from fastil.methods import BUILT_IN, Meter
 from fastil.methods.meta import UpdateContext
 from fastil.models import ExternalBackbone, Folded, Network, Output
 from fastil.optimiser import TrainConfig, Update
@@ -26,7 +26,7 @@ from fastil.plan import EpochPlan, drawn_ahead, num_batches
 from fastil.reporting.checkpoints import TrainerState
 from fastil.training.captured import CapturedStep, has_streams, side_stream
 from fastil.training.compiling import compile_network
-from fastil.training.phase import BeforeUpdate, Phase
+from fastil.training.phases import BeforeUpdate, Phase
 
 
 @dataclass
@@ -88,6 +88,8 @@ class Trainer:
         rows = torch.zeros(config.batch_size + 1, 4, device=self.device)
         self.meter = Meter(rows, torch.zeros((), device=self.device))
         self.images = 0  # counted in the meter
+        # Code from outside may wait for the device, or have what changes in Python: nobody knows.
+        self.captures = not isinstance(student.backbone, ExternalBackbone)
         self.updates: dict[str, Update] = {}
         self.momentum: dict[str, list[Tensor]] = {}  # of phases in a checkpoint, until they go on
         self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
@@ -129,9 +131,8 @@ class Trainer:
         update = self.update(phase)
         step = CapturedStep(
             lambda inputs: self.train_step(phase, update, inputs),
-            # Nobody knows what code from outside waits for.
-            capture=has_streams(self.device) and not isinstance(self.student.backbone, ExternalBackbone),
-            say=self.say,
+            capture=self.captures and has_streams(self.device) and phase.method.name in BUILT_IN,
+            failed=self.uncaptured,
         )
         if first_epoch == first_batch == 0:
             update.reset()
@@ -212,32 +213,35 @@ class Trainer:
     def train_step(self, phase: Phase, update: Update, inputs: Inputs) -> None:
         """Make one update. Nothing here reads a value back from the device, and what is launched does not depend on
         one."""
-        batch = self.batch(inputs)
-        teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
-        with self.autocast():
-            out = self.student_for(phase, batch)(batch.images)
-        phase.method.backward(batch, out, teacher_out, self.meter)
-        update.apply()
-        self.student.zero_grad()
+        batch, teacher_out, student = self.prepared(phase, inputs)
+        try:
+            with self.autocast():
+                out = student(batch.images)
+            phase.method.backward(batch, out, teacher_out, self.meter)
+            update.apply()
+        finally:  # a capture that fails must leave no gradient to which the next step would add
+            self.student.zero_grad()
 
     def before_update(self, phase: Phase, hook: BeforeUpdate, update: Update, inputs: Inputs, held_out: Batch) -> None:
         """Let Meta move alpha. It makes the batch once more and runs the teacher once more, so that the step that
         follows is the same as all others."""
-        batch = self.batch(inputs)
-        teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
+        batch, teacher_out, student = self.prepared(phase, inputs)
         held_out = held_out._replace(labels=self.table[held_out.labels])
-        student = self.student_for(phase, batch)
         hook.run(UpdateContext(batch, teacher_out, held_out, student, self.student, update, self.autocast))
 
-    def batch(self, inputs: Inputs) -> Batch:
-        """A training batch; labels are incremental positions."""
+    def prepared(self, phase: Phase, inputs: Inputs) -> tuple[Batch, Output | None, Callable[[Tensor], Output]]:
+        """Make the batch, its labels incremental positions, run the teacher on it, and choose the student: the compiled
+        one where it was compiled for such a batch, because a ragged one would recompile everything."""
         batch = self.loader.batch(inputs, self.pixels)
-        return batch._replace(labels=self.table[batch.labels])
+        batch = batch._replace(labels=self.table[batch.labels])
+        teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
+        full = len(batch.images) == self.config.batch_size and phase.bn_mode == "train"
+        return batch, teacher_out, self.fast_student if full else self.student
 
-    def student_for(self, phase: Phase, batch: Batch) -> Callable[[Tensor], Output]:
-        """The compiled student where it was compiled for such a batch: a ragged one would recompile everything."""
-        full = len(batch.images) == self.config.batch_size
-        return self.fast_student if full and phase.bn_mode == "train" else self.student
+    def uncaptured(self, why: str) -> None:
+        """Say why a step cannot be captured, and try no more."""
+        self.captures = False
+        self.say(why)
 
     def update(self, phase: Phase) -> Update:
         """Return the phase's optimiser: SGD with momentum and weight decay on every parameter, as in the reference

@@ -73,9 +73,9 @@ def captured(monkeypatch):
     """Have steps captured by those two."""
 
     class Captured(CapturedStep):
-        def __init__(self, step, *, capture, say):
+        def __init__(self, step, *, capture, failed):
             assert not capture  # there is no GPU
-            super().__init__(step, capture=True, say=say)
+            super().__init__(step, capture=True, failed=failed)
 
     Graph.made.clear()
     monkeypatch.setattr(trainer, "CapturedStep", Captured)

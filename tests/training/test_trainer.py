@@ -30,7 +30,7 @@ from fastil.optimiser import TrainConfig
 from fastil.plan import Key, Transform, cycled_plan, training_plan
 from fastil.reporting.checkpoints import TrainerState
 from fastil.training.compiling import decide, has_cxx_compiler
-from fastil.training.phase import BeforeUpdate, Phase
+from fastil.training.phases import BeforeUpdate, Phase
 from fastil.training.trainer import Stopped, Trainer
 
 CLASSES, SIZE = 6, 8
