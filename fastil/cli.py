@@ -90,7 +90,10 @@ def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val
     from fastil.recipe_file import load
     from fastil.training.estimate import plan_text
 
-    say(plan_text(load(recipe, overrides or [], data=data, val=val)))
+    loaded = load(recipe, overrides or [], data=data, val=val)
+    if sys.stderr.isatty():
+        say("reading the images and timing a few steps", sys.stderr)
+    say(plan_text(loaded))
 
 
 @app.command()
@@ -323,6 +326,8 @@ def reproduce(
             raise UserError(f"--seeds {seeds}: --only names a run of seed {named}; leave one of them out")
         numbers = [named]
     if dry_run:
+        if sys.stderr.isatty():
+            say("reading the images and timing a few steps", sys.stderr)
         work = WorkList(entries, numbers, out, data, preview=True, table=chosen.entries, wanted=precision)
         say(preview(work, jobs))
         return
@@ -351,7 +356,8 @@ def main() -> None:
     except UserError as error:
         message = str(error)
     except usage_error as error:
-        message = f"{error.format_message()} See fastil --help."  # type: ignore[attr-defined]
+        settings = " Settings are written KEY=VALUE, such as epochs=2." if sys.argv[1:2] in (["run"], ["plan"]) else ""
+        message = f"{error.format_message()}{settings} See fastil --help."  # type: ignore[attr-defined]
     say(f"fastil: {one_line(message)}", sys.stderr)
     sys.exit(2)
 

@@ -117,12 +117,16 @@ def load(path: Path, device: "torch.device", fix: str) -> dict[Any, Any]:
     with readable(path, fix), warnings.catch_warnings(action="ignore"):  # torch warns of some foreign pickles
         try:
             state: Any = torch.load(path, map_location=device, weights_only=True)
-        except OSError:
-            raise
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # so torch fails on some files that were cut short
+                raise
+            raise Damaged(path, "not a whole checkpoint", fix) from None
         except (MemoryError, torch.OutOfMemoryError):
             raise UserError(f"{path}: too little memory to read it; free some and repeat the command") from None
         except Exception as error:  # a damaged zip or pickle raises many types
             reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+            if reason.startswith("PytorchStreamReader"):
+                reason = "cut short, or damaged"
             if reason.startswith("Weights only"):  # what follows advises to trust the file
                 reason = "it is damaged, or holds other things than tensors and numbers"
             raise Damaged(path, f"not a whole checkpoint ({reason})", fix) from None

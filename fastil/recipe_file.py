@@ -27,6 +27,14 @@ from fastil.settings import shown
 DEEPEST = 10  # parents of a recipe
 EFFECTIVE = "recipe.yaml"  # in a run directory
 
+# Keys of PyCIL and mammoth, and what they are here.
+OF_OTHERS = {
+    "memory_size": "memory_budget", "buffer_size": "memory_budget", "memory_per_class": "exemplars_per_class",
+    "init_cls": "base_classes", "convnet_type": "model", "backbone": "model", "init_epoch": "base_epochs",
+    "n_epochs": "epochs", "init_lr": "lr", "lrate": "lr", "lrate_decay": "lr_drop", "optim_wd": "weight_decay",
+    "optim_mom": "momentum", "model_name": "method", "shuffle": "order",
+}  # fmt: skip
+
 
 def names() -> list[str]:
     """Recipes that come with fastil."""
@@ -187,6 +195,10 @@ def _text_of(name: str) -> str:
     if name in names():
         return resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
     if not name.endswith((".yaml", ".yml")):
+        if "/" in name:
+            raise UserError(
+                f"{shown(name)}: no run directory; give one, a recipe (fastil recipes lists them) or a YAML file"
+            )
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]}?" if near else "fastil recipes lists them"
         raise UserError(f"unknown recipe {shown(name)}: {hint}")
@@ -222,6 +234,9 @@ def _known(key: str, keys: Mapping[str, str]) -> str:
     if key in keys:
         return key
     near = [k for k in keys if k.startswith(key)] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near = near or [k for k in keys if key.startswith(k)]
+    if key in OF_OTHERS:
+        near = [OF_OTHERS[key]]
     hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(sorted(keys))}"
     raise UserError(f"unknown key {shown(key)}: {hint}")
 

@@ -12,7 +12,7 @@ from fastil import recipe
 from fastil.errors import UserError
 from fastil.methods import configs_of
 from fastil.protocol import build_protocol
-from fastil.recipe_file import differences, load, names, read_effective
+from fastil.recipe_file import OF_OTHERS, differences, load, names, read_effective
 
 SHIPPED = names()
 
@@ -566,3 +566,17 @@ def test_a_stem_that_a_model_does_not_have_is_refused(model):
             load("digits", [f"model={model}", f"stem={stem}"])
         assert load("digits", ["model=resnet18", f"stem={stem}"]).model.stem == stem
     assert load("digits", [f"model={model}", "stem=own"]).model.stem == "own"
+
+
+def test_keys_of_other_toolboxes_are_told_what_they_are_here():
+    parts = recipe.PARTS | configs_of("il_baseline")
+    known = {field.name for part in parts.values() for field in fields(part)}
+    assert set(OF_OTHERS.values()) <= known
+    assert not set(OF_OTHERS) & known
+    for theirs, ours in OF_OTHERS.items():
+        with pytest.raises(UserError, match=f"unknown key {theirs}: did you mean {ours}\\?"):
+            load("digits", [f"{theirs}=3"])
+    with pytest.raises(UserError, match=r"did you mean lr\?"):
+        load("digits", ["lr_bas=0.1"])
+    with pytest.raises(UserError, match="no run directory"):
+        load("runs/nope")

@@ -138,7 +138,7 @@ def seeds_of(text: str) -> list[int]:
     if not 1 <= numbers[0] <= MOST_SEEDS:
         raise UserError(
             f"--seeds {text}: a number of runs must be at least 1 and at most {MOST_SEEDS}; one seed alone is "
-            f"written {numbers[0]},"
+            f'written "{numbers[0]},"'
         )
     return list(range(numbers[0]))
 

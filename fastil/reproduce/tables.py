@@ -167,7 +167,7 @@ def _trains(entry: Entry, name: str) -> bool:
 
 
 def _unknown(table: Table, entries: Sequence[Entry], name: str) -> str:
-    rows = list(dict.fromkeys(entry.row for entry in entries))
+    rows = list(dict.fromkeys(f"{entry.row} ({entry.label})" for entry in entries))
     known = {text.casefold(): text for entry in entries for text in (entry.recipe, entry.label, entry.row)}
     near = difflib.get_close_matches(name.casefold(), known, n=1)
     hint = f"did you mean {known[near[0]]}? Its" if near else "its"

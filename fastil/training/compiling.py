@@ -65,19 +65,23 @@ def compile_run(
     training_flops: float,
     compile_evaluation: Callable[[], str | None],
     evaluation_flops: float,
-) -> list[str]:
+    say: Callable[[str], None],
+) -> None:
     """Compile training, and evaluation too where that is repaid. Each function returns why it failed, in one line, or
-    None; flops: of the whole run. Returns lines for the user."""
+    None; flops: of the whole run. say: shows the user a line."""
     compiled, note = decide(wanted, device, training_flops)
+    if note is not None:
+        say(note)
     if not compiled:
-        return [note] if note else []
+        return
+    say("compiling the network, which takes from some seconds to minutes")
     began = time.perf_counter()
     why_not = compile_training()
-    if why_not is not None:
-        return [why_not]
-    repaid = evaluation_flops >= REPAID_BY[device.type]
-    slower = compile_evaluation() if repaid else None
-    return [*([slower] if slower else []), f"compiled in {time.perf_counter() - began:.0f} s"]
+    if why_not is None and evaluation_flops >= REPAID_BY[device.type]:
+        slower = compile_evaluation()
+        if slower is not None:
+            say(slower)
+    say(why_not or f"compiled in {time.perf_counter() - began:.0f} s")
 
 
 def compile_network(

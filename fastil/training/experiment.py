@@ -269,12 +269,10 @@ class Experiment:
         """Compile training and evaluation, each where the run repays it."""
         test_counts = np.bincount(self.dataset.val.labels)[self.protocol.order]
         frozen = self.flops * step_plan.frozen_visits(self.steps, test_counts)
-        notes = compiling.compile_run(
+        compiling.compile_run(
             self.recipe.train.compile, self.device, self.trainer.compile, step_plan.run_flops(self.steps, self.flops),
-            self.frozen.compile, frozen,
+            self.frozen.compile, frozen, self.progress.say,
         )  # fmt: skip
-        for note in notes:
-            self.progress.say(note)
 
     def write_timings(self) -> None:
         run = {"base_step_of": self.parts.base_step_of, "compiled": self.trainer.compiled}

@@ -1,5 +1,7 @@
 """SIGTERM, SIGINT and SIGHUP as a flag that the training loop reads between batches."""
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -24,6 +26,8 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(number, self.previous[number])
+        with contextlib.suppress(OSError):  # print may be in the middle of a line, and is not to be called here
+            os.write(2, b"\nfastil: stopping after the batch in hand; a second signal ends it at once\n")
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.previous.items():

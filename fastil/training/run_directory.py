@@ -99,7 +99,12 @@ class RunDirectory:
             if old["method"] != new["method"]:  # which keys of methods are read differs by that alone
                 of_methods = {key for part in recipe.of_methods.values() for key in values_of(part)}
                 new = {key: value for key, value in new.items() if key not in of_methods}
-            changed = [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
+            differ = [key for key in new if old.get(key, new[key]) != new[key]]
+            changed = [f"{key} was {old.get(key)}, now {new[key]}" for key in differ]
+            if any(key.startswith("code of ") for key in differ):
+                raise UserError(
+                    f"{self.path}: its code was edited since ({'; '.join(changed)}); undo that, or choose another --out"
+                )
             if changed:
                 raise UserError(
                     f"{self.path}: a run of another recipe ({'; '.join(changed)}); repeat its settings or choose "
@@ -144,8 +149,9 @@ class RunDirectory:
 
     def advice(self) -> str:
         """What to do where no checkpoint can be used."""
-        base = (self.path / "checkpoints/step_0.pt").exists()
-        return "choose another --out" + (f", where --base {self.path} takes over the base step" if base else "")
+        if (self.path / "checkpoints/step_0.pt").exists():
+            return f"choose another --out, where --base {self.path} takes over the base step"
+        return f"remove {self.last} to train from the beginning, or choose another --out"
 
     def begin(self, recipe: Recipe, protocol: ProtocolFile, state: Checkpoint | None) -> None:
         """Write recipe.yaml and protocol.json, and cut metrics.jsonl back to where the run goes on."""

@@ -72,9 +72,9 @@ class RunParts:
                 continue
             if path != directory.last:
                 why = problems[0].found if problems else f"{directory.last}: missing"
-                step = state.position.step - 1
-                kept = directory.put_aside()
-                say(f"{why}; going on from the end of step {step}, and what came after it is trained again{kept}")
+                kept, step = directory.put_aside(), state.position.step
+                again = "" if step == self.num_steps else ", and what came after it is trained again"
+                say(f"{why}; going on from the end of step {step - 1}{again}{kept}")
             return state
         if problems:
             raise problems[0]

@@ -70,8 +70,8 @@ def speeds(recipe: Recipe, size: tuple[int, int]) -> Speeds:
 def busy(others: float, quiet: str) -> str:
     """The line that says so where other programs slow this one down. quiet: how long it would take without them."""
     return (
-        f"note: other programs took {100 * others:.0f} % of the processors while this was timed; "
-        f"on a quiet machine about {quiet} at best"
+        f"note: other programs took {100 * others:.0f} % of the processors while this was timed, which slows several "
+        f"threads down more than in proportion; on a quiet machine about {quiet} at best"
     )
 
 

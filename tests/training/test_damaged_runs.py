@@ -494,9 +494,9 @@ def test_a_start_that_fails_keeps_the_directory_of_another_process(tmp_path):
 def test_what_differs_and_is_no_setting_is_said_in_a_line_each(whole, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    path = run / STATE.replace("2", "0")
+    path = run / STATE.replace("2", "1")
     state(lambda s: s | {"ran": s["ran"] | {"threads": 64, "compiled": True, "loader": "dali"}})(path)
-    for name in (LAST_PT, STATE, STATE.replace("2", "1")):
+    for name in (LAST_PT, STATE):
         (run / name).unlink()
     resumed(run)
     lines = [line for line in capsys.readouterr().out.splitlines() if "before the stop" in line]
@@ -536,3 +536,30 @@ def test_only_a_failed_write_is_called_one(tmp_path):
     with pytest.raises(RuntimeError, match=r"^a mistake$"), files.written(tmp_path / "x"):
         raise RuntimeError("a mistake")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 3000, 4095, 4096, 4097, 8000, 30_000, 65_536, 65_537, 200_000, 399_000])
+def test_a_checkpoint_that_was_cut_short_is_damaged_at_every_length(tmp_path, length):
+    """Torch raises other types at some of them, EINVAL among those."""
+    from fastil import files
+
+    path = tmp_path / "last.pt"
+    files.save(path, {"weights": torch.zeros(100_000)})
+    with open(path, "r+b") as file:
+        file.truncate(length)
+    with pytest.raises(files.Damaged, match=r"last.pt: not a whole checkpoint.*; mend it"):
+        files.load(path, torch.device("cpu"), "mend it")
+
+
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+    from fastil import files
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    path = tmp_path / "last.pt"
+    files.save(path, {"weights": torch.zeros(3)})
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(UserError, match="too little memory") as error:
+        files.load(path, torch.device("cpu"), "mend it")
+    assert not isinstance(error.value, files.Damaged)

@@ -307,7 +307,7 @@ def test_code_that_was_edited_since_is_told_by_its_source(tmp_path, key):
 
     fastil.run("digits", out=tmp_path / "run", **settings, **made(0.5))
     assert fastil.run("digits", out=tmp_path / "run", resume=True, **settings, **made(0.5)).finished
-    with pytest.raises(UserError, match=rf"another recipe \(code of {key} was \w{{12}}, now \w{{12}}\)"):
+    with pytest.raises(UserError, match=rf"its code was edited since \(code of {key} was \w{{12}}, now \w{{12}}\)"):
         fastil.run("digits", out=tmp_path / "run", resume=True, **settings, **made(0.25))
     with pytest.raises(UserError, match=r"its base step is another one \(code of"):
         fastil.run("digits", out=tmp_path / "other", base=tmp_path / "run", **settings, **made(0.25))
