@@ -133,9 +133,10 @@ class RunDirectory:
     def read(self, path: Path, device: torch.device) -> Checkpoint:
         """One of them. Raises Damaged where it cannot be used, so that the one before it is needed."""
         state = read_checkpoint(path, device, self.advice())
+        if not self.metrics.exists():  # nothing reads it to train
+            return state.model_copy(update={"metrics_bytes": 0})
         if self._metrics_bytes() < state.metrics_bytes:
-            found = f"shorter than {path.name} says" if self.metrics.exists() else "missing"
-            raise Damaged(self.metrics, found, self.advice())
+            raise Damaged(self.metrics, f"shorter than {path.name} says", self.advice())
         return state
 
     def put_aside(self) -> str:

@@ -75,6 +75,8 @@ class RunParts:
                 kept, step = directory.put_aside(), state.position.step
                 again = "" if step == self.num_steps else ", and what came after it is trained again"
                 say(f"{why}; going on from the end of step {step - 1}{again}{kept}")
+            if not directory.metrics.exists():
+                say(f"{directory.metrics}: missing; going on without the lines of earlier epochs")
             return state
         if problems:
             raise problems[0]

@@ -563,3 +563,15 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="too little memory") as error:
         files.load(path, torch.device("cpu"), "mend it")
     assert not isinstance(error.value, files.Damaged)
+
+
+def test_a_lost_metrics_file_costs_its_lines_and_no_training(whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "metrics.jsonl").unlink()
+    resumed(run)
+    said = capsys.readouterr().out
+    assert f"{run / 'metrics.jsonl'}: missing; going on without the lines of earlier epochs" in said
+    assert (run / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert (run / "metrics.jsonl").read_bytes() == b""
+    assert not (run / "checkpoints/last.pt.damaged").exists()
