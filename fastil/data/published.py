@@ -115,7 +115,8 @@ def official_labels(expected: Published, names: Sequence[str]) -> list[int] | No
     ours = [_plain(name) for name in names]
     theirs = [_plain(name) for name in expected.class_names]
     if len(ours) == len(theirs) and set(ours) == set(theirs):
-        return [theirs.index(name) for name in ours]
+        places = {name: label for label, name in reversed([*enumerate(theirs)])}
+        return [places[name] for name in ours]
     if all(name.isdecimal() for name in names) and sorted(map(int, names)) == list(range(expected.classes)):
         return [int(name) for name in names]
     return None
@@ -132,8 +133,9 @@ def differences(expected: Published, names: Sequence[str], train: Identity, val:
     """What sets a data set apart from the published one, each as a piece of a sentence; none where nothing does, as
     far as the table tells. names: by label, in the published order if `official_labels` knows one."""
     official = expected.class_names
-    odd = [name for name in names if _plain(name) not in map(_plain, official)]
-    missing = [name for name in official if _plain(name) not in map(_plain, names)]
+    ours, theirs = ({_plain(name) for name in some} for some in (names, official))
+    odd = [name for name in names if _plain(name) not in theirs]
+    missing = [name for name in official if _plain(name) not in ours]
     if len(names) != expected.classes:
         hint = f" ({_listed(missing)} missing)" if len(odd) < len(names) and missing else ""
         return [f"it has {len(names)} classes instead of {expected.classes}{hint}"]
@@ -153,15 +155,21 @@ def differences(expected: Published, names: Sequence[str], train: Identity, val:
 def _matched(expected: Published, names: Sequence[str], train: Identity, val: Identity) -> list[int]:
     """The published label that each of as many classes is compared with: by its name, else by its images, else what is
     left, in order."""
-    found = dict(enumerate(official_labels(expected, names) or ()))
+    known_labels = official_labels(expected, names)
+    if known_labels is not None:
+        return known_labels
+    found: dict[int, int] = {}
+    taken: set[int] = set()
 
     def match(label: int, candidates: Iterable[int]) -> None:
-        free = next((one for one in candidates if one not in found.values()), None)
+        free = next((one for one in candidates if one not in taken), None)
         if label not in found and free is not None:
             found[label] = free
+            taken.add(free)
 
-    for label, name in enumerate(names):
-        match(label, (i for i, other in enumerate(expected.class_names) if _plain(other) == _plain(name)))
+    plain = [_plain(name) for name in expected.class_names]
+    for label, name in enumerate(map(_plain, names)):
+        match(label, (i for i, other in enumerate(plain) if other == name))
     for ours, theirs in ((train, expected.train), (val, expected.val)):
         for label, digest in enumerate(ours.classes):
             match(label, (i for i, known in enumerate(theirs.classes or ()) if digest.startswith(known)))

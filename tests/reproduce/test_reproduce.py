@@ -328,7 +328,7 @@ def test_a_directory_of_other_settings_is_left_alone(trained, tmp_path):
         (["table3", "--scale", "short", "--steps", "10"], "--steps 10: no rows with so many at --scale short; use 5"),
         (["table2", "--steps", "3"], "--steps 3: no rows with so many at --scale cpu; use 5 or 10"),
         (["table2", "--seeds", "0"], "--seeds 0: a number of runs must be at least 1"),
-        (["table2", "--seeds", "20260101"], "one seed alone is written 20260101,"),
+        (["table2", "--seeds", "20260101"], 'one seed alone is written "20260101,"'),
         (["table2", "--seeds", "a"], "--seeds a: give a number of runs, such as 3, or the seeds with commas"),
         (["table2", "--seeds", "0,2,0"], "--seeds 0,2,0: a seed stands there twice"),
         (

@@ -72,5 +72,5 @@ def test_a_plan_says_how_long_it_takes_and_would_take_on_a_quiet_machine(monkeyp
     text = estimate.plan_text(load("digits"))
     visits = int(text.split("\nimage visits ")[1].split(" ")[0].replace(",", ""))
     assert f"estimated    {duration(visits / 10)} on" in text
-    wanted = "other programs took 75 % of the processors while this was timed; on a quiet machine about"
-    assert f"{wanted} {duration(visits / 40)}\n" in text + "\n"
+    assert "other programs took 75 % of the processors while this was timed" in text
+    assert f"on a quiet machine about {duration(visits / 40)} at best\n" in text + "\n"
