@@ -33,7 +33,8 @@ def pack(files: list[Path], folder: Path, part_bytes: int = PART) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written, entries = [], []
     for file in files:
-        whole, size, parts = hashlib.sha256(), 0, []
+        whole, size = hashlib.sha256(), 0
+        parts: list[dict[str, Any]] = []
         with file.open("rb") as source:
             while content := source.read(part_bytes):
                 name = f"{file.name}.{len(parts):03d}"

@@ -9,6 +9,7 @@ fails or hangs costs itself only. Results go to bench/results/gpu_NAME, without 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,19 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.wheels import ALONE, NEEDED, PEERS, PYTHON, ROOT, SITE, WHEELS, WITH_REQUIREMENTS, environment, missing, unzip
+from bench.wheels import (
+    ALONE,
+    NEEDED,
+    PEERS,
+    PYTHON,
+    ROOT,
+    SITE,
+    WHEELS,
+    WITH_REQUIREMENTS,
+    environment,
+    missing,
+    unzip,
+)
 
 ALTOGETHER = 600.0  # seconds
 SLOWER = 4  # a CPU may take longer by this factor, for each stage and in all
@@ -59,16 +72,13 @@ def run_stage(command: Sequence[str], env: dict[str, str], log: Path, limit: flo
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-        status: int | None = None
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            pass
+            status = None
         finally:  # also what it left behind, and after Ctrl-C
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     return status, time.monotonic() - began
 
@@ -79,7 +89,7 @@ def outcome(status: int | None) -> str:
     return known.get(status, "failed")
 
 
-def tests_of(report: Path) -> dict[str, Any] | None:
+def counts_of(report: Path) -> dict[str, Any] | None:
     """Return the counts of a JUnit file and the first line of each failure, if there is such a file."""
     if not report.exists():
         return None
@@ -87,7 +97,9 @@ def tests_of(report: Path) -> dict[str, Any] | None:
         suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     except ElementTree.ParseError:
         return None
-    counts = {key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")}
+    counts = {
+        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    }
     failed = {}
     for case in (case for suite in suites for case in suite.iter("testcase")):
         for problem in (*case.findall("failure"), *case.findall("error")):
@@ -181,7 +193,7 @@ def main() -> None:
             status, seconds = run_stage([sys.executable, "-m", "bench.stages", stage.name], env, log, limit)
             result = outcome(status)
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        tests = tests_of(report)
+        tests = counts_of(report)
         content = {
             "stage": stage.name, "result": result, "exit_status": status, "seconds": round(seconds, 1),
             "limit": round(limit, 1), "tests": tests, "log_tail": lines[-TAIL:],

@@ -5,8 +5,8 @@ python -m bench.kernels [--rounds N] [--case LABEL ...]
 On a GPU: microseconds (median, 20th and 80th percentile) per call in CUDA graphs with a warm and a cleared L2 and from
 a Python loop, GB/s on the bytes that the loss must move and their share of what a copy reaches in the same run, waits,
 launches and peak memory. Inputs are random, eight sets take turns, and every contestant is first checked against the
-formula in float64, in a poisoned output and again in a replayed graph. --case chooses among the shapes of the loss, such
-as "128 x 104 fp32". Results go to bench/results/gpu_NAME/kernels.json.
+formula in float64, in a poisoned output and again in a replayed graph. --case chooses among the shapes of the loss,
+such as "128 x 104 fp32". Results go to bench/results/gpu_NAME/kernels.json.
 
 Without a GPU nothing is timed. `bench.launch_counts` counts launches, waits and bytes, and from these a model estimates
 times, written to bench/results/kernels_cpu.json. The model, for an H100: a launch in a CUDA graph takes 1.2 us plus its

@@ -76,7 +76,9 @@ def _gpu() -> list[str]:
         gpu = torch.cuda.get_device_properties(number)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} multiprocessors"
         lines.append(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}")
-    lines.append(f"driver {driver or 'of unknown version (no nvidia-smi)'}; torch is built for CUDA {torch.version.cuda}")
+    lines.append(
+        f"driver {driver or 'of unknown version (no nvidia-smi)'}; torch is built for CUDA {torch.version.cuda}"
+    )
     lacking = lacks_for_triton()
     lines.append(f"kernels: Triton lacks {lacking}" if lacking else "kernels: Triton has the C compiler that it needs")
     return lines

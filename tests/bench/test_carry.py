@@ -55,7 +55,9 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_is_written(carried, tmp
     assert not (tmp_path / "there").exists()
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", '{"files": 3}', '{"files": [{"name": "../x", "sha256": "", "parts": []}]}'])
+@pytest.mark.parametrize(
+    "text", [None, "", "{}", '{"files": 3}', '{"files": [{"name": "../x", "sha256": "", "parts": []}]}']
+)
 def test_a_manifest_that_is_none_is_one_line(carried, tmp_path, text):
     (carried / "manifest.json").unlink()
     if text is not None:
