@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ ALTOGETHER = 600.0  # seconds
 SLOWER = 4  # a CPU may take longer by this factor, for each stage and in all
 # How a stage ends (bench.stages), besides 0 and whatever means that it failed.
 SKIPPED, NO_DEVICE = 77, 78
+ENDED = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (.+)$")  # a line of pytest -vv with xdist
 TAIL = 60  # lines of the log that the result file holds
 
 
@@ -56,7 +58,7 @@ class Stage:
 STAGES = (
     Stage("machine", 60, "versions, compilers, and what fastil chooses here"),
     Stage("kernel_tests", 180, "the tests of the kernels"),
-    Stage("trainer_tests", 150, "every method in bf16; captured, compiled, resumed, streamed"),
+    Stage("trainer_tests", 180, "every method in bf16; captured, compiled, resumed, streamed"),
     Stage("step", 150, "a training step eager, compiled and captured; launches; idle share"),
     Stage("streaming", 90, "the loaders to the GPU, alone and while training"),
     Stage("cifar100", 150, "a short row of CIFAR-100"),
@@ -105,6 +107,17 @@ def counts_of(report: Path) -> dict[str, Any] | None:
         for problem in (*case.findall("failure"), *case.findall("error")):
             failed[f"{case.get('classname')}::{case.get('name')}"] = (problem.get("message") or "").split("\n")[0]
     return counts | {"failed": failed}
+
+
+def counts_in_log(lines: Sequence[str]) -> dict[str, Any] | None:
+    """Return the same of tests that were cut off, and so left no such file, by the lines of those that had ended."""
+    found = [match.groups() for line in lines if (match := ENDED.search(line))]
+    if not found:
+        return None
+    kinds = Counter(kind for kind, _ in found)
+    counts = {"failures": kinds["FAILED"], "errors": kinds["ERROR"], "skipped": kinds["SKIPPED"]}
+    failed = {name: "see the log" for kind, name in found if kind in ("FAILED", "ERROR")}
+    return {"tests": len(found)} | counts | {"failed": failed}
 
 
 def summary_of(name: str, result: str, lines: list[str], tests: dict[str, Any] | None) -> str:
@@ -193,7 +206,7 @@ def main() -> None:
             status, seconds = run_stage([sys.executable, "-m", "bench.stages", stage.name], env, log, limit)
             result = outcome(status)
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        tests = counts_of(report)
+        tests = counts_of(report) or counts_in_log(lines)
         content = {
             "stage": stage.name, "result": result, "exit_status": status, "seconds": round(seconds, 1),
             "limit": round(limit, 1), "tests": tests, "log_tail": lines[-TAIL:],

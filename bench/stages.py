@@ -86,16 +86,19 @@ def cifar100(small: bool) -> None:
     """Train a short row of CIFAR-100 where it was carried, of digits where not."""
     out = OUT / "run"
     shutil.rmtree(out, ignore_errors=True)
+    folder = ROOT / "build/cifar100"
     if (CARRIED / "manifest.json").exists():
-        python("-m", "bench.carry", "unpack", str(CARRIED), str(ROOT / "build/cifar100"))
-    data = ROOT / "build/cifar100/cifar100.beton"
-    if data.exists():
+        python("-m", "bench.carry", "unpack", str(CARRIED), str(folder))
+    if folder.is_dir():
+        # A file that is a data set, or a folder of those that are published.
+        sources = [file for kind in ("beton", "tar") for file in sorted(folder.glob(f"*.{kind}"))]
+        data = next((file for file in sources if not file.name.endswith(".val.beton")), folder)
         epochs = ["base_epochs=1", "epochs=1"] if small else ["base_epochs=40", "epochs=20"]
         recipe = ["cifar100_balanced_5", *epochs, "--data", str(data)]
     else:
         print(
-            "CIFAR-100 is not here, so this is digits. fastil convert makes cifar100.beton and cifar100.val.beton; "
-            f"python -m bench.carry pack makes parts of them for {CARRIED.relative_to(ROOT)}"
+            "CIFAR-100 is not here, so this is digits. To carry it: python -m bench.carry pack "
+            f"data/cifar-100-python/* {CARRIED.relative_to(ROOT)}"
         )
         recipe = ["digits", *(["epochs=2", "base_epochs=2"] if small else [])]
     python("-m", "fastil", "run", *recipe, "--out", str(out))

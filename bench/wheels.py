@@ -50,7 +50,7 @@ def unzip() -> None:
 
 def environment(path: str) -> dict[str, str]:
     """Return the environment of a process with that PYTHONPATH."""
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def missing(path: str) -> list[str]:
