@@ -1,6 +1,6 @@
 """Files in parts small enough to carry to a machine without network, put together there and checked by their hashes.
 
-python -m bench.carry pack FILE [FILE ...] FOLDER      parts of at most 58 MiB and a manifest, into FOLDER
+python -m bench.carry pack FILE [FILE ...] FOLDER      parts of at most 56 MiB and a manifest, into FOLDER
 python -m bench.carry unpack FOLDER TO                 the files, into the folder TO
 
 Needs nothing but Python. Parts may arrive one after the other; `unpack` names those that are missing or damaged and
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PART = 58 * 2**20
+PART = 56 * 2**20  # 58.7 MB
 MANIFEST = "manifest.json"
 
 

@@ -336,7 +336,9 @@ def main() -> None:
             show(f"{a} / {b}", ratios[f"{a} / {b}"], f"goal {goal:g}")
     for label, seconds in switches.items():
         show(f"new ids to first batch, {label}", seconds, "s")
-    samples_of = (1_280_000, 14_000_000) if DEVICE.type == "cpu" else ()  # has nothing to do with a GPU
+    # Of no interest for a GPU, and in a stage of bench.first_contact too long.
+    elsewhere = DEVICE.type == "cuda" or "FASTIL_RESULTS" in os.environ
+    samples_of = () if elsewhere else (1_280_000, 14_000_000)
     scale = {str(samples): at_scale(samples) for samples in samples_of}
     for samples, found in scale.items():
         print(

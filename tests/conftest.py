@@ -37,7 +37,9 @@ def pytest_collection_modifyitems(items):
 
 def environment():
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # After the checkout what was put there for all: an older Triton, or packages that are not installed (bench.wheels).
+    path = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
+    return inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture
