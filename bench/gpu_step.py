@@ -19,7 +19,7 @@ from fastil.data import Inputs
 from fastil.device import choosing_kernels
 from fastil.plan import EpochPlan
 from fastil.training.captured import WARM_UP, CapturedStep
-from fastil.training.phase import Phase
+from fastil.training.phases import Phase
 from fastil.training.trainer import Trainer
 
 MODES = ("eager", "eager, captured", "compiled", "compiled, captured")
@@ -33,8 +33,8 @@ class Kept(CapturedStep):
 
     last: "Kept | None" = None
 
-    def __init__(self, step: Callable[[Inputs], None], *, capture: bool, say: Callable[[str], None]) -> None:
-        super().__init__(step, capture=capture and Kept.wanted, say=say)
+    def __init__(self, step: Callable[[Inputs], None], *, capture: bool, failed: Callable[[str], None]) -> None:
+        super().__init__(step, capture=capture and Kept.wanted, failed=failed)
         Kept.last = self
 
     wanted = True  # whether to capture

@@ -108,7 +108,7 @@ def _step() -> list[str]:
     compiled = f"compiles a run of more than about {visits / 1e6:.1f} million visits of ResNet-32 at 32x32"
     lines = [why_not or f"compile=auto {compiled} (or as much work): a shorter one ends before that is repaid"]
     if has_streams(device):
-        lines.append("captured in a CUDA graph: a full batch is one launch (a model= from outside runs uncaptured)")
+        lines.append("captured in a CUDA graph: a batch is one launch (steps with code from outside run uncaptured)")
     return lines
 
 

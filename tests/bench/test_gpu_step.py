@@ -12,7 +12,7 @@ from fastil.methods.il_baseline import ILBaseline
 from fastil.models import ModelConfig, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import Key, Transform, training_plan
-from fastil.training.phase import Phase
+from fastil.training.phases import Phase
 from fastil.training.trainer import Trainer
 
 BATCH, TRANSFORM = 16, Transform(8, 8, pad=1, flip=False, mean=(0.3,) * 3, std=(0.4,) * 3)
