@@ -80,6 +80,7 @@ class Steps:
         self.trainer.fast_student = self.trainer.student if eager else student
         self.trainer.folded_teacher.fast = self.trainer.folded_teacher.plain if eager else teacher
         Kept.wanted, self.ticks = mode.endswith("captured"), 0
+        self.trainer.captures = True  # whatever became of another mode
         self.trainer.fit(dataclasses.replace(self.phase, plan=lambda epoch: longer))
 
     def rate(self, mode: str) -> float:
@@ -87,12 +88,13 @@ class Steps:
         self.fit(mode, SKIPPED + STEPS)  # ends with the epoch's read, and so with the queue
         return self.batch_size * STEPS / (time.perf_counter() - self.clock)
 
-    def ceiling(self) -> float:
-        """Return the images per second of the captured step replayed, with nothing else. The network moves on."""
+    def ceiling(self) -> float | None:
+        """Return the images per second of the captured step replayed, with nothing else; None where none could be
+        captured. The network moves on."""
         self.fit("compiled, captured", SKIPPED)
         assert Kept.last is not None
         if self.batch_size not in Kept.last.graphs:
-            return float("nan")
+            return None
         graph = Kept.last.graphs[self.batch_size]
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -142,7 +144,7 @@ def measure(trainer: Trainer, phase: Phase, batch_size: int, rounds: int) -> dic
             print(f"  {mode:<20}{describe(figures)}", flush=True)
         try:
             found["ceiling, images per second"] = steps.ceiling()
-            print(f"  {'ceiling':<20}{found['ceiling, images per second']:10,.0f} img/s", flush=True)
+            print(f"  {'ceiling':<20}{found['ceiling, images per second'] or 0:10,.0f} img/s", flush=True)
         except Exception as error:
             found["ceiling, images per second"] = str(error)
     return found

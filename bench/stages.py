@@ -77,7 +77,7 @@ def streaming(small: bool) -> None:
     """Time the loaders on photos that are made here."""
     with tempfile.TemporaryDirectory() as folder:
         make_photos(Path(folder), 24 if small else 96)
-        images = "192" if small else "6000"
+        images = "192" if small else "3000"
         for name in ("loaders", "streamed"):
             python("-m", f"bench.{name}", "--rounds", "1" if small else "2", "--images", images, "--data", folder)
 

@@ -6,6 +6,7 @@ For Python 3.12 on x86-64 Linux. No torch, Triton or numpy: those of the GPU mac
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -43,6 +44,7 @@ def download(*arguments: str) -> None:
 
 def unzip() -> None:
     """Unzip every wheel into SITE, which is then one folder for the path."""
+    shutil.rmtree(SITE, ignore_errors=True)  # of other versions
     for wheel in sorted(WHEELS.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(SITE)
