@@ -60,6 +60,12 @@ def machine(small: bool) -> None:
 
 def kernel_tests(small: bool) -> None:
     """Run tests/kernels; small: a launch of each kernel in Triton's interpreter."""
+    import numpy as np
+    import triton
+
+    if small and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        print("the interpreter of Triton 3.6 needs numpy before 2.4; a GPU does without it")
+        raise SystemExit(SKIPPED)
     pytest("kernel_tests", LAUNCHES if small else KERNEL_TESTS, 2 if small else 8)
 
 
