@@ -5,12 +5,14 @@
 #              (as root, by apt-get); where not, one line says so and its tests skip. The same goes for DALI, by pip
 # make soak    the same, hours long (FASTIL_SOAK=1): full counts of kills, damaged files and drawn examples, and all
 #              tests and GPUs with the oldest Triton, too
-# make gpu     on a machine with an NVIDIA GPU: the kernels' tests on it, compute-sanitizer where there is one, the bench
+# make wheels  on a machine with the package registry: what a GPU machine without it lacks, into build/wheels (5 MB)
+# make gpu     on a machine with an NVIDIA GPU, in ten minutes and without network: tests of kernels and training, the step's
+#              rate and launches, loaders, a short row of CIFAR-100, compute-sanitizer; results in bench/results/gpu_NAME
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest-triton soak gpu clean
+.PHONY: demo test test-oldest-triton soak gpu wheels clean
 
 demo: .venv/run
 	@rm -rf runs/demo
@@ -43,24 +45,13 @@ $(OLDEST)/done:
 	$(BIN)/pip install --quiet --disable-pip-version-check --target $(OLDEST) triton==3.6.0 'numpy<2.4'
 	@touch $@
 
-# Takes the torch and the Triton of $(PYTHON), which GPU images bring, and installs the rest beside them. All three parts
-# run, whatever the ones before them say.
-GPU := .venv-gpu/bin/python
-gpu: .venv-gpu/done
-	@failed=; \
-	PYTHONPATH=. $(GPU) -m pytest tests/kernels || failed=1; \
-	if command -v compute-sanitizer > /dev/null; then \
-	for tool in memcheck racecheck; do PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU) -m pytest tests/kernels -m sanitize || failed=1; done; \
-	else echo "compute-sanitizer is not installed: skipped"; fi; \
-	PYTHONPATH=. $(GPU) -m bench.kernels || failed=1; \
-	test -z "$$failed"
+# Runs with the torch and the Triton of $(PYTHON) and installs nothing, and needs no network: what that Python lacks comes from
+# build/wheels, which `make wheels` fills elsewhere. ARGS: such as --only step,cifar100 or --device cpu (bench/first_contact.py).
+gpu:
+	@PYTHONPATH=. $(PYTHON) -m bench.first_contact $(ARGS)
 
-.venv-gpu/done: pyproject.toml
-	$(PYTHON) -m venv --system-site-packages .venv-gpu
-	.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
-	.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps liger-kernel
-	@touch $@
+wheels:
+	@PYTHONPATH=. $(PYTHON) -m bench.wheels
 
 soak: export FASTIL_SOAK = 1
 soak: test
@@ -97,4 +88,4 @@ FFCV_PACKAGES := libturbojpeg0-dev libopencv-dev pkg-config
 	else echo "The tests of DALI are skipped, it cannot be installed here: see .venv/dali.log" >&2; fi
 
 clean:
-	rm -rf .venv .venv-gpu runs/demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv runs/demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bench.first_contact import gpu_folder
 from fastil.device import device_name, processor_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,7 +50,8 @@ def ratio(figures: dict[str, list[float]], over: str, under: str) -> dict[str, f
 
 
 def save(name: str, device: torch.device, content: dict[str, Any]) -> Path:
-    """Write bench/results/NAME.json, with the machine in it. Returns its path."""
+    """Write NAME.json, with the machine in it, into bench/results, for a GPU into its own folder there, or into the
+    folder FASTIL_RESULTS. Returns its path."""
     machine = {
         "device": device_name(device),
         "processor": processor_name(),
@@ -58,8 +60,10 @@ def save(name: str, device: torch.device, content: dict[str, Any]) -> Path:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    default = RESULTS / gpu_folder(device_name(device)) if device.type == "cuda" else RESULTS
+    folder = Path(os.environ.get("FASTIL_RESULTS", default))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine} | content, indent=1) + "\n")
     return path
 

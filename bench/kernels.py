@@ -1,11 +1,12 @@
 """The kernels: the incremental loss against its peers, each other kernel against its plain form, and a whole step.
 
-python -m bench.kernels [--rounds N]
+python -m bench.kernels [--rounds N] [--case LABEL ...]
 
 On a GPU: microseconds (median, 20th and 80th percentile) per call in CUDA graphs with a warm and a cleared L2 and from
 a Python loop, GB/s on the bytes that the loss must move and their share of what a copy reaches in the same run, waits,
 launches and peak memory. Inputs are random, eight sets take turns, and every contestant is first checked against the
-formula in float64, in a poisoned output and again in a replayed graph. Results go to bench/results/gpu_NAME.json.
+formula in float64, in a poisoned output and again in a replayed graph. --case chooses among the shapes of the loss,
+such as "128 x 104 fp32". Results go to bench/results/gpu_NAME/kernels.json.
 
 Without a GPU nothing is timed. `bench.launch_counts` counts launches, waits and bytes, and from these a model estimates
 times, written to bench/results/kernels_cpu.json. The model, for an H100: a launch in a CUDA graph takes 1.2 us plus its
@@ -20,7 +21,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -298,7 +298,7 @@ def whole_step(device: torch.device, rounds: int, batch: int = 128) -> dict[str,
     return results
 
 
-def on_gpu(device: torch.device, rounds: int) -> None:
+def on_gpu(device: torch.device, rounds: int, cases: Sequence[Case]) -> None:
     """Time everything on the GPU and write the result file."""
     copy = copy_gb_per_s(rounds)
     print(
@@ -311,8 +311,8 @@ def on_gpu(device: torch.device, rounds: int) -> None:
         "loss": {},
         "others": {},
     }
-    name = "gpu_" + re.sub(r"\W+", "_", device_name(device))
-    for case in CASES:
+    name = "kernels"
+    for case in cases:
         content["loss"][label(case)] = time_loss(case, device, copy["median"], rounds)
         save(name, device, content)  # what is measured stays, whatever comes after
         torch.cuda.empty_cache()
@@ -327,10 +327,13 @@ def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=20)
-    rounds = parser.parse_args().rounds
+    labels = {label(case): case for case in CASES}
+    parser.add_argument("--case", action="append", choices=labels, help="of the loss; default: all (on a GPU)")
+    arguments = parser.parse_args()
+    rounds, cases = arguments.rounds, [labels[name] for name in arguments.case or labels]
     device = pick_device("auto")
     if device.type == "cuda":
-        on_gpu(device, rounds)
+        on_gpu(device, rounds, cases)
     else:
         on_paper(device)
 

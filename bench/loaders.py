@@ -6,6 +6,8 @@ Claim: loader=ffcv at least 0.95 of FFCV's Loader on the same file, loader=dali 
 on the same files, loader=threads at least 1.5 times torch's DataLoader with Pillow and 0.8 of its own decode and resize
 without a loader. New ids are switched to in at most 0.5 s (to the first batch), where a new FFCV Loader takes seconds.
 
+On a GPU machine there are as many workers as cores, fastil's loaders bring frames to the GPU, and DALI decodes on it.
+
 All contestants have read the files before, and FFCV has compiled its pipeline. None normalises. Also: opening, indexing
 and planning an epoch of a file of 1.28 and 14 million samples (of which only the tables are there).
 """
@@ -32,13 +34,17 @@ from PIL import Image
 from bench.convert import read_arguments, spread_out
 from bench.convert_contestants import own_peak
 from bench.harness import ratio, save, show, spread, take_turns
+from fastil import machine
 from fastil.data import make_loader
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.choose import installed
 from fastil.data.loaders.streaming import Streaming
+from fastil.device import pick_device
 from fastil.plan import AREA, ATTEMPTS, RATIO, Key, Transform, training_plan
 
-WORKERS, BATCH, SIDE = 2, 64, 224
+DEVICE = pick_device("auto")
+WORKERS = 2 if DEVICE.type == "cpu" else machine.cores()
+BATCH, SIDE = 64, 224
 TRANSFORM = Transform(SIDE, SIDE, 0, True, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resized=True)
 GOALS = {
     ("ffcv", "FFCV Loader"): 0.95,
@@ -61,11 +67,17 @@ def convert(folder: Path, out: Path) -> Beton:
     return Beton(out)
 
 
+def arrived() -> None:
+    """Wait until all that was sent to the GPU is there."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize(DEVICE)
+
+
 class Fastil:
     """One of fastil's backends, an epoch at a time."""
 
     def __init__(self, name: str, beton: Beton) -> None:
-        loader = make_loader(beton, name, TRANSFORM, "cpu")
+        loader = make_loader(beton, name, TRANSFORM, DEVICE)
         assert isinstance(loader, Streaming)
         self.loader, self.sizes, self.epoch = loader, beton.sizes, 0
 
@@ -79,6 +91,7 @@ class Fastil:
         began = time.perf_counter()
         images = sum(len(frames) for frames in self.frames(np.arange(count)))
         assert images == count
+        arrived()
         return count / (time.perf_counter() - began)
 
     def switch(self, count: int, seed: int) -> float:
@@ -87,6 +100,7 @@ class Fastil:
         began = time.perf_counter()
         frames = self.frames(ids)
         next(frames)
+        arrived()
         found = time.perf_counter() - began
         frames.close()  # type: ignore[attr-defined]
         return found
@@ -172,10 +186,12 @@ def dali(files: list[Path]) -> Contestant:
     """Return a contestant: images per second of a DALI pipeline."""
     from nvidia.dali import Pipeline, fn, types
 
-    pipeline = Pipeline(BATCH, WORKERS, None)
+    on_gpu = DEVICE.type == "cuda"
+    pipeline = Pipeline(BATCH, WORKERS, 0 if on_gpu else None)
     with pipeline:
         encoded, _ = fn.readers.file(files=[str(file) for file in files], random_shuffle=True)
-        images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, random_area=[0.08, 1.0])
+        decoder = "mixed" if on_gpu else "cpu"
+        images = fn.decoders.image_random_crop(encoded, device=decoder, output_type=types.RGB, random_area=[0.08, 1.0])
         pipeline.set_outputs(fn.resize(images, size=[SIDE, SIDE], interp_type=types.INTERP_LINEAR, antialias=True))
     pipeline.build()
     batches = -(-len(files) // BATCH)
@@ -184,6 +200,7 @@ def dali(files: list[Path]) -> Contestant:
         began = time.perf_counter()
         for _ in range(batches):
             pipeline.run()
+        arrived()
         return batches * BATCH / (time.perf_counter() - began)
 
     rate()
@@ -228,7 +245,7 @@ def differences(beton: Beton, backends: list[str], different: int) -> dict[str, 
     plan = training_plan(ids, Key(0, 0), TRANSFORM, BATCH, beton.sizes)
     frames = {}
     for name in ("reference", *backends):
-        loader = make_loader(beton, name, TRANSFORM, "cpu")
+        loader = make_loader(beton, name, TRANSFORM, DEVICE)
         assert isinstance(loader, Streaming)
         frames[name] = torch.cat([part.clone() for part in loader.pixels(plan)]).int()
         loader.close()
@@ -319,7 +336,10 @@ def main() -> None:
             show(f"{a} / {b}", ratios[f"{a} / {b}"], f"goal {goal:g}")
     for label, seconds in switches.items():
         show(f"new ids to first batch, {label}", seconds, "s")
-    scale = {str(samples): at_scale(samples) for samples in (1_280_000, 14_000_000)}
+    # Of no interest for a GPU, and in a stage of bench.first_contact too long.
+    elsewhere = DEVICE.type == "cuda" or "FASTIL_RESULTS" in os.environ
+    samples_of = () if elsewhere else (1_280_000, 14_000_000)
+    scale = {str(samples): at_scale(samples) for samples in samples_of}
     for samples, found in scale.items():
         print(
             f"{int(samples):,} samples: opened in {found['open']:.2f} s, an epoch of half of them planned in "
@@ -331,7 +351,7 @@ def main() -> None:
         "ratios": ratios, "goals": {f"{a} / {b}": goal for (a, b), goal in GOALS.items()},
         "pixels_from_pillow": apart, "switch_seconds": switches, "scale": scale,
     }  # fmt: skip
-    print(f"written to {save('loaders', torch.device('cpu'), content)}")
+    print(f"written to {save('loaders', DEVICE, content)}")
 
 
 if __name__ == "__main__":

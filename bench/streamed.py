@@ -8,6 +8,8 @@ that steps. Each is also timed alone: the loader without training, and the same 
 memory. With a stride of 2 the steps are the slower, with one of 4 the loader is. Two cores that are both busy
 may be slower than one of them, so either is timed a second time while another process does the other's work.
 
+On a GPU, instead: ResNet-18 in bf16, all cores decode, the same three figures, and no second time with another process.
+
 Claim: training takes at most 1.05 times the slower of the two. Also: an epoch half of whose images are exemplars,
 as with sampler=memory_oversampling, read by the loader with memory=streamed and with memory=resident.
 """
@@ -29,7 +31,8 @@ from torch import Tensor, nn
 
 from bench.convert import read_arguments, spread_out
 from bench.harness import ratio, save, show, spread, take_turns
-from bench.loaders import BATCH, SIDE, TRANSFORM, convert
+from bench.loaders import BATCH, DEVICE, SIDE, TRANSFORM, arrived, convert
+from fastil import machine
 from fastil.data import Loader, Split
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.resident import Resident
@@ -37,7 +40,7 @@ from fastil.data.loaders.threads import Threads
 from fastil.device import keep_freed_memory
 from fastil.methods import LossConfig, MethodConfig, StepContext
 from fastil.methods.il_baseline import ILBaseline
-from fastil.models import ModelConfig, Network
+from fastil.models import ModelConfig, Network, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan
 from fastil.protocol import Ids
@@ -46,7 +49,7 @@ from fastil.training.trainer import Trainer
 
 CLASSES, GOAL = 8, 1.05
 STRIDES = (2, 4)
-CPU = torch.device("cpu")
+WORKERS = 1 if DEVICE.type == "cpu" else machine.cores()
 FRAMES = Transform(SIDE, SIDE, 0, True, TRANSFORM.mean, TRANSFORM.std)
 
 
@@ -65,21 +68,27 @@ class OneConvolution(nn.Module):
         return features.mean((2, 3)), [features]
 
 
+def network(stride: int) -> Network:
+    """Return a network of one convolution with that stride, on a GPU a ResNet-18."""
+    if DEVICE.type == "cuda":
+        return build_network(ModelConfig("resnet18"), CLASSES, 0).to(DEVICE)
+    small = Network(OneConvolution(stride), CLASSES, ModelConfig())
+    return small.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
 class Training:
     """The trainer on one loader, an epoch at a time."""
 
     def __init__(self, loader: Loader, stride: int, plan: Callable[[], EpochPlan]) -> None:
         torch.manual_seed(0)
-        student, teacher = (
-            Network(OneConvolution(stride), CLASSES, ModelConfig()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for _ in range(2)
-        )
+        student, teacher = (network(stride) for _ in range(2))
         self.trainer = Trainer(
-            TrainConfig(batch_size=BATCH, epochs=1, precision="fp32"), student, teacher, loader,
-            torch.arange(1000) % CLASSES, save=lambda phase, epoch, batch: None, report=lambda record: None,
-            tick=lambda count: None, stop=lambda: False, say=print,
+            TrainConfig(batch_size=BATCH, epochs=1, precision="fp32" if DEVICE.type == "cpu" else "bf16"),
+            student, teacher, loader, torch.arange(1000, device=DEVICE) % CLASSES,
+            save=lambda phase, epoch, batch: None, report=lambda record: None, tick=lambda count: None,
+            stop=lambda: False, say=print,
         )  # fmt: skip
-        method = ILBaseline(MethodConfig(), LossConfig(), student.width, CPU)
+        method = ILBaseline(MethodConfig(), LossConfig(), student.width, DEVICE)
         method.begin_step(StepContext(0, 0, CLASSES, np.full(student.width, 100)))
         self.phase = Phase(
             name="train", step=0, parameters=list(student.parameters()), plan=lambda epoch: plan(), epochs=1,
@@ -97,7 +106,7 @@ class Training:
 def on_frames(frames: NDArray[np.uint8], stride: int) -> Training:
     """Return a training with the same steps on frames that are in memory."""
     count = len(frames)
-    ready = Resident(Split(frames, np.zeros(count, dtype=np.int64)), FRAMES, CPU)
+    ready = Resident(Split(frames, np.zeros(count, dtype=np.int64)), FRAMES, DEVICE)
     return Training(ready, stride, lambda: training_plan(np.arange(count), Key(0, 0), FRAMES, BATCH))
 
 
@@ -105,7 +114,7 @@ def decode_for_ever(path: str, _: int, began: Event) -> None:
     """Decode until the process is killed; set the event once it has begun."""
     torch.set_num_threads(1)
     beton = Beton(path)
-    loader = Threads(beton, TRANSFORM, CPU, workers=1)
+    loader = Threads(beton, TRANSFORM, DEVICE, workers=1)
     for epoch in count_up():
         for _frames in loader.pixels(
             training_plan(np.arange(len(beton)), Key(1, 0, "train", epoch), TRANSFORM, BATCH, beton.sizes)
@@ -140,14 +149,17 @@ def while_busy(other: Callable[[str, int, Event], None], path: Path, stride: int
 def main() -> None:
     """Run the bench and write its result file."""
     arguments = read_arguments(__doc__, rounds=3, images=3000)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    on_cpu = DEVICE.type == "cpu"
+    if on_cpu:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    strides = STRIDES if on_cpu else STRIDES[:1]
     torch.set_num_threads(1)
     keep_freed_memory()  # as in a run
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         count, _, _ = spread_out(arguments.data, folder / "images", arguments.images)
         beton = convert(folder / "images", folder / "x.beton")
-        loader, epochs = Threads(beton, TRANSFORM, CPU, workers=1), count_up()
+        loader, epochs = Threads(beton, TRANSFORM, DEVICE, workers=WORKERS), count_up()
 
         def streamed() -> EpochPlan:
             key = Key(0, 0, "train", next(epochs))
@@ -156,11 +168,12 @@ def main() -> None:
         def read(plan: EpochPlan) -> float:
             began = time.perf_counter()
             assert sum(len(frames) for frames in loader.pixels(plan)) == len(plan.ids)
+            arrived()
             return time.perf_counter() - began
 
-        frames = torch.cat([part.clone() for part in loader.pixels(streamed())]).numpy()
+        frames = torch.cat([part.clone() for part in loader.pixels(streamed())]).cpu().numpy()
         contestants: dict[str, Callable[[], float]] = {}
-        for stride in STRIDES:
+        for stride in strides:
             training, steps = Training(loader, stride, streamed), on_frames(frames, stride)
             alone = {"loader": lambda: read(streamed()), "steps": steps.seconds}
             contestants |= {f"stride {stride}, training": training.seconds}
@@ -170,10 +183,13 @@ def main() -> None:
                     while_busy, other, folder / "x.beton", stride, alone[name]
                 )
                 for name, other in (("loader", step_for_ever), ("steps", decode_for_ever))
+                if on_cpu
             }
             training.seconds()
             steps.seconds()
-        print(f"seconds for {count} images, one thread decodes, one steps")
+        print(
+            f"seconds for {count} images, {'one thread decodes' if on_cpu else f'{WORKERS} threads decode'}, one steps"
+        )
         figures = take_turns(contestants, arguments.rounds)
 
         def holding(held: Ids) -> float:
@@ -185,8 +201,8 @@ def main() -> None:
             {"memory=streamed": lambda: holding(nothing), "memory=resident": lambda: holding(half)}, arguments.rounds
         )
     ratios = {}
-    for stride in STRIDES:
-        for busy in ("", ", other core busy"):
+    for stride in strides:
+        for busy in ("", ", other core busy") if on_cpu else ("",):
             names = [f"stride {stride}, {name}" for name in ("training", f"loader{busy}", f"steps{busy}")]
             turns = zip(*(figures[name] for name in names), strict=True)
             ratios[f"stride {stride}, training / slower{busy}"] = spread([a / max(b, c) for a, b, c in turns])
@@ -201,7 +217,7 @@ def main() -> None:
         "seconds": {name: spread(values) for name, values in (figures | memories).items()},
         "ratios": ratios | {"memory=streamed / memory=resident": speedup}, "goal": GOAL,
     }  # fmt: skip
-    print(f"written to {save('streamed', CPU, content)}")
+    print(f"written to {save('streamed', DEVICE, content)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ step.
 ResNet-32 at 32x32, batch 128, with and without a teacher; (c)'s pixels are first checked to be (a)'s. (c)'s workers are
 started once and stay ahead between its turns, as they would in a long epoch. Where the device only emulates bfloat16 a
 turn in it is one batch.
+
+On a GPU, instead (bench.gpu_step): the loop eager and compiled, each uncaptured and captured in a CUDA graph, the
+kernels that a step launches, the share of the time in which the GPU is idle, and as the ceiling the captured step's
+kernels back to back; in bf16 unless --precision says otherwise.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from bench import gpu_step
 from bench.harness import digits_at, ratio, save, show, spread, take_turns
 from fastil.data import Batch, Split, make_loader
 from fastil.device import Precision, pick_device, precision_note
@@ -196,6 +202,25 @@ class Contestant:
         return BATCH * self.steps / (time.perf_counter() - began)
 
 
+def on_gpu(device: torch.device, precisions: list[Precision], rounds: int) -> None:
+    """Measure all modes on a GPU, and write the result file after each."""
+    images = BATCH * STEPS
+    split = digits_at(32, images)
+    content: dict[str, Any] = {"rounds": rounds, "batch": BATCH, "model": "resnet32", "results": {}}
+    for precision in precisions:
+        trainer, _, *phases = build(split, device, images, precision=precision)
+        for phase in phases:
+            label = f"{precision}, {'with' if phase.teacher else 'without'} a teacher"
+            print(label, flush=True)
+            content["results"][label] = gpu_step.measure(trainer, phase, BATCH, rounds)
+            save("train_step", device, content)
+    plan = training_plan(np.tile(np.arange(images), rounds + 1), Key(0, 2), TRANSFORM, BATCH)
+    usual = UsualLoop(split, plan, device, True)
+    content["usual loop, fp32, with a teacher"] = rates = spread([usual.images_per_second() for _ in range(rounds)])
+    show("usual loop, fp32, with a teacher", rates, "img/s")
+    print(f"written to {save('train_step', device, content)}")
+
+
 def main() -> None:
     """Run the bench and write its result file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -203,7 +228,10 @@ def main() -> None:
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all that the device has")
     arguments = parser.parse_args()
     rounds, device = arguments.rounds, pick_device("auto")
-    precisions = arguments.precision or [p for p in PRECISIONS if p != "tf32" or device.type == "cuda"]
+    if device.type == "cuda":
+        on_gpu(device, arguments.precision or ["bf16"], rounds)
+        return
+    precisions = arguments.precision or [p for p in PRECISIONS if p != "tf32"]
     images = BATCH * STEPS
     split = digits_at(32, images)
     contestants = {precision: Contestant(split, device, precision) for precision in precisions}

@@ -3,14 +3,14 @@
 import importlib.metadata
 import io
 import platform
-import shutil
+import subprocess
 import time
 
 import numpy as np
 from PIL import Image
 
 from fastil.data.sources import FASHION_MNIST
-from fastil.training.compiling import has_cxx_compiler
+from fastil.training.compiling import REPAID_BY, cost_per_image, decide, has_cxx_compiler
 
 TIMED = 12  # decodes
 
@@ -43,14 +43,9 @@ def diagnose() -> str:
     lines += [_line(name, f"optional: {use}", fix) for name, (use, fix) in OPTIONAL.items()]
     compiler = "found" if has_cxx_compiler() else "missing; apt-get install g++ (training runs uncompiled without it)"
     lines.append(f"{'C++ compiler':<22}{compiler}")
-    if torch.cuda.is_available():
-        gpu = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    elif torch.version.cuda:
-        gpu = "none visible" + ("" if shutil.which("nvidia-smi") else "; install the NVIDIA driver")
-    else:
-        gpu = "this torch is a CPU build; training runs on the CPU"
-    lines.append(f"{'GPU':<22}{gpu}")
+    lines += [f"{'GPU':<22}{line}" for line in _gpu()]
     lines += [f"{'precision':<22}{line}" for line in _precision()]
+    lines += [f"{'training step':<22}{line}" for line in _step()]
     fashion = str(FASHION_MNIST) if FASHION_MNIST.is_dir() else "missing; apt-get install dataset-fashion-mnist"
     lines.append(f"{'Fashion-MNIST':<22}{fashion}")
     lines += [f"{'streaming':<22}{line}" for line in _streaming(torch.cuda.is_available())]
@@ -62,6 +57,59 @@ def _line(name: str, use: str, fix: str) -> str:
         return f"{name:<22}{importlib.metadata.version(name)}  ({use})"
     except importlib.metadata.PackageNotFoundError:
         return f"{name:<22}missing  ({use}); {fix}"
+
+
+def _gpu() -> list[str]:
+    """The GPUs, their driver, and what the kernels need."""
+    import torch
+
+    from fastil.machine import lacks_for_triton
+
+    if not torch.version.cuda:
+        return ["this torch is a CPU build; training runs on the CPU"]
+    driver = _driver()
+    if not torch.cuda.is_available():
+        known = f"; its driver is {driver}, this torch wants one for CUDA {torch.version.cuda}"
+        return ["none visible" + (known if driver else "; install the NVIDIA driver")]
+    lines = []
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB, {gpu.multi_processor_count} multiprocessors"
+        lines.append(f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {memory}")
+    lines.append(
+        f"driver {driver or 'of unknown version (no nvidia-smi)'}; torch is built for CUDA {torch.version.cuda}"
+    )
+    lacking = lacks_for_triton()
+    lines.append(f"kernels: Triton lacks {lacking}" if lacking else "kernels: Triton has the C compiler that it needs")
+    return lines
+
+
+def _driver() -> str | None:
+    """The version of the NVIDIA driver."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = found.stdout.split()
+    return lines[0] if found.returncode == 0 and lines else None
+
+
+def _step() -> list[str]:
+    """Whether compile=auto compiles here and whether a step is captured, and why."""
+    from fastil.device import pick_device
+    from fastil.models import ModelConfig, build_network
+    from fastil.training.captured import has_streams
+
+    device = pick_device("auto")
+    flops, _ = cost_per_image(build_network(ModelConfig("resnet32"), 100, 0), 32, 32)
+    visits = REPAID_BY[device.type] / (3 * flops)
+    _, why_not = decide("auto", device, float("inf"))
+    compiled = f"compiles a run of more than about {visits / 1e6:.1f} million visits of ResNet-32 at 32x32"
+    lines = [why_not or f"compile=auto {compiled} (or as much work): a shorter one ends before that is repaid"]
+    if has_streams(device):
+        lines.append("captured in a CUDA graph: a batch is one launch (steps with code from outside run uncaptured)")
+    return lines
 
 
 def _precision() -> list[str]:
@@ -84,21 +132,18 @@ def _precision() -> list[str]:
 def _streaming(gpu: bool) -> list[str]:
     """How fast these cores read images from a .beton, and what would be faster."""
     from fastil import machine
-    from fastil.data.loaders.choose import GPU_RATE, cpu_rate, installed
+    from fastil.data.loaders.choose import choose_for_jpegs
+    from fastil.device import pick_device
 
     large, small = (float(f"{_images_per_second(*size):.2g}") for size in ((375, 500), (256, 256)))
     lines = [
         f"about {large:,.0f} JPEGs of 500x375 per second by loader=threads on {machine.cores()} cores (timed)",
         f"faster: about {small:,.0f} of 256x256 (fastil convert --squash 256, which changes their shapes)",
     ]
+    backend, why = choose_for_jpegs(500 * 375, pick_device("auto"))
+    lines.append(f"loader=auto takes {backend} for them ({why}); images in memory stay on the device (resident)")
     if not gpu:
         lines.append("nothing that could be installed is faster on a CPU")
-    elif cpu_rate(500 * 375) >= GPU_RATE:  # as loader=auto decides
-        lines.append(f"a GPU trains a ResNet-18 on about {GPU_RATE:,} images per second: these cores keep up")
-    elif installed("nvidia.dali"):
-        lines.append("loader=auto takes DALI, so the GPU decodes")
-    else:
-        lines.append("faster: pip install nvidia-dali-cuda130, and the GPU decodes (loader=auto takes it then)")
     return lines
 
 
@@ -110,13 +155,19 @@ def _images_per_second(height: int, width: int) -> float:
     from fastil import machine
     from fastil.data.loaders.frames import scaled
 
-    noise = np.random.default_rng(0).normal(128, 40, (height // 4, width // 4, 3)).clip(0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    file = photo(height, width)
     torch.set_num_threads(1)
     took = []
     for _ in range(TIMED):
         began = time.perf_counter()
-        scaled(torch.from_numpy(simplejpeg.decode_jpeg(file.getvalue())), (224, 224))
+        scaled(torch.from_numpy(simplejpeg.decode_jpeg(file)), (224, 224))
         took.append(time.perf_counter() - began)
     return machine.cores() / float(np.median(took))
+
+
+def photo(height: int, width: int, seed: int = 0) -> bytes:
+    """A JPEG of noise with the bytes per pixel of ImageNet's."""
+    noise = np.random.default_rng(seed).normal(128, 40, (height // 4, width // 4, 3)).clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    return file.getvalue()

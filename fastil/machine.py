@@ -3,6 +3,8 @@
 import contextlib
 import math
 import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -31,6 +33,15 @@ def memory() -> int:
     for group in _control_groups("memory"):
         limits += _numbers(group / "memory.max") or _numbers(group / "memory.limit_in_bytes")
     return min(limits)
+
+
+def lacks_for_triton() -> str | None:
+    """Return what the machine lacks to compile the launchers of Triton's kernels, and the fix; None where nothing."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # as Triton looks for one
+        return "a C compiler: apt-get install gcc, or set CC"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's headers: apt-get install python3-dev, or a Python that brings them"
+    return None
 
 
 def _control_groups(controller: str) -> Iterator[Path]:

@@ -1,5 +1,8 @@
 """The version that is installed."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("fastil")
+try:
+    __version__ = version("fastil")
+except PackageNotFoundError:  # a checkout that is only on the path, as on a machine where nothing can be installed
+    __version__ = "0+checkout"

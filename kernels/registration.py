@@ -7,11 +7,15 @@ autograd functions on top of them raise under forward-mode differentiation inste
 
 import importlib
 from collections.abc import Callable
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastil.errors import UserError
+from fastil.machine import lacks_for_triton
 
 LIBRARY = torch.library.Library("fastil", "DEF")
 
@@ -49,7 +53,8 @@ def _undifferentiable(name: str) -> Callable[..., Any]:
 
 def jitted(module: str, function: str) -> Callable[..., Any]:
     """Return `function` of fastil.kernels.jit.`module`, imported at its first call and run on the device of its
-    arguments. It raises ImportError without Triton, and ValueError for tensors on several devices."""
+    arguments. It raises ImportError without Triton, UserError where Triton cannot compile for want of something, and
+    ValueError for tensors on several devices."""
 
     def run(*args: Any) -> Any:
         try:
@@ -63,7 +68,13 @@ def jitted(module: str, function: str) -> Callable[..., Any]:
             if isinstance(tensor, Tensor) and tensor.ndim and tensor.device != device:
                 raise ValueError(f"{function}: all tensors must be on {device}, not one on {tensor.device}")
         with torch.cuda.device(device):
-            return launcher(*args)
+            try:
+                return launcher(*args)
+            except (RuntimeError, OSError, CalledProcessError) as error:
+                lacking = lacks_for_triton()  # which does not matter where Triton's cache has the kernel
+                if lacking is None:
+                    raise
+                raise UserError(f"fastil's CUDA kernels: Triton needs {lacking}") from error
 
     return run
 

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.resolve() / "../shared/data"  # real images, where there are some
+FEW = bool(os.environ.get("FASTIL_FEW"))  # a GPU at hand for minutes: few drawn examples, each compiles kernels
 SOAK = bool(os.environ.get("FASTIL_SOAK"))  # `make soak`: full counts
 # Files of minutes, which begin first, so that the processes of the suite end together.
 SLOWEST = (
@@ -36,7 +37,9 @@ def pytest_collection_modifyitems(items):
 
 def environment():
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    # After the checkout what was put there for all: an older Triton, or packages that are not installed (bench.wheels).
+    path = os.pathsep.join([str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])])
+    return inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture
@@ -44,6 +47,16 @@ def device():
     """Where the Triton kernels are launched on: a GPU, or the CPU tensors that the interpreter works on."""
     pytest.importorskip("triton")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """Where whole runs are tested that a CPU tests elsewhere: a GPU. FASTIL_DEVICE=cpu runs these on the CPU."""
+    if os.environ.get("FASTIL_DEVICE") == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return "cuda"
 
 
 @pytest.fixture(scope="session")

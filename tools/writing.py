@@ -33,6 +33,7 @@ from fastil.tools.images import Prepared, Storage, prepare
 from fastil.tools.journal import Candidate, Journal, Progress
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
+from fastil.version import __version__
 
 PREPARED = 32  # samples in a worker's chunk
 COMMIT_SECONDS = 5.0
@@ -262,7 +263,7 @@ class Writing:
         entries = progress.entries[: progress.placed]
         return Manifest(
             format=FORMAT,
-            tool=f"fastil {version('fastil')}",
+            tool=f"fastil {__version__}",
             beton_version=beton.VERSION,
             split=task.split,
             source=task.origin,

@@ -6,6 +6,7 @@ All forms: the operator (on a CPU by slices), the formula, and the Triton kernel
 import numpy as np
 import pytest
 import torch
+from conftest import FEW
 from guards import guarded, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,7 +89,7 @@ def run(form, images, ids, boxes, flips, mean=MEAN, std=STD, **keys):
     st.integers(1, 4), st.integers(1, 6), st.integers(1, 7), st.integers(1, 6), st.integers(1, 7),
     st.integers(0, 2**32 - 1), st.data(),
 )  # fmt: skip
-@settings(deadline=None, database=None, derandomize=True, max_examples=60)
+@settings(deadline=None, database=None, derandomize=True, max_examples=10 if FEW else 60)
 def test_every_pixel_is_where_the_box_and_the_flip_put_it(
     form, count, height, width, out_height, out_width, seed, data
 ):

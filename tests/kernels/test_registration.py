@@ -6,8 +6,11 @@ import importlib
 import pytest
 import torch
 
+from fastil import machine
+from fastil.errors import UserError
+from fastil.kernels import registration
 from fastil.kernels.incremental_loss import Operands
-from fastil.kernels.registration import scalar_tensor
+from fastil.kernels.registration import jitted, scalar_tensor
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +39,25 @@ def herd_arguments(device):
     torch.manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(2, 9, 4, dtype=torch.float64, device=device), dim=2)
     return [rows @ rows.mT, torch.tensor([9, 6], device=device), 5, 30, 1e-9]
+
+
+def test_without_a_compiler_the_first_launch_says_so_in_one_line(monkeypatch):
+    """In the place of Triton's error, whose last line tells a user nothing of what to install."""
+
+    def launch(*args):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable")
+
+    jit = importlib.import_module("fastil.kernels.jit.less_forget")
+    monkeypatch.setattr(jit, "never", launch, raising=False)
+    call, inputs = jitted("less_forget", "never"), torch.zeros(2, 3)
+    monkeypatch.setattr(registration, "lacks_for_triton", lambda: None)
+    with pytest.raises(RuntimeError, match="Failed to find"):  # something else is wrong
+        call(inputs)
+    monkeypatch.setattr(registration, "lacks_for_triton", machine.lacks_for_triton)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match=r"^fastil's CUDA kernels: Triton needs a C compiler: apt-get install gcc, or "):
+        call(inputs)
 
 
 @pytest.mark.parametrize(

@@ -112,11 +112,16 @@ def choose(dataset: AnySplit, device: torch.device) -> tuple[str, str]:
     """The backend for a split whose batches are for this device, and why."""
     if isinstance(dataset, Split):
         return "resident", "its pixels are in memory already"
+    if device.type != "cpu" and dataset.mode != "jpeg":
+        return "threads", "pixels are stored, not JPEGs only"
+    return choose_for_jpegs(mean_pixels(dataset), device)
+
+
+def choose_for_jpegs(pixels: float, device: torch.device) -> tuple[str, str]:
+    """The backend for a .beton of JPEGs of so many pixels each, and why."""
     if device.type == "cpu":
         return "threads", "on a CPU the fastest"
-    if dataset.mode != "jpeg":
-        return "threads", "pixels are stored, not JPEGs only"
-    cores, rate = machine.cores(), cpu_rate(mean_pixels(dataset))
+    cores, rate = machine.cores(), cpu_rate(pixels)
     cores_read = f"{cores} cores read about {rate:,.0f} images/s of this size"
     if rate >= GPU_RATE:
         return "threads", f"{cores_read}, as many as a GPU trains on"

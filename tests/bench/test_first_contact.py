@@ -1,0 +1,168 @@
+"""First contact with a GPU: what a stage costs that fails or hangs, what is said of it and of missing packages."""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from bench import first_contact, gpu_step, stages, wheels
+from bench.first_contact import NO_DEVICE, SKIPPED, STAGES, counts_of, outcome, run_stage
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_stage_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    status, seconds = run_stage([sys.executable, "-c", code], {**os.environ}, tmp_path / "log", 2)
+    assert outcome(status) == "timed out"
+    assert seconds >= 2
+    child = int((tmp_path / "log").read_text())
+    for _ in range(500):
+        if not is_running(child):
+            break
+        time.sleep(0.02)
+    assert not is_running(child)
+
+
+@pytest.mark.parametrize(
+    ("status", "result"),
+    [(0, "passed"), (1, "failed"), (-11, "failed"), (SKIPPED, "skipped"), (NO_DEVICE, "no CUDA device")],
+)
+def test_how_a_stage_ended_is_told_by_its_status(tmp_path, status, result):
+    code = f"import os; os.kill(os.getpid(), {-status})" if status < 0 else f"raise SystemExit({status})"
+    found, _ = run_stage([sys.executable, "-S", "-c", code], {**os.environ}, tmp_path / "log", 60)
+    assert found == status
+    assert outcome(found) == result
+
+
+@pytest.fixture
+def contact(monkeypatch, tmp_path, capsys):
+    """Run stages that only pretend: exit status by name; others pass. Returns exit status, results and output."""
+
+    def run(statuses, *arguments):
+        def pretend(command, env, log, limit):
+            name = command[-1]
+            log.write_text(f"first line\nlast line of {name}\n\n")
+            return statuses.get(name, 0), 1.0
+
+        monkeypatch.setattr(first_contact, "missing", lambda path: [])
+        monkeypatch.setattr(first_contact, "name_of_device", lambda: "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(first_contact, "run_stage", pretend)
+        monkeypatch.setattr(sys, "argv", ["first_contact", "--out", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            first_contact.main()
+        results = {path.name.split(".")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.result.json")}
+        return stopped.value.code, results, capsys.readouterr()
+
+    return run
+
+
+def test_what_fails_costs_itself_only(contact):
+    code, results, output = contact({"kernel_tests": 1, "step": None, "sanitizer": SKIPPED})
+    assert code == 1
+    assert {name: found["result"] for name, found in results.items()} == {
+        stage.name: {"kernel_tests": "failed", "step": "timed out", "sanitizer": "skipped"}.get(stage.name, "passed")
+        for stage in STAGES
+    }
+    assert results["kernel_tests"]["log_tail"] == ["first line", "last line of kernel_tests"]
+    assert "last line of kernel_tests" in output.out.split("in all")[0]
+
+
+def test_a_skipped_stage_is_no_failure_and_only_chooses(contact):
+    code, results, _ = contact({"sanitizer": SKIPPED}, "--only", "sanitizer,machine")
+    assert code == 0
+    assert set(results) == {"machine", "sanitizer"}
+    code, _, output = contact({}, "--only", "machine,speed")
+    assert code == 2
+    assert "--only speed: no such stage; there are machine, kernel_tests" in output.err
+
+
+def test_without_a_gpu_every_stage_says_so(contact):
+    code, results, _ = contact({stage.name: NO_DEVICE for stage in STAGES})
+    assert code == 1
+    assert {found["result"] for found in results.values()} == {"no CUDA device"}
+
+
+def test_after_ten_minutes_nothing_is_begun(contact, monkeypatch):
+    monkeypatch.setattr(first_contact, "ALTOGETHER", 0.0)
+    code, results, _ = contact({})
+    assert code == 1
+    assert {found["result"] for found in results.values()} == {"not begun"}
+
+
+def test_the_table_of_stages_is_whole():
+    assert [stage.name for stage in STAGES] == list(stages.STAGES)
+    for _, needs in stages.STAGES.values():
+        assert all((wheels.ROOT / need).exists() for need in needs if need.startswith("tests/"))
+
+
+def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(first_contact, "WHEELS", wheels.ROOT / "build/no_such_folder")
+    monkeypatch.setattr(first_contact, "missing", lambda path: ["pydantic", "isal", "scikit-learn"])
+    text = first_contact.lacking("")
+    assert "lacks pydantic, isal, scikit-learn" in text
+    assert "`make wheels`" in text
+    assert "the others are expected on a GPU machine" in text
+    monkeypatch.setattr(first_contact, "missing", lambda path: [])
+    assert first_contact.lacking("") is None
+
+
+def test_missing_is_what_cannot_be_imported(monkeypatch, tmp_path):
+    (tmp_path / "isal.py").write_text("raise ImportError('built for another Python')")
+    monkeypatch.setattr(wheels, "EXPECTED", {"json": "json", "no_such_module": "no-such-package"})
+    monkeypatch.setattr(wheels, "NEEDED", {"isal": "isal", "string": "string"})
+    assert wheels.missing(str(tmp_path)) == ["no-such-package", "isal"]
+
+
+def test_a_report_of_tests_is_counted(tmp_path):
+    assert counts_of(tmp_path / "none.xml") is None
+    report = tmp_path / "x.xml"
+    report.write_text("<testsuites>")  # cut off
+    assert counts_of(report) is None
+    report.write_text(
+        '<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1">'
+        '<testcase classname="a" name="b"><failure message="assert 1 == 2&#10;more">...</failure></testcase>'
+        '<testcase classname="a" name="c"><error message="boom"/></testcase></testsuite></testsuites>'
+    )
+    expected = {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
+    assert counts_of(report) == expected | {"failed": {"a::b": "assert 1 == 2", "a::c": "boom"}}
+
+
+def test_tests_that_were_cut_off_are_counted_by_their_lines():
+    lines = [
+        "8 workers [61 items]", "tests/a.py::test[x] ", "[gw1] [  1%] PASSED tests/a.py::test[x y] ",
+        "[gw0] [  3%] FAILED tests/a.py::other", "[gw0] [100%] SKIPPED tests/b.py::third",
+        "FAILED tests/a.py::other - assert 1 == 2",
+    ]  # fmt: skip
+    expected = {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "failed": {"tests/a.py::other": "see the log"}}
+    assert first_contact.counts_in_log(lines) == expected
+    assert first_contact.counts_in_log(["no CUDA device"]) is None
+
+
+def test_the_idle_share_is_that_of_every_microsecond():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        starts = random.integers(0, 60, random.integers(1, 12))
+        spans = [
+            (float(start), float(start + length))
+            for start, length in zip(starts, random.integers(1, 9, 12), strict=False)
+        ]
+        busy = np.zeros(100, dtype=bool)
+        for start, end in spans:
+            busy[int(start) : int(end)] = True
+        first, last = int(min(a for a, _ in spans)), int(max(b for _, b in spans))
+        assert gpu_step.idle_share(spans) == pytest.approx(1 - busy[first:last].mean())
