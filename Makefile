@@ -21,7 +21,7 @@ demo: .venv/run
 	@for seed in 0 1 2; do for loss in softmax balanced; do echo $$loss $$seed; done; done \
 	| OMP_NUM_THREADS=1 xargs -P 2 -L 1 sh -c \
 	'$(BIN)/fastil run digits loss=$$0 seed=$$1 --out runs/demo/$$0-s$$1 > runs/demo/logs/$$0-s$$1 2>&1 \
-	&& tail -n 2 runs/demo/logs/$$0-s$$1 | head -n 1 | sed "s/^/$$0 seed $$1: /" || { cat runs/demo/logs/$$0-s$$1; exit 255; }'
+	&& grep "^average incremental accuracy" runs/demo/logs/$$0-s$$1 | sed "s/^/$$0 seed $$1: /" || { cat runs/demo/logs/$$0-s$$1; exit 255; }'
 	@$(BIN)/fastil report runs/demo/softmax-s* runs/demo/balanced-s* --out runs/demo/report
 
 test: .venv/dev .venv/ffcv .venv/dali

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from fastil import files, machine
-from fastil.data.formats import beton
+from fastil.data.formats.beton import Beton
+from fastil.data.formats.beton_source import Stored, val_path_of
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.manifest import Manifest, manifest_path, read_manifest
 from fastil.data.formats.pixels import DEFAULT, MOST_PIXELS, Exif, Reading, reading_of
@@ -133,17 +134,17 @@ def convert(
         check_classes(source, splits)
         kept = False
         if options.storage.mode == "auto":
-            if any(isinstance(records, beton.Stored) and records.beton.mode == "mixed" for records in splits.values()):
+            if any(isinstance(records, Stored) and records.beton.mode == "mixed" for records in splits.values()):
                 raise UserError(
                     f"{path}: holds JPEGs and pixels; say --mode jpeg, which encodes the pixels, or --mode raw"
                 )
             kept = all_small_lossless(splits.values(), options.storage.reading)
-            of_pixels = isinstance(next(iter(splits.values())), Pixels | beton.Stored)
+            of_pixels = isinstance(next(iter(splits.values())), Pixels | Stored)
             options = replace(options, storage=replace(options.storage, mode="raw" if kept or of_pixels else "jpeg"))
         if "val" not in splits:
             notes.append("no validation images; give --val with their path, or --val same for a smoke test")
         notes += shortfall(source, splits, options.classes is not None or options.per_class is not None)
-        targets = {"train": out, "val": beton.val_path_of(out)}
+        targets = {"train": out, "val": val_path_of(out)}
         storage = replace(options.storage, reading=reading_of(source, options.storage.reading))
         task = partial(
             Task, source=source, origin={"kind": source.kind, "name": source.name, "path": os.path.abspath(path)},
@@ -241,7 +242,7 @@ class Job:
         if names != Counter(records.name(i) for i in range(len(records))):
             different.append("images")
         elif isinstance(records, Files):
-            with beton.Beton(task.target) as file:
+            with Beton(task.target) as file:
                 sizes: dict[int, int | None] = dict(enumerate(file.lengths.tolist()))
             sizes |= {one.id: one.size for one in manifest.reencoded}  # None in older manifests
             written = Counter(size for size in sizes.values() if size is not None)

@@ -18,7 +18,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from fastil.data import published
 from fastil.data.formats import cifar, in_memory
-from fastil.data.formats.beton import Beton, check_same_classes, notes_of, val_path_of
+from fastil.data.formats.beton import Beton
+from fastil.data.formats.beton_source import check_same_classes, notes_of, val_path_of
 from fastil.data.formats.class_names import some
 from fastil.data.formats.detect import PACKED, SMOKE_TEST, check_whole, detect, open_source
 from fastil.data.formats.folder import NEEDED

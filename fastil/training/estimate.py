@@ -1,19 +1,19 @@
 """`fastil plan`: what a recipe would do, what it would hold in memory and how long it would take here."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from fastil.data import Dataset
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.choose import check_resident, choose, cpu_rate, mean_pixels, resident_bytes
-from fastil.data.loaders.streaming import AnySplit
 from fastil.data.published import table
 from fastil.data.sources import Split, image_size, load_dataset
 from fastil.device import device_name, pick_device, precision_note, settle_precision
 from fastil.errors import UserError
 from fastil.models import check_backbone
-from fastil.protocol import build_protocol
+from fastil.protocol import Ids, build_protocol
 from fastil.recipe import Recipe
 from fastil.reporting.fidelity import opening
 from fastil.text import duration
@@ -26,32 +26,43 @@ NAMED = 100  # classes of a step
 META_COST = 3.1  # training steps that an update of alpha takes besides its own (python -m bench.meta)
 
 
-def plan_text(recipe: Recipe) -> str:
-    """The effective protocol as text. Without the files, a published shape of the data set is used."""
+class Planned(NamedTuple):
+    """What a plan says of the images: of those that are there, or, without them, of those that were published."""
+
+    dataset: Dataset | None
+    counts: Ids  # training images of each class
     names: list[str] | None
-    dataset: Dataset | None = None
-    notes: tuple[str, ...] = ()
+    size: tuple[int, int]  # height and width of what the network is shown
+    source: str
+    place: str
+
+
+def _planned(recipe: Recipe) -> Planned:
     try:
         dataset = load_dataset(recipe.data)
-        notes = dataset.notes
-        images: AnySplit | None = dataset.train
-        counts = np.bincount(dataset.train.labels)
-        names, size = dataset.class_names, image_size(recipe.data, dataset)
-        source = f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.val.labels):,} test images"
-        held = sum(split.images.nbytes for split in (dataset.train, dataset.val) if isinstance(split, Split))
-        place = f"{held / 2**20:,.0f} MiB resident as uint8" if held else "streamed"
     except UserError as error:
         known = table().get(recipe.data.dataset)
         if known is None or recipe.data.data is not None:
             raise
-        images = None
-        counts = np.full(known.classes, known.per_class)
         names = None if known.class_names is None else list(known.class_names)
         source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
         held = known.images * math.prod(known.shape)
         streamed = recipe.data.dataset == "imagenet"
         size = (recipe.data.size, recipe.data.size) if streamed else known.shape[:2]
         place = "streamed" if streamed else f"{held / 2**20:,.0f} MiB resident as uint8"
+        return Planned(None, np.full(known.classes, known.per_class), names, size, source, place)
+    source = f"{dataset.name}: {len(dataset.train.labels):,} training and {len(dataset.val.labels):,} test images"
+    held = sum(split.images.nbytes for split in (dataset.train, dataset.val) if isinstance(split, Split))
+    place = f"{held / 2**20:,.0f} MiB resident as uint8" if held else "streamed"
+    counts = np.bincount(dataset.train.labels)
+    return Planned(dataset, counts, dataset.class_names, image_size(recipe.data, dataset), source, place)
+
+
+def plan_text(recipe: Recipe) -> str:
+    """The effective protocol as text. Without the files, a published shape of the data set is used."""
+    dataset, counts, names, size, source, place = _planned(recipe)
+    images = None if dataset is None else dataset.train
+    notes = () if dataset is None else dataset.notes
     protocol = build_protocol(recipe.protocol, len(counts), names)
     steps = step_plan.effective_steps(recipe, protocol, counts, names)
     device = pick_device(recipe.train.device)

@@ -208,7 +208,7 @@ def _own_val_only(path: Path, val: str | None) -> None:
 
 
 def _open_beton(path: Path, asked: Asked) -> Source:
-    from fastil.data.formats.beton import records_of
+    from fastil.data.formats.beton_source import records_of
 
     if asked.val in (None, SAME):
         return records_of(path)

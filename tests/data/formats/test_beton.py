@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastil.data.formats import beton
-from fastil.data.formats.beton import JPEG, RAW, Beton, records_of
+from fastil.data.formats.beton import JPEG, RAW, Beton
+from fastil.data.formats.beton_source import records_of
 from fastil.data.formats.detect import open_source
 from fastil.data.formats.manifest import Changed, Manifest, manifest_path, read_manifest
 from fastil.errors import UserError
