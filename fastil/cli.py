@@ -357,7 +357,8 @@ def main() -> None:
         message = str(error)
     except usage_error as error:
         settings = " Settings are written KEY=VALUE, such as epochs=2." if sys.argv[1:2] in (["run"], ["plan"]) else ""
-        message = f"{error.format_message()}{settings} See fastil --help."  # type: ignore[attr-defined]
+        found = error.format_message().removesuffix(".")  # type: ignore[attr-defined]
+        message = f"{found}.{settings} See fastil --help."
     say(f"fastil: {one_line(message)}", sys.stderr)
     sys.exit(2)
 

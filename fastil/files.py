@@ -30,7 +30,8 @@ class Damaged(UserError):
 
 @contextlib.contextmanager
 def written(path: Path, then: str = RESUME) -> Iterator[None]:
-    """Turn a failed write of this file into a UserError. then: what to do once it can be written."""
+    """Turn a failed write of this file into a UserError, and a failed read of another one that it is made of. then:
+    what to do once it can be done."""
     try:
         yield
     except BrokenPipeError:  # whoever reads what is shown has gone
@@ -39,6 +40,8 @@ def written(path: Path, then: str = RESUME) -> Iterator[None]:
         if error.errno in FULL:
             full = f"{path}: disk full ({error.strerror}), nothing written before is lost"
             raise UserError(f"{full}; free some space and {then}") from None
+        if isinstance(error.filename, str) and not error.filename.startswith(str(path)):
+            raise UserError(f"{error.filename}: {error.strerror}; once it can be read, {then}") from None
         raise UserError(f"{path}: cannot be written ({error}); once it can, {then}") from None
 
 

@@ -575,3 +575,16 @@ def test_a_lost_metrics_file_costs_its_lines_and_no_training(whole, tmp_path, ca
     assert (run / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert (run / "metrics.jsonl").read_bytes() == b""
     assert not (run / "checkpoints/last.pt.damaged").exists()
+
+
+def test_a_source_that_cannot_be_read_is_not_called_a_failed_write(tmp_path):
+    from fastil import files
+
+    def copy(source):
+        with files.written(tmp_path / "target", "run it again"), open(source, "rb") as file:
+            file.read()
+
+    with pytest.raises(UserError, match=r"source: No such file or directory; once it can be read, run it again"):
+        copy(tmp_path / "source")
+    with pytest.raises(UserError, match=r"target: cannot be written \(.*target.partial"):
+        copy(tmp_path / "target.partial")
