@@ -4,9 +4,7 @@ import json
 
 import pytest
 import torch
-from test_runs import BRIEF, COSINE, FINETUNED, METHODS, run
-
-from fastil import files
+from test_runs import BRIEF, COSINE, FINETUNED, METHODS, run, run_until_killed
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -43,20 +41,7 @@ def test_it_runs_to_its_end(name, tmp_path):
 def test_killed_and_resumed_it_ends_bit_for_bit_alike(name, tmp_path, monkeypatch):
     overrides = [*BF16, *COMBINATIONS[name], "epochs=2"]
     results = run(overrides, tmp_path / "whole")
-    save = files.save
-
-    class Killed(Exception):
-        pass
-
-    def until(path, state):
-        save(path, state)
-        if state.get("position") == [1, "train", 1, 0]:
-            raise Killed
-
-    monkeypatch.setattr(files, "save", until)
-    with pytest.raises(Killed):
-        run(overrides, tmp_path / "killed")
-    monkeypatch.setattr(files, "save", save)
+    run_until_killed(overrides, tmp_path / "killed", monkeypatch)
     overrides[overrides.index("precision=bf16")] = "precision=auto"  # the run keeps it
     assert run(overrides, tmp_path / "killed", resume=True) == results
     for file in ("results.json", "metrics.jsonl", "memory/step_1.json"):

@@ -8,9 +8,8 @@ import json
 import pytest
 import torch
 from test_bf16 import COMBINATIONS
-from test_runs import BRIEF, run
+from test_runs import BRIEF, run, run_until_killed
 
-from fastil import files
 from fastil.training import trainer
 from fastil.training.captured import CapturedStep
 from fastil.training.compiling import has_cxx_compiler
@@ -98,19 +97,6 @@ def test_compiled_it_learns_as_uncompiled(name, gpu, tmp_path):
 def test_killed_and_resumed_it_ends_bit_for_bit_alike(name, gpu, tmp_path, monkeypatch):
     settings = [*SETTINGS, "precision=bf16", *COMBINATIONS[name], "epochs=3", f"device={gpu}"]
     run(settings, tmp_path / "whole")
-    save = files.save
-
-    class Killed(Exception):
-        pass
-
-    def until(path, state):
-        save(path, state)
-        if state.get("position") == [1, "train", 1, 0]:
-            raise Killed
-
-    monkeypatch.setattr(files, "save", until)
-    with pytest.raises(Killed):
-        run(settings, tmp_path / "killed")
-    monkeypatch.setattr(files, "save", save)
+    run_until_killed(settings, tmp_path / "killed", monkeypatch)
     run(settings, tmp_path / "killed", resume=True)
     assert_alike(tmp_path / "killed", tmp_path / "whole")

@@ -59,6 +59,24 @@ def run(overrides, out, resume=False, base=None):
     return Experiment(load("digits", [*SHORT, *overrides]), out, resume, base).run().model_dump()
 
 
+def run_until_killed(overrides, out, monkeypatch):
+    """A run that ends right after its checkpoint behind the first epoch of step 1."""
+    save = files.save
+
+    class Killed(Exception):
+        pass
+
+    def until(path, state):
+        save(path, state)
+        if state.get("position") == [1, "train", 1, 0]:
+            raise Killed
+
+    monkeypatch.setattr(files, "save", until)
+    with pytest.raises(Killed):
+        run(overrides, out)
+    monkeypatch.setattr(files, "save", save)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A method's run by its name, made once: the experiment, its folder and its results. Beside the folder lies what a

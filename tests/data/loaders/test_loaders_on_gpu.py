@@ -43,7 +43,7 @@ def test_what_reaches_the_device_is_what_the_cpu_has(made, gpu, backend, transfo
     wanted = list(here.batches(plan))
     found = []
     for batch in there.batches(plan):
-        torch.randn(512, 512, device=gpu).mm(torch.randn(512, 512, device=gpu))  # work that the copies run beside
+        torch.randn(512, 512, device=gpu).mm(torch.randn(512, 512, device=gpu))  # work at the same time as the copies
         found.append(batch._replace(images=batch.images.cpu()))
     scale = 255 * here.std.view(3, 1, 1)
     largest, mean = BOUNDS[backend]
