@@ -15,9 +15,9 @@ from fastil.models.network import Network, Output
 
 
 class CastWeights(nn.Module):
-    """What `network` computes with bfloat16 convolutions, to the bit. Its weights and gradients are the network's own.
+    """What `network` computes under bfloat16 autocast, to the bit, as a function of its cast weights and the images.
 
-    run: the network as a function of its weights in bfloat16 and the images; maybe compiled.
+    The weights stay the network's own, and so do their gradients: `cast` hands them over, and takes the gradients back.
     """
 
     def __init__(self, network: Network) -> None:
