@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastil.training import trainer
 from fastil.training.captured import CapturedStep
+from fastil.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -99,3 +100,45 @@ def test_a_captured_run_is_the_uncaptured_one_bit_for_bit(name, tmp_path, reques
             torch.load(tmp_path / d / f"checkpoints/step_{step}.pt", weights_only=True) for d in ("captured", "plain")
         )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def addresses(trainer, phase, update, inputs):
+    """Where everything lies that a training step reads or writes from one update to the next, by its name."""
+    parts = {"student": trainer.student, "teacher": trainer.teacher, "folded": trainer.folded_teacher.plain}
+    tensors = {f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict(keep_vars=True).items()}
+    momentum = f"momentum of {phase.name}, {id(update.parameters[0])}"
+    tensors |= {f"{momentum}, {i}": buffer for i, buffer in enumerate(update.buffers)}
+    tensors |= {"lr": trainer.lr, "meter": trainer.meter.rows, "unfused": trainer.meter.unfused, "table": trainer.table}
+    for part in (phase.method, phase.method.classification):
+        tensors |= {f"{type(part).__name__}.{k}": v for k, v in vars(part).items() if isinstance(v, torch.Tensor)}
+    inputs = {f"{k} of {len(inputs.ids)}": v for k, v in inputs._asdict().items() if v is not None}
+    return {k: v.data_ptr() for k, v in tensors.items()}, {k: v.data_ptr() for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_nothing_moves_from_one_update_to_the_next(name, tmp_path, monkeypatch):
+    """What a graph reads and writes stays where it is: the buffers of inputs for a phase, all else for the run, but for
+    the momentum of Mnemonics' weight transfer, whose incremental steps train other parameters than the base step."""
+    whole_run, of_phase, updates = {}, {}, []
+    step = Trainer.train_step
+
+    def watched(self, phase, update, inputs):
+        lasting, passing = addresses(self, phase, update, inputs)
+        for key, at in lasting.items():
+            if key == "Tpcil.vertices":  # as wide as the features, which is known after the base step
+                key = f"{key} of step {phase.step}"
+            assert whole_run.setdefault(key, at) == at, key
+        for key, at in passing.items():
+            key = phase.step, phase.name, key
+            assert of_phase.setdefault(key, at) == at, key
+        assert all(p.grad is None for p in self.student.parameters())  # or a graph would add to it
+        updates.append(len(inputs.ids))
+        step(self, phase, update, inputs)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    run([*SETTINGS, *COMBINATIONS[name]], tmp_path / "run")
+    assert len(updates) >= 20
+    assert len(set(updates)) >= 2
+    assert "student.head.weight" in whole_run
+    assert any("momentum" in key for key in whole_run)
+    assert any("log_prior" in key for key in whole_run)

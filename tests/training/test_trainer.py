@@ -24,6 +24,8 @@ from fastil.errors import UserError
 from fastil.evaluation import forward
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
 from fastil.methods import METHODS, LossConfig, MetaAlpha, MetaConfig, Meter, MethodConfig, StepContext, configs_of
+from fastil.methods.bic import BiCConfig, fit_bias
+from fastil.methods.corrections import CorrectionConfig
 from fastil.methods.il_baseline import ILBaseline
 from fastil.models import Folded, ModelConfig, Output, build_network
 from fastil.optimiser import TrainConfig
@@ -224,6 +226,33 @@ def test_no_method_waits_for_the_device(device, name, fake):
         return dataclasses.replace(phase, parameters=parameters, trainable=trainable, clamp=method.clamp)
 
     fake(device, ModelConfig("resnet8", **PARTS[name][2]), build)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("parameters", ["classifier", "weights", "all"])
+@pytest.mark.parametrize("name", ["softmax", "lucir", "podnet"])
+def test_balanced_finetuning_never_waits_for_the_device(device, name, parameters, fake):
+    def build(trainer):
+        if name == "softmax":
+            method = ILBaseline(MethodConfig(), LossConfig("softmax"), trainer.student.width, trainer.device)
+        else:
+            method = method_on_fake(name, trainer)
+        correction = CorrectionConfig("balanced_finetuning", finetune_parameters=parameters)
+        phase = make_phase(trainer, method, np.arange(72), step=1)
+        parts = {"parameters": correction.parameters(trainer.student), "clamp": method.clamp, "bn_mode": "frozen"}
+        return dataclasses.replace(phase, name="correct", **parts)
+
+    fake(device, ModelConfig("resnet8", **PARTS[name][2]) if name in PARTS else None, build)
+
+
+@pytest.mark.parametrize("groups", ["newest", "all"])
+def test_stage_2_of_bic_never_waits_for_the_device(groups):
+    """On fake CPU tensors, because the autograd engine does not start on CUDA without an accelerator."""
+    with FakeTensorMode():
+        logits, targets = torch.randn(300, CLASSES), torch.randint(0, CLASSES, (300,))
+        beta, gamma = fit_bias(logits, targets, 2, BiCConfig(groups, bic_epochs=3))
+        assert isinstance(beta, FakeTensor)
+        assert beta.shape == gamma.shape == ()
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
