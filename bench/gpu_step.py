@@ -33,7 +33,7 @@ class Kept(CapturedStep):
 
     last: "Kept | None" = None
 
-    def __init__(self, step: Callable[[Inputs], None], *, capture: bool, failed: Callable[[str], None]) -> None:
+    def __init__(self, step: Callable[[Inputs, int], None], *, capture: bool, failed: Callable[[str], None]) -> None:
         super().__init__(step, capture=capture and Kept.wanted, failed=failed)
         Kept.last = self
 

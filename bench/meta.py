@@ -64,8 +64,10 @@ class Bench:
             began = time.perf_counter()
             for number in range(steps):
                 if phase.before_update is not None and number % every == 0:
-                    self.trainer.before_update(phase, phase.before_update, self.update, self.inputs, self.held_out)
-                self.trainer.train_step(phase, self.update, self.inputs)
+                    self.trainer.before_update(
+                        phase, phase.before_update, self.update, self.inputs, len(self.inputs.ids), self.held_out
+                    )
+                self.trainer.train_step(phase, self.update, self.inputs, len(self.inputs.ids))
             self.trainer.meter.rows.sum(0).tolist()  # the end of the queue
             return (time.perf_counter() - began) / steps
 
@@ -156,7 +158,7 @@ def main() -> None:
         began = time.perf_counter()
         assert higher is not None
         higher()
-        bench.trainer.train_step(bench.phase, bench.update, bench.inputs)
+        bench.trainer.train_step(bench.phase, bench.update, bench.inputs, len(bench.inputs.ids))
         return time.perf_counter() - began
 
     if higher is not None:

@@ -1,6 +1,7 @@
 """The commands: parse, call, print."""
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -71,11 +72,16 @@ def run(
     from fastil.reporting.fidelity import remark_of
     from fastil.training.start import Interrupted, train
 
+    rank = int(os.environ.get("RANK", "0"))
     try:
         done = train(recipe, overrides or [], out, resume, base, data=data, val=val)
     except Interrupted as stop:
-        say(str(stop), sys.stderr)
-        raise typer.Exit(128 + stop.number) from None
+        if rank == 0:
+            say(str(stop), sys.stderr)
+        # To torchrun anything but 0 is a failure, after which it starts the processes again.
+        raise typer.Exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop.number) from None
+    if rank:
+        return
     average, final = done.results.average_incremental_accuracy, done.results.final_top1
     say(f"average incremental accuracy {average:.2f}, final top-1 {final:.2f}")
     remark = remark_of(done.recipe)
@@ -359,7 +365,8 @@ def main() -> None:
         settings = " Settings are written KEY=VALUE, such as epochs=2." if sys.argv[1:2] in (["run"], ["plan"]) else ""
         found = error.format_message().removesuffix(".")  # type: ignore[attr-defined]
         message = f"{found}.{settings} See fastil --help."
-    say(f"fastil: {one_line(message)}", sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    say(f"fastil{'' if rank == '0' else f' (rank {rank})'}: {one_line(message)}", sys.stderr)
     sys.exit(2)
 
 

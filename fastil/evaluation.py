@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from fastil import ranks
 from fastil.data import Loader
 from fastil.device import multiplying_in
 from fastil.errors import UserError
@@ -49,15 +50,18 @@ def forward(network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored
 
     network: in float32; it takes over the current weights first. Whatever the precision of training, this is IEEE
     float32: exemplars, class means and accuracies depend on the weights alone. Rows are float32 on the loader's device.
+    Several processes read a part each, and have all rows afterwards.
     """
     network.refresh()
     features, logits = [], []
+    here = ids[ranks.part_of(len(ids))]
     with torch.no_grad(), multiplying_in("fp32", loader.device):
-        for batch in loader.batches(sequential_plan(ids, loader.transform, BATCH, mirrored, loader.sizes)):
+        for batch in loader.batches(sequential_plan(here, loader.transform, BATCH, mirrored, loader.sizes)):
             out = network(batch.images)
             features.append(out.features)
             logits.append(out.scaled_logits)
-    return Output(torch.cat(features), [], torch.cat(logits))
+    whole = [ranks.whole_of(torch.cat(parts), len(ids)) for parts in (features, logits)]
+    return Output(whole[0], [], whole[1])
 
 
 def evaluate(

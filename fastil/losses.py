@@ -42,7 +42,7 @@ MASKED = -1e30
 SHORTEST = 1e-12  # length below which a vector is not normalised: the eps of F.normalize
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Return x in float32, or in float64 if it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -181,14 +181,14 @@ def balanced_cross_entropy(logits: Tensor, target: Tensor, log_prior: Tensor) ->
     log_prior [W] as `log_prior` makes it.
     """
     seen = log_prior != -math.inf
-    return _cross_entropy(torch.where(seen, _wide(logits) + log_prior, -math.inf), target, logits.shape[1])
+    return _cross_entropy(torch.where(seen, wide(logits) + log_prior, -math.inf), target, logits.shape[1])
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, num_classes: int | Tensor) -> Tensor:
     """Return the mean over the batch, 0-d."""
     y, factor = labels(target, num_classes)
     total = F.cross_entropy(logits, y.masked_fill(factor != 1, -1), ignore_index=-1, reduction="sum")
-    return total / logits.shape[0] * _nan_if_any(factor)
+    return total / max(1, logits.shape[0]) * _nan_if_any(factor)
 
 
 def _nan_if_any(factor: Tensor) -> Tensor:
@@ -207,10 +207,10 @@ def distillation(logits: Tensor, teacher_logits: Tensor, num_old: int | Tensor, 
     check_scalar("temperature", temperature, positive=True)
     check_classes(num_old, logits.shape[1], logits.shape[1])
     old = torch.arange(logits.shape[1], device=logits.device) < num_old
-    student = torch.log_softmax(torch.where(old, _wide(logits) / temperature, MASKED), dim=1)
-    teacher = torch.softmax(torch.where(old, _wide(teacher_logits) / temperature, MASKED), dim=1)
+    student = torch.log_softmax(torch.where(old, wide(logits) / temperature, MASKED), dim=1)
+    teacher = torch.softmax(torch.where(old, wide(teacher_logits) / temperature, MASKED), dim=1)
     terms = torch.where(old, teacher * student, 0.0)
-    return -(temperature**2) * terms.sum() / logits.shape[0]
+    return -(temperature**2) * terms.sum() / max(1, logits.shape[0])
 
 
 def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tensor, num_seen: int | Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tenso
     check_classes(num_old, num_seen, logits.shape[1])
     column = torch.arange(logits.shape[1], device=logits.device)
     own_block = (column < num_old) == (target < num_old)[:, None]
-    separated = torch.where(own_block & (column < num_seen), _wide(logits), MASKED)
+    separated = torch.where(own_block & (column < num_seen), wide(logits), MASKED)
     return _cross_entropy(separated, target, num_seen)
 
 
@@ -233,9 +233,9 @@ def hardest_new(
     least 0, and its column; both [B, k]. The first is 0 where the target is not old or there is no such class."""
     column = torch.arange(cosines.shape[1], device=cosines.device)
     new = (column >= num_old) & (column < num_seen)
-    highest, rival = torch.where(new, _wide(cosines), -torch.inf).topk(min(k, cosines.shape[1]), dim=1)
+    highest, rival = torch.where(new, wide(cosines), -torch.inf).topk(min(k, cosines.shape[1]), dim=1)
     y, factor = labels(target, num_seen)
-    own = _wide(cosines).gather(1, y[:, None])
+    own = wide(cosines).gather(1, y[:, None])
     old = ((factor == 1) & (y < num_old))[:, None] & (highest > -torch.inf)
     return torch.where(old, margin - own + highest, 0.0).clamp(min=0), rival
 
@@ -258,7 +258,7 @@ def margin_ranking(
     check_integer("k", k, least=1)
     check_scalar("margin", margin)
     excess = hardest_new(cosines, target, num_old, num_seen, k, margin)[0]
-    return excess.sum() / (k * cosines.shape[0]) * _nan_if_any(labels(target, num_seen)[1])
+    return excess.sum() / (k * max(1, cosines.shape[0])) * _nan_if_any(labels(target, num_seen)[1])
 
 
 @differentiable_in("features")
@@ -269,10 +269,10 @@ def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
     features, teacher_features: [B, d], not normalised. A teacher that requires a gradient raises RuntimeError. A vector
     shorter than 1e-12 has no direction: its row counts 1 and has no gradient.
     """
-    student, teacher = _unit(_wide(features)), _unit(_wide(teacher_features))
+    student, teacher = _unit(wide(features)), _unit(wide(teacher_features))
     # 1 - cos of unit vectors is half their squared distance, which does not cancel where they are nearly equal.
     half_squared = (student - teacher).square().sum(1) / 2
-    return torch.where(student.any(1) & teacher.any(1), half_squared, 1.0).mean()
+    return torch.where(student.any(1) & teacher.any(1), half_squared, 1.0).sum() / max(1, len(student))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -295,11 +295,11 @@ def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tenso
     """
 
     def pooled(x: Tensor) -> Tensor:
-        energy = _wide(x).square()
+        energy = wide(x).square()
         return F.normalize(torch.cat((energy.sum(3), energy.sum(2)), 2).flatten(1), eps=SHORTEST)
 
     distances = [
-        torch.linalg.vector_norm(pooled(student) - pooled(teacher), dim=1).mean()
+        torch.linalg.vector_norm(pooled(student) - pooled(teacher), dim=1).sum() / max(1, len(student))
         for student, teacher in zip(maps, teacher_maps, strict=True)
     ]
     return torch.stack(distances).mean()
@@ -330,7 +330,7 @@ def nca(
     column = torch.arange(similarities.shape[1], device=similarities.device)
     y, factor = labels(target, num_seen)
     own = y[:, None]
-    s = torch.where(column < num_seen, scale * _wide(similarities), MASKED)
+    s = torch.where(column < num_seen, scale * wide(similarities), MASKED)
     s_own = s.gather(1, own)[:, 0]
     others = s.scatter(1, own, MASKED)
     if variant == "paper":
@@ -339,7 +339,7 @@ def nca(
         largest = s.amax(1)
         # The released code differentiates through the maximum as well.
         losses = largest - s_own + torch.log1p((others - largest[:, None]).exp().sum(1))
-    return torch.where(factor == 0, 0.0, factor * losses).mean()
+    return torch.where(factor == 0, 0.0, factor * losses).sum() / max(1, len(losses))
 
 
 @differentiable_in("logits")
@@ -364,33 +364,36 @@ def icarl_cross_entropy(
     column = torch.arange(logits.shape[1], device=logits.device)
     old, seen = column < num_old, column < num_seen
     y, factor = labels(target, num_seen)
-    aims, factor = (column == y[:, None]).to(_wide(logits).dtype), factor[:, None]
+    aims, factor = (column == y[:, None]).to(wide(logits).dtype), factor[:, None]
     if teacher_logits is not None:
-        aims = torch.where(old, torch.sigmoid(_wide(teacher_logits)), aims)
+        aims = torch.where(old, torch.sigmoid(wide(teacher_logits)), aims)
         factor = torch.where(old, 1.0, factor)
-    z = torch.where(seen, _wide(logits), 0.0)
+    z = torch.where(seen, wide(logits), 0.0)
     terms = F.binary_cross_entropy_with_logits(z, torch.where(seen, aims, 0.0), reduction="none")
-    return torch.where(seen & (factor != 0), factor * terms, 0.0).sum() / (logits.shape[0] * num_outputs)
+    return torch.where(seen & (factor != 0), factor * terms, 0.0).sum() / (max(1, logits.shape[0]) * num_outputs)
 
 
 @differentiable_in("similarities")
-def topology(similarities: Tensor, teacher_similarities: Tensor, edges: Tensor) -> Tensor:
+def topology(
+    similarities: Tensor, teacher_similarities: Tensor, edges: Tensor, total: Callable[[Tensor], Tensor] = torch.sum
+) -> Tensor:
     """Return the topology-preserving loss of TPCIL (Tao et al., ECCV 2020), as far as it is known, 0-d: 1 minus
     Pearson's correlation, over the edges of a graph, of the student's edge weights with the teacher's.
 
     similarities, teacher_similarities: float [B, V], of images and vertices; edges: bool [B, V], which of them count.
-    A teacher that requires a gradient raises RuntimeError. The loss is 0 without two edges that differ.
+    total: sums a tensor, over the batches of all processes where several share one. A teacher that requires a gradient
+    raises RuntimeError. The loss is 0 without two edges that differ.
     """
-    student, teacher = _wide(similarities), _wide(teacher_similarities)
+    student, teacher = wide(similarities), wide(teacher_similarities)
     weight = edges.to(student.dtype)
-    count = weight.sum().clamp(min=1)
+    count = total(weight).clamp(min=1)
 
     def centred(values: Tensor) -> Tensor:
         values = torch.where(edges, values, 0.0)
-        return weight * (values - values.sum() / count)
+        return weight * (values - total(values) / count)
 
     x, y = centred(student), centred(teacher)
-    both = x.square().sum() * y.square().sum()
+    both = total(x.square()) * total(y.square())
     some = both > SHORTEST
-    correlation = (x * y).sum() / torch.where(some, both, 1.0).sqrt()
+    correlation = total(x * y) / torch.where(some, both, 1.0).sqrt()
     return torch.where(some, 1 - correlation, 0.0)

@@ -14,7 +14,8 @@ CGROUPS_OF_PROCESS = Path("/proc/self/cgroup")  # lines of ID:CONTROLLERS:PATH; 
 
 def cores() -> int:
     """Return the number of processors that this process may keep busy: those that it may run on, or fewer where a
-    control group gives it less of their time, as in containers."""
+    control group gives it less of their time, as in containers. Where torchrun has started several processes, its part
+    of them."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = []
     for group in _control_groups("cpu"):
@@ -23,7 +24,7 @@ def cores() -> int:
         )
         if len(words) == 2 and words[0] > 0 and words[1] > 0:  # "max" and -1 are no limit
             quotas.append(math.ceil(words[0] / words[1]))
-    return min([allowed, *quotas])
+    return max(1, min([allowed, *quotas]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def memory() -> int:

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from fastil import ranks
 from fastil.errors import UserError
 from fastil.settings import Share, shown
 
@@ -36,6 +37,9 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
+    # Batch statistics where several processes share a batch: each one's own, or those of the whole batch, as one process
+    # computes them. auto: local where each has at least 32 images.
+    bn: Literal["auto", "local", "sync"] = "auto"
     deterministic: bool = False  # on CUDA: reruns and resumes end in the same bits, at some cost; a CPU does so anyway
     compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
     checkpoint_every: PositiveInt = 10  # epochs between checkpoints within a step, ...
@@ -104,6 +108,10 @@ class Update:
     def reset(self) -> None:
         """Forget the momentum, in place."""
         torch._foreach_zero_(self.buffers)
+
+    def add_up(self, others: Sequence[Tensor] = ()) -> None:
+        """Add up the gradients over all processes, and some other tensors with them, in one exchange."""
+        ranks.add_up([*(p.grad for p in self.parameters if p.grad is not None), *others])
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -103,11 +103,19 @@ class EpochPlan:
 
     def of_rank(self, rank: int, ranks: int) -> "EpochPlan":
         """What one of several processes reads: every batch is shared out, to within one image, and none is visited
-        twice to make shares equal: of a short batch a rank may get one image or none. Crops and flips are those of the
-        whole plan, however many processes there are."""
+        twice to make shares equal. Nobody gets a single image, on which batch normalisation cannot train: of a batch
+        of fewer than two images for each, some get none. Crops and flips are those of the whole plan, however many
+        processes there are."""
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks}: must lie in [0, {ranks})")
-        return self.only(np.arange(len(self.ids)) % ranks == rank)
+        sizes = self.sizes()
+        takers = np.clip(sizes // 2, 1, ranks)
+        places = np.arange(len(self.ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return self.only(places % np.repeat(takers, sizes) == rank)
+
+    def sizes(self) -> NDArray[np.int64]:
+        """The number of images of each batch, int64 [batches]."""
+        return np.array([part.stop - part.start for part in self.batches()], dtype=np.int64)
 
 
 def num_batches(count: int, batch_size: int) -> int:

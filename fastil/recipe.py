@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -45,7 +45,9 @@ RUNTIME_KEYS = {
 }  # fmt: skip
 # What the machine or the source decides where it is left alone. A run keeps them, but is no other experiment by them:
 # whether images were left out is told by the data.
-INCIDENTAL_KEYS = {"precision", "loader", "on_corrupt"}
+INCIDENTAL_KEYS = {"precision", "bn", "loader", "on_corrupt"}
+
+LOCAL_BN = 32  # images with which a process's own batch statistics are as good as those of the whole batch
 
 Keys = dict[str, Any]
 
@@ -158,6 +160,16 @@ class Recipe:
         # One that was asked for and differs is refused with the other settings that changed.
         return self.in_precision(before) if precision == "auto" else self
 
+    def shared_by(self, processes: int, before: "Recipe | None" = None) -> "Recipe":
+        """The recipe with what `bn=auto` means for so many processes, or in a run that has begun: `before`."""
+        if self.train.bn != "auto":
+            return self
+        enough = processes == 1 or self.train.batch_size // processes >= LOCAL_BN
+        bn: Literal["auto", "local", "sync"] = "local" if enough else "sync"
+        if before is not None and before.train.bn != "auto":
+            bn = before.train.bn
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, bn=bn))
+
     @property
     def precision(self) -> Precision:
         """What a run of this recipe computes in: of one that is settled, or was read from a run directory."""
@@ -177,6 +189,7 @@ class Recipe:
         """The keys that decide what is trained; None for those that nothing reads with the others as they are."""
         ignored = RUNTIME_KEYS if seed else RUNTIME_KEYS | {"seed"}
         keys = {key: value for key, value in self.keys().items() if key not in ignored}
+        keys |= {"bn": "local"} if keys["bn"] == "auto" else {}  # as one process has it
         code = {f"code of {key}": value[:12] for key, value in self.sources.items() if value is not None}
         return {key: None if self.reader(key) else value for key, value in keys.items()} | code
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastil.kernels.incremental_loss import check_loss_arguments
 from fastil.kernels.registration import jitted, register, scalar_tensor
-from fastil.losses import MASKED, check_scalar, differentiable_in, labels
+from fastil.losses import MASKED, check_scalar, differentiable_in, labels, wide
 
 WIDEST = 8_192  # columns a Triton program holds in registers; wider rows take the plain form on CUDA too
 
@@ -57,8 +57,8 @@ def plain(
     """Return the operator in plain torch, float32 [W]."""
     column = torch.arange(logits.shape[1], device=logits.device)
     seen = (column < num_seen) & (log_prior != -torch.inf)
-    q = torch.softmax(torch.where(seen, logits.float() + log_prior, MASKED), 1)
-    u = torch.where(seen, tangent.float(), 0)
+    q = torch.softmax(torch.where(seen, wide(logits) + log_prior, MASKED), 1)
+    u = torch.where(seen, wide(tangent), 0)
     rows = q * (u - (q * u).sum(1, keepdim=True)) * labels(target, num_seen)[1][:, None]
     return torch.where(column < num_old, rows.sum(0), 0) * (ce_weight / max(1, logits.shape[0]))
 

@@ -21,6 +21,7 @@ from fastil.losses import (
     differentiable_in,
     hardest_new,
     labels,
+    wide,
 )
 
 WIDEST_COSINES = 2_048  # columns up to which the Triton form does logit_scale and margin ranking; above, the plain one
@@ -255,7 +256,7 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     each row's part of the derivative in logit_scale [B or 0], and each row's part of the loss [B or 0]."""
     o = Operands(*operands)
     batch, width = o.logits.shape
-    x = o.logits.float()
+    x = wide(o.logits)
     z = x if o.logit_scale is None else x * o.logit_scale
     column = torch.arange(width, device=o.logits.device)
     old, seen = column < o.num_old, column < o.num_seen
@@ -280,7 +281,7 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     if o.teacher is not None:
         log_p = torch.log_softmax(torch.where(old, z / o.temperature, MASKED), 1)
         # With the same functions as the student's, so the difference is exactly 0 at equal logits, and on new columns.
-        p_teacher = torch.log_softmax(torch.where(old, o.teacher.float() / o.temperature, MASKED), 1).exp()
+        p_teacher = torch.log_softmax(torch.where(old, wide(o.teacher) / o.temperature, MASKED), 1).exp()
         kd = -(o.temperature**2) * torch.where(old, p_teacher * log_p, 0).sum(1)
         gradient += (log_p.exp() - p_teacher) * (o.kd_weight * o.temperature / batch)
     scale_gradient = x.new_empty(0)
@@ -297,7 +298,7 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
         best = torch.where(seen, x, -torch.inf).argmax(1)
         own = x.gather(1, y)[:, 0]
         hit = (best == o.target) & (own == own)  # not NaN
-        o.meter[:batch] += torch.stack((ce, kd, hit.float(), ranking), 1)
+        o.meter[:batch] += torch.stack((ce, kd, hit.to(ce.dtype), ranking), 1)
     row_loss = x.new_empty(0)
     if o.value:
         row_loss = (o.ce_weight * ce + o.kd_weight * kd) / batch

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastil.kernels.registration import jitted, refuse_second_order, register
-from fastil.losses import SHORTEST, differentiable_in
+from fastil.losses import SHORTEST, differentiable_in, wide
 
 WIDEST = 8_192  # columns a Triton program holds in registers; wider features take the plain form on CUDA too
 
@@ -60,7 +60,7 @@ def unit_difference(x: Tensor, y: Tensor, x_minus_y: Tensor, dim: list[int]) -> 
 
 def plain(features: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """The operator in plain torch. Returns each row's part of the loss [B] and the gradient [B, d]."""
-    x, y = features.float(), teacher.float()
+    x, y = wide(features), wide(teacher)
     difference, x_norm, y_norm = unit_difference(x, y, x - y, [1])
     one_minus_cos = difference.square().sum(1, keepdim=True) / 2
     blank = (x_norm < SHORTEST) | (y_norm < SHORTEST)

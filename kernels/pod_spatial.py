@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastil.kernels.less_forget import unit_difference
 from fastil.kernels.registration import jitted, refuse_second_order, register
-from fastil.losses import SHORTEST, differentiable_in
+from fastil.losses import SHORTEST, differentiable_in, wide
 
 
 @differentiable_in("maps")
@@ -59,7 +59,7 @@ class _Value(torch.autograd.Function):
 def plain(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     """Return the operator in plain torch for one of `layers` layers: each image's part of the loss [B] and the
     gradient [B, C, H, W]."""
-    x, y = maps.float(), teacher.float()
+    x, y = wide(maps), wide(teacher)
     energy = _pooled(x * x)
     # The pooled difference is not the difference of the pooled: that would have lost the digits they share.
     difference, norm, _ = unit_difference(energy, _pooled(y * y), _pooled((x - y) * (x + y)), [1, 2])

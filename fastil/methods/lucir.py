@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
+from fastil import ranks
 from fastil.data import Batch
 from fastil.methods.context import FeatureExtractor, StepContext
 from fastil.methods.method import CROSS_ENTROPY, Method
@@ -68,8 +69,8 @@ class Lucir(Method):
         config: LucirConfig = self.configs["lucir"]
         weight: float | Tensor = config.lucir_ranking
         if config.lucir_ranking_mean == "old_images":
-            old = (batch.labels < self.classification.num_old).sum()
-            weight = config.lucir_ranking * len(batch.labels) / old.clamp(min=1)
+            old = ranks.summed((batch.labels < self.classification.num_old).sum())
+            weight = config.lucir_ranking * batch.total / old.clamp(min=1)
         return {"margin_weight": weight, "margin": config.lucir_margin, "hardest": config.lucir_rivals}
 
     def extra_loss(self, batch: Batch, out: Output, teacher_out: Output | None, ops: Any) -> Tensor | None:

@@ -27,12 +27,13 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.func import functional_call, jvp
 
+from fastil import ranks
 from fastil.data import Batch
 from fastil.errors import UserError
 from fastil.kernels import alpha_hypergradient, incremental_loss_grad
 from fastil.losses import balanced_cross_entropy
 from fastil.methods.context import Meter
-from fastil.methods.method import Method
+from fastil.methods.method import Method, part
 from fastil.models import Network, Output
 from fastil.optimiser import Update
 from fastil.settings import Share
@@ -113,36 +114,39 @@ class MetaAlpha:
                 self.method.backward(context.batch, out, context.teacher_out, self.scratch)
                 logits = self.method.student_output(out).scaled_logits.detach().clone()
                 del out  # the graph's memory, before the next one is built
+                update.add_up()
                 moving = update.moving()
                 update.apply()
                 network.zero_grad()
                 with context.autocast():
                     held_out = context.student(context.held_out.images)
                 scores = held_out.scaled_logits
-                scores.backward(self.validation_gradient(scores, context.held_out.labels))  # type: ignore[no-untyped-call]
+                scores.backward(self.validation_gradient(scores, context.held_out))  # type: ignore[no-untyped-call]
+                update.add_up()
             direction = update.passed_through(moving, [p.grad for p in update.parameters])
         network.zero_grad()
         along = self.forward_mode if self.config.meta_gradient == "jvp" else self.difference
-        return alpha_hypergradient(
+        hypergradient = alpha_hypergradient(
             logits,
             along(context, direction),
             context.batch.labels,
             self.classification.log_prior,
             num_old=self.classification.num_old,
             num_seen=self.classification.num_seen,
-            ce_weight=self.method.ce_weight,
+            ce_weight=part(self.method.ce_weight, context.batch),
         )
+        return ranks.summed(hypergradient)
 
-    def validation_gradient(self, logits: Tensor, target: Tensor) -> Tensor:
+    def validation_gradient(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the gradient in the logits [B, W] of Algorithm 1's "softmax_CE(F(X, theta*), Y)", over the classes
         seen."""
         return incremental_loss_grad(
             logits,
-            target,
+            batch.labels,
             torch.zeros_like(self.classification.log_prior),
             num_old=self.classification.num_old,
             num_seen=self.classification.num_seen,
-            ce_weight=self.one,
+            ce_weight=part(self.one, batch),
             kd_weight=self.zero,
             temperature=self.one,
             meter=self.scratch.rows,
@@ -195,14 +199,14 @@ class MetaAlpha:
             out = functional_call(network, (parameters, buffers), (images,))
             prior = self.classification.prior_without_alpha + log_alpha
             loss = self.method.formula(context.batch, out, context.teacher_out, prior)
-            gradients = torch.autograd.grad(loss, update.parameters, create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(loss, update.parameters, create_graph=True, allow_unused=True)
+            gradients = [None if g is None else ranks.summed(g) for g in found]
             moved = {names[p]: new for p, new in zip(update.parameters, update.formula(gradients), strict=True)}
             held_out = functional_call(network, (parameters | moved, buffers), (held_images,))
             seen = torch.where(prior > -math.inf, 0.0, -math.inf).detach()
-            (gradient,) = torch.autograd.grad(
-                balanced_cross_entropy(held_out.scaled_logits, context.held_out.labels, seen), log_alpha
-            )
-        return torch.where(self.classification.is_old, gradient, 0.0)
+            validation = balanced_cross_entropy(held_out.scaled_logits, context.held_out.labels, seen)
+            (gradient,) = torch.autograd.grad(part(validation, context.held_out), log_alpha)
+        return torch.where(self.classification.is_old, ranks.summed(gradient), 0.0)
 
     def observed(self) -> dict[str, Any]:
         """Return alpha for metrics.jsonl, one number or one per old class. Waits for the device."""

@@ -7,7 +7,7 @@ and the predictor are parts of their own, which go with any method.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from fastil.models import Network, Output
 from fastil.protocol import Ids
 
 Keys = Mapping[str, Any]  # every key of a recipe with its value
+Number = TypeVar("Number", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Method:
     def extra_loss(self, batch: Batch, out: Output, teacher_out: Output | None, ops: Any) -> Tensor | None:
         """Return the sum of the method's further terms, weighted, 0-d, or None. batch: its labels are incremental
         positions. teacher_out: None in the base step. ops: the module to take losses from, fastil.kernels, or
-        fastil.losses where a second derivative is needed."""
+        fastil.losses where a second derivative is needed. Where several processes share a batch, the mean over the part
+        that is here, which may be empty."""
         return None
 
     def ranking_arguments(self, batch: Batch) -> dict[str, Any]:
@@ -219,10 +221,11 @@ class Method:
             self.trainable_rows[: self.context.num_old] = False
 
     def loss(self, batch: Batch, out: Output, teacher_out: Output | None) -> Tensor:
-        """Return the loss of a batch whose labels are incremental positions, 0-d."""
+        """Return the loss of a batch whose labels are incremental positions, 0-d; of a part of a batch, its part of
+        it."""
         loss = incremental_loss(**self.kernel_arguments(batch, out, teacher_out))
         unfused = self.unfused_loss(batch, out, teacher_out)
-        return loss if unfused is None else loss + unfused
+        return loss if unfused is None else loss + part(unfused, batch)
 
     def backward(self, batch: Batch, out: Output, teacher_out: Output | None, meter: Meter) -> None:
         """Run the backward pass of `loss`, and add its terms to the meter; nothing waits for them."""
@@ -230,6 +233,7 @@ class Method:
         unfused = self.unfused_loss(batch, out, teacher_out)
         if unfused is not None:
             meter.unfused.add_(unfused.detach(), alpha=len(batch.labels))
+            unfused = part(unfused, batch)
         if "logit_scale" in arguments:
             loss = incremental_loss(**arguments, meter=meter.rows)
             (loss if unfused is None else loss + unfused).backward()  # type: ignore[no-untyped-call]
@@ -256,7 +260,7 @@ class Method:
             term = losses.margin_ranking(out.logits, batch.labels, num_old, num_seen, k, margin)
             loss = loss + ranking["margin_weight"] * term
         extra = self.extra_loss(batch, out, teacher_out, losses)
-        return loss if extra is None else loss + extra
+        return part(loss if extra is None else loss + extra, batch)
 
     def kernel_arguments(self, batch: Batch, out: Output, teacher_out: Output | None) -> dict[str, Any]:
         """Return the arguments of the loss kernel, by name."""
@@ -267,14 +271,15 @@ class Method:
             "logits": out.logits,
             "target": batch.labels,
             "teacher_logits": teacher,
-            "ce_weight": self.zero if hits_only else self.ce_weight,
-            "kd_weight": self.kd_weight,
+            "ce_weight": self.zero if hits_only else part(self.ce_weight, batch),
+            "kd_weight": part(self.kd_weight, batch),
             "temperature": self.temperature,
         }
         if out.scale is not None:
             arguments["logit_scale"] = out.scale
         if teacher_out is not None:
-            arguments |= self.ranking_arguments(batch)
+            ranking = self.ranking_arguments(batch)
+            arguments |= ranking and ranking | {"margin_weight": part(ranking["margin_weight"], batch)}
         return arguments | self.classification.kernel_arguments(batch.labels)
 
     def unfused_loss(self, batch: Batch, out: Output, teacher_out: Output | None) -> Tensor | None:
@@ -285,3 +290,9 @@ class Method:
             return extra
         cross_entropy = self.ce_weight * cross_entropy
         return cross_entropy if extra is None else cross_entropy + extra
+
+
+def part(weight: Number, batch: Batch) -> Number:
+    """Return a weight, or a term of the loss, times the batch's share of the update: the sum over all processes is then
+    the mean over all of their images."""
+    return weight if batch.share == 1 else batch.share * weight

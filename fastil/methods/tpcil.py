@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from fastil import ranks
 from fastil.data import Batch
 from fastil.losses import topology
 from fastil.methods.context import MemoryContext
@@ -79,7 +80,7 @@ class Tpcil(Lucir):
         student, teacher = (F.normalize(o.features.to(wide)) @ self.vertices.T for o in (out, teacher_out))
         old = self.classification.is_old
         winner = torch.where(old, teacher, -2.0).argmax(1)
-        return self.adaptive_lambda * topology(student, teacher, self.joined[winner] & old)
+        return self.adaptive_lambda * topology(student, teacher, self.joined[winner] & old, ranks.total)
 
     def after_memory(self, network: Network, memory: MemoryContext) -> dict[str, Tensor]:
         """Add the new classes to the graph, and let the exemplars compete for its vertices. Returns no pixels."""

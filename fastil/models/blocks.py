@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastil import ranks
+
 
 def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
     """Return a 3x3 convolution with padding 1 and no bias."""
@@ -15,11 +17,42 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a fixed momentum and without torch's counter of batches, which nothing reads: one launch
-    less per layer and step. Older weights, which have that counter, still load."""
+    less per layer and step. Older weights, which have that counter, still load.
+
+    synchronised: train on the statistics of the whole batch, where several processes share one.
+    """
+
+    synchronised = False
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         self.num_batches_tracked = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [B, C, H, W], normalised."""
+        if self.synchronised and self.training and ranks.count() > 1:
+            return self._together(x)
+        if len(x) == 0:  # a process without images, whose gradients are 0
+            return x * self.weight[:, None, None] + self.bias[:, None, None]
+        return super().forward(x)
+
+    def _together(self, x: Tensor) -> Tensor:
+        """Return x normalised by the mean and the variance over the batches of all processes, [B, C, H, W]. In plain
+        torch, so that it can be differentiated twice and in forward mode: Meta needs that, and it runs on a CPU."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        values = x.to(torch.promote_types(x.dtype, self.weight.dtype))  # float32 where x is bfloat16
+        size = values.new_tensor(x.numel() / x.shape[1])
+        sums = ranks.summed(torch.cat((values.sum((0, 2, 3)), size[None])))
+        n, mean = sums[-1], sums[:-1] / sums[-1]
+        centred = values - mean[:, None, None]
+        variance = ranks.summed(centred.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * (n / (n - 1)), self.momentum)
+        factor = self.weight * (variance + self.eps).rsqrt()
+        return (centred * factor[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)  # load_state_dict hands over a copy

@@ -85,6 +85,8 @@ class ExternalBackbone(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return features [B, d] and the stages' maps, in the dtype of images [B, 3, H, W]. Raises UserError for
         features of another shape and for missing maps."""
+        if len(images) == 0:  # a process without images: as many gradients as elsewhere, all of them 0
+            return self._of_nothing(images)
         half = images.dtype == torch.bfloat16
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):  # its weights stay in float32
             out = self.module(images)
@@ -97,6 +99,15 @@ class ExternalBackbone(nn.Module):
         if self.wants_maps and not maps:
             raise UserError(f"model={self.name}: the method reads the stages' maps; return (features, maps), too")
         return features.to(images.dtype), maps
+
+    def _of_nothing(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        training = self.module.training
+        self.module.eval()  # no statistics of the black images
+        try:
+            features, maps = self(images.new_zeros(2, *images.shape[1:]))
+        finally:
+            self.module.train(training)
+        return features[:0], [x[:0] for x in maps]
 
 
 class Network(nn.Module):

@@ -87,6 +87,9 @@ class ProtocolFile(_Content):
     class_names_by_step: list[list[str]] = []  # older runs have none
     dataset: DescribedDataset
     effective: list[Row] = []
+    precision: str | None = None  # older runs have none of these
+    bn: str | None = None
+    ranks: Count = 1  # processes that trained together, the last time it was begun or went on
 
     @pydantic.model_validator(mode="after")
     def named(self) -> "ProtocolFile":

@@ -14,7 +14,8 @@ WARM_UP = 3
 
 
 class CapturedStep:
-    """Calls `step` on copies of its inputs in buffers of its own, one set for each size of batch.
+    """Calls `step` on copies of its inputs in buffers of its own, one set for each size of batch, which it is told too:
+    where several processes share a batch, that of the whole.
 
     On CUDA the call is captured after a few steps and replayed from then on: hundreds of launches become one. So the
     step may depend on what lies in tensors, and on nothing else that changes while the phase lasts; the next one
@@ -22,14 +23,13 @@ class CapturedStep:
     whether to try.
     """
 
-    def __init__(self, step: Callable[[Inputs], None], *, capture: bool, failed: Callable[[str], None]) -> None:
+    def __init__(self, step: Callable[[Inputs, int], None], *, capture: bool, failed: Callable[[str], None]) -> None:
         self.step, self.capture, self.failed = step, capture, failed
         self.places: dict[int, Inputs] = {}
         self.done: Counter[int] = Counter()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def __call__(self, inputs: Inputs) -> None:
-        size = len(inputs.ids)
+    def __call__(self, inputs: Inputs, size: int) -> None:
         if size not in self.places:
             self.places[size] = Inputs._make(None if new is None else torch.empty_like(new) for new in inputs)
         for kept, new in zip(self.places[size], inputs, strict=True):
@@ -41,7 +41,7 @@ class CapturedStep:
         if size in self.graphs:
             self.graphs[size].replay()
         else:
-            self.step(self.places[size])
+            self.step(self.places[size], size)
 
     def begin_replay(self, size: int) -> None:
         """Capture the step for batches of this size. Nothing is computed meanwhile."""
@@ -51,7 +51,7 @@ class CapturedStep:
         try:
             # Loaders work in threads of their own, which may go on allocating.
             with torch.cuda.graph(graph, pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                self.step(self.places[size])
+                self.step(self.places[size], size)
         except Exception as error:  # as many types as there are things that cannot be captured
             cause = error.__context__ or error  # ending a broken capture raises, too
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -75,7 +75,8 @@ def plan_text(recipe: Recipe) -> str:
     backend = recipe.data.loader
     if backend == "auto" and images is not None:
         backend = choose(images, device)[0]
-    described = None if dataset is None else protocol_file(dataset, protocol, steps, size, [backend])
+    settled = recipe.settled(device).shared_by(1)
+    described = None if dataset is None else protocol_file(settled, dataset, protocol, steps, size, [backend])
     if recipe.data.memory == "resident" and images is not None:
         exemplars = recipe.memory.total(counts[protocol.order])
         check_resident(images, exemplars, backend, device)

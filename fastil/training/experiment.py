@@ -1,6 +1,7 @@
 """One run: for each step open the classes, train, correct, select exemplars, evaluate, save."""
 
 import dataclasses
+import hashlib
 import time
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastil import files, outside
+from fastil import outside, ranks
 from fastil.data import load_dataset
 from fastil.data.sources import image_size
 from fastil.device import choosing_kernels, multiplying_in, pick_device
@@ -18,16 +19,14 @@ from fastil.models import check_backbone
 from fastil.nearest_mean import nearest_mean_scores
 from fastil.protocol import Ids, build_protocol
 from fastil.recipe import Recipe
-from fastil.reporting import figures
-from fastil.reporting.checkpoints import Position
-from fastil.reporting.run_files import Results
+from fastil.reporting.checkpoints import Checkpoint, Position
+from fastil.reporting.run_files import ProtocolFile, Results
 from fastil.training import base_step, capacity, compiling, messages, run_directory, step_plan
 from fastil.training.clock import Clock, versions
 from fastil.training.frozen import FrozenNetwork
-from fastil.training.interrupt import Interrupt
+from fastil.training.interrupt import Interrupt, SharedInterrupt
 from fastil.training.phases import Phases
-from fastil.training.progress import StepBar
-from fastil.training.run_directory import RunDirectory
+from fastil.training.progress import NoBar, StepBar
 from fastil.training.run_loaders import RunLoaders
 from fastil.training.run_parts import RunParts
 from fastil.training.step_plan import StepPlan
@@ -39,10 +38,13 @@ class Experiment:
     """The state of a run. Its directory is made only when everything that can be wrong has been checked."""
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None) -> None:
-        self.resume, self.directory = resume, RunDirectory(out, resume)
-        self.interrupt, self.progress, self.clock = Interrupt(), StepBar(), Clock()
+        self.resume, self.directory = resume, run_directory.opened(out, resume)
+        self.interrupt = Interrupt() if ranks.count() == 1 else SharedInterrupt()
+        self.progress, self.clock = StepBar() if ranks.first() else NoBar(), Clock()
         self.device = pick_device(recipe.train.device)
-        self.recipe = recipe = recipe.settled(self.device, self.directory.precision())
+        begun = ranks.from_first(self.directory.begun)
+        recipe = recipe.settled(self.device, None if begun is None else begun.precision)
+        self.recipe = recipe = recipe.shared_by(ranks.count(), begun)
         self.dataset = load_dataset(recipe.data)
         for note in self.dataset.notes:
             self.progress.say(note)
@@ -84,6 +86,7 @@ class Experiment:
             len(self.steps), self.trainer, self.meta, self.method, self.rehearsal, self.loaders, self.clock
         )
         self.step = 0
+        self.described: ProtocolFile | None = None  # protocol.json, in the process that writes it
 
     def run(self) -> Results:
         """Train what is left of the run. Returns the content of results.json.
@@ -97,11 +100,13 @@ class Experiment:
         ):  # fmt: skip
             position = self.restore()
             if position.step < len(self.steps):
-                self.progress.say(
-                    messages.announcement(
-                        self.recipe, self.dataset, self.protocol, self.steps, self.loaders, self.directory.path
-                    )
-                )
+                if self.described is not None:
+                    self.progress.say(
+                        messages.announcement(
+                            self.recipe, self.dataset, self.protocol, self.steps, self.loaders, self.directory.path,
+                            self.described,
+                        )
+                    )  # fmt: skip
                 self.compile()
                 for line in messages.of_changes(self.parts.ran_before, self.parts.conditions()):
                     self.progress.say(f"{self.directory.path}: {line}")
@@ -112,9 +117,9 @@ class Experiment:
                 self.directory.write_results(self.recipe, self.parts.results)
                 self.write_timings()
                 self.directory.save(state)  # last: only now is the step never done again
-            results = self.directory.write_results(self.recipe, self.parts.results)
-            figures.draw_run(self.directory.path)
-            return results
+            self.directory.write_results(self.recipe, self.parts.results)
+            self.directory.draw()
+            return run_directory.results_of(self.recipe, self.parts.results)
 
     def run_step(self, plan: StepPlan, position: Position) -> None:
         """One step, from its beginning or from a position inside it."""
@@ -190,6 +195,7 @@ class Experiment:
         if plan.step > 0:
             positions = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
             self.method.after_training(student, self.extractor, held_out, positions)
+            ranks.copy_from_first([v for v in self.method.state_dict().values() if isinstance(v, torch.Tensor)])
         self.directory.write_exemplars(plan.step, self.rehearsal.update(plan.step))
         if plan.memory_visits:
             self.progress.begin(f"step {plan.step}, exemplars", plan.memory_visits, 0)
@@ -198,8 +204,18 @@ class Experiment:
             kept, self.rehearsal.positions_of(kept), self.extractor, self.loaders.plain,
             lambda epoch: self.trainer.batches(self.phases.training_epoch(plan.step, ids, None, epoch)),
         )  # fmt: skip
-        self.loaders.overlay(self.method.after_memory(student, memory))
+        pixels = self.method.after_memory(student, memory)
+        ranks.copy_from_first(list(pixels.values()))
+        self.loaders.overlay(pixels)
         self.progress.end()
+        ranks.check_same("exemplars and weights", self.digest())
+
+    def digest(self) -> str:
+        """What all processes must agree in after a step."""
+        found = hashlib.sha256(self.rehearsal.memory.ids().tobytes())
+        for value in self.trainer.student.state_dict().values():
+            found.update(value.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def evaluate(self, plan: StepPlan) -> StepResult:
         """Top-1 over the test images of every class seen, by the recipe's predictor."""
@@ -227,19 +243,28 @@ class Experiment:
         return dataclasses.replace(result, nme_top1=result.top1) if nme else result
 
     def restore(self) -> Position:
-        """Take up the latest checkpoint of the directory that can be used, and claim the directory."""
+        """Take up the latest checkpoint of the directory that can be used. Returns where the run goes on."""
+        state = ranks.from_first(self.claim)
+        if state is None:
+            return Position()
+        if not ranks.first():
+            self.parts.take_up(state, self.directory, self.directory.last)
+        return state.position
+
+    def claim(self) -> Checkpoint | None:
+        """Claim the directory, and take up the latest checkpoint of it that can be used."""
         transform = self.loaders.test.transform
         size = transform.height, transform.width
         read_by = [self.loaders.train.name, *(self.shared_base.read_by if self.shared_base else ())]
-        protocol = run_directory.protocol_file(self.dataset, self.protocol, self.steps, size, read_by)
-        protocol = self.directory.check(self.recipe, protocol)
+        protocol = run_directory.protocol_file(self.recipe, self.dataset, self.protocol, self.steps, size, read_by)
+        self.described = protocol = self.directory.check(self.recipe, protocol)
         state = self.parts.resumed(self.directory, self.device, self.progress.say)
         self.directory.begin(self.recipe, protocol, state)
         path = self.directory.path
         if state is None:
             if self.resume:
                 self.progress.say(f"{path}: no checkpoint to resume from, starting from the beginning")
-            return Position()
+            return None
         if state.weights_sha256 is not None:  # of a finished step: last.pt cannot be used
             self.save(state.position)
         finished, last = state.position.step == len(self.steps), len(self.steps) - 1
@@ -253,7 +278,7 @@ class Experiment:
         if lost:
             self.progress.say(f"{path}: missing, and only training again writes them: {', '.join(lost)}")
         self.progress.say(f"{path}: {'finished already' if finished else messages.of_resume(state.position)}")
-        return state.position
+        return state
 
     def save(self, position: Position) -> None:
         self.directory.save(self.parts.state_dict(position))
@@ -267,6 +292,8 @@ class Experiment:
 
     def compile(self) -> None:
         """Compile training and evaluation, each where the run repays it."""
+        if self.recipe.train.bn == "sync" and ranks.count() > 1:
+            return  # its exchanges would break the graph at every layer
         test_counts = np.bincount(self.dataset.val.labels)[self.protocol.order]
         frozen = self.flops * step_plan.frozen_visits(self.steps, test_counts)
         compiling.compile_run(
@@ -276,7 +303,7 @@ class Experiment:
 
     def write_timings(self) -> None:
         run = {"base_step_of": self.parts.base_step_of, "compiled": self.trainer.compiled}
-        files.write_json(self.directory.path / "timings.json", self.clock.summary() | run | versions(self.device))
+        self.directory.write_timings(self.clock.summary() | run | versions(self.device))
 
     def close(self) -> None:
         self.loaders.close()

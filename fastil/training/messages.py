@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastil import ranks
 from fastil.data import Dataset
 from fastil.device import device_name, precision_note
 from fastil.evaluation import StepResult
@@ -11,7 +12,7 @@ from fastil.protocol import Protocol
 from fastil.recipe import Recipe
 from fastil.reporting.checkpoints import Position
 from fastil.reporting.fidelity import opening
-from fastil.reporting.run_files import read_protocol
+from fastil.reporting.run_files import ProtocolFile
 from fastil.training import step_plan
 from fastil.training.run_loaders import RunLoaders
 from fastil.training.step_plan import StepPlan
@@ -28,15 +29,16 @@ def announcement(
     steps: Sequence[StepPlan],
     loaders: RunLoaders,
     out: Path,
+    described: ProtocolFile,
 ) -> str:
-    """The effective protocol, so that no one has to guess what was trained."""
+    """The effective protocol, so that no one has to guess what was trained. described: what protocol.json says."""
     device = loaders.train.device
     slow = precision_note(recipe.precision, device)
     lines = [
         f"{recipe.name}: {recipe.method.method}, loss={recipe.loss.loss}, {recipe.model.model}, "
-        f"seed {recipe.train.seed}, on {device_name(device)}, {recipe.precision}",
+        f"seed {recipe.train.seed}, on {device_name(device)}, {recipe.precision}{shared(recipe)}",
         f"{dataset.name}, class list {protocol.class_hash(dataset.class_names)}, into {out}",
-        *opening(recipe, dataset, read_protocol(out)),
+        *opening(recipe, dataset, described),
         f"loader {loaders.train.name}: {loaders.why}" + ("; exemplars stay decoded" if loaders.keeps_exemplars else ""),
         *([] if slow is None else [slow]),
         step_plan.as_table(steps),
@@ -44,6 +46,14 @@ def announcement(
         *step_plan.notes(recipe, dataset.class_names),
     ]
     return "\n".join(lines)
+
+
+def shared(recipe: Recipe) -> str:
+    """How many processes train together, and how batch normalisation sees their batch; nothing where one is alone."""
+    if ranks.count() == 1:
+        return ""
+    share = recipe.train.batch_size / ranks.count()
+    return f", {ranks.count()} processes with {share:.4g} images each of a batch, bn={recipe.train.bn}"
 
 
 def of_epoch(record: EpochRecord, streamed: bool) -> str:

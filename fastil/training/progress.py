@@ -1,6 +1,7 @@
 """What a run shows while it trains: a bar on a terminal, plain lines elsewhere."""
 
 import time
+from typing import Literal
 
 from fastil.text import Bar
 
@@ -19,3 +20,13 @@ class StepBar(Bar):
         elif last or time.monotonic() - self.last_line > LINE_EVERY:
             self.last_line = time.monotonic()
             self.say("  " + line)
+
+
+class NoBar(StepBar):
+    """Shows nothing: in the processes of a run but the first."""
+
+    def begin(self, label: str | None, total: int, done: int = 0, unit: Literal["img", "B"] = "img") -> None:
+        """Begin nothing."""
+
+    def say(self, line: str) -> None:
+        """Say nothing."""

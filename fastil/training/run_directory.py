@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastil import files
+from fastil import files, ranks
 from fastil.data import Dataset, Split
 from fastil.data.formats.beton import Beton
-from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.evaluation import StepResult
 from fastil.files import Damaged
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe, values_of
 from fastil.recipe_file import read_effective
+from fastil.reporting import figures
 from fastil.reporting.checkpoints import FORMAT, Checkpoint, read_checkpoint, sha256_of
 from fastil.reporting.fidelity import labelled
 from fastil.reporting.run_files import (
@@ -85,10 +85,10 @@ class RunDirectory:
                         (self.path / name).unlink(missing_ok=True)
                 raise
 
-    def precision(self) -> Precision | None:
-        """What a run that is here already computes in; None before its recipe.yaml is written."""
+    def begun(self) -> Recipe | None:
+        """The recipe of a run that is here already; None before its recipe.yaml is written."""
         path = self.path / "recipe.yaml"
-        return read_effective(path).precision if path.exists() else None
+        return read_effective(path) if path.exists() else None
 
     def check(self, recipe: Recipe, protocol: ProtocolFile) -> ProtocolFile:
         """Raise UserError for the directory of another recipe, or of other images. Returns what its protocol.json is to
@@ -224,20 +224,58 @@ class RunDirectory:
         content = np.stack((true, predicted), axis=1).astype(np.int16)
         files.write_atomically(self.path / f"predictions/step_{step}.npy", lambda file: np.save(file, content))
 
-    def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> Results:
-        """results.json: only what is reproducible."""
-        accuracies = [result.top1 for result in steps]
-        results = Results(
-            recipe=recipe.name,
-            method=recipe.method.method,
-            loss=recipe.loss.loss,
-            seed=recipe.train.seed,
-            steps=list(steps),
-            average_incremental_accuracy=sum(accuracies) / len(accuracies),
-            final_top1=accuracies[-1],
-        )
-        files.write_json(self.path / "results.json", results.model_dump())
-        return results
+    def write_timings(self, content: dict[str, Any]) -> None:
+        files.write_json(self.path / "timings.json", content)
+
+    def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> None:
+        files.write_json(self.path / "results.json", results_of(recipe, steps).model_dump())
+
+    def draw(self) -> None:
+        """Write the figures."""
+        figures.draw_run(self.path)
+
+
+def results_of(recipe: Recipe, steps: Sequence[StepResult]) -> Results:
+    """The content of results.json: only what is reproducible."""
+    accuracies = [result.top1 for result in steps]
+    return Results(
+        recipe=recipe.name,
+        method=recipe.method.method,
+        loss=recipe.loss.loss,
+        seed=recipe.train.seed,
+        steps=list(steps),
+        average_incremental_accuracy=sum(accuracies) / len(accuracies),
+        final_top1=accuracies[-1],
+    )
+
+
+class FollowedDirectory(RunDirectory):
+    """The run directory in the processes of a run but the first, which hands over what it reads: nothing is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.last, self.metrics = path, path / "checkpoints/last.pt", path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold nothing."""
+        yield
+
+    def save(self, state: dict[str, Any]) -> None: ...
+    def save_step(self, step: int, weights: dict[str, Any], state: dict[str, Any]) -> None: ...
+    def append_metrics(self, line: dict[str, Any]) -> None: ...
+    def write_exemplars(self, step: int, exemplars: dict[int, NDArray[np.int64]]) -> None: ...
+    def write_predictor(self, step: int, state: dict[str, Any]) -> None: ...
+    def write_confusion(self, step: int, matrix: NDArray[np.int64]) -> None: ...
+    def write_predictions(self, step: int, true: NDArray[np.int64], predicted: NDArray[np.int64]) -> None: ...
+    def write_timings(self, content: dict[str, Any]) -> None: ...
+    def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> None: ...
+    def draw(self) -> None: ...
+
+
+def opened(path: Path, resume: bool) -> RunDirectory:
+    """The run directory of this process, among others or alone."""
+    directory = ranks.from_first(lambda: RunDirectory(path, resume))
+    return directory if ranks.first() else FollowedDirectory(path)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -261,7 +299,12 @@ def _check_images(run: Path, before: ProtocolFile, now: ProtocolFile) -> None:
 
 
 def protocol_file(
-    dataset: Dataset, protocol: Protocol, steps: Sequence[StepPlan], size: tuple[int, int], read_by: Iterable[str]
+    recipe: Recipe,
+    dataset: Dataset,
+    protocol: Protocol,
+    steps: Sequence[StepPlan],
+    size: tuple[int, int],
+    read_by: Iterable[str],
 ) -> ProtocolFile:
     """The content of protocol.json. size: height and width of what the network is shown. read_by: the loaders."""
     train, val = described(dataset.train), described(dataset.val)
@@ -276,6 +319,9 @@ def protocol_file(
         class_names_by_step=names_by_step(protocol, dataset.class_names),
         dataset=whole,
         effective=[dataclasses.asdict(plan) for plan in steps],
+        precision=recipe.precision,
+        bn=recipe.train.bn,
+        ranks=ranks.count(),
     )
 
 

@@ -66,7 +66,7 @@ class RunParts:
         for path in directory.checkpoints():
             try:
                 state = directory.read(path, device)
-                self._take_up(state, directory, path)
+                self.take_up(state, directory, path)
             except Damaged as error:
                 problems.append(error)
                 continue
@@ -82,8 +82,8 @@ class RunParts:
             raise problems[0]
         return None
 
-    def _take_up(self, state: Checkpoint, directory: RunDirectory, path: Path) -> None:
-        """Raises Damaged where the checkpoint is of another run."""
+    def take_up(self, state: Checkpoint, directory: RunDirectory, path: Path) -> None:
+        """Take up a checkpoint. Raises Damaged where it is of another run."""
         assert state.trainer is not None
         weights, fix = path if path == directory.last else weights_of(path), directory.advice()
         try:

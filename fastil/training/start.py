@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastil import ranks
 from fastil.device import keep_freed_memory
 from fastil.errors import UserError
 from fastil.recipe_file import load, run_named
@@ -71,15 +72,18 @@ def train(
         out = run_named(name)
     path = Path("runs") / f"{recipe.name}-s{recipe.train.seed}" if out is None else Path(out)
     keep_freed_memory()
-    experiment = Experiment(recipe, path, resume, None if base is None else Path(base))
+    # torchrun has started the processes again, after a failure or because others have joined.
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     finished = False
-    try:
-        experiment.run()
-        finished = True
-    except Stopped:
-        pass
-    finally:
-        experiment.close()
+    with ranks.together():
+        experiment = Experiment(recipe, path, resume, None if base is None else Path(base))
+        try:
+            experiment.run()
+            finished = True
+        except Stopped:
+            pass
+        finally:
+            experiment.close()
     if experiment.interrupt.number is not None:
         raise Interrupted(experiment.interrupt.number, path, finished)
     code = recipe.code

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastil import files
+from fastil import files, ranks
 from fastil.data import Batch, Inputs, Loader
 from fastil.device import Precision, autocast, multiplying_in, pixel_dtype
 from fastil.errors import UserError
@@ -81,15 +81,18 @@ class Trainer:
         self.pixels = pixel_dtype(self.precision)
         self.teacher.eval().requires_grad_(False)
         self.fast_student: Callable[[Tensor], Output] = student
-        self.folded_teacher = Folded(teacher, self.pixels, config.batch_size)
+        self.full = config.batch_size // ranks.count()  # images of a full batch that are here, if they divide
+        self.folded_teacher = Folded(teacher, self.pixels, self.full)
         self.lr = torch.zeros((), device=self.device)
         # A row more than the batch size, because a rest of one image joins the batch before it. The loss kernel adds
         # to the rows; nothing else touches them in an epoch.
         rows = torch.zeros(config.batch_size + 1, 4, device=self.device)
         self.meter = Meter(rows, torch.zeros((), device=self.device))
+        self.sums = torch.zeros(5, device=self.device)  # what the meters of several processes have added up to
         self.images = 0  # counted in the meter
         # Code from outside may wait for the device, or have what changes in Python: nobody knows.
-        self.captures = not isinstance(student.backbone, ExternalBackbone)
+        # Batch statistics of all processes are exchanged within the step.
+        self.captures = not isinstance(student.backbone, ExternalBackbone) and config.bn != "sync"
         self.updates: dict[str, Update] = {}
         self.momentum: dict[str, list[Tensor]] = {}  # of phases in a checkpoint, until they go on
         self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
@@ -97,7 +100,7 @@ class Trainer:
     def compile(self) -> str | None:
         """Compile both networks for full batches. Returns None, or in one line why that failed."""
         size = (self.loader.transform.height, self.loader.transform.width)
-        example = torch.zeros(self.config.batch_size, 3, *size, dtype=self.pixels, device=self.device)
+        example = torch.zeros(self.full, 3, *size, dtype=self.pixels, device=self.device)
         example = example.to(memory_format=torch.channels_last)
         with multiplying_in(self.precision, self.device):
             with self.autocast():
@@ -129,8 +132,9 @@ class Trainer:
 
     def _fit(self, phase: Phase, first_epoch: int, first_batch: int, plans: Iterator[EpochPlan]) -> None:
         update = self.update(phase)
+        ranks.copy_from_first([*self.student.state_dict().values(), *update.buffers])
         step = CapturedStep(
-            lambda inputs: self.train_step(phase, update, inputs),
+            lambda inputs, size: self.train_step(phase, update, inputs, size),
             capture=self.captures and has_streams(self.device) and phase.method.name in BUILT_IN,
             failed=self.uncaptured,
         )
@@ -145,7 +149,8 @@ class Trainer:
             done = epoch * num_batches(len(plan.ids), plan.batch_size)  # updates of earlier epochs
             held_out = self.held_out(phase, done + first_batch, done + num_batches(len(plan.ids), plan.batch_size))
             started, before = time.perf_counter(), self.seconds
-            batches = self.loader.inputs(plan, first_batch)
+            sizes = plan.sizes().tolist()  # of the batches, which several processes may share
+            batches = self.loader.inputs(plan.of_rank(ranks.rank(), ranks.count()), first_batch)
             for number, (inputs, waited) in enumerate(timed(batches), first_batch):
                 stop = self.stop()
                 if stop or time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
@@ -157,13 +162,14 @@ class Trainer:
                 self.waited += waited
                 seed_torch(self.config.seed, phase.step, phase.name, epoch, number)
                 if phase.before_update is not None and (done + number) % phase.before_update.every == 0:
-                    self.before_update(phase, phase.before_update, update, inputs, next(held_out))
-                step(inputs)
-                self.images += len(inputs.ids)
-                self.tick(len(inputs.ids))
+                    self.before_update(phase, phase.before_update, update, inputs, sizes[number], next(held_out))
+                step(inputs, sizes[number])
+                self.images += sizes[number]
+                self.tick(sizes[number])
             first_batch = 0
-            sums = torch.cat((self.meter.rows.sum(0), self.meter.unfused[None]))
-            ce, kd, hits, ranking, unfused = sums.tolist()  # the epoch's one wait for the device
+            ce, kd, hits, ranking, unfused = (
+                self.sums + self.metered()
+            ).tolist()  # the epoch's one wait for the device
             loss = unfused + sum(
                 w * term for w, term in zip(phase.method.meter_weights, (ce, kd, ranking), strict=True)
             )
@@ -208,35 +214,67 @@ class Trainer:
         if hook is None:
             return iter(())
         start, stop = -(-first // hook.every), -(-last // hook.every)
-        return self.loader.batches(hook.plan(start, stop - start), 0, self.pixels) if stop > start else iter(())
+        if stop <= start:
+            return iter(())
+        plan = hook.plan(start, stop - start)
+        return self.loader.batches(plan.of_rank(ranks.rank(), ranks.count()), 0, self.pixels)
 
-    def train_step(self, phase: Phase, update: Update, inputs: Inputs) -> None:
-        """Make one update. Nothing here reads a value back from the device, and what is launched does not depend on
-        one."""
-        batch, teacher_out, student = self.prepared(phase, inputs)
+    def train_step(self, phase: Phase, update: Update, inputs: Inputs, size: int) -> None:
+        """Make one update, of `size` images over all processes. Nothing here reads a value back from the device, and
+        what is launched does not depend on one."""
+        batch, teacher_out, student = self.prepared(phase, inputs, size)
         try:
             with self.autocast():
                 out = student(batch.images)
             phase.method.backward(batch, out, teacher_out, self.meter)
+            if ranks.count() > 1:
+                self.exchange(phase, update, batch.share)
             update.apply()
         finally:  # a capture that fails must leave no gradient to which the next step would add
             self.student.zero_grad()
 
-    def before_update(self, phase: Phase, hook: BeforeUpdate, update: Update, inputs: Inputs, held_out: Batch) -> None:
+    def exchange(self, phase: Phase, update: Update, share: float) -> None:
+        """Add up over all processes, at once, the gradients, the meter, and the statistics of batch normalisation that
+        are of each one's own images, weighted by their share: so whatever changes is the same everywhere, and any
+        checkpoint is good for any number of processes."""
+        running = []
+        if phase.bn_mode == "train" and self.config.bn == "local":
+            running = [b for b in self.student.buffers() if b.is_floating_point()]
+            torch._foreach_mul_(running, share)
+        metered = self.metered()
+        update.add_up([metered, *running])
+        self.sums.add_(metered)
+        for part in self.meter:
+            part.zero_()
+
+    def metered(self) -> Tensor:
+        """Return the sums of the meter: cross-entropy, distillation, hits, margin ranking and other terms, [5]."""
+        return torch.cat((self.meter.rows.sum(0), self.meter.unfused[None]))
+
+    def before_update(
+        self, phase: Phase, hook: BeforeUpdate, update: Update, inputs: Inputs, size: int, held_out: Batch
+    ) -> None:
         """Let Meta move alpha. It makes the batch once more and runs the teacher once more, so that the step that
         follows is the same as all others."""
-        batch, teacher_out, student = self.prepared(phase, inputs)
-        held_out = held_out._replace(labels=self.table[held_out.labels])
+        batch, teacher_out, student = self.prepared(phase, inputs, size)
+        held_out = held_out._replace(labels=self.table[held_out.labels], whole=self.shared(self.config.batch_size))
         hook.run(UpdateContext(batch, teacher_out, held_out, student, self.student, update, self.autocast))
 
-    def prepared(self, phase: Phase, inputs: Inputs) -> tuple[Batch, Output | None, Callable[[Tensor], Output]]:
+    def prepared(
+        self, phase: Phase, inputs: Inputs, size: int
+    ) -> tuple[Batch, Output | None, Callable[[Tensor], Output]]:
         """Make the batch, its labels incremental positions, run the teacher on it, and choose the student: the compiled
         one where it was compiled for such a batch, because a ragged one would recompile everything."""
         batch = self.loader.batch(inputs, self.pixels)
-        batch = batch._replace(labels=self.table[batch.labels])
+        batch = batch._replace(labels=self.table[batch.labels], whole=self.shared(size))
         teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
-        full = len(batch.images) == self.config.batch_size and phase.bn_mode == "train"
+        full = len(batch.images) == self.full and phase.bn_mode == "train"
         return batch, teacher_out, self.fast_student if full else self.student
+
+    @staticmethod
+    def shared(size: int) -> int | None:
+        """Return the size of a batch that several processes share; None where it is all here."""
+        return size if ranks.count() > 1 else None
 
     def uncaptured(self, why: str) -> None:
         """Say why a step cannot be captured, and try no more."""
@@ -262,7 +300,7 @@ class Trainer:
 
     def forget_epoch(self) -> None:
         """Set the meter and the clock of the epoch to 0."""
-        for part in self.meter:
+        for part in (*self.meter, self.sums):
             part.zero_()
         self.images, self.seconds, self.waited = 0, 0.0, 0.0
 
@@ -276,10 +314,16 @@ class Trainer:
         return {
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
-            "meter": list(self.meter),
+            "meter": self.meter_state(),
             "clock": [self.images, self.seconds, self.waited],
             "momentum": self.momentum | {name: update.buffers for name, update in self.updates.items()},
         }
+
+    def meter_state(self) -> list[Tensor]:
+        """Return the meter with what several processes have added up in it."""
+        rows, unfused = self.meter.rows.clone(), self.meter.unfused + self.sums[4]
+        rows[0] += self.sums[:4]
+        return [rows, unfused]
 
     def load_state_dict(self, state: TrainerState, path: Path, fix: str) -> None:
         """Take up a checkpoint. path, fix: of the weights, for a message. Raises Damaged, or ValueError where the rest
@@ -292,6 +336,10 @@ class Trainer:
             if part.shape != saved.shape:
                 raise ValueError(f"meter: {[*saved.shape]} in the place of {[*part.shape]}")
             part.copy_(saved)
+        if ranks.count() > 1:  # each process would count them
+            self.sums.copy_(self.metered())
+            for part in self.meter:
+                part.zero_()
         self.images, self.seconds, self.waited = state.clock
         self.updates, self.momentum = {}, dict(state.momentum)
 

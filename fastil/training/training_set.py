@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastil import memory
+from fastil import memory, ranks
 from fastil.data import Dataset
 from fastil.plan import Key
 from fastil.protocol import Ids, Protocol
@@ -86,7 +86,8 @@ class Rehearsal:
             ids = [i[~np.isin(i, reserved)] for i in ids]
         if self.recipe.memory.exemplar_selection == "herding":
             features = torch.split(self.network.training_output(np.concatenate(ids)).features, [len(i) for i in ids])
-            chosen = [i[rank] for i, rank in zip(ids, memory.herd_classes(features, quota), strict=True)]
+            picked = ranks.from_first(lambda: memory.herd_classes(features, quota))
+            chosen = [i[rank] for i, rank in zip(ids, picked, strict=True)]
         else:
             key = Key(self.recipe.train.seed, step, "memory")
             chosen = [memory.select_at_random(i, quota, key) for i in ids]

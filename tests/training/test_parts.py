@@ -117,14 +117,14 @@ def test_held_out_images_are_balanced_and_not_trained_on(tmp_path):
     labels, seen = experiment.dataset.train.labels, {}
     train_step, before_update = experiment.trainer.train_step, experiment.trainer.before_update
 
-    def watched(phase, update, inputs):
+    def watched(phase, update, inputs, size):
         seen.setdefault(phase.step, (set(), set()))[0].update(inputs.ids.tolist())
-        train_step(phase, update, inputs)
+        train_step(phase, update, inputs, size)
 
-    def watched_before(phase, hook, update, inputs, held_out):
+    def watched_before(phase, hook, update, inputs, size, held_out):
         assert len(held_out.ids) == 32
         seen.setdefault(phase.step, (set(), set()))[1].update(held_out.ids.tolist())
-        before_update(phase, hook, update, inputs, held_out)
+        before_update(phase, hook, update, inputs, size, held_out)
 
     experiment.trainer.train_step, experiment.trainer.before_update = watched, watched_before
     experiment.run()

@@ -1,0 +1,205 @@
+"""Several processes that train one run together, started by torchrun: what they exchange, through torch.distributed.
+
+A process that is alone has rank 0 of 1 and exchanges nothing, so the code that trains is the same for any number.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastil.errors import UserError
+
+Result = TypeVar("Result")
+# Of an exchange. One process compiles, or writes to a slow disk, while the others wait in it; one that has died is
+# noticed by torchrun, not by this.
+PATIENCE = timedelta(hours=4)
+
+
+class _Joined:
+    """What this process is among the others."""
+
+    rank, count, local_rank, local_count = 0, 1, 0, 1
+    device = torch.device("cpu")
+
+
+_joined = _Joined()
+
+
+def rank() -> int:
+    """Return the number of this process, from 0 on."""
+    return _joined.rank
+
+
+def count() -> int:
+    """Return the number of processes."""
+    return _joined.count
+
+
+def first() -> bool:
+    """Return whether this is the process that writes files and shows progress."""
+    return _joined.rank == 0
+
+
+def on_this_machine() -> tuple[int, int]:
+    """Return the number of this process among those of the run on its machine, and how many they are."""
+    return _joined.local_rank, _joined.local_count
+
+
+def launched() -> bool:
+    """Return whether a launcher such as torchrun has started this process among others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def together(device: torch.device | None = None) -> Iterator[None]:
+    """Join the processes that torchrun started, for as long as the block lasts; one that is alone stays so.
+
+    device: that this process computes on, by default the GPU of its local rank, if there are GPUs. Uses NCCL on GPUs
+    and gloo on CPUs. A process group that is there already is used, and left.
+    """
+    if not launched() or _joined.count > 1:
+        yield
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device is None:
+        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    ours = not dist.is_initialized()
+    if ours:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    _joined.rank, _joined.count = dist.get_rank(), dist.get_world_size()
+    _joined.local_rank, _joined.local_count = local, int(os.environ.get("LOCAL_WORLD_SIZE", _joined.count))
+    _joined.device = device
+    try:
+        yield
+    finally:
+        _joined.__dict__.clear()
+        if ours:
+            dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """Call `make` in the first process, and return what it returned there in all of them, tensors on the device of
+    each. A UserError there is raised in all. The result is pickled."""
+    if _joined.count == 1:
+        return make()
+    if first():
+        answer: list[bytes | str] = [""]
+        try:
+            result = make()
+            content = io.BytesIO()
+            torch.save(result, content)
+            answer = [content.getvalue()]
+            return result
+        except UserError as error:
+            answer = [str(error)]
+            raise
+        finally:  # the others wait; what is no UserError ends this process, and then torchrun the others
+            dist.broadcast_object_list(answer, device=_joined.device)
+    answer = [""]
+    dist.broadcast_object_list(answer, device=_joined.device)
+    if isinstance(answer[0], str):
+        raise UserError(answer[0])
+    received: Result = torch.load(io.BytesIO(answer[0]), map_location=_joined.device, weights_only=False)
+    return received
+
+
+def copy_from_first(tensors: Sequence[Tensor]) -> None:
+    """Overwrite these tensors by those of the first process."""
+    if _joined.count == 1:
+        return
+    for dtype in {tensor.dtype: None for tensor in tensors}:
+        some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in some])
+        dist.broadcast(flat, 0)
+        _into(some, flat)
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in one exchange. All of one dtype."""
+    if _joined.count == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    _into(tensors, flat)
+
+
+@torch.no_grad()
+def _into(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Copy the parts of `flat` into the tensors, one after the other."""
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(list(tensors), [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum of `values` over its elements and over all processes, 0-d; see `summed`."""
+    return summed(values.sum())
+
+
+def summed(values: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes. Differentiable, also twice and in forward mode: the loss that is
+    differentiated is then the sum of the losses of all processes."""
+    if _joined.count == 1:
+        return values
+    result: Tensor = _Summed.apply(values)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(values: Tensor) -> Tensor:
+        result = values.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: the sum is linear."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return summed(grad)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return summed(tangent)
+
+
+def part_of(n: int) -> slice:
+    """Return the part of n rows that this process works on; the parts of all processes are one after the other. Fewer
+    rows than processes are not shared out."""
+    if n < _joined.count:
+        return slice(0, n)
+    ends = [n * r // _joined.count for r in range(_joined.count + 1)]
+    return slice(ends[_joined.rank], ends[_joined.rank + 1])
+
+
+def whole_of(part: Tensor, n: int) -> Tensor:
+    """Return the n rows of which each process has its `part_of` them, on all processes. part: [rows, ...]."""
+    if _joined.count == 1 or n < _joined.count:
+        return part
+    most = -(-n // _joined.count)
+    padded = part.new_zeros(most, *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(_joined.count)]
+    dist.all_gather(parts, padded)
+    sizes = [n * (r + 1) // _joined.count - n * r // _joined.count for r in range(_joined.count)]
+    return torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)])
+
+
+def check_same(what: str, digest: str) -> None:
+    """Raise RuntimeError unless all processes have the same digest of `what`."""
+    if _joined.count == 1:
+        return
+    digests: list[Any] = [None] * _joined.count
+    dist.all_gather_object(digests, digest)
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"{what}: not the same on all ranks ({', '.join(digests)})")
