@@ -37,8 +37,8 @@ class TrainConfig:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
-    # Batch statistics where several processes share a batch: each one's own, or those of the whole batch, as one process
-    # computes them. auto: local where each has at least 32 images.
+    # Batch normalisation where several processes share a batch: by the statistics of each one's images, or by those of
+    # the whole batch, as one process has them. auto: local where each has at least 32 images.
     bn: Literal["auto", "local", "sync"] = "auto"
     deterministic: bool = False  # on CUDA: reruns and resumes end in the same bits, at some cost; a CPU does so anyway
     compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it

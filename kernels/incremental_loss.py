@@ -292,7 +292,7 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     if o.margin_weight is not None:
         excess, rival = hardest_new(x, o.target, o.num_old, o.num_seen, o.hardest, o.margin)
         ranking = excess.sum(1) / o.hardest
-        step = (excess > 0) * (o.margin_weight / (o.hardest * batch))
+        step = (excess > 0).to(gradient.dtype) * (o.margin_weight / (o.hardest * batch))
         gradient.scatter_add_(1, rival, step).scatter_add_(1, y.expand_as(rival), -step)
     if o.meter is not None:
         best = torch.where(seen, x, -torch.inf).argmax(1)

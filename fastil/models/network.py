@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastil import outside
 from fastil.errors import UserError
-from fastil.models.blocks import scale_filters
+from fastil.models.blocks import BatchNorm, scale_filters
 from fastil.models.heads import CosineHead, Head, LinearHead, padded_width
 from fastil.models.resnet_cifar import ResNetCifar, ResNetRebuffi
 from fastil.models.resnet_imagenet import ResNet18
@@ -137,14 +137,28 @@ class Network(nn.Module):
     @contextlib.contextmanager
     def as_formula(self) -> Iterator[None]:
         """Make forwards differentiable twice, and in forward mode, while inside."""
-        before = getattr(self.head, "formula", None)
+        parts: list[Any] = [part for part in self.modules() if hasattr(part, "formula")]
+        before = [part.formula for part in parts]
         try:
-            if before is not None:
-                self.head.formula = True
+            for part in parts:
+                part.formula = True
             yield
         finally:
-            if before is not None:
-                self.head.formula = before
+            for part, value in zip(parts, before, strict=True):
+                part.formula = value
+
+    def synchronise(self) -> None:
+        """Have batch normalisation train on the statistics of the whole batch, where several processes share one.
+        Raises UserError for a backbone from outside on a CPU, where torch's own layer for that does not run."""
+        for part in self.modules():
+            if isinstance(part, BatchNorm):
+                part.synchronised = True
+        backbone = self.backbone
+        if not isinstance(backbone, ExternalBackbone):
+            return
+        if next(self.parameters()).device.type == "cpu":
+            raise UserError(f"bn=sync: model={backbone.name} can have that on GPUs only; use bn=local")
+        backbone.module = nn.SyncBatchNorm.convert_sync_batchnorm(backbone.module)  # type: ignore[no-untyped-call]
 
 
 def build_network(

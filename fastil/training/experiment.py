@@ -56,6 +56,8 @@ class Experiment:
         capacity.check_batch(recipe, self.steps, size, self.device)
         student, teacher = (recipe.build_network(len(order), recipe.train.seed).to(self.device) for _ in range(2))
         check_backbone(student, *size)
+        if ranks.count() > 1 and recipe.train.bn == "sync":
+            student.synchronise()
         self.flops, handed_on = compiling.cost_per_image(student, *size)
         capacity.check_batch(recipe, self.steps, size, self.device, handed_on)
         self.shared_base: base_step.BaseStep | None = None

@@ -167,9 +167,8 @@ class Trainer:
                 self.images += sizes[number]
                 self.tick(sizes[number])
             first_batch = 0
-            ce, kd, hits, ranking, unfused = (
-                self.sums + self.metered()
-            ).tolist()  # the epoch's one wait for the device
+            sums = self.sums + self.metered()
+            ce, kd, hits, ranking, unfused = sums.tolist()  # the epoch's one wait for the device
             loss = unfused + sum(
                 w * term for w, term in zip(phase.method.meter_weights, (ce, kd, ranking), strict=True)
             )

@@ -1,0 +1,87 @@
+"""One of several processes that train runs together, for test_ranks: python ranks_worker.py JOB.json, under torchrun's
+environment variables. It notes the gradients of all updates, and can compute in float64."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from fastil import ranks
+from fastil.data.loaders.resident import Resident
+from fastil.methods import MetaAlpha, Method
+from fastil.methods.classification_loss import ClassificationLoss
+from fastil.methods.tpcil import Tpcil
+from fastil.models.heads import CosineHead
+from fastil.optimiser import Update
+from fastil.recipe import Recipe
+from fastil.recipe_file import load
+from fastil.training import compiling, trainer
+from fastil.training.experiment import Experiment
+
+
+def doubled(init):
+    """An __init__ after which all float32 tensors of the object are float64."""
+
+    def made(self, *arguments, **keywords):
+        init(self, *arguments, **keywords)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                setattr(self, name, value.double())
+
+    return made
+
+
+def in_float64():
+    """Train in float64: what processes add up in another order then differs in the last of 16 digits."""
+    build = Recipe.build_network
+    Recipe.build_network = lambda self, *arguments: build(self, *arguments).double()
+    compiling.cost_per_image = lambda *arguments: (1, 1)  # it tries float32
+    trainer.pixel_dtype = lambda precision: torch.float64
+    batches, whole = trainer.Trainer.batches, Resident.whole
+    trainer.Trainer.batches = lambda self, plan: (b._replace(images=b.images.double()) for b in batches(self, plan))
+    Resident.whole = lambda self, ids: whole(self, ids).double()
+    for part in (Method, ClassificationLoss, MetaAlpha):  # their weights: rounded shares of them would not add up to 1
+        part.__init__ = doubled(part.__init__)
+    join = Tpcil.join
+
+    def join_in_float64(self):
+        self.vertices = self.vertices.double()
+        join(self)
+
+    Tpcil.join = join_in_float64
+    CosineHead.formula = True  # the kernel takes no float64
+
+
+def noting_gradients(noted):
+    apply = Update.apply
+
+    def watched(self):
+        noted.append(torch.cat([p.grad.double().flatten() for p in self.parameters if p.grad is not None]))
+        apply(self)
+
+    Update.apply = watched
+
+
+def main():
+    job = json.loads(Path(sys.argv[1]).read_text())
+    if job["float64"]:
+        in_float64()
+    noted = []
+    noting_gradients(noted)
+    with ranks.together():
+        torch.set_num_threads(1)
+        for run in job["runs"]:
+            noted.clear()
+            experiment = Experiment(load("digits", run["settings"]), Path(run["out"]), run.get("resume", False))
+            experiment.directory.draw = lambda: None
+            if job["float64"]:  # what a step computes from counts; the meter, which is float32, has been made
+                torch.set_default_dtype(torch.float64)
+            experiment.run()
+            torch.set_default_dtype(torch.float32)
+            if ranks.first():
+                torch.save(list(noted), Path(run["out"]) / "gradients.pt")
+
+
+if __name__ == "__main__":
+    main()
