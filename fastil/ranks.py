@@ -6,6 +6,8 @@ A process that is alone has rank 0 of 1 and exchanges nothing, so the code that 
 import contextlib
 import io
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -74,7 +76,11 @@ def together(device: torch.device | None = None) -> Iterator[None]:
     if ours:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        store, rank, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=_of_this_attempt(store, rank, count), rank=rank, world_size=count, timeout=PATIENCE,
+        )  # fmt: skip
     _joined.rank, _joined.count = dist.get_rank(), dist.get_world_size()
     _joined.local_rank, _joined.local_count = local, int(os.environ.get("LOCAL_WORLD_SIZE", _joined.count))
     _joined.device = device
@@ -84,6 +90,29 @@ def together(device: torch.device | None = None) -> Iterator[None]:
         _joined.__dict__.clear()
         if ours:
             dist.destroy_process_group()
+
+
+def _of_this_attempt(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """Return a part of the store that no earlier attempt has written to. torchrun keeps one store while it starts the
+    processes again, with the addresses of dead ones in it, and counts its attempts on each machine apart.
+
+    A process writes a name that nobody had before it, and the first one answers to that with its own.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        missing = set(range(1, count))
+        while missing:
+            for other in sorted(missing):
+                if store.check([f"fastil/hello/{other}"]):
+                    store.set(f"fastil/welcome/{store.get(f'fastil/hello/{other}').decode()}", own)
+                if store.check([f"fastil/joined/{own}/{other}"]):
+                    missing.remove(other)
+            time.sleep(0.01)
+        return dist.PrefixStore(f"fastil/{own}", store)  # type: ignore[attr-defined]
+    store.set(f"fastil/hello/{rank}", own)
+    first_one = store.get(f"fastil/welcome/{own}").decode()  # waits for it
+    store.set(f"fastil/joined/{first_one}/{rank}", "")
+    return dist.PrefixStore(f"fastil/{first_one}", store)  # type: ignore[attr-defined]
 
 
 def from_first(make: Callable[[], Result]) -> Result:

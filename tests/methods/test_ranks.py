@@ -1,7 +1,6 @@
 """Several processes that train one run, over gloo on the CPU, against one process."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
