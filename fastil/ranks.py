@@ -76,7 +76,7 @@ def together(device: torch.device | None = None) -> Iterator[None]:
     if ours:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        store, rank, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+        store, rank, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))  # type: ignore[attr-defined]
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=_of_this_attempt(store, rank, count), rank=rank, world_size=count, timeout=PATIENCE,
@@ -92,7 +92,7 @@ def together(device: torch.device | None = None) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _of_this_attempt(store: dist.Store, rank: int, count: int) -> dist.Store:
+def _of_this_attempt(store: Any, rank: int, count: int) -> Any:
     """Return a part of the store that no earlier attempt has written to. torchrun keeps one store while it starts the
     processes again, with the addresses of dead ones in it, and counts its attempts on each machine apart.
 
