@@ -9,6 +9,7 @@ import torch
 
 from fastil import ranks
 from fastil.data.loaders.resident import Resident
+from fastil.data.loaders.streaming import Streaming
 from fastil.methods import MetaAlpha, Method
 from fastil.methods.classification_loss import ClassificationLoss
 from fastil.methods.tpcil import Tpcil
@@ -63,22 +64,40 @@ def noting_gradients(noted):
     Update.apply = watched
 
 
+def noting_reads(noted):
+    """Note every image that is read from a file."""
+    content = Streaming.content
+
+    def watched(self, i):
+        noted.append(i)
+        return content(self, i)
+
+    Streaming.content = watched
+
+
 def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     if job["float64"]:
         in_float64()
-    noted = []
+    noted, reads = [], []
     noting_gradients(noted)
+    noting_reads(reads)
     with ranks.together():
         torch.set_num_threads(1)
         for run in job["runs"]:
             noted.clear()
-            experiment = Experiment(load("digits", run["settings"]), Path(run["out"]), run.get("resume", False))
+            reads.clear()
+            experiment = Experiment(
+                load(run.get("recipe", "digits"), run["settings"], data=run.get("data")),
+                Path(run["out"]),
+                run.get("resume", False),
+            )
             experiment.directory.draw = lambda: None
             if job["float64"]:  # what a step computes from counts; the meter, which is float32, has been made
                 torch.set_default_dtype(torch.float64)
             experiment.run()
             torch.set_default_dtype(torch.float32)
+            (Path(run["out"]) / f"reads_{ranks.rank()}.json").write_text(json.dumps(reads))
             if ranks.first():
                 torch.save(list(noted), Path(run["out"]) / "gradients.pt")
 

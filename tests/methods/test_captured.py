@@ -122,7 +122,7 @@ def test_nothing_moves_from_one_update_to_the_next(name, tmp_path, monkeypatch):
     whole_run, of_phase, updates = {}, {}, []
     step = Trainer.train_step
 
-    def watched(self, phase, update, inputs):
+    def watched(self, phase, update, inputs, size):
         lasting, passing = addresses(self, phase, update, inputs)
         for key, at in lasting.items():
             if key == "Tpcil.vertices":  # as wide as the features, which is known after the base step
@@ -133,7 +133,7 @@ def test_nothing_moves_from_one_update_to_the_next(name, tmp_path, monkeypatch):
             assert of_phase.setdefault(key, at) == at, key
         assert all(p.grad is None for p in self.student.parameters())  # or a graph would add to it
         updates.append(len(inputs.ids))
-        step(self, phase, update, inputs)
+        step(self, phase, update, inputs, size)
 
     monkeypatch.setattr(Trainer, "train_step", watched)
     run([*SETTINGS, *COMBINATIONS[name]], tmp_path / "run")

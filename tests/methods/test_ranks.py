@@ -4,12 +4,17 @@ import json
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import SOAK, environment
+from conftest import SOAK, encoded, environment
 from test_bf16 import COMBINATIONS
+
+from fastil.tools.convert import convert, options_of
+from fastil.tools.reporting import Reporter
 
 # Batches of 64 and one of 3, of which a process of two and more gets nothing, in the base step; then of 64 and a rest.
 SETTINGS = [
@@ -45,12 +50,17 @@ def train(count, names, folder, *, settings=(), float64=True):
     folder = folder / f"{count}"
     folder.mkdir()
     runs = [{"settings": [*SETTINGS, *COMBINATIONS[name], *settings], "out": str(folder / name)} for name in names]
+    work(count, {"float64": float64, "runs": runs}, folder)
+    return folder
+
+
+def work(count, job, folder):
+    """Have `count` workers do a job."""
     failed = []
-    for process in start(count, {"float64": float64, "runs": runs}, folder):
+    for process in start(count, job, folder):
         errors = process.communicate(timeout=900)[1]
         failed += [errors[-3000:]] if process.returncode else []
     assert not failed, next((text for text in failed if "Connection closed" not in text), failed[0])
-    return folder
 
 
 def relative(found, wanted):
@@ -79,3 +89,47 @@ def test_in_float64_every_update_is_that_of_one_process(count, alone, tmp_path):
     for name in names:
         for file in ("memory/step_0.json", "memory/step_1.json", "results.json"):
             assert (together / name / file).read_bytes() == (alone / name / file).read_bytes(), (name, file)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A .beton of JPEGs of several sizes in four classes."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 13), ("val", 5)):
+        for label in range(4):
+            for i in range(count):
+                path = folder / f"in/{split}/{label}/{i:02d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                size = (*random.integers(30, 60, 2), 3)
+                path.write_bytes(encoded(random.integers(0, 60, size).astype(np.uint8) + 40 * label, quality=90))
+    convert(folder / "in", folder / "x.beton", options_of(workers=1), Reporter())
+    return folder / "x.beton"
+
+
+def test_each_image_of_a_file_is_read_by_one_process_only(photos, tmp_path):
+    settings = [
+        "size=32", "order=alphabetical", "base_classes=2", "increment=1", "exemplars_per_class=4", "model=resnet8",
+        "epochs=2", "batch_size=16", "compile=false", "precision=fp32", "loader=threads",
+    ]  # fmt: skip
+    run = {"recipe": "imagenet_balanced_5", "data": str(photos), "settings": settings}
+    reads, exemplars = {}, {}
+    for count in (1, 3):
+        out = tmp_path / f"{count}"
+        work(count, {"float64": False, "runs": [run | {"out": str(out)}]}, tmp_path)
+        reads[count] = [json.loads((out / f"reads_{rank}.json").read_text()) for rank in range(count)]
+        exemplars[count] = json.loads((out / "protocol.json").read_text())["effective"]
+    assert Counter(reads[1][0]) == sum(map(Counter, reads[3]), Counter())
+    lengths = list(map(len, reads[3]))
+    assert max(lengths) <= 1.25 * min(lengths)  # a batch of 16 is shared out as 6, 5 and 5
+    # Every image of the base classes twice for training, once for herding: no image was read in vain.
+    visits = sum(step["visits"] for step in exemplars[1])
+    assert len(reads[1][0]) == visits + 4 * 13 + 5 * (2 + 3 + 4)
+
+
+def test_in_float32_two_processes_differ_from_one_as_float32_does_from_float64(alone, tmp_path):
+    """The first update, by the same weights: ReLUs near 0 make it more than the rounding of a sum."""
+    (tmp_path / "32").mkdir()
+    together = train(2, ["softmax"], tmp_path, settings=["bn=sync"], float64=False)
+    single = train(1, ["softmax"], tmp_path / "32", float64=False)
+    ours, theirs, exact = (torch.load(path / "softmax/gradients.pt")[0] for path in (together, single, alone))
+    assert relative(ours, theirs) <= 3 * relative(theirs, exact)
