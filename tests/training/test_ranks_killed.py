@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,12 @@ def finish(ranks, out, *options):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def workers_of(launcher):
@@ -107,3 +114,36 @@ def test_torchrun_starts_a_rank_that_failed_again_from_the_checkpoint(undisturbe
     assert "going on at step" in said
     for name in ("results.json", "metrics.jsonl", "memory/step_5.json"):
         assert (out / name).read_bytes() == (undisturbed(2) / name).read_bytes(), name
+
+
+def agent(number, port, out):
+    """One of two machines, here on the loopback; the first hosts the rendezvous."""
+    host = "is_host=1" if number == 0 else "is_host=0"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1"),
+        *("--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", f"job{port}", "--local-addr", "localhost"),
+        *("--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", f"{host},join_timeout=120,last_call_timeout=5"),
+        *("-m", "fastil", "run", "digits", *SETTINGS, "--out", str(out), "--resume"),
+    ]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("lost", [False, True] if SOAK else [True])
+def test_two_machines_train_a_run_and_one_goes_on_alone(lost, undisturbed, tmp_path):
+    out, port = tmp_path / "run", free_port()
+    agents = [agent(number, port, out) for number in (0, 1)]
+    if lost:
+        while not (out / "checkpoints/last.pt").exists():
+            assert agents[0].poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        for process in (agents[1].pid, *workers_of(agents[1].pid)):
+            os.kill(process, signal.SIGKILL)
+    said, errors = agents[0].communicate(timeout=600)
+    others, _ = agents[1].communicate(timeout=60)
+    assert agents[0].returncode == 0, errors[-3000:]
+    assert "2 processes" in said + others  # whichever was rank 0
+    assert ("going on at step" in said) == lost
+    assert json.loads((out / "protocol.json").read_text())["ranks"] == (1 if lost else 2)
+    if not lost:
+        assert (out / "results.json").read_bytes() == (undisturbed(2) / "results.json").read_bytes()
