@@ -87,11 +87,8 @@ def main():
         for run in job["runs"]:
             noted.clear()
             reads.clear()
-            experiment = Experiment(
-                load(run.get("recipe", "digits"), run["settings"], data=run.get("data")),
-                Path(run["out"]),
-                run.get("resume", False),
-            )
+            recipe = load(run.get("recipe", "digits"), run["settings"], data=run.get("data"))
+            experiment = Experiment(recipe, Path(run["out"]), resume=False)
             experiment.directory.draw = lambda: None
             if job["float64"]:  # what a step computes from counts; the meter, which is float32, has been made
                 torch.set_default_dtype(torch.float64)
