@@ -142,12 +142,12 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 
 def copy_from_first(tensors: Sequence[Tensor]) -> None:
-    """Overwrite these tensors by those of the first process."""
+    """Overwrite these tensors, which may lie anywhere, by those of the first process."""
     if _joined.count == 1:
         return
     for dtype in {tensor.dtype: None for tensor in tensors}:
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in some])
+        flat = torch.cat([tensor.detach().reshape(-1).to(_joined.device) for tensor in some])
         dist.broadcast(flat, 0)
         _into(some, flat)
 
@@ -165,7 +165,8 @@ def add_up(tensors: Sequence[Tensor]) -> None:
 def _into(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Copy the parts of `flat` into the tensors, one after the other."""
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(list(tensors), [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
+    for part, tensor in zip(parts, tensors, strict=True):
+        tensor.copy_(part.view(tensor.shape))
 
 
 def total(values: Tensor) -> Tensor:
@@ -224,11 +225,11 @@ def whole_of(part: Tensor, n: int) -> Tensor:
     return torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)])
 
 
-def check_same(what: str, digest: str) -> None:
-    """Raise RuntimeError unless all processes have the same digest of `what`."""
+def check_same(what: str, digest: Callable[[], str]) -> None:
+    """Raise RuntimeError unless `digest`, of what is named, gives the same in all processes."""
     if _joined.count == 1:
         return
     digests: list[Any] = [None] * _joined.count
-    dist.all_gather_object(digests, digest)
+    dist.all_gather_object(digests, digest())
     if len(set(digests)) > 1:
         raise RuntimeError(f"{what}: not the same on all ranks ({', '.join(digests)})")

@@ -120,7 +120,7 @@ class Experiment:
                 self.write_timings()
                 self.directory.save(state)  # last: only now is the step never done again
             self.directory.write_results(self.recipe, self.parts.results)
-            self.directory.draw()
+            ranks.from_first(self.directory.draw)  # after which all files are there, for all processes
             return run_directory.results_of(self.recipe, self.parts.results)
 
     def run_step(self, plan: StepPlan, position: Position) -> None:
@@ -210,7 +210,7 @@ class Experiment:
         ranks.copy_from_first(list(pixels.values()))
         self.loaders.overlay(pixels)
         self.progress.end()
-        ranks.check_same("exemplars and weights", self.digest())
+        ranks.check_same("exemplars and weights", self.digest)
 
     def digest(self) -> str:
         """What all processes must agree in after a step."""

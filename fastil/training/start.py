@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastil import ranks
 from fastil.device import keep_freed_memory
 from fastil.errors import UserError
@@ -75,7 +77,7 @@ def train(
     # torchrun has started the processes again, after a failure or because others have joined.
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     finished = False
-    with ranks.together():
+    with ranks.together(torch.device("cpu") if recipe.train.device == "cpu" else None):
         experiment = Experiment(recipe, path, resume, None if base is None else Path(base))
         try:
             experiment.run()

@@ -91,8 +91,8 @@ class Trainer:
         self.sums = torch.zeros(5, device=self.device)  # what the meters of several processes have added up to
         self.images = 0  # counted in the meter
         # Code from outside may wait for the device, or have what changes in Python: nobody knows.
-        # Batch statistics of all processes are exchanged within the step.
-        self.captures = not isinstance(student.backbone, ExternalBackbone) and config.bn != "sync"
+        # The same goes for exchanges with other processes, which no GPU has captured yet.
+        self.captures = not isinstance(student.backbone, ExternalBackbone) and ranks.count() == 1
         self.updates: dict[str, Update] = {}
         self.momentum: dict[str, list[Tensor]] = {}  # of phases in a checkpoint, until they go on
         self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
