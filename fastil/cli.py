@@ -304,7 +304,9 @@ def reproduce(
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Runs at once; if several, with one thread each.", show_default="one per core, on a GPU one"
+            min=1,
+            help="Runs at once; if several, with one thread each, and spread over the GPUs.",
+            show_default="one per core; on each GPU one, or two of a small network",
         ),
     ] = None,
     precision: Annotated[

@@ -16,7 +16,7 @@ def preview(work: WorkList, jobs: int | None = None) -> str:
     usual = usual_jobs(work)
     at_once = jobs or usual
     timed = _timed(work, at_once)
-    now = [_cost(work, job, timed[_network(job)].now) for job in work.missing]
+    now = [_cost(work, job, timed[job.network].now) for job in work.missing]
     left = iter(map(sum, now))
     rows = [
         (job.name, job.state(), _base(work, job), f"{work.left(job):,}", "-" if job.finished else duration(next(left)))
@@ -28,11 +28,11 @@ def preview(work: WorkList, jobs: int | None = None) -> str:
         total, parallel = sum(work.left(job) for job in work.jobs), max(1, min(at_once, len(work.missing)))
         lines[1] += (
             f", {total:,} image visits: about {duration(makespan(work, now, parallel, usual))} with "
-            f"{crowd(parallel, usual)}, {duration(sum(map(sum, now)))} one by one, timed now over a few steps"
+            f"{crowd(work, parallel, usual)}, {duration(sum(map(sum, now)))} one by one, timed now over a few steps"
         )
         slowed = [speeds.others for speeds in timed.values() if speeds.quiet is not None]
         if slowed:
-            quiet = [_cost(work, job, timed[_network(job)].quiet or timed[_network(job)].now) for job in work.missing]
+            quiet = [_cost(work, job, timed[job.network].quiet or timed[job.network].now) for job in work.missing]
             lines.insert(2, speed.busy(max(slowed), duration(makespan(work, quiet, parallel, usual))))
     return "\n".join(lines)
 
@@ -71,15 +71,11 @@ def _timed(work: WorkList, at_once: int) -> dict[str, speed.Speeds]:
     try:
         torch.set_num_threads(1 if at_once > 1 else threads)
         for job in work.missing:
-            if _network(job) not in found:
-                found[_network(job)] = speed.speeds(job.recipe, job.size)
+            if job.network not in found:
+                found[job.network] = speed.speeds(job.recipe, job.size)
     finally:
         torch.set_num_threads(threads)
     return found
-
-
-def _network(job: Job) -> str:
-    return f"{job.recipe.model}{job.recipe.train.batch_size}{job.size}"
 
 
 def _base(work: WorkList, job: Job) -> str:

@@ -4,7 +4,6 @@ Every run is `fastil run` with the row's overrides: killed and started again it 
 that train the same base step take it from the first run of their group (fastil.training.base_step).
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -13,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastil import machine
-from fastil.device import precision_note
+from fastil.device import pick_device, precision_note
 from fastil.errors import UserError
 from fastil.reporting.runs import Run
+from fastil.reproduce import gpus
 from fastil.reproduce.table_text import write
 from fastil.reproduce.tables import Entry, Table
 from fastil.reproduce.worklist import Job, WorkList
@@ -58,8 +58,15 @@ class Scheduler(Bar):
     def running(self) -> int:
         return sum(job.running for job in self.work.jobs)
 
+    def runs_on(self, gpu: str) -> int:
+        return sum(job.gpu == gpu and job.running for job in self.work.jobs)
+
     def start(self, job: Job) -> None:
-        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if self.at_once > 1 else {})
+        device = pick_device(job.recipe.train.device)
+        job.gpu = min(gpus.choice(device), key=self.runs_on, default=None)
+        environment = gpus.environment() | ({"OMP_NUM_THREADS": "1"} if self.at_once > 1 else {})
+        if job.gpu is not None and device.index is None:
+            environment["CUDA_VISIBLE_DEVICES"] = job.gpu
         command = self.work.command(job)
         try:
             job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +76,8 @@ class Scheduler(Bar):
         with log:
             # A session of its own: Ctrl-C reaches this process, which passes it on once.
             job.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        self.say(f"{job.name}: {'goes on' if '--resume' in command else 'started'}")
+        where = "" if job.gpu is None else f" on {gpus.title(job.gpu)}"
+        self.say(f"{job.name}: {'goes on' if '--resume' in command else 'started'}{where}")
 
     def collect(self) -> None:
         for job in self.work.missing:
@@ -114,8 +122,10 @@ class Scheduler(Bar):
             self.last_line = time.monotonic()
             rate = done / (time.monotonic() - self.began)
             remaining = f", about {duration(left / rate)} left" if done else ""
+            on = [f"{job.name} on {gpus.title(job.gpu)}" for job in self.work.jobs if job.running and job.gpu]
+            where = f" ({', '.join(on)})" if on else ""
             self.say(
-                f"{finished} of {len(self.work.jobs)} runs, {self.running()} running, "
+                f"{finished} of {len(self.work.jobs)} runs, {self.running()} running{where}, "
                 f"{100 * done / max(1, total):.0f} % of what was missing, {rate:,.0f} img/s{remaining}"
             )
 
@@ -144,8 +154,16 @@ def seeds_of(text: str) -> list[int]:
 
 
 def usual_jobs(work: WorkList) -> int:
-    """On a CPU a run per core, each with one thread: small networks gain less from a second thread than from that."""
-    return 1 if work.device.type == "cuda" else machine.cores()
+    """On a CPU a run per core, each with one thread: small networks gain less from a second thread than from that. On
+    each GPU one run, or several that are launch-bound, as long as each has a core to launch from."""
+    count = len(gpus.choice(work.device))
+    if not count:
+        return machine.cores()
+    together = min(gpus.TOGETHER, machine.cores() // count)
+    networks = {job.network: job for job in work.missing}
+    if together > 1 and all(gpus.launch_bound(job.recipe, job.size) for job in networks.values()):
+        return count * together
+    return count
 
 
 def precision_line(work: WorkList) -> str:
@@ -154,10 +172,15 @@ def precision_line(work: WorkList) -> str:
     return f"precision: {work.precision} ({work.why})" + ("" if slow is None else f"\n{slow}")
 
 
-def crowd(at_once: int, usual: int) -> str:
-    """The number of runs at once as text, with the usual one where it is smaller."""
-    usually = f" ({usual} by default: one per core, or one on a GPU)"
-    return f"{at_once} at once" + (usually if at_once > usual else "")
+def crowd(work: WorkList, at_once: int, usual: int) -> str:
+    """The number of runs at once as text, with the GPUs, and with the usual number where it is smaller."""
+    count = len(gpus.choice(work.device))
+    where = f"{count} GPU{'s' if count > 1 else ''}"
+    on_each = f"{usual // max(1, count)} run{'s' if usual > count else ''} on {'each' if count > 1 else 'it'}"
+    if count and at_once == usual:
+        return f"{where}, {on_each} at once"
+    usually = f" ({usual} by default: {on_each if count else 'one per core'})"
+    return f"{at_once} at once" + (f" on {where}" if count else "") + (usually if at_once > usual else "")
 
 
 def reproduce(
@@ -176,7 +199,7 @@ def reproduce(
     scheduler = Scheduler(work, jobs or usual)
     if work.missing:
         missing = f"{len(work.missing)} of {len(work.jobs)} runs to train"
-        scheduler.say(f"{missing}, {crowd(scheduler.at_once, usual)}, into {out}")
+        scheduler.say(f"{missing}, {crowd(work, scheduler.at_once, usual)}, into {out}")
         scheduler.say(precision_line(work))
         scheduler.run()
     text = write(table, out, entries)

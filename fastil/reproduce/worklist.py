@@ -45,11 +45,17 @@ class Job:
     visits: list[int] = field(default_factory=list)  # images seen in training and finetuning, of each step
     begun: Position | None = None  # where its checkpoint is, before anything was started
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    gpu: str | None = None  # that it was started on, see gpus.choice
     failure: str = ""  # why, where it failed
 
     @property
     def name(self) -> str:
         return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
+    def network(self) -> str:
+        """Equal where a training step is of the same network and size."""
+        return f"{self.recipe.model}{self.recipe.train.batch_size}{self.size}"
 
     @property
     def log(self) -> Path:
