@@ -51,7 +51,7 @@ gpu:
 	@PYTHONPATH=. $(PYTHON) -m bench.first_contact $(ARGS)
 
 wheels:
-	@PYTHONPATH=. $(PYTHON) -m bench.wheels
+	@PYTHONPATH=. $(PYTHON) -m bench.wheels $(ARGS)
 
 soak: export FASTIL_SOAK = 1
 soak: test

@@ -2,10 +2,11 @@
 
 python -m bench.first_contact [--only STAGE,...] [--device cpu] [--out FOLDER]        (make gpu)
 
-Every stage is a process with a limit of its own, and writes its log, its figures and what became of it at once: what
-fails or hangs costs itself only. Results go to bench/results/gpu_NAME, without a GPU to build/first_contact.
---device cpu runs all of it on the CPU, on small sizes. What this Python lacks is taken from build/wheels, which
-`make wheels` fills on a machine with a registry. This file and bench.wheels need nothing but Python.
+Every stage is a process with a share of the ten minutes, to which the time is added that those before it left over. Its
+log, its figures and what became of it are written at once: what fails or hangs costs itself only. Results go to
+bench/results/gpu_NAME, without a GPU to build/first_contact. --device cpu runs all of it on the CPU, on small sizes.
+What this Python lacks is taken from build/wheels, which `make wheels` fills on a machine with a registry. This file and
+bench.wheels need nothing but Python.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,7 +30,6 @@ from bench.wheels import (
     ALONE,
     NEEDED,
     PEERS,
-    PYTHON,
     ROOT,
     SITE,
     WHEELS,
@@ -36,10 +37,11 @@ from bench.wheels import (
     environment,
     missing,
     unzip,
+    wheels_for,
 )
 
-ALTOGETHER = 600.0  # seconds
-SLOWER = 4  # a CPU may take longer by this factor, for each stage and in all
+ALTOGETHER = 590.0  # seconds, from the start of this process to its last line
+SLOWER = 4  # a CPU may take longer by this factor
 # How a stage ends (bench.stages), besides 0 and whatever means that it failed.
 SKIPPED, NO_DEVICE = 77, 78
 ENDED = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (.+)$")  # a line of pytest -vv with xdist
@@ -48,23 +50,30 @@ TAIL = 60  # lines of the log that the result file holds
 
 @dataclass(frozen=True)
 class Stage:
-    """limit: seconds. shows: what it is for."""
+    """share: seconds of ALTOGETHER. shows: what it is for."""
 
     name: str
-    limit: float
+    share: float
     shows: str
 
 
 STAGES = (
-    Stage("machine", 60, "versions, compilers, and what fastil chooses here"),
-    Stage("kernel_tests", 180, "the tests of the kernels"),
-    Stage("trainer_tests", 180, "every method in bf16; captured, compiled, resumed, streamed"),
-    Stage("step", 150, "a training step eager, compiled and captured; launches; idle share"),
-    Stage("streaming", 90, "the loaders to the GPU, alone and while training"),
-    Stage("cifar100", 150, "a short row of CIFAR-100"),
-    Stage("sanitizer", 90, "compute-sanitizer's memcheck on a launch of each kernel"),
-    Stage("kernel_times", 90, "the incremental loss against its peers on three shapes"),
+    Stage("machine", 25, "versions, compilers, and what fastil chooses here"),
+    Stage("kernel_tests", 150, "the tests of the kernels"),
+    Stage("trainer_tests", 105, "every method in bf16; captured, compiled, resumed, streamed"),
+    Stage("step", 110, "a training step eager, compiled and captured; launches; idle share"),
+    Stage("streaming", 50, "the loaders to the GPU, alone and while training"),
+    Stage("cifar100", 80, "a short row of CIFAR-100"),
+    Stage("sanitizer", 30, "compute-sanitizer's memcheck on a launch of each kernel"),
+    Stage("kernel_times", 40, "the incremental loss against its peers on three shapes"),
 )
+
+
+def ends(stages: Sequence[Stage], total: float) -> list[float]:
+    """Return when each stage must have ended, in seconds from the start, so that all have ended at `total`: the time is
+    divided in the proportion of the shares, and what a stage leaves over is there for the next."""
+    whole = sum(stage.share for stage in stages)
+    return [total * until / whole for until in accumulate(stage.share for stage in stages)]
 
 
 def run_stage(command: Sequence[str], env: dict[str, str], log: Path, limit: float) -> tuple[int | None, float]:
@@ -150,8 +159,12 @@ def lacking(path: str) -> str | None:
         return None
     carried = sorted({*NEEDED.values()} & {*names})
     lines = [f"this Python ({sys.executable}) lacks {', '.join(names)}"]
-    if carried and WHEELS.is_dir() and any(WHEELS.glob("*.whl")) and sys.version_info[:2] != PYTHON:
-        lines.append(f"the wheels in {WHEELS.relative_to(ROOT)} are for Python {'.'.join(map(str, PYTHON))}")
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if carried and wheels_for() not in (None, here):
+        lines.append(
+            f"the wheels in build/wheels are for Python {wheels_for()}: "
+            f'`make wheels ARGS="--python {here}"` on a machine with a registry, and carry it here'
+        )
     elif carried:
         every = ", ".join([*WITH_REQUIREMENTS.values(), *ALONE.values(), *PEERS.values()])
         lines.append(
@@ -162,8 +175,28 @@ def lacking(path: str) -> str | None:
     return "\n".join(lines)
 
 
+def one_row(stage: Stage, limit: float, out: Path, env: dict[str, str]) -> tuple[str, str, str, str]:
+    """Run a stage for at most `limit` seconds and write its result file. Returns its row of the table."""
+    log, report = out / f"{stage.name}.log", out / f"{stage.name}.xml"
+    report.unlink(missing_ok=True)
+    status, seconds, result, lines = None, 0.0, "not started", ["no time left"]
+    if limit > 1:
+        print(f"{stage.name}: {stage.shows} (at most {limit:.0f} s) ...", flush=True)
+        status, seconds = run_stage([sys.executable, "-m", "bench.stages", stage.name], env, log, limit)
+        result = outcome(status)
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    tests = counts_of(report) or counts_in_log(lines)
+    content = {
+        "stage": stage.name, "result": result, "exit_status": status, "seconds": round(seconds, 1),
+        "limit": round(limit, 1), "tests": tests, "log_tail": lines[-TAIL:],
+    }  # fmt: skip
+    (out / f"{stage.name}.result.json").write_text(json.dumps(content, indent=1) + "\n")
+    return stage.name, result, f"{seconds:.0f} s", summary_of(stage.name, result, lines, tests)
+
+
 def main() -> None:
     """Run the stages. Exits with 1 if any of them failed, 2 if none can run."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", help=f"some of {','.join(stage.name for stage in STAGES)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -192,35 +225,18 @@ def main() -> None:
         env["CUDA_VISIBLE_DEVICES"] = ""
     print(f"{device or ('CPU' if arguments.device == 'cpu' else 'no CUDA device')}; results in {out}", flush=True)
 
-    slower = SLOWER if arguments.device == "cpu" else 1
-    began, rows, bad = time.monotonic(), [], False
-    for stage in STAGES:
-        if stage.name not in wanted:
-            continue
-        limit = min(slower * stage.limit, slower * ALTOGETHER - (time.monotonic() - began))
-        log, report = out / f"{stage.name}.log", out / f"{stage.name}.xml"
-        report.unlink(missing_ok=True)
-        status, seconds, result, lines = None, 0.0, "not begun", [f"the {slower * ALTOGETHER:.0f} seconds are over"]
-        if limit > 1:
-            print(f"{stage.name}: {stage.shows} (at most {limit:.0f} s) ...", flush=True)
-            status, seconds = run_stage([sys.executable, "-m", "bench.stages", stage.name], env, log, limit)
-            result = outcome(status)
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        tests = counts_of(report) or counts_in_log(lines)
-        content = {
-            "stage": stage.name, "result": result, "exit_status": status, "seconds": round(seconds, 1),
-            "limit": round(limit, 1), "tests": tests, "log_tail": lines[-TAIL:],
-        }  # fmt: skip
-        (out / f"{stage.name}.result.json").write_text(json.dumps(content, indent=1) + "\n")
-        rows.append((stage.name, result, f"{seconds:.0f} s", summary_of(stage.name, result, lines, tests)))
+    total = ALTOGETHER * (SLOWER if arguments.device == "cpu" else 1)
+    stages = [stage for stage in STAGES if stage.name in wanted]
+    rows = []
+    for stage, end in zip(stages, ends(stages, total), strict=True):
+        rows.append(one_row(stage, end - (time.monotonic() - began), out, env))
         print("  " + "  ".join(rows[-1][1:]), flush=True)
-        bad |= result not in ("passed", "skipped")
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     print()
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
     print(f"{time.monotonic() - began:.0f} s in all; logs and figures in {out}")
-    raise SystemExit(int(bad))
+    raise SystemExit(int(any(row[1] not in ("passed", "skipped") for row in rows)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Wheels for a GPU machine without a registry: what fastil needs beyond what images with torch bring.
 
-python -m bench.wheels      fills build/wheels, on a machine with a registry (make wheels)
+python -m bench.wheels [--python 3.12]      fills build/wheels, on a machine with a registry (make wheels)
 
-For Python 3.12 on x86-64 Linux. No torch, Triton or numpy: those of the GPU machine are what is tested there.
+For that Python on x86-64 Linux. No torch, Triton or numpy: those of the GPU machine are what is tested there.
 """
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WHEELS, SITE = ROOT / "build/wheels", ROOT / "build/site"  # downloaded, and unzipped for the path
-PYTHON = (3, 12)
+PYTHON = "3.12"  # what the GPU images of the time have
 LIMIT = 60e6  # bytes, so that all can be carried at once
 # By module. The second group comes without what it requires, which is torch, numpy and Triton.
 WITH_REQUIREMENTS = {"pydantic": "pydantic"}
@@ -31,10 +33,10 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24,
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 
-def download(*arguments: str) -> None:
-    """Download wheels into WHEELS. Ends the process if pip fails."""
+def download(python: str, *arguments: str) -> None:
+    """Download wheels for a Python, such as "3.12", into WHEELS. Ends the process if pip fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
-    command += ["--python-version", ".".join(map(str, PYTHON)), "--implementation", "cp", "--dest", str(WHEELS)]
+    command += ["--python-version", python, "--implementation", "cp", "--dest", str(WHEELS)]
     command += [word for platform in PLATFORMS for word in ("--platform", platform)]
     done = subprocess.run([*command, "-c", str(ROOT / "constraints.txt"), *arguments])
     if done.returncode:
@@ -48,6 +50,12 @@ def unzip() -> None:
     for wheel in sorted(WHEELS.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(SITE)
+
+
+def wheels_for() -> str | None:
+    """Return the Python that the wheels in WHEELS with compiled parts are for, such as "3.12"; None without any."""
+    tags = (re.search(r"-cp3(\d+)-cp3", wheel.name) for wheel in sorted(WHEELS.glob("*.whl")))
+    return next((f"3.{tag[1]}" for tag in tags if tag), None)
 
 
 def environment(path: str) -> dict[str, str]:
@@ -74,11 +82,16 @@ def missing(path: str) -> list[str]:
 
 def main() -> None:
     """Fill the folder and say how large it is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--python", default=PYTHON, help=f"of the GPU machine, such as {PYTHON}")
+    python = parser.parse_args().python
+    if not re.fullmatch(r"3\.\d+", python):
+        parser.error(f"--python {python}: give a version such as {PYTHON}")
     WHEELS.mkdir(parents=True, exist_ok=True)
     for old in WHEELS.glob("*.whl"):
         old.unlink()
-    download(*WITH_REQUIREMENTS.values())
-    download("--no-deps", *ALONE.values(), *PEERS.values())
+    download(python, *WITH_REQUIREMENTS.values())
+    download(python, "--no-deps", *ALONE.values(), *PEERS.values())
     wheels = sorted(WHEELS.glob("*.whl"))
     for wheel in wheels:
         print(f"{wheel.stat().st_size / 1e6:7.2f} MB  {wheel.name}")

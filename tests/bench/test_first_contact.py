@@ -4,12 +4,13 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bench import first_contact, gpu_step, stages, wheels
-from bench.first_contact import NO_DEVICE, SKIPPED, STAGES, counts_of, outcome, run_stage
+from bench.first_contact import ALTOGETHER, NO_DEVICE, SKIPPED, STAGES, Stage, counts_of, ends, outcome, run_stage
 
 
 def is_running(pid):
@@ -53,9 +54,10 @@ def test_how_a_stage_ended_is_told_by_its_status(tmp_path, status, result):
 def contact(monkeypatch, tmp_path, capsys):
     """Run stages that only pretend: exit status by name; others pass. Returns exit status, results and output."""
 
-    def run(statuses, *arguments):
+    def run(statuses, *arguments, took=lambda name, limit: None):
         def pretend(command, env, log, limit):
             name = command[-1]
+            took(name, limit)
             log.write_text(f"first line\nlast line of {name}\n\n")
             return statuses.get(name, 0), 1.0
 
@@ -97,11 +99,73 @@ def test_without_a_gpu_every_stage_says_so(contact):
     assert {found["result"] for found in results.values()} == {"no CUDA device"}
 
 
-def test_after_ten_minutes_nothing_is_begun(contact, monkeypatch):
+def test_after_ten_minutes_nothing_is_started(contact, monkeypatch):
     monkeypatch.setattr(first_contact, "ALTOGETHER", 0.0)
-    code, results, _ = contact({})
+    code, results, output = contact({})
     assert code == 1
-    assert {found["result"] for found in results.values()} == {"not begun"}
+    assert {found["result"] for found in results.values()} == {"not started"}
+    assert output.out.count("no time left") == 2 * len(STAGES)  # as it comes to it, and in the table
+
+
+def test_the_shares_of_the_chosen_stages_make_up_the_ten_minutes():
+    random = np.random.default_rng(0)
+    assert sum(stage.share for stage in STAGES) == ALTOGETHER < 600
+    for _ in range(20):
+        chosen = [stage for stage in STAGES if random.random() < 0.5] or [*STAGES[:1]]
+        found = ends(chosen, 100.0)
+        assert found[-1] == pytest.approx(100.0)
+        lengths = np.diff([0.0, *found])
+        assert lengths / lengths[0] == pytest.approx([stage.share / chosen[0].share for stage in chosen])
+
+
+def test_a_stage_gets_its_share_and_what_those_before_left_over(contact, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(first_contact, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    limits = {}
+
+    def took(name, limit):
+        limits[name] = limit
+        clock[0] += limit if name == "kernel_tests" else 10.0  # it hangs, and is ended at its limit
+
+    code, results, _ = contact({"kernel_tests": None}, took=took)
+    assert code == 1
+    before = 0.0
+    for stage, end in zip(STAGES, ends(STAGES, ALTOGETHER), strict=True):
+        assert limits[stage.name] == pytest.approx(end - before)
+        assert limits[stage.name] >= stage.share
+        before += limits[stage.name] if stage.name == "kernel_tests" else 10.0
+    assert results["step"]["result"] == "passed"
+    assert clock[0] < ALTOGETHER
+
+
+def test_a_stage_that_hangs_costs_its_share_and_the_results_of_the_others_are_there(tmp_path, monkeypatch):
+    """Real processes: one hangs, one is killed, and the last passes. The runner is stopped in the middle of another."""
+    stages = [Stage("hangs", 1.5, ""), Stage("killed", 1, ""), Stage("passes", 1, ""), Stage("stops", 1, "")]
+    codes = {
+        "hangs": "import time; print('begun', flush=True); time.sleep(600)",
+        "killed": "import os; os.kill(os.getpid(), 9)",
+        "passes": "print('done')",
+    }
+    real = first_contact.run_stage
+
+    def run(command, env, log, limit):
+        if command[-1] == "stops":
+            raise KeyboardInterrupt
+        return real([sys.executable, "-S", "-c", codes[command[-1]]], env, log, limit)
+
+    monkeypatch.setattr(first_contact, "STAGES", stages)
+    monkeypatch.setattr(first_contact, "ALTOGETHER", 9.0)
+    monkeypatch.setattr(first_contact, "missing", lambda path: [])
+    monkeypatch.setattr(first_contact, "name_of_device", lambda: None)
+    monkeypatch.setattr(first_contact, "run_stage", run)
+    monkeypatch.setattr(sys, "argv", ["first_contact", "--out", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        first_contact.main()
+    results = {path.name.split(".")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.result.json")}
+    assert {name: found["result"] for name, found in results.items()} == {
+        "hangs": "timed out", "killed": "failed", "passes": "passed",
+    }  # fmt: skip
+    assert results["hangs"]["log_tail"] == ["begun"]
 
 
 def test_the_table_of_stages_is_whole():
@@ -111,12 +175,16 @@ def test_the_table_of_stages_is_whole():
 
 
 def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(first_contact, "WHEELS", wheels.ROOT / "build/no_such_folder")
+    monkeypatch.setattr(wheels, "WHEELS", tmp_path)
     monkeypatch.setattr(first_contact, "missing", lambda path: ["pydantic", "isal", "scikit-learn"])
     text = first_contact.lacking("")
     assert "lacks pydantic, isal, scikit-learn" in text
-    assert "`make wheels`" in text
+    assert "`make wheels` on a machine with a registry puts pydantic, " in text
     assert "the others are expected on a GPU machine" in text
+    for name in ("isal-1.9.1-cp39-cp39-manylinux2014_x86_64.whl", "typing_extensions-4.16.0-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    text = first_contact.lacking("")
+    assert 'are for Python 3.9: `make wheels ARGS="--python 3.' in text
     monkeypatch.setattr(first_contact, "missing", lambda path: [])
     assert first_contact.lacking("") is None
 
