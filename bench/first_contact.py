@@ -30,6 +30,7 @@ from bench.wheels import (
     ALONE,
     NEEDED,
     PEERS,
+    PYTHON,
     ROOT,
     SITE,
     WHEELS,
@@ -160,15 +161,13 @@ def lacking(path: str) -> str | None:
     carried = sorted({*NEEDED.values()} & {*names})
     lines = [f"this Python ({sys.executable}) lacks {', '.join(names)}"]
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if carried and wheels_for() not in (None, here):
-        lines.append(
-            f"the wheels in build/wheels are for Python {wheels_for()}: "
-            f'`make wheels ARGS="--python {here}"` on a machine with a registry, and carry it here'
-        )
-    elif carried:
+    if carried:
         every = ", ".join([*WITH_REQUIREMENTS.values(), *ALONE.values(), *PEERS.values()])
+        command = "make wheels" if here == PYTHON else f'make wheels ARGS="--python {here}"'
+        if wheels_for() not in (None, here):
+            lines.append(f"the wheels in {WHEELS.relative_to(ROOT)} are for Python {wheels_for()}")
         lines.append(
-            f"`make wheels` on a machine with a registry puts {every} into {WHEELS.relative_to(ROOT)}: carry it here"
+            f"`{command}` on a machine with a registry puts {every} into {WHEELS.relative_to(ROOT)}: carry it here"
         )
     if set(names) - set(carried):
         lines.append("the others are expected on a GPU machine: use a python3 that has them (make gpu PYTHON=...)")

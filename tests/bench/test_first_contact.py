@@ -175,16 +175,18 @@ def test_the_table_of_stages_is_whole():
 
 
 def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(wheels, "WHEELS", tmp_path)
+    monkeypatch.setattr(wheels, "WHEELS", tmp_path)  # where there are none
     monkeypatch.setattr(first_contact, "missing", lambda path: ["pydantic", "isal", "scikit-learn"])
     text = first_contact.lacking("")
     assert "lacks pydantic, isal, scikit-learn" in text
-    assert "`make wheels` on a machine with a registry puts pydantic, " in text
+    version = f"3.{sys.version_info[1]}"
+    words = "" if version == wheels.PYTHON else f' ARGS="--python {version}"'
+    assert f"`make wheels{words}` on a machine with a registry puts pydantic, " in text
     assert "the others are expected on a GPU machine" in text
     for name in ("isal-1.9.1-cp39-cp39-manylinux2014_x86_64.whl", "typing_extensions-4.16.0-py3-none-any.whl"):
         (tmp_path / name).touch()
     text = first_contact.lacking("")
-    assert 'are for Python 3.9: `make wheels ARGS="--python 3.' in text
+    assert "the wheels in build/wheels are for Python 3.9\n`make wheels" in text
     monkeypatch.setattr(first_contact, "missing", lambda path: [])
     assert first_contact.lacking("") is None
 
