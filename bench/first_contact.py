@@ -222,6 +222,7 @@ def main() -> None:
     env = environment(path) | {"FASTIL_DEVICE": arguments.device, "FASTIL_RESULTS": str(out)}
     if arguments.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
+        env.setdefault("OMP_NUM_THREADS", "1")  # several wait for each other where another program has a core
     print(f"{device or ('CPU' if arguments.device == 'cpu' else 'no CUDA device')}; results in {out}", flush=True)
 
     total = ALTOGETHER * (SLOWER if arguments.device == "cpu" else 1)

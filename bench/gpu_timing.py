@@ -16,6 +16,7 @@ from torch import Tensor
 
 WARM_CALLS = 20  # per graph
 CLEAR_BYTES = 2**28  # five times the L2 of an H100
+MODES = ("graph_warm", "graph_cleared", "stream")
 Work = Callable[[], Any]
 
 
@@ -135,12 +136,13 @@ def waits(work: Work) -> int:
     return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
-def poisoned(work: Work, like: Tensor) -> Tensor:
-    """Return the call's result, in memory that the allocator just got back full of NaN."""
-    poison = [torch.full_like(like, torch.nan) for _ in range(4)]
-    del poison
-    result: Tensor = work()
-    return result
+def poisoned(work: Work) -> Any:
+    """Return the call's results, in memory that the allocator just got back full of NaN, of integers full of -1."""
+    results = [part for part in torch.utils._pytree.tree_leaves(work()) if isinstance(part, Tensor)]
+    value = [torch.nan if part.is_floating_point() else -1 for part in results]
+    poison = [torch.full_like(part, v) for part, v in zip(results, value, strict=True) for _ in range(4)]
+    del poison, results
+    return work()
 
 
 def measure(works: Sequence[Work], rounds: int) -> dict[str, dict[str, float] | str]:

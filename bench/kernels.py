@@ -1,129 +1,50 @@
-"""The kernels: the incremental loss against its peers, each other kernel against its plain form, and a whole step.
+"""The kernels against their peers: time, launches, waits, bytes and memory of one call.
 
-python -m bench.kernels [--rounds N] [--case LABEL ...]
+python -m bench.kernels [--kernel NAME ...] [--shape BxW[xCLASSES] ...] [--dtype fp32|bf16 ...] [--peer NAME ...]
+                        [--rounds N]
+
+By default every kernel in its own shapes and dtypes against all peers that are installed. What B and W are is each
+kernel's own matter; --help says it. A kernel leaves out peers that it has not, and has one dtype or several.
+kernels.json, kernels.csv and kernels.png go to bench/results, for a GPU to bench/results/gpu_NAME, or to the folder
+FASTIL_RESULTS.
 
 On a GPU: microseconds (median, 20th and 80th percentile) per call in CUDA graphs with a warm and a cleared L2 and from
-a Python loop, GB/s on the bytes that the loss must move and their share of what a copy reaches in the same run, waits,
+a Python loop, GB/s on the bytes that a call must move and their share of what a copy reaches in the same run, waits,
 launches and peak memory. Inputs are random, eight sets take turns, and every contestant is first checked against the
-formula in float64, in a poisoned output and again in a replayed graph. --case chooses among the shapes of the loss,
-such as "128 x 104 fp32". Results go to bench/results/gpu_NAME/kernels.json.
+formula (the loss in float64, other kernels in plain torch), in a poisoned output and again in a replayed graph.
 
-Without a GPU nothing is timed. `bench.launch_counts` counts launches, waits and bytes, and from these a model estimates
-times, written to bench/results/kernels_cpu.json. The model, for an H100: a launch in a CUDA graph takes 1.2 us plus its
-bytes over the bandwidth, and at least 2.0 us; the bandwidth is 5.5 TB/s where logits, teacher and gradient together
-fit 40 MB of L2, else 3.0 TB/s of HBM. Temporaries of the peers are not held against them, nor are waits.
+Without a GPU nothing is timed. `bench.launch_counts` counts launches, waits and bytes of the same selection, and from
+these a model estimates times; `measured` is false then. The model, for an H100: a launch in a CUDA graph takes 1.2 us
+plus its bytes over the bandwidth, and at least 2.0 us; the bandwidth is 5.5 TB/s where what a call must move fits 40 MB
+of L2, else 3.0 TB/s of HBM. Arithmetic, temporaries of the peers and waits are not held against anybody.
 """
 
 import argparse
 import contextlib
 import functools
-import importlib
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.gpu_timing import copy_gb_per_s, graph_of, launches, measure, peak_bytes, poisoned, waits
+from bench.cases import DTYPES, Case, read_shape
+from bench.contestants import COMPILED, FASTIL, KERNELS, LIGER, PEERS, Contestant, entrants, peers_here
+from bench.gpu_timing import MODES, copy_gb_per_s, graph_of, launches, measure, peak_bytes, poisoned, waits
 from bench.harness import save
-from bench.loss_contestants import (
-    AUTOGRAD,
-    CASES,
-    DTYPES,
-    FASTIL,
-    TEMPERATURE,
-    Call,
-    Case,
-    contestants,
-    gradient_in_float64,
-    make_call,
-    scalars_of,
-)
+from bench.kernel_results import ESTIMATE, draw, entry, estimated_us, with_rates, write_csv
 from fastil.device import device_name, pick_device
-from fastil.kernels import incremental_loss_grad
-from fastil.losses import balanced_cross_entropy, distillation
-from fastil.models import ModelConfig, build_network
+from fastil.errors import UserError
+from fastil.text import format_table
 
-SETS = 8  # of inputs, taken in turn
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # relative, against float64: whoever is off by more computes something else
-NODE_US, FIXED_US, HBM_TB_PER_S, L2_TB_PER_S, L2_BYTES = 2.0, 1.2, 3.0, 5.5, 40e6
-MODES = ("graph_warm", "graph_cleared", "stream")
-
-
-def label(case: Case) -> str:
-    """Return the name of a case."""
-    return f"{case.batch} x {case.width} {case.dtype}"
-
-
-def model_bytes(case: Case) -> int:
-    """Return the bytes that the loss must move: the logits in, the gradient out, and the teacher's old columns in."""
-    return case.batch * (2 * case.width + case.num_old) * DTYPES[case.dtype].itemsize
-
-
-def estimated_us(launch_bytes: Sequence[float], case: Case) -> float:
-    """Return microseconds by the model of the module's docstring."""
-    fits = 3 * case.batch * case.width * DTYPES[case.dtype].itemsize <= L2_BYTES
-    per_us = (L2_TB_PER_S if fits else HBM_TB_PER_S) * 1e6
-    return sum(max(NODE_US, FIXED_US + moved / per_us) for moved in launch_bytes)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table with columns as wide as their widest cell; numbers to the right."""
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
-        for row in cells
-    )
-
-
-def with_rates(times: dict[str, Any], must_move: int, copy_rate: float) -> dict[str, Any]:
-    """Add to each mode's times GB/s on the bytes that must move, and percent of the copy's rate."""
-    rated = {}
-    for mode, spread in times.items():
-        rated[mode] = spread
-        if isinstance(spread, dict):
-            rate = must_move / spread["median"] / 1e3
-            rated[mode] = spread | {"gb_per_s": rate, "percent_of_copy": 100 * rate / copy_rate}
-    return rated
-
-
-def paper_rows(counts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row per case and contestant from the counts of `bench.launch_counts`."""
-    rows = []
-    for case, entrants in zip(CASES, counts, strict=True):
-        for name, count in entrants.items():
-            moved = count["bytes"]
-            rows.append(
-                {
-                    "case": label(case),
-                    "contestant": name,
-                    "launches": len(moved),
-                    "host_waits": count["waits"],
-                    "bytes_per_logit": sum(moved) / (case.batch * case.width),
-                    "estimated_us": estimated_us(moved, case),
-                }
-            )
-    return rows
-
-
-def count(part: str) -> list[dict[str, Any]] | str:
-    """Return the counts of one part, from a process of its own, or why there are none."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    if part == "compiled":
-        del environment["TRITON_INTERPRET"]
-    command = [sys.executable, "-W", "ignore", "-m", "bench.launch_counts", part]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return done.stderr.strip().splitlines()[-1]
-    counts: list[dict[str, Any]] = json.loads(done.stdout)
-    return counts
+Entries = list[dict[str, Any]]
 
 
 def versions() -> dict[str, str]:
@@ -135,207 +56,208 @@ def versions() -> dict[str, str]:
     return found
 
 
-def on_paper(device: torch.device) -> None:
-    """Count and estimate without a GPU, and write the result file."""
+def write(device: torch.device, content: dict[str, Any]) -> Path:
+    """Write the three result files. Returns the path of the JSON."""
+    path = save("kernels", device, {"versions": versions()} | content)
+    write_csv(path.with_suffix(".csv"), content["entries"])
+    measured = device.type == "cuda"
+    title = (
+        f"{device_name(device)}, median time of a call"
+        if measured
+        else "H100, ESTIMATED from counts: no time was measured"
+    )
+    draw(path.with_suffix(".png"), content["entries"], title)
+    return path
+
+
+def count(part: str, cases: Sequence[Case], peers: Sequence[str]) -> list[dict[str, Any]] | str:
+    """Return the counts of one part, from a process of its own, or why there are none."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    if part == "compiled":
+        del environment["TRITON_INTERPRET"]
+    command = [sys.executable, "-W", "ignore", "-m", "bench.launch_counts", part]
+    wanted = json.dumps({"cases": [asdict(case) for case in cases], "peers": [*peers]})
+    done = subprocess.run(command, env=environment, input=wanted, capture_output=True, text=True)
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["it was killed"])[-1]
+    counts: list[dict[str, Any]] = json.loads(done.stdout)
+    return counts
+
+
+def estimate(case: Case, counts: dict[str, Any]) -> Entries:
+    """Return what there is to say of a case by the counts of `bench.launch_counts`."""
+    entries = []
+    for name, found in counts.items():
+        if "failed" in found:
+            entries.append(entry(case, name, measured=False, failed=found["failed"]))
+            continue
+        moved = found["bytes"]
+        times = {ESTIMATE: {"median": estimated_us(moved, case)}}
+        counted = {"launches": len(moved), "host_waits": found["waits"], "moved_bytes": round(sum(moved))}
+        entries.append(entry(case, name, measured=False, **counted, times=times))
+    return entries
+
+
+def on_paper(device: torch.device, cases: Sequence[Case], peers: tuple[str, ...]) -> list[str]:
+    """Count and estimate without a GPU, and write the result files. Returns what went wrong."""
     print("NO TIME WAS MEASURED: there is no GPU. Counts follow, and estimates that a model makes of them.", flush=True)
-    counts: list[dict[str, Any]] = [{} for _ in CASES]
+    counts: list[dict[str, Any]] = [{} for _ in cases]
     missing = {}
-    for part in ("interpreted", "compiled"):
-        print(f"counting ({part}, about two minutes) ...", flush=True)
-        answer = count(part)
+    for part in ("interpreted", *(["compiled"] if COMPILED in peers else [])):
+        print(f"counting ({part}, minutes for all kernels) ...", flush=True)
+        answer = count(part, cases, peers)
         if isinstance(answer, str):
             missing[part] = answer
             continue
         for into, more in zip(counts, answer, strict=True):
             into |= more
-    rows = paper_rows(counts)
-    header = ("B x W", "contestant", "launches", "host waits", "bytes/logit", "estimated us (model, not measured)")
-    print(table(header, [list(row.values()) for row in rows]))
-    note = "no time was measured; estimated_us is what the model in bench/kernels.py makes of the counts"
-    content = {"note": note, "versions": versions(), "not_counted": missing, "loss": rows}
-    print(f"written to {save('kernels_cpu', device, content)}")
-    if missing:
-        raise SystemExit(f"not counted: {missing}")
+    entries = [found for case, of_case in zip(cases, counts, strict=True) for found in estimate(case, of_case)]
+    header = ("kernel", "shape", "dtype", "contestant", "launches", "waits", "bytes moved", "us (model, not measured)")
+    print(format_table(header, [_cells(found) for found in entries]))
+    note = "no time was measured; the times are what the model in bench/kernels.py makes of the counts"
+    print(f"written to {write(device, {'note': note, 'not_counted': missing, 'entries': entries})}, and .csv and .png")
+    return [f"{part}: {why}" for part, why in missing.items()]
+
+
+def _cells(found: dict[str, Any]) -> tuple[str, ...]:
+    """Return an estimate as a row of the table."""
+    named = (found["kernel"], found["shape"], found["dtype"], found["contestant"])
+    if "failed" in found:
+        return (*named, "-", "-", "-", f"failed: {found['failed']}"[:80])
+    counts = (f"{found[key]:,}" for key in ("launches", "host_waits", "moved_bytes"))
+    return (*named, *counts, f"{found['times'][ESTIMATE]['median']:.1f}")
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
-    """Return the norm of the difference over the norm of what is wanted."""
+    """Return the norm of the difference over the norm of what is wanted, where that is not 0."""
     difference = torch.linalg.vector_norm(result.detach().double() - reference)
-    return float(difference / torch.linalg.vector_norm(reference))
+    size = torch.linalg.vector_norm(reference)
+    return float(torch.where(size == 0, difference, difference / size))
 
 
-def check(name: str, contestant: Callable[[Call], Tensor], call: Call, case: Case) -> float:
-    """Return the relative error of a contestant against the formula in float64. Raises ValueError if it is too
-    large."""
-    error = relative_error(poisoned(lambda: contestant(call), call.logits.detach()), gradient_in_float64(call))
-    if not error <= TOLERANCE[case.dtype]:
-        raise ValueError(f"{name} at {label(case)}: relative error {error:.1e} against float64")
+def check(result: Any, call: Any, case: Case, where: str) -> float | None:
+    """Return the largest relative error of a contestant's results, None where there is nothing to compare them with.
+    Raises ValueError if it is too large."""
+    kernel = KERNELS[case.kernel]
+    if kernel.reference is None or kernel.tolerance is None:
+        return None
+    pairs = zip(*(torch.utils._pytree.tree_leaves(v) for v in (result, kernel.reference(call))), strict=True)
+    error = max(relative_error(a, b.double()) for a, b in pairs)
+    if not error <= kernel.tolerance[case.dtype]:
+        raise ValueError(f"{case.label}: relative error {error:.1e} {where}")
     return error
 
 
 def time_contestant(
-    name: str, contestant: Callable[[Call], Tensor], calls: list[Call], case: Case, copy_rate: float, rounds: int
+    contestant: Contestant, calls: list[Any], case: Case, copy_rate: float, rounds: int
 ) -> dict[str, Any]:
     """Check a contestant and return its error, times, launches, waits and peak memory."""
     works = [functools.partial(contestant, call) for call in calls]
-    result: dict[str, Any] = {"relative_error": check(name, contestant, calls[0], case)}
-    result |= {"launches": launches(works[0]), "host_waits": waits(works[0]), "peak_bytes": peak_bytes(works[0])}
-    if not result["host_waits"]:
+    found: dict[str, Any] = {"relative_error": check(poisoned(works[0]), calls[0], case, "in a poisoned output")}
+    found |= {"launches": launches(works[0]), "host_waits": waits(works[0]), "peak_bytes": peak_bytes(works[0])}
+    if found["relative_error"] is not None and not found["host_waits"]:
         graph, replayed = graph_of(works[0])
-        replayed.detach().fill_(torch.nan)
+        for part in torch.utils._pytree.tree_leaves(replayed):
+            part.detach().fill_(torch.nan if part.is_floating_point() else -1)
         graph.replay()
-        error = relative_error(replayed, gradient_in_float64(calls[0]))
-        if not error <= TOLERANCE[case.dtype]:
-            raise ValueError(f"{name} at {label(case)}: relative error {error:.1e} in a replayed graph")
+        check(replayed, calls[0], case, "in a replayed graph")
         del graph, replayed
-    times = measure(works, rounds)
-    shown = [f"{t['median']:9.2f}" if isinstance(t := times[mode], dict) else f"{'-':>9}" for mode in MODES]
-    rest = "  ".join(f"{key} {value:.3g}" for key, value in result.items() if value is not None)
-    print(f"{label(case):<18}{name:<17}{' '.join(shown)}  {rest}", flush=True)
-    return result | with_rates(times, model_bytes(case), copy_rate)
+    return found | {"times": with_rates(measure(works, rounds), case, copy_rate)}
 
 
-def time_loss(case: Case, device: torch.device, copy_rate: float, rounds: int) -> dict[str, Any]:
-    """Return the times of all contestants on a case."""
+def time_case(case: Case, peers: tuple[str, ...], device: torch.device, copy_rate: float, rounds: int) -> Entries:
+    """Return what was measured of all contestants on a case. What fails says why in its place."""
     torch.compiler.reset()  # else the ninth shape would run uncompiled
-    calls = [make_call(case, device, seed) for seed in range(SETS)]
-    results = {}
-    for name, contestant in contestants().items():
+    kernel = KERNELS[case.kernel]
+    calls = [kernel.make(case, device, seed) for seed in range(kernel.sets)]
+    entries = []
+    for name, contestant in entrants(kernel, peers, functools.partial(torch.compile, dynamic=False)).items():
         try:
-            results[name] = time_contestant(name, contestant, calls, case, copy_rate, rounds)
+            found = time_contestant(contestant, calls, case, copy_rate, rounds)
+            times = found["times"]
+            shown = [f"{t['median']:9.2f}" if isinstance(t := times[mode], dict) else f"{'-':>9}" for mode in MODES]
+            rest = "  ".join(f"{key} {value:.3g}" for key, value in found.items() if isinstance(value, int | float))
         except Exception as error:
-            if name in (FASTIL, AUTOGRAD):
-                raise
-            results[name] = {"failed": str(error).splitlines()[0]}  # a peer's trouble does not end the bench
-            print(f"{label(case):<18}{name:<17}failed: {results[name]['failed']}", flush=True)
-    return results
+            found = {"failed": (str(error).splitlines() or [type(error).__name__])[0]}
+            shown, rest = [], f"failed: {found['failed']}"
+        print(f"{case.label:<40}{name:<17}{' '.join(shown)}  {rest}", flush=True)
+        entries.append(entry(case, name, measured=True, **found))
+    return entries
 
 
-def other_kernels(device: torch.device) -> dict[str, Callable[[], list[Any]]]:
-    """Return the arguments of one call of each other kernel, by the name that operator, file and plain form share."""
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device)
-
-    def augment() -> list[Any]:
-        images = torch.randint(0, 256, (50_000, 32, 32, 3), dtype=torch.uint8, device=device)
-        boxes = torch.cat((torch.randint(-4, 5, (128, 2)), torch.full((128, 2), 32)), 1).to(device)
-        ids, flips = torch.randint(0, 50_000, (128,), device=device), torch.rand(128, device=device) < 0.5
-        mean, std = torch.full((3,), 0.5, device=device), torch.full((3,), 0.25, device=device)
-        return [images, ids, boxes, flips, mean, std, torch.float32, 32, 32]
-
-    def herd() -> list[Any]:
-        features = torch.nn.functional.normalize(rand(50, 500, 64).double() + 1, dim=2)
-        return [features @ features.mT, torch.full((50,), 500, device=device), 20, 1000, 1e-9]
-
-    def pod_spatial() -> list[Any]:
-        return [rand(128, 64, 8, 8).contiguous(memory_format=torch.channels_last) for _ in range(2)] + [1]
-
-    def alpha_hypergradient() -> list[Any]:
-        target, prior = torch.randint(0, 100, (128,), device=device), torch.zeros(104, device=device)
-        return [
-            rand(128, 104),
-            rand(128, 104),
-            target,
-            prior,
-            *(torch.tensor(v, device=device) for v in (50, 100, 0.5)),
-        ]
-
-    return {
-        "augment": augment,
-        "herd": herd,
-        "pod_spatial": pod_spatial,
-        "less_forget": lambda: [rand(128, 64), rand(128, 64)],
-        "cosine_head": lambda: [rand(128, 64), rand(104, 10, 64), torch.ones((), device=device), 1.0],
-        "alpha_hypergradient": alpha_hypergradient,
-    }
-
-
-def time_other(name: str, arguments: list[Any], rounds: int) -> dict[str, Any]:
-    """Return the times of another kernel and of its plain form."""
-    plain = importlib.import_module(f"fastil.kernels.{name}").plain  # its import registers the operator
-    operator = getattr(torch.ops.fastil, name)
-    with torch.no_grad():
-        pair = [torch.utils._pytree.tree_leaves(form(*arguments)) for form in (operator, plain)]
-        errors = [relative_error(a, b.double()) for a, b in zip(*pair, strict=True) if b.any()]
-        if not max(errors) <= (0 if name in ("herd", "augment") else 1e-4):  # exact, and of two float32 results
-            raise ValueError(f"{name}: relative difference {max(errors):.1e} between its forms")
-        forms = {"triton": lambda: operator(*arguments), "plain": lambda: plain(*arguments)}
-        results = {form: measure([work], rounds) | {"launches": launches(work)} for form, work in forms.items()}
-    print(name, f"relative difference {max(errors):.1e}", json.dumps(results), flush=True)
-    return results | {"relative_difference": max(errors)}
-
-
-def whole_step(device: torch.device, rounds: int, batch: int = 128) -> dict[str, Any]:
-    """Return the times of a training step with the kernel and with the formulas: ResNet-32, bfloat16 autocast, a
-    teacher, SGD."""
-    results = {}
-    images = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    call = make_call(Case(batch, 104, 100, "fp32"), device, 0)
-    for name in ("kernel", "formulas"):
-        student, teacher = (build_network(ModelConfig("resnet32"), 104, seed).to(device) for seed in (0, 1))
-        teacher.eval()
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9, weight_decay=2e-4)
-
-        def step(name: str = name, student: Any = student, teacher: Any = teacher, optimizer: Any = optimizer) -> None:
-            optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-                logits = student(images).logits
-                with torch.no_grad():
-                    teacher_logits = teacher(images).logits
-            if name == "kernel":
-                fixed = scalars_of(call) | {"meter": call.meter}
-                gradient = incremental_loss_grad(logits, call.target, call.prior, teacher_logits, **fixed)
-                logits.backward(gradient)
-            else:
-                ce = balanced_cross_entropy(logits, call.target, call.prior)
-                kd = distillation(logits, teacher_logits, call.num_old, TEMPERATURE)
-                (call.ce_weight * ce + call.kd_weight * kd).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-        results[name] = measure([step], rounds)
-        print("whole step,", name, json.dumps(results[name]), flush=True)
-    return results
-
-
-def on_gpu(device: torch.device, rounds: int, cases: Sequence[Case]) -> None:
-    """Time everything on the GPU and write the result file."""
+def on_gpu(device: torch.device, cases: Sequence[Case], peers: tuple[str, ...], rounds: int) -> list[str]:
+    """Time everything on the GPU and write the result files after each case. Returns where fastil failed."""
     copy = copy_gb_per_s(rounds)
     print(
         f"{device_name(device)}: a copy reaches {copy['median']:.0f} GB/s; median us in {', '.join(MODES)}", flush=True
     )
-    content: dict[str, Any] = {
-        "versions": versions(),
-        "rounds": rounds,
-        "copy_gb_per_s": copy,
-        "loss": {},
-        "others": {},
-    }
-    name = "kernels"
+    entries: Entries = []
     for case in cases:
-        content["loss"][label(case)] = time_loss(case, device, copy["median"], rounds)
-        save(name, device, content)  # what is measured stays, whatever comes after
+        entries += time_case(case, peers, device, copy["median"], rounds)
+        path = write(device, {"rounds": rounds, "copy_gb_per_s": copy, "entries": entries})
         torch.cuda.empty_cache()
-    content["whole_step"] = whole_step(device, rounds)
-    for kernel, arguments in other_kernels(device).items():
-        content["others"][kernel] = time_other(kernel, arguments(), rounds)
-        save(name, device, content)
-    print(f"written to {save(name, device, content)}")
+    print(f"written to {path}, and .csv and .png")
+    # A peer's trouble does not fail the bench.
+    return [
+        f"{f['kernel']} {f['shape']} {f['dtype']}: {f['failed']}"
+        for f in entries
+        if "failed" in f and f["contestant"] == FASTIL
+    ]
 
 
-def main() -> None:
-    """Run the bench."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=20)
-    labels = {label(case): case for case in CASES}
-    parser.add_argument("--case", action="append", choices=labels, help="of the loss; default: all (on a GPU)")
-    arguments = parser.parse_args()
-    rounds, cases = arguments.rounds, [labels[name] for name in arguments.case or labels]
+def chosen(option: str, given: Sequence[str] | None, there: Sequence[str]) -> tuple[str, ...]:
+    """Return what was given, each once, or all that is there. Raises UserError for what is not there."""
+    for name in given or ():
+        if name not in there:
+            raise UserError(f"{option} {name}: there is no such one; use {', '.join(there)}")
+    return tuple(dict.fromkeys(given or there))
+
+
+def select(arguments: argparse.Namespace) -> tuple[list[Case], tuple[str, ...]]:
+    """Return the cases and the peers that the options ask for. Raises UserError where they do not fit."""
+    kernels = chosen("--kernel", arguments.kernel, [*KERNELS])
+    wanted = chosen("--dtype", arguments.dtype, [*DTYPES])
+    here = peers_here()
+    peers = chosen("--peer", arguments.peer or here, PEERS)
+    if LIGER in peers and LIGER not in here:
+        raise UserError(f"--peer {LIGER}: it is not installed; pip install liger-kernel")
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds {arguments.rounds}: must be at least 1")
+    shapes = [read_shape(text) for text in arguments.shape or ()]
+    cases = []
+    for name in kernels:
+        kernel = KERNELS[name]
+        dtypes = [dtype for dtype in kernel.dtypes if dtype in wanted]
+        if not dtypes and arguments.kernel:
+            raise UserError(f"--dtype {', '.join(wanted)}: {name} works in {', '.join(kernel.dtypes)}")
+        cases += [Case(*shape, dtype, name) for shape in shapes or kernel.shapes for dtype in dtypes]
+    if not cases:
+        raise UserError(f"--dtype {', '.join(wanted)}: no kernel works in it")
+    return cases, peers
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the bench. Exits with 2 for what cannot be chosen, with 1 if fastil failed or something was not counted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else "",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="B and W:\n" + "\n".join(f"  {name:<20}{kernel.axes}" for name, kernel in KERNELS.items()),
+    )
+    parser.add_argument("--kernel", action="append", help=f"some of {', '.join(KERNELS)}")
+    parser.add_argument("--shape", action="append", help="BxW or BxWxCLASSES, of every chosen kernel")
+    parser.add_argument("--dtype", action="append", help=f"some of {', '.join(DTYPES)}")
+    parser.add_argument("--peer", action="append", help=f"some of {', '.join(PEERS)}; fastil always takes part")
+    parser.add_argument("--rounds", type=int, default=20, help="of every time, on a GPU")
+    arguments = parser.parse_args(words)
+    try:
+        cases, peers = select(arguments)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     device = pick_device("auto")
-    if device.type == "cuda":
-        on_gpu(device, rounds, cases)
-    else:
-        on_paper(device)
+    wrong = on_gpu(device, cases, peers, arguments.rounds) if device.type == "cuda" else on_paper(device, cases, peers)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""What a training call of the incremental loss asks of a GPU, counted without one: launches, waits of the host, bytes.
+"""What a call of a kernel or of a peer asks of a GPU, counted without one: launches, waits of the host, bytes.
 
-The contestants compute Balanced Softmax cross-entropy plus distillation on the old columns, and the gradient in the
-logits. Nothing here is timed, and every count comes from running the code:
+Nothing here is timed, and every count comes from running the code:
 
-- operators of torch: by a dispatch mode. One that is no view and returns a tensor it writes is one launch. Bytes:
-  every element of its inputs once, of its outputs once.
+- operators of torch: by a dispatch mode. One that is no view and writes a tensor is one launch. Bytes: every element
+  of its inputs once, of its outputs once.
 - Triton kernels of fastil and Liger-Kernel: in Triton's interpreter, whose loads and stores are recorded. Bytes:
   the distinct addresses that a launch reads, and those that it writes.
 - torch.compile: the Triton code that Inductor generates for an H100, which stands there as a set of properties; bytes
@@ -16,19 +15,19 @@ only reads of a device value by the host count as waits, not copies of constants
 peers are lower bounds. The seed of the backward pass lies ready for everybody.
 
 The interpreter and Inductor's code generator cannot share a process. `bench.kernels` runs this file once for each,
-`python -m bench.launch_counts interpreted` and `... compiled`, and reads the JSON they print.
+`python -m bench.launch_counts interpreted` and `... compiled`, writes what is wanted to its input, and reads the JSON
+that it prints.
 """
 
 import argparse
 import contextlib
 import functools
-import importlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -37,9 +36,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.cases import Case
 from bench.code_for_h100 import for_h100
-from bench.loss_contestants import CASES, COMPILED, Call, Case, backward_of, contestants, formulas, make_call
+from bench.contestants import COMPILED, FASTIL, KERNELS, Contestant, entrants
 
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 INTERPRETED_ROWS = (4, 8)  # batch sizes that are run; a call's bytes lie on the line through them
 
 
@@ -73,9 +74,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "fastil":
-            name = func._schema.name.split("::")[1]
             with self:
-                return getattr(importlib.import_module(f"fastil.kernels.jit.{name}"), name)(*args, **kwargs)
+                return func.redispatch(CUDA, *args, **kwargs)
         result = func(*args, **kwargs)
         if not self.paused:
             self.operator(func, args, kwargs, result)
@@ -86,8 +86,12 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.split("::")[1]
         if name in ("_local_scalar_dense", "equal"):
             self.count.waits += 1
+        written = tensors(result)
+        if not written:  # in place on lists, such as _fused_sgd_; gradients may be changed there, but are not
+            places = zip(func._schema.arguments, args, strict=False)
+            written = tensors([a for place, a in places if place.is_write and place.name != "grads"])
         # empty, empty_like, new_empty, ... only allocate; lift_fresh hands a constant over.
-        if name != "equal" and (not tensors(result) or func.is_view or "empty" in name or name == "lift_fresh"):
+        if name != "equal" and (not written or func.is_view or "empty" in name or name == "lift_fresh"):
             return
         read = list(args)
         if name == "nll_loss_forward":
@@ -97,7 +101,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name in ("copy_", "fill_", "zero_"):
             del read[0]
         once = {(t.data_ptr(), t.shape, t.stride()): t for t in tensors([read, kwargs])}
-        self.count.bytes.append(sum(elements(t) * t.element_size() for t in [*once.values(), *tensors(result)]))
+        self.count.bytes.append(sum(elements(t) * t.element_size() for t in [*once.values(), *written]))
 
 
 @contextlib.contextmanager
@@ -145,14 +149,15 @@ def counted() -> Iterator[Count]:
         mock.patch.object(builder, "create_masked_load", recorded_load),
         mock.patch.object(builder, "create_masked_store", recorded_store),
         mock.patch.object(function, "run", recorded_run),
+        mock.patch.object(torch.cuda, "device", contextlib.nullcontext),  # which a launch makes the current one
         counter,
     ):
         yield counter.count
 
 
-def count_call(contestant: Callable[[Call], Tensor], case: Case) -> Count:
+def count_call(contestant: Contestant, case: Case) -> Count:
     """Return the count of one call of a contestant."""
-    call = make_call(case, torch.device("cpu"), 0)
+    call = KERNELS[case.kernel].make(case, torch.device("cpu"), 0)
     with counted() as count:
         contestant(call)
     return count
@@ -167,50 +172,67 @@ def along_the_line(counts: dict[int, Count], batch: int) -> Count:
     return Count([a + (b - a) * share for a, b in zip(few.bytes, more.bytes, strict=True)], few.waits)
 
 
-def count_interpreted(cases: list[Case]) -> list[dict[str, Count]]:
-    """Return the counts of every case, by contestant: all but torch.compile."""
-    entrants = contestants(compiled=False)
+@functools.cache
+def count_few(name: str, case: Case) -> Count:
+    """Return the count of one call of a contestant, once for every case."""
+    return count_call(entrants(KERNELS[case.kernel], (name,), None)[name], case)
 
-    @functools.cache
-    def counts(name: str, *shape: Any) -> dict[int, Count]:
-        return {rows: count_call(entrants[name], Case(rows, *shape)) for rows in INTERPRETED_ROWS}
 
-    return [
-        {name: along_the_line(counts(name, case.width, case.classes, case.dtype), case.batch) for name in entrants}
-        for case in cases
-    ]
+def count_interpreted(name: str, case: Case) -> Count:
+    """Return the count of one call of a contestant without torch.compile."""
+    if name in KERNELS[case.kernel].by_data:
+        return count_few(name, case)
+    return along_the_line({rows: count_few(name, replace(case, batch=rows)) for rows in INTERPRETED_ROWS}, case.batch)
 
 
 def count_compiled(case: Case) -> Count:
     """Return the counts of torch.compile in its default mode: launches in the Triton code that Inductor makes for an
     H100."""
-    count = Count()
+    count, kernel = Count(), KERNELS[case.kernel]
+    assert kernel.compiled is not None
 
     def read_code(graph: Any) -> None:
         code = graph.codegen()[0].value
         launches = re.findall(r"\.run\(.*stream=|extern_kernels\.\w+\(|torch\.ops\.\w+\.\w+\.\w+\(", code)
-        moved = [node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes]
+        nodes = [node for node in graph.scheduler.nodes if type(node).__name__ != "NopKernelSchedulerNode"]
+        moved = [node.get_read_write_buffers_sizes() for node in nodes]
         if len(moved) != len(launches):
             raise ValueError(f"{len(launches)} launches in the code of {len(moved)} scheduled kernels")
         count.bytes.extend(moved)
 
     with for_h100(read_code) as backend:
-        compiled = torch.compile(formulas, backend=backend, dynamic=False)
-        backward_of(compiled)(make_call(case, torch.device("cpu"), 0))
+        contestant = kernel.compiled(functools.partial(torch.compile, backend=backend, dynamic=False))
+        contestant(kernel.make(case, torch.device("cpu"), 0))
     return count
 
 
+def counts(part: str, case: Case, peers: tuple[str, ...]) -> dict[str, Any]:
+    """Return the counts of a case by contestant, or why there is none; of fastil there must be one."""
+    found: dict[str, Any] = {}
+    kernel = KERNELS[case.kernel]
+    for name in (FASTIL, *peers):
+        try:
+            if part == "compiled" and name == COMPILED and kernel.compiled is not None:
+                found[name] = asdict(count_compiled(case))
+            elif part == "interpreted" and name in kernel.contestants:
+                found[name] = asdict(count_interpreted(name, case))
+        except Exception as error:
+            if name == FASTIL:
+                raise
+            found[name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return found
+
+
 def main() -> None:
-    """Count one part and print JSON."""
+    """Count one part of the cases and peers that standard input names, and print JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=("interpreted", "compiled"))
-    if parser.parse_args().part == "interpreted":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            sys.exit("set TRITON_INTERPRET=1: Triton chooses its interpreter when it is imported")
-        counts = count_interpreted(CASES)
-    else:
-        counts = [{COMPILED: count_compiled(case)} for case in CASES]
-    print(json.dumps([{name: asdict(count) for name, count in row.items()} for row in counts]))
+    part = parser.parse_args().part
+    if part == "interpreted" and os.environ.get("TRITON_INTERPRET") != "1":
+        sys.exit("set TRITON_INTERPRET=1: Triton chooses its interpreter when it is imported")
+    torch.set_num_threads(1)
+    wanted = json.load(sys.stdin)
+    print(json.dumps([counts(part, Case(**case), tuple(wanted["peers"])) for case in wanted["cases"]]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ of the backward pass is ready for all of them, and the weights and numbers of cl
 in training: a step changes their values and no code.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,31 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.cases import DTYPES, Case
 from fastil.kernels import incremental_loss, incremental_loss_grad
 from fastil.losses import balanced_cross_entropy, distillation, log_prior
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEMPERATURE = 2.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """B rows of W columns, of which the first `classes` are classes and half of those are old."""
-
-    batch: int
-    width: int
-    classes: int
-    dtype: str
-
-    @property
-    def num_old(self) -> int:
-        """The number of old classes."""
-        return self.classes // 2
-
-
-SHAPES = ((128, 104, 100), (128, 1000, 1000), (1024, 104, 100), (1024, 1000, 1000), (1024, 4000, 4000),
-          (128, 21848, 21841), (1024, 21848, 21841))  # fmt: skip
-CASES = [Case(*shape, dtype) for shape in SHAPES for dtype in DTYPES]
 
 
 @dataclass
@@ -62,7 +41,8 @@ def make_call(case: Case, device: torch.device, seed: int) -> Call:
     """Return random inputs of a case."""
     random = torch.Generator(device).manual_seed(seed)
     options: dict[str, Any] = {"device": device, "generator": random}
-    logits, teacher = (torch.randn(case.batch, case.width, **options).mul_(3).to(DTYPES[case.dtype]) for _ in range(2))
+    shape = (case.batch, case.width)
+    logits, teacher = (torch.randn(shape, **options).mul_(3).to(DTYPES[case.dtype]) for _ in range(2))
     counts = torch.zeros(case.width, dtype=torch.int64)
     counts[: case.classes], counts[: case.num_old] = 500, 20
     rho = case.num_old / case.classes
@@ -152,16 +132,3 @@ def liger() -> Callable[[Call], Tensor]:
         return torch.autograd.grad(loss, call.logits, call.seed)[0]
 
     return run
-
-
-FASTIL, AUTOGRAD, EAGER, COMPILED, LIGER = "fastil", "fastil autograd", "eager", "torch.compile", "Liger-Kernel"
-
-
-def contestants(*, compiled: bool = True) -> dict[str, Callable[[Call], Tensor]]:
-    """Return the contestants by name: functions of a call that return the gradient in the logits."""
-    table = {FASTIL: fused_gradient, AUTOGRAD: fused_autograd, EAGER: backward_of(formulas)}
-    if compiled:
-        table[COMPILED] = backward_of(torch.compile(formulas, dynamic=False))
-    if importlib.util.find_spec("liger_kernel"):
-        table[LIGER] = liger()
-    return table

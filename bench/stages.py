@@ -76,14 +76,18 @@ def trainer_tests(small: bool) -> None:
 
 def step(small: bool) -> None:
     """Time the training step; the networks are compiled, which takes most of the time."""
-    python("-m", "bench.train_step", *(["--rounds", "1", "--precision", "fp32"] if small else ["--rounds", "3"]))
+    python(
+        "-m",
+        "bench.train_step",
+        *(["--rounds", "1", "--steps", "1", "--precision", "fp32"] if small else ["--rounds", "3"]),
+    )
 
 
 def streaming(small: bool) -> None:
     """Time the loaders on photos that are made here."""
     with tempfile.TemporaryDirectory() as folder:
         make_photos(Path(folder), 24 if small else 96)
-        images = "192" if small else "3000"
+        images = "128" if small else "3000"
         for name in ("loaders", "streamed"):
             python("-m", f"bench.{name}", "--rounds", "1" if small else "2", "--images", images, "--data", folder)
 
@@ -124,12 +128,17 @@ def sanitizer(small: bool) -> None:
 
 
 def kernel_times(small: bool) -> None:
-    """Time the incremental loss on three shapes."""
+    """Time the incremental loss against its peers on three shapes, then the other kernels against their plain forms."""
     if small:
         print("nothing to time without a GPU; python -m bench.kernels counts launches and bytes there")
         raise SystemExit(SKIPPED)
-    cases = ("128 x 104 fp32", "128 x 1000 bf16", "1024 x 1000 bf16")
-    python("-m", "bench.kernels", "--rounds", "10", *(word for case in cases for word in ("--case", case)))
+    loss = "--kernel incremental_loss --shape 128x104x100 --shape 128x1000 --shape 1024x1000 --dtype bf16 --rounds 10"
+    others = "--kernel augment --kernel herd --kernel pod_spatial --kernel less_forget --kernel cosine_head"
+    others += " --kernel alpha_hypergradient --kernel step --dtype bf16 --dtype fp64 --peer eager --rounds 10"
+    try:
+        python("-m", "bench.kernels", *loss.split())
+    finally:
+        python("-m", "bench.kernels", *others.split(), env={"FASTIL_RESULTS": str(OUT / "other_kernels")})
 
 
 def make_photos(folder: Path, count: int) -> None:

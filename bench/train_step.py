@@ -1,6 +1,6 @@
 """Training throughput of fastil's loop, of its ceiling and of the usual loop, in float32 and in bfloat16.
 
-python -m bench.train_step [--rounds N] [--precision fp32 --precision bf16]
+python -m bench.train_step [--rounds N] [--steps N] [--precision fp32 --precision bf16]
 
 (a) fastil: resident loader, compiled channels-last network, folded teacher, one read per epoch.
 (b) ceiling: the same compiled network and loss on one batch that is already there, and nothing else in the loop.
@@ -134,13 +134,13 @@ class UsualLoop:
         self.batches: Iterator[tuple[Tensor, Tensor]] = iter(loader)
         self.total = self.step(*next(self.batches))  # warm-up
 
-    def images_per_second(self) -> float:
-        """Return the images per second of STEPS steps."""
+    def images_per_second(self, steps: int = STEPS) -> float:
+        """Return the images per second of so many steps."""
         began, seen = time.perf_counter(), 0
-        for images, labels in islice(self.batches, STEPS):
+        for images, labels in islice(self.batches, steps):
             self.total += self.step(images, labels)
             seen += len(images)
-        assert seen == BATCH * STEPS, "the plan of the usual loop is too short for so many rounds"
+        assert seen == BATCH * steps, "the plan of the usual loop is too short for so many rounds"
         return seen / (time.perf_counter() - began)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
@@ -170,8 +170,8 @@ def check_pixels(split: Split, plan: EpochPlan, trainer: Trainer) -> None:
 class Contestant:
     """fastil's loop and its ceiling in one precision."""
 
-    def __init__(self, split: Split, device: torch.device, precision: Precision) -> None:
-        self.steps = STEPS if precision_note(precision, device) is None else 1
+    def __init__(self, split: Split, device: torch.device, precision: Precision, steps: int) -> None:
+        self.steps = steps if precision_note(precision, device) is None else 1
         self.trainer, _, *phases = build(split, device, BATCH * self.steps, precision=precision)
         self.phases: dict[bool, Phase] = {phase.teacher: phase for phase in phases}
         plan = phases[0].plan(0)
@@ -226,15 +226,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all that the device has")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a turn, on a CPU")
     arguments = parser.parse_args()
-    rounds, device = arguments.rounds, pick_device("auto")
+    rounds, steps, device = arguments.rounds, arguments.steps, pick_device("auto")
     if device.type == "cuda":
         on_gpu(device, arguments.precision or ["bf16"], rounds)
         return
     precisions = arguments.precision or [p for p in PRECISIONS if p != "tf32"]
-    images = BATCH * STEPS
+    images = BATCH * steps
     split = digits_at(32, images)
-    contestants = {precision: Contestant(split, device, precision) for precision in precisions}
+    contestants = {precision: Contestant(split, device, precision, steps) for precision in precisions}
     first = next(iter(contestants.values())).trainer
     check_pixels(split, training_plan(np.arange(images), Key(0, 1), TRANSFORM, BATCH), first)
     long_plan = training_plan(np.tile(np.arange(images), rounds + 1), Key(0, 2), TRANSFORM, BATCH)
@@ -245,8 +246,8 @@ def main() -> None:
             turns[f"a fastil, {precision}"] = partial(contestant.loop, teacher)
             turns[f"b ceiling, {precision}"] = partial(contestant.ceiling, teacher)
         usual = UsualLoop(split, long_plan, device, teacher)
-        turns["c usual"] = usual.images_per_second
-        print(f"{label}, images per second, {STEPS} batches of {BATCH} a turn")
+        turns["c usual"] = partial(usual.images_per_second, steps)
+        print(f"{label}, images per second, {steps} batches of {BATCH} a turn")
         figures = take_turns(turns, rounds)
         ratios = {}
         for precision in precisions:
@@ -261,7 +262,14 @@ def main() -> None:
         for name, values in ratios.items():
             show(f"{label}: {name}", values)
         results[label] = {"images_per_second": rates, "ratios": ratios}
-    content = {"rounds": rounds, "batch": BATCH, "model": "resnet32", "precisions": precisions, "results": results}
+    content = {
+        "rounds": rounds,
+        "steps": steps,
+        "batch": BATCH,
+        "model": "resnet32",
+        "precisions": precisions,
+        "results": results,
+    }
     print(f"written to {save('train_step', device, content)}")
 
 

@@ -1,200 +1,212 @@
-"""The bench of the kernels: what it counts, against figures worked out by hand, and what it makes of times."""
+"""The bench of the kernels: what is chosen, what it makes of times and counts, its CSV and its plot."""
 
+import csv
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SOAK
+from PIL import Image
 
-from bench import kernels, loss_contestants
+from bench import contestants, kernel_results, kernels
+from bench.cases import Case, read_shape
+from bench.contestants import AUTOGRAD, COMPILED, EAGER, FASTIL, KERNELS, LIGER, LOSS
 from bench.gpu_timing import percentiles
-from bench.loss_contestants import AUTOGRAD, EAGER, FASTIL, Case, contestants, gradient_in_float64, make_call
+from bench.kernel_results import entry, estimated_us, must_move, rows_of, with_rates, write_csv
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
+CASE = Case(6, 24, 20, "fp32")
 
 
 @pytest.fixture
-def counting():
-    """bench.launch_counts, where Triton runs in its interpreter."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("counting needs Triton's interpreter, which is off where there is a GPU")
-    from bench import launch_counts
+def chosen(monkeypatch, tmp_path):
+    """What the options choose, on a machine without a GPU and with Liger-Kernel: cases and peers."""
 
-    return launch_counts
+    def run(*words):
+        seen = []
+        monkeypatch.setattr(kernels, "peers_here", lambda: contestants.PEERS)
+        monkeypatch.setattr(kernels, "pick_device", lambda name: CPU)
+        monkeypatch.setattr(kernels, "on_paper", lambda device, cases, peers: seen.append((cases, peers)) or [])
+        kernels.main(words)
+        return seen[0]
 
-
-def counts_of(work, counting):
-    with counting.counted() as count:
-        work()
-    return count
+    return run
 
 
-@pytest.mark.parametrize(("width", "classes"), [(104, 100), (37, 37), (1000, 900)])
-@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
-def test_the_training_form_is_one_launch_that_moves_each_byte_once(counting, width, classes, dtype, size):
-    run = contestants(compiled=False)[FASTIL]
-    few, more = (counting.count_call(run, Case(rows, width, classes, dtype)) for rows in (3, 5))
-    assert (len(few.bytes), few.waits) == (1, 0)
-    per_row = (more.bytes[0] - few.bytes[0]) / 2
-    teacher = min(-(-(classes // 2) // 8) * 8, width)  # its old columns, in vectors of 8
-    target, meter = 8, 2 * 4 * 4
-    assert per_row == (2 * width + teacher) * size + target + meter
-    prior, scalars = 4 * width, 8 + 8 + 4 + 4 + 4
-    assert few.bytes[0] - 3 * per_row == prior + scalars
+def test_by_default_every_kernel_runs_in_its_shapes_and_dtypes_against_all_peers(chosen):
+    cases, peers = chosen()
+    assert {case.kernel for case in cases} == {
+        "incremental_loss", "augment", "herd", "pod_spatial", "less_forget", "cosine_head", "alpha_hypergradient",
+        "step",
+    }  # fmt: skip
+    assert {
+        (case.batch, case.width, case.classes, case.dtype) for case in cases if case.kernel == "incremental_loss"
+    } == {(*shape, dtype) for shape in LOSS.shapes for dtype in ("fp32", "bf16")}
+    assert peers == (EAGER, COMPILED, LIGER, AUTOGRAD)
 
 
-@pytest.mark.parametrize("width", [104, 9000])
-def test_the_counts_of_every_contestant_grow_along_a_line(counting, width):
-    for name, run in contestants(compiled=False).items():
-        small = {rows: counting.count_call(run, Case(rows, width, width - 3, "bf16")) for rows in (2, 4)}
-        measured = counting.count_call(run, Case(7, width, width - 3, "bf16"))
-        assert counting.along_the_line(small, 7) == measured, name
+def test_the_options_choose(chosen):
+    words = "--kernel augment --kernel less_forget --shape 64x48 --shape 7x33x20 --dtype bf16 --peer eager --peer eager"
+    cases, peers = chosen(*words.split())
+    assert cases == [
+        Case(64, 48, 48, "bf16", "augment"), Case(7, 33, 20, "bf16", "augment"),
+        Case(64, 48, 48, "bf16", "less_forget"), Case(7, 33, 20, "bf16", "less_forget"),
+    ]  # fmt: skip
+    assert peers == (EAGER,)
+    cases, _ = chosen("--dtype", "bf16")  # herd has none, and nobody asked for it
+    assert {case.dtype for case in cases} == {"bf16"}
+    assert "herd" not in {case.kernel for case in cases}
 
 
-def test_two_counts_of_different_launches_are_no_line(counting):
-    with pytest.raises(ValueError, match="depends on the number of rows"):
-        counting.along_the_line({1: counting.Count([1.0]), 2: counting.Count([1.0, 2.0])}, 3)
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ("--kernel herdd", "--kernel herdd: there is no such one; use incremental_loss, augment, herd"),
+        ("--dtype fp16", "--dtype fp16: there is no such one; use fp32, bf16, fp64"),
+        ("--peer liger", "--peer liger: there is no such one; use eager, torch.compile, Liger-Kernel, fastil-autograd"),
+        ("--peer Liger-Kernel", "--peer Liger-Kernel: it is not installed; pip install liger-kernel"),
+        ("--kernel herd --dtype bf16", "--dtype bf16: herd works in fp64"),
+        ("--kernel step --kernel augment --dtype fp64", "--dtype fp64: step works in bf16, fp32"),
+        ("--rounds 0", "--rounds 0: must be at least 1"),
+        ("--shape 128", "--shape 128: give BxW or BxWxCLASSES, such as 128x1000 or 128x104x100"),
+        ("--shape 128x", "--shape 128x: give BxW"),
+        ("--shape 0x10", "--shape 0x10: give BxW"),
+        ("--shape -1x10", "--shape -1x10: give BxW"),
+        ("--shape 4x10x11", "--shape 4x10x11: 11 classes; there must be from 2 to W, which is 10"),
+        ("--shape 4x10x1", "--shape 4x10x1: 1 classes; there must be from 2 to W"),
+    ],
+)
+def test_what_cannot_be_chosen_is_one_line(chosen, monkeypatch, capsys, words, error):
+    monkeypatch.setattr(contestants, "PEERS", (EAGER, COMPILED, AUTOGRAD))  # what is here
+    with pytest.raises(SystemExit) as stopped:
+        chosen(*words.replace(" -1", "=-1").split())
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(error)
+    assert said.count("\n") == 1
 
 
-def test_an_operator_is_a_launch_that_reads_and_writes_its_elements_once(counting):
-    x, y = torch.ones(6, 5), torch.ones(5)
-    cases = [
-        (lambda: x + y, [120 + 20 + 120]),
-        (lambda: x * x, [120 + 120]),
-        (lambda: x + y.expand(6, 5), [120 + 20 + 120]),
-        (lambda: x.to(torch.bfloat16), [120 + 60]),
-        (lambda: x.sum(), [120 + 4]),
-        (lambda: torch.empty(9).zero_(), [36]),
-        (lambda: x.add_(1), [240]),
-        (lambda: (x[2:], x.T, x.view(30), x.detach(), torch.empty_like(x)), []),
-        (lambda: x[:, :2] * 2, [2 * 6 * 2 * 4]),
-    ]
-    for work, expected in cases:
-        assert counts_of(work, counting) == counting.Count(expected, 0)
-
-
-def test_reading_a_value_is_a_wait(counting):
-    x = torch.ones(3)
-
-    def work():
-        assert x.sum() > 0
-        x[0].item()
-        torch.equal(x, x)
-
-    count = counts_of(work, counting)
-    assert count.waits == 3
-    assert len(count.bytes) == 3  # sum, comparison, equal
-
-
-def test_the_autograd_form_adds_a_reduction_and_a_product(counting):
-    count = counting.count_call(contestants(compiled=False)[AUTOGRAD], Case(4, 24, 20, "fp32"))
-    assert len(count.bytes) == 3
-    assert count.bytes[1:] == [4 * 4 + 4, 2 * 4 * 24 * 4 + 4]
-
-
-def test_counting_leaves_nothing_behind(counting):
-    from triton.runtime import interpreter
-
-    before = interpreter.InterpretedFunction.run
-    counts_of(lambda: torch.ones(2), counting)
-    assert interpreter.InterpretedFunction.run is before
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-6), ("bf16", 8e-3)])
-def test_all_contestants_compute_one_gradient(counting, dtype, tolerance):
-    call = make_call(Case(5, 43, 41, dtype), CPU, 1)
-    z, d, old, rho = call.logits.detach().double(), call.teacher.double(), 20, 20 / 41
-    z.requires_grad_()
-    counts = torch.tensor([20.0] * 20 + [500.0] * 21 + [0.0] * 2, dtype=torch.float64)
-    cross_entropy = torch.nn.functional.cross_entropy(z + counts.log(), call.target)
-    old_z, old_d = z[:, :old] / 2, d[:, :old] / 2
-    kd = -4 * (old_d.softmax(1) * old_z.log_softmax(1)).sum(1).mean()
-    (reference,) = torch.autograd.grad((1 - rho) * cross_entropy + rho * kd, z)
-    assert kernels.relative_error(gradient_in_float64(call), reference) < 1e-7  # the weights are float32
-    for name, run in contestants(compiled=False).items():
-        with counting.counted():
-            result = run(call)
-        assert kernels.relative_error(result, reference) <= tolerance, name
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for the GPU is for machines without one")
-def test_inductor_generates_code_for_a_gpu_that_is_not_there():
-    pytest.importorskip("triton")
-    code = (
-        "import json\n"
-        "from bench.launch_counts import count_compiled\n"
-        "from bench.loss_contestants import Case\n"
-        f"print(json.dumps([count_compiled(Case(128, 104, 100, d)).bytes for d in {('fp32', 'bf16')[not SOAK :]}]))"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    *single, half = json.loads(done.stdout)
-    assert 2 <= len(half) <= 20
-    logits = 128 * 104
-    # Forward and backward both read logits and teacher, and one writes the gradient.
-    assert 5 * logits * 2 <= sum(half) <= 26 * logits
-    for moved in single:
-        assert len(moved) == len(half)
-        assert 5 * logits * 4 <= sum(moved) <= 40 * logits
+@pytest.mark.parametrize("shape", [(128, 1000, 1000), (5, 7, 3)])
+def test_a_shape_is_read_as_it_is_written(shape):
+    assert read_shape(Case(*shape, "fp32").shape) == shape
 
 
 def test_a_part_that_cannot_be_counted_says_why(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    monkeypatch.setattr(
-        kernels.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "Traceback\nKeyError: 'x'\n")
-    )
-    assert kernels.count("compiled") == "KeyError: 'x'"
+    def failing(*arguments, **keys):
+        return subprocess.CompletedProcess(arguments, 1, "", "Traceback\nKeyError: 'x'\n")
+
+    monkeypatch.setattr(kernels.subprocess, "run", failing)
+    assert kernels.count("compiled", [CASE], (EAGER,)) == "KeyError: 'x'"
 
 
 def test_the_model_takes_the_bandwidth_or_the_floor_of_a_launch():
     small, large = Case(128, 104, 100, "fp32"), Case(1024, 21848, 21841, "fp32")
-    assert kernels.estimated_us([1000.0, 2000.0], small) == 4.0
-    assert kernels.estimated_us([11e6], small) == pytest.approx(1.2 + 2.0)
-    assert kernels.estimated_us([300e6], large) == pytest.approx(1.2 + 100)
+    assert estimated_us([1000.0, 2000.0], small) == 4.0
+    assert estimated_us([11e6], small) == pytest.approx(1.2 + 2.0)
+    assert estimated_us([300e6], large) == pytest.approx(1.2 + 100)
+    assert estimated_us([50e6], replace(small, kernel="step")) == pytest.approx(1.2 + 50 / 3)  # from its own bytes
 
 
-def test_the_loss_must_move_logits_gradient_and_half_of_the_teacher():
-    assert kernels.model_bytes(Case(128, 1000, 1000, "fp32")) == 128 * 1000 * 10
-    assert kernels.model_bytes(Case(1024, 104, 100, "bf16")) == 1024 * (208 + 50) * 2
+def test_what_must_move_is_what_goes_in_and_comes_out():
+    assert must_move(Case(128, 1000, 1000, "fp32")) == 128 * 1000 * 10  # logits, gradient, half of the teacher
+    assert must_move(Case(1024, 104, 100, "bf16")) == 1024 * (208 + 50) * 2
+    assert must_move(replace(CASE, kernel="augment")) == 6 * 24 * 24 * 3 * (1 + 4)
+    assert must_move(replace(CASE, kernel="step")) is None
 
 
-def test_rates_stand_beside_times_and_not_beside_reasons():
+def test_rates_stand_next_to_times_and_not_next_to_reasons():
     times = {"graph_warm": {"median": 2.0, "p20": 1.0, "p80": 3.0}, "graph_cleared": "cannot be captured: it waits"}
-    rated = kernels.with_rates(times, 4_000_000, 4000.0)
+    rated = with_rates(times, Case(1000, 400, 400, "fp32"), 4000.0)
     assert rated["graph_warm"] == times["graph_warm"] | {"gb_per_s": 2000.0, "percent_of_copy": 50.0}
     assert rated["graph_cleared"] == times["graph_cleared"]
+    assert with_rates(times, replace(CASE, kernel="step"), 4000.0) == times
 
 
 def test_percentiles_are_those_of_the_values():
     assert percentiles([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
 
 
-def test_a_table_lines_up_its_columns():
-    text = kernels.table(("name", "us"), [("a", 1.5), ("longer", 12.25)])
-    assert text.splitlines() == ["name       us", "a        1.50", "longer  12.25"]
+def test_estimates_are_rows_that_say_they_were_not_measured(tmp_path):
+    counts = {FASTIL: {"bytes": [160, 320.0], "waits": 1}, EAGER: {"failed": "RuntimeError: out of memory"}}
+    write_csv(tmp_path / "x.csv", kernels.estimate(Case(2, 8, 6, "fp32"), counts))
+    with (tmp_path / "x.csv").open() as file:
+        ours, theirs = csv.DictReader(file)
+    assert {key: value for key, value in ours.items() if value} == {
+        "kernel": "incremental_loss", "shape": "2x8x6", "dtype": "fp32", "contestant": FASTIL, "mode": "estimate",
+        "measured": "false", "median_us": "4", "launches": "2", "host_waits": "1", "moved_bytes": "480",
+    }  # fmt: skip
+    assert (theirs["note"], theirs["median_us"]) == ("failed: RuntimeError: out of memory", "")
 
 
-def test_the_rows_on_paper_add_up_the_launches(monkeypatch):
-    case = Case(2, 8, 8, "fp32")
-    monkeypatch.setattr(kernels, "CASES", [case])
-    (row,) = kernels.paper_rows([{EAGER: {"bytes": [160, 320.0], "waits": 1}}])
-    assert row == {
-        "case": "2 x 8 fp32",
-        "contestant": EAGER,
-        "launches": 2,
-        "host_waits": 1,
-        "bytes_per_logit": 30.0,
-        "estimated_us": 4.0,
+def test_measured_rows_hold_every_mode_and_what_was_found_of_the_call():
+    times = {"stream": {"median": 3.0, "p20": 2.0, "p80": 5.0, "gb_per_s": 9.0, "percent_of_copy": 4.0},
+             "graph_warm": "cannot be captured: the host waits for the device 5 times"}  # fmt: skip
+    found = entry(
+        CASE, LIGER, measured=True, launches=36, host_waits=5, peak_bytes=100, relative_error=1e-7, times=times
+    )
+    stream, warm = rows_of([found])
+    assert stream == {
+        "kernel": "incremental_loss", "shape": "6x24x20", "dtype": "fp32", "contestant": LIGER, "measured": True,
+        "mode": "stream", "median_us": 3.0, "p20_us": 2.0, "p80_us": 5.0, "gb_per_s": 9.0, "percent_of_copy": 4.0,
+        "launches": 36, "host_waits": 5, "peak_bytes": 100, "relative_error": 1e-7,
+    }  # fmt: skip
+    assert warm["note"] == "cannot be captured: the host waits for the device 5 times"
+    assert "median_us" not in warm
+    assert set(stream) | set(warm) <= set(kernel_results.COLUMNS)
+
+
+def timed(case, name, us, mode="graph_warm"):
+    return entry(case, name, measured=True, times={mode: {"median": us, "p20": us / 2, "p80": us * 2}})
+
+
+def test_the_plot_has_a_panel_for_each_kernel_dtype_and_batch(tmp_path, monkeypatch):
+    drawn = []
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: drawn.append(self))
+    entries = [timed(Case(128, width, width, "fp32"), FASTIL, width / 10) for width in (1000, 100)]
+    entries += [timed(Case(128, width, width, "fp32"), LIGER, width, "stream") for width in (100, 1000)]
+    entries += [timed(Case(128, 100, 100, "bf16"), name, us) for name, us in ((FASTIL, 2.0), (EAGER, 50.0))]
+    entries.append(entry(CASE, FASTIL, measured=True, failed="it did"))
+    kernel_results.draw(tmp_path / "x.png", entries, "a title")
+    (figure,) = drawn
+    lines, bars = figure.axes
+    assert (lines.get_title(), bars.get_title()) == (
+        "incremental_loss, fp32, B = 128",
+        "incremental_loss, bf16, B = 128",
+    )
+    assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines.get_lines()} == {
+        FASTIL: ([100, 1000], [10.0, 100.0]), f"{LIGER} (from Python)": ([100, 1000], [100, 1000]),
+    }  # fmt: skip
+    assert (lines.get_xscale(), lines.get_yscale()) == ("log", "log")
+    assert [text.get_text() for text in bars.get_yticklabels()] == [FASTIL, EAGER]
+    assert [bar.get_width() for bar in bars.patches] == [2.0, 50.0]
+    drawn.clear()
+    kernel_results.draw(tmp_path / "x.png", entries[-1:], "nothing was measured")
+    assert not drawn
+
+
+def test_without_a_gpu_the_same_options_are_counted_and_the_files_say_so(monkeypatch, tmp_path, capsys):
+    """The whole command, the process that counts included."""
+    monkeypatch.setenv("FASTIL_RESULTS", str(tmp_path))
+    monkeypatch.setattr(kernels, "pick_device", lambda name: CPU)
+    pytest.importorskip("triton")
+    words = "--kernel less_forget --shape 5x12 --dtype fp32 --peer eager"
+    kernels.main(words.split())
+    assert "NO TIME WAS MEASURED" in capsys.readouterr().out
+    with (tmp_path / "kernels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["contestant"] for row in rows] == [FASTIL, EAGER]
+    assert {(row["kernel"], row["shape"], row["dtype"], row["measured"], row["note"]) for row in rows} == {
+        ("less_forget", "5x12", "fp32", "false", "")
     }
+    assert rows[0]["moved_bytes"] == str(3 * 5 * 12 * 4 + 5 * 4)  # features, teacher, gradient; each row's loss
+    content = json.loads((tmp_path / "kernels.json").read_text())
+    assert content["note"].startswith("no time was measured")
+    assert [found["launches"] for found in content["entries"]] == [int(row["launches"]) for row in rows]
+    with Image.open(tmp_path / "kernels.png") as image:
+        assert image.width > 300
 
 
 @pytest.fixture
@@ -203,7 +215,8 @@ def no_timers(monkeypatch):
 
     class Graph:
         def replay(self):
-            self.result.detach().copy_(self.work())
+            for part, new in zip(*map(torch.utils._pytree.tree_leaves, (self.result, self.work())), strict=True):
+                part.detach().copy_(new)
 
     def graph_of(work):
         graph = Graph()
@@ -218,33 +231,62 @@ def no_timers(monkeypatch):
     replaced = {"graph_of": graph_of, "measure": measure, "launches": lambda work: 1, "waits": lambda work: 0}
     for name, function in (replaced | {"peak_bytes": lambda work: 0}).items():
         monkeypatch.setattr(kernels, name, function)
-    monkeypatch.setattr(
-        kernels, "contestants", lambda: {EAGER: loss_contestants.backward_of(loss_contestants.formulas)}
-    )
+    monkeypatch.setattr(kernels, "copy_gb_per_s", lambda rounds: percentiles([1000.0]))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def with_loss(monkeypatch, **forms):
+    monkeypatch.setitem(KERNELS, "incremental_loss", replace(LOSS, contestants=forms, compiled=None))
 
 
 def test_the_timing_of_the_loss_checks_every_contestant(no_timers, monkeypatch):
-    case = Case(6, 24, 20, "fp32")
-    result = kernels.time_loss(case, CPU, 1000.0, 1)[EAGER]
-    assert result["relative_error"] <= 1e-6
-    assert result["stream"]["gb_per_s"] == pytest.approx(kernels.model_bytes(case) / 2e3)
+    (found,) = kernels.time_case(CASE, (), CPU, 1000.0, 1)
+    assert found["relative_error"] <= 1e-6
+    assert found["times"]["stream"]["gb_per_s"] == pytest.approx(must_move(CASE) / 2e3)
 
-    def wrong(call):
-        return call.logits.detach() * 0
+    def wrong():
+        return lambda call: call.logits.detach() * 0
 
-    monkeypatch.setattr(kernels, "contestants", lambda: {"peer": wrong})
-    assert "peer at 6 x 24 fp32: relative error" in kernels.time_loss(case, CPU, 1000.0, 1)["peer"]["failed"]
-    monkeypatch.setattr(kernels, "contestants", lambda: {FASTIL: wrong})
-    with pytest.raises(ValueError, match="fastil at 6 x 24 fp32: relative error"):
-        kernels.time_loss(case, CPU, 1000.0, 1)
+    with_loss(monkeypatch, fastil=LOSS.contestants[FASTIL], eager=wrong)
+    ours, theirs = kernels.time_case(CASE, (EAGER,), CPU, 1000.0, 1)
+    assert "failed" not in ours
+    assert theirs["failed"] == "incremental_loss 6x24x20 fp32: relative error 1.0e+00 in a poisoned output"
 
 
-def test_every_other_kernel_has_arguments_that_its_plain_form_takes(no_timers):
-    for name, arguments in kernels.other_kernels(CPU).items():
-        result = kernels.time_other(name, arguments(), 1)
-        assert result["relative_difference"] == 0, name  # on the CPU the operator is its plain form
-        assert {"triton", "plain"} <= set(result)
+def test_where_fastil_fails_the_others_are_measured_and_the_bench_says_so(no_timers, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTIL_RESULTS", str(tmp_path))
+
+    def broken():
+        raise_it = iter(())
+        return lambda call: next(raise_it)
+
+    with_loss(monkeypatch, fastil=broken, eager=LOSS.contestants[EAGER])
+    cases = [CASE, replace(CASE, kernel="less_forget")]
+    wrong = kernels.on_gpu(CPU, cases, (EAGER,), 1)
+    assert wrong == ["incremental_loss 6x24x20 fp32: StopIteration"]
+    entries = json.loads((tmp_path / "kernels.json").read_text())["entries"]
+    assert ["failed" in found for found in entries] == [True, False, False, False]
+    assert (tmp_path / "kernels.csv").exists()
 
 
-def test_a_whole_step_runs_with_either_loss(no_timers):
-    assert set(kernels.whole_step(CPU, 1, batch=8)) == {"kernel", "formulas"}
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "incremental_loss"])
+def test_every_other_kernel_runs_in_each_dtype(no_timers, name):
+    shape = {"augment": (6, 9, 9), "pod_spatial": (4, 8, 8)}.get(name, (5, 24, 20))
+    for dtype in KERNELS[name].dtypes:
+        for found in kernels.time_case(Case(*shape, dtype, name), (EAGER,), CPU, 1000.0, 1):
+            assert found["measured"]
+            assert "failed" not in found, found
+            assert found["relative_error"] == (None if name == "step" else 0)  # on the CPU both are the plain form
+
+
+def test_poison_shows_where_a_result_is_not_written():
+    kept = torch.ones(3)
+
+    def work():
+        return torch.empty(1000), torch.zeros(2, dtype=torch.int64), kept
+
+    blank, zeros, same = kernels.poisoned(work)
+    assert blank.shape == (1000,)
+    assert not zeros.any()
+    assert same is kept
+    assert torch.equal(kept, torch.ones(3))
