@@ -1,19 +1,32 @@
 """Files in parts small enough to carry to a machine without network, put together there and checked by their hashes.
 
 python -m bench.carry pack FILE [FILE ...] FOLDER      parts of at most 56 MiB and a manifest, into FOLDER
+python -m bench.carry pack --classes N [--recipe NAME] DATA FOLDER
+                                                       the same of the first N classes of a data set alone
 python -m bench.carry unpack FOLDER TO                 the files, into the folder TO
 
-Needs nothing but Python. Parts may arrive one after the other; `unpack` names those that are missing or damaged and
-writes no file before all of it is right.
+Needs nothing but Python, --classes all of fastil. Parts may arrive one after the other; `unpack` names those that are
+missing or damaged and writes no file before all of it is right.
+
+--classes takes the classes that the recipe NAME (cifar100_balanced_5) learns first, as a tar, and adds a recipe that
+trains on them what NAME trains on all of it with classes=N: in the same order, and in the same steps if N is enough for
+them; if not, half of the classes first, then five steps. 30 classes of CIFAR-100 can be carried at once.
 """
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
+import tarfile
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastil.data.formats.records import Source
 
 PART = 56 * 2**20  # 58.7 MB
 MANIFEST = "manifest.json"
@@ -46,6 +59,64 @@ def pack(files: list[Path], folder: Path, part_bytes: int = PART) -> list[Path]:
         entries.append({"name": file.name, "bytes": size, "sha256": whole.hexdigest(), "parts": parts})
     (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
     return written
+
+
+def first_classes(data: Path, count: int, recipe: str, folder: Path) -> list[Path]:
+    """Write the classes of a data set that a recipe learns first, and a recipe for them, into a folder. Returns the
+    files. Raises UserError for a data set or a number that does not fit the recipe."""
+    import yaml
+
+    from fastil import recipe_file
+    from fastil.data import load_dataset
+    from fastil.data.formats.detect import open_source
+    from fastil.errors import UserError
+    from fastil.protocol import build_protocol
+    from fastil.tools.choice import subset
+
+    if recipe not in recipe_file.names():
+        raise UserError(f"--recipe {recipe}: no recipe that comes with fastil, as it must be there too")
+    whole = recipe_file.load(recipe, data=str(data))
+    if whole.data.dataset == "imagenet":
+        raise UserError(f"--recipe {recipe}: streams a .beton; fastil convert --classes makes a small one to carry")
+    names = load_dataset(whole.data).class_names
+    if not 2 <= count <= len(names):
+        raise UserError(f"--classes {count}: must lie between 2 and the {len(names)} classes of {data}")
+    steps: dict[str, Any] = {}
+    protocol = replace(whole.protocol, classes=count)
+    try:
+        order = build_protocol(protocol, len(names), names).order
+    except UserError:
+        added = count // 2
+        steps = {"base_classes": count - added, "increment": [(added + i) // 5 for i in range(5) if added + i >= 5]}
+        order = build_protocol(replace(protocol, **steps), len(names), names).order
+    first = [names[label] for label in order]
+    listed, archive = folder / "names", folder / f"first{count}.tar"
+    listed.write_text("".join(f"{name}\n" for name in first))
+    write_tar(subset(open_source(data), str(listed), None), archive)
+    listed.unlink()
+    keys = {
+        "base": recipe, "description": f"the first {count} classes of {recipe}", "order": first, "verify": False,
+        **steps,
+    }  # fmt: skip
+    (folder / f"first{count}.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    return sorted(folder.iterdir())
+
+
+def write_tar(source: "Source", path: Path) -> None:
+    """Write a data set as train/<class>/<number>.<kind> and val/..., in its order; pixels as PNG."""
+    from fastil.tools.export import as_png
+
+    with tarfile.open(path, "w") as archive:
+        for split, records in (("train", source.train), ("val", source.val)):
+            for i in range(len(records or ())):
+                assert records is not None
+                content = records.content(i)
+                if not isinstance(content, bytes):
+                    content = as_png(content)
+                kind = "jpg" if content.startswith(b"\xff\xd8") else "png"
+                member = tarfile.TarInfo(f"{split}/{source.class_names[records.labels[i]]}/{i:06d}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -105,6 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack")
+    packing.add_argument("--classes", type=int, help="of one data set, the first so many")
+    packing.add_argument("--recipe", default="cifar100_balanced_5", help="whose order and classes these are")
     packing.add_argument("files", nargs="+", type=Path)
     packing.add_argument("folder", type=Path)
     unpacking = commands.add_parser("unpack")
@@ -112,12 +185,25 @@ def main(arguments: list[str] | None = None) -> None:
     unpacking.add_argument("to", type=Path)
     given = parser.parse_args(arguments)
     try:
-        made = pack(given.files, given.folder) if given.command == "pack" else unpack(given.folder, given.to)
+        if given.command == "unpack":
+            made = unpack(given.folder, given.to)
+        elif given.classes is None:
+            made = pack(given.files, given.folder)
+        elif len(given.files) > 1:
+            raise ValueError(f"--classes {given.classes}: takes one data set, not {len(given.files)}")
+        else:
+            with tempfile.TemporaryDirectory() as name:
+                made = pack(first_classes(given.files[0], given.classes, given.recipe, Path(name)), given.folder)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     for path in made:
         print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+    total = sum(path.stat().st_size for path in made)
+    if given.command == "pack":
+        print(f"{total / 2**20:.1f} MiB, to be carried {'at once' if total <= PART else 'in several goes'}")
+    for recipe in (path for path in made if path.suffix == ".yaml"):
+        print(f"train on it: fastil run {recipe} --data {recipe.with_suffix('.tar')}")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def cifar100(small: bool) -> None:
         sources = [file for kind in ("beton", "tar") for file in sorted(folder.glob(f"*.{kind}"))]
         data = next((file for file in sources if not file.name.endswith(".val.beton")), folder)
         epochs = ["base_epochs=1", "epochs=1"] if small else ["base_epochs=40", "epochs=20"]
-        recipe = ["cifar100_balanced_5", *epochs, "--data", str(data)]
+        recipes = [str(file) for file in folder.glob("*.yaml")] or ["cifar100_balanced_5"]  # of the first classes alone
+        recipe = [recipes[0], *epochs, "--data", str(data)]
     else:
         print(
             "CIFAR-100 is not here, so this is digits. To carry it: python -m bench.carry pack "
