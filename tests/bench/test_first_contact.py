@@ -174,6 +174,30 @@ def test_the_table_of_stages_is_whole():
         assert all((wheels.ROOT / need).exists() for need in needs if need.startswith("tests/"))
 
 
+@pytest.mark.parametrize("carried", ["nothing", "all of it", "the first classes"])
+def test_the_row_of_cifar100_trains_on_what_was_carried(carried, tmp_path, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(stages, "python", lambda *words: commands.append(words))
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    monkeypatch.setattr(stages, "OUT", tmp_path / "out")
+    folder = tmp_path / "build/cifar100"
+    names = {"nothing": [], "all of it": ["x.val.beton", "x.beton"], "the first classes": ["first9.tar", "first9.yaml"]}
+    if names[carried]:
+        folder.mkdir(parents=True)
+    for name in names[carried]:
+        (folder / name).touch()
+    monkeypatch.setattr(stages, "CARRIED", tmp_path / "build/carried")
+    stages.cifar100(small=True)
+    run = commands[0][3:]
+    if carried == "nothing":
+        assert run[0] == "digits"
+        assert "CIFAR-100 is not here" in capsys.readouterr().out
+    else:
+        whole = carried == "all of it"
+        recipe, source = ("cifar100_balanced_5", "x.beton") if whole else (str(folder / "first9.yaml"), "first9.tar")
+        assert run[:5] == (recipe, "base_epochs=1", "epochs=1", "--data", str(folder / source))
+
+
 def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(wheels, "WHEELS", tmp_path)  # where there are none
     monkeypatch.setattr(first_contact, "missing", lambda path: ["pydantic", "isal", "scikit-learn"])
