@@ -102,7 +102,8 @@ def draw(path: Path, entries: Sequence[dict[str, Any]], title: str) -> None:
     Draws nothing where nothing was found."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     panels = _panels(entries)
     if not panels:
@@ -110,7 +111,7 @@ def draw(path: Path, entries: Sequence[dict[str, Any]], title: str) -> None:
     rows = -(-len(panels) // ABREAST)
     figure = Figure((5.2 * min(ABREAST, len(panels)), 3.4 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    names = sorted({name for panel in panels.values() for name in panel})
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     color = {name: f"C{i}" for i, name in enumerate(names)}
     for place, ((kernel, dtype, batch), panel) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, min(ABREAST, len(panels)), place)
@@ -119,6 +120,7 @@ def draw(path: Path, entries: Sequence[dict[str, Any]], title: str) -> None:
         if len(widths) == 1:
             _bars(axes, {name: spreads[widths[0]] for name, spreads in panel.items()}, color)
             axes.set(xlabel=f"us at W = {widths[0]}", xscale="log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             continue
         for name, spreads in panel.items():
             at = sorted(spreads)
@@ -129,8 +131,10 @@ def draw(path: Path, entries: Sequence[dict[str, Any]], title: str) -> None:
         axes.set_xticks(widths, [f"{width:,}" for width in widths])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    figure.suptitle(title)
+    patches = [Patch(color=color[name], label=name) for name in names]
+    figure.legend(
+        handles=patches, loc="outside upper center", ncols=3, frameon=False, title=title, title_fontsize="large"
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -172,6 +172,8 @@ def test_the_plot_has_a_panel_for_each_kernel_dtype_and_batch(tmp_path, monkeypa
     kernel_results.draw(tmp_path / "x.png", entries, "a title")
     (figure,) = drawn
     lines, bars = figure.axes
+    assert figure.legends[0].get_title().get_text() == "a title"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [FASTIL, f"{LIGER} (from Python)", EAGER]
     assert (lines.get_title(), bars.get_title()) == (
         "incremental_loss, fp32, B = 128",
         "incremental_loss, bf16, B = 128",
