@@ -46,7 +46,8 @@ $(OLDEST)/done:
 	@touch $@
 
 # Runs with the torch and the Triton of $(PYTHON) and installs nothing, and needs no network: what that Python lacks comes from
-# build/wheels, which `make wheels` fills elsewhere. ARGS: such as --only step,cifar100 or --device cpu (bench/first_contact.py).
+# build/wheels, which `make wheels` fills elsewhere. ARGS: such as --only step,cifar100 or --device cpu (bench/first_contact.py);
+# for wheels --python 3.11.
 gpu:
 	@PYTHONPATH=. $(PYTHON) -m bench.first_contact $(ARGS)
 
