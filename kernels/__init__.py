@@ -4,6 +4,7 @@ registration with torch. The Triton forms are in `jit/` and load on first use on
 from fastil.kernels.alpha_hypergradient import alpha_hypergradient
 from fastil.kernels.augment import augment
 from fastil.kernels.cosine_head import cosine_head
+from fastil.kernels.crop_resize import crop_resize
 from fastil.kernels.herd import herd
 from fastil.kernels.incremental_loss import incremental_loss, incremental_loss_grad
 from fastil.kernels.less_forget import less_forget
@@ -16,6 +17,7 @@ __all__ = [
     "alpha_hypergradient",
     "augment",
     "cosine_head",
+    "crop_resize",
     "herd",
     "incremental_loss",
     "incremental_loss_grad",

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from fastil.kernels.alpha_hypergradient import WIDEST
+from fastil.kernels.crop_resize import COLUMNS
 from fastil.kernels.herd import LARGEST
 from fastil.kernels.incremental_loss import WIDEST_COSINES, Operands
 from fastil.kernels.jit.alpha_hypergradient import alpha_hypergradient
 from fastil.kernels.jit.augment import augment
 from fastil.kernels.jit.cosine_head import cosine_head, cosine_head_grad
+from fastil.kernels.jit.crop_resize import crop_resize
 from fastil.kernels.jit.herd import herd
 from fastil.kernels.jit.incremental_loss import incremental_loss
 from fastil.kernels.jit.less_forget import less_forget
@@ -138,6 +140,19 @@ def augment_case(precision: str, source: int, size: int) -> Case:
     return Case(f"augment {precision} {size}x{size}", call, ("OUT",))
 
 
+def crop_resize_case(size: int) -> Case:
+    """Return a case of the frames of held images. Bytes are read and written one at a time: boxes begin anywhere, and a
+    pixel has three."""
+
+    def call() -> None:
+        table = torch.empty(BATCH, COLUMNS, dtype=torch.int64)
+        frames = torch.empty(BATCH, size, size, 3, dtype=torch.uint8)
+        crop_resize(torch.empty(1_000_000, dtype=torch.uint8), table, frames)
+
+    # Eight programs of four warps and more on a multiprocessor: they hide each other's waits for bytes.
+    return Case(f"crop_resize {size}x{size}", call, max_registers=64)
+
+
 def herd_case(images: int) -> Case:
     """Return a case of herding. Loads are one number wide: Gram matrices are as wide as the largest class, not
     padded."""
@@ -205,6 +220,7 @@ CASES = [
     *(alpha_hypergradient_case("fp32", width) for width in (104, 1000, WIDEST)),
     *(augment_case(dtype, 32, 32) for dtype in DTYPES),
     augment_case("bf16", 256, 224),
+    crop_resize_case(224),
     *(herd_case(images) for images in (500, 1_300, LARGEST)),
     *(less_forget_case(dtype, width) for dtype in DTYPES for width in (64, 512, WIDEST)),
     *(pod_spatial_case("bf16", *shape) for shape in (*CIFAR_MAPS, *IMAGENET_MAPS)),

@@ -55,6 +55,11 @@ def head():
     return {"features": features, "weight": weight, "scale": torch.tensor(3.0), "sharpness": 2.0}
 
 
+def frames():
+    table = torch.tensor([[0, 2, 2, 0, 0, 2, 2, 3, 3, 0, 0, 0]])
+    return {"store": torch.zeros(12, dtype=torch.uint8), "table": table, "frames": torch.zeros(1, 3, 3, 3).byte()}
+
+
 COUNTS = torch.tensor([20.0, 20.0, 500.0])
 # By name in fastil.kernels: all arguments, and those that the result has a derivative in.
 CALLS = {
@@ -63,6 +68,7 @@ CALLS = {
     "incremental_loss_grad": (lambda: loss_arguments() | {"meter": torch.zeros(BATCH, 4)}, {"logits"}),
     "alpha_hypergradient": (alpha, set()),
     "augment": (crops, set()),
+    "crop_resize": (frames, set()),
     "cosine_head": (head, {"features", "weight", "scale"}),
     "herd": (lambda: {"gram": torch.eye(5)[None], "counts": torch.tensor([5]), "m": 3}, set()),
     "less_forget": (lambda: {"features": torch.randn(2, 3), "teacher_features": torch.randn(2, 3)}, {"features"}),

@@ -100,8 +100,8 @@ def test_wide_logits_without_cosines_are_streamed(device, monkeypatch):
     ("module", "function"),
     [
         ("alpha_hypergradient", "alpha_hypergradient"), ("augment", "augment"), ("cosine_head", "cosine_head"),
-        ("cosine_head", "cosine_head_grad"), ("herd", "herd"), ("less_forget", "less_forget"),
-        ("pod_spatial", "pod_spatial"),
+        ("cosine_head", "cosine_head_grad"), ("crop_resize", "crop_resize"), ("herd", "herd"),
+        ("less_forget", "less_forget"), ("pod_spatial", "pod_spatial"),
     ],
 )  # fmt: skip
 def test_the_three_forms_of_an_operator_take_the_same_arguments(module, function):

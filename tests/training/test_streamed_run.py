@@ -122,7 +122,7 @@ def test_a_resident_memory_is_held_again_after_a_resume(file, tmp_path, monkeypa
     held, fit = [], resumed.trainer.fit
 
     def look(*arguments):
-        held.append(sorted(resumed.loaders.train.held))
+        held.append(resumed.loaders.train.held.ids.tolist())
         fit(*arguments)
 
     monkeypatch.setattr(resumed.trainer, "fit", look)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastil import machine
 from fastil.data.formats.beton import Beton
-from fastil.data.loaders.frames import central, unthinned
+from fastil.data.loaders.frames import resizes
 from fastil.data.loaders.streaming import AnySplit, Streaming
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
@@ -78,20 +78,17 @@ class Dali(Streaming):
     def _inputs(self, plan: EpochPlan, part: slice) -> list[Any]:
         """What the pipeline needs of a batch: encoded images or pixels, corner and size of the box, what it is resized
         to, and with `resize` corner and size of the frame in that."""
-        ids, boxes = plan.ids[part], plan.boxes[part]
-        if self.transform.resize is not None:
-            boxes = np.array([unthinned(box) for box in boxes.tolist()], np.int32)
+        ids = plan.ids[part]
+        boxes, sizes, frames = resizes(plan.boxes[part], self.transform)
         contents = [self.stored(i) for i in ids.tolist()]
         if self.encoded:
             self._check_sizes(ids.tolist(), contents)
             contents = [np.frombuffer(content, np.uint8) for content in contents]
-        corners, sizes = np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:])
-        frame = (self.transform.height, self.transform.width)
+        inputs = [contents, np.ascontiguousarray(boxes[:, :2]), np.ascontiguousarray(boxes[:, 2:]), sizes]
         if self.transform.resize is None:
-            return [contents, corners, sizes, np.tile(np.array(frame, np.int32), (len(ids), 1))]
-        resized = [central((height, width), self.transform) for height, width in sizes.tolist()]
-        of_frame = [np.array([box[side : side + 2] for _, box in resized], np.int32) for side in (0, 2)]
-        return [contents, corners, sizes, np.array([size for size, _ in resized], np.int32), *of_frame]
+            return inputs
+        frame = np.array([self.transform.height, self.transform.width], np.int32)
+        return [*inputs, frames, np.tile(frame, (len(ids), 1))]
 
     def _check_sizes(self, ids: list[int], contents: list[Any]) -> None:
         for i, content in zip(ids, contents, strict=True):

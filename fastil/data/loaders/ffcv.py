@@ -15,9 +15,10 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from fastil.data.loaders.frames import Box, cut
+from fastil.data.loaders.frames import Box
 from fastil.data.loaders.threads import Threads, new
 from fastil.errors import UserError
+from fastil.kernels.crop_resize import cut
 
 
 @cache

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil.data.formats.pixels import middle
+from fastil.kernels.crop_resize import cut
 from fastil.plan import Transform
 
 Box = tuple[int, int, int, int]  # top, left, height, width
+Boxes = NDArray[np.int32]
 Image = TypeVar("Image")
-Array = TypeVar("Array", NDArray[np.uint8], Tensor)  # uint8 [h, w, 3]
 
 
 def frame_of(
@@ -48,31 +49,22 @@ def central(size: tuple[int, int], transform: Transform) -> tuple[tuple[int, int
     return new, (round((new[0] - height) / 2), round((new[1] - width) / 2), height, width)
 
 
-def cut(image: Array, box: Box, room: Callable[[int, int], Array]) -> Array:
-    """A box of an image; outside the image is black. A view where it lies inside, else in room(height, width)."""
-    top, left, height, width = box
-    inside = image[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
-    if inside.shape[:2] == (height, width):
-        return inside
-    whole = room(height, width)
-    whole[...] = 0
-    at = whole[max(0, -top) :, max(0, -left) :]
-    at[: inside.shape[0], : inside.shape[1]] = inside
-    return whole
+def resizes(boxes: Boxes, transform: Transform) -> tuple[Boxes, Boxes, Boxes]:
+    """For boxes int32 [n, 4]: what is cut out, [n, 4], what that is resized to, [n, 2], and the top left corner of the
+    frame in that, [n, 2]."""
+    if transform.resize is None:
+        frame = np.array([transform.height, transform.width], np.int32)
+        return boxes, np.tile(frame, (len(boxes), 1)), np.zeros((len(boxes), 2), np.int32)
+    boxes = np.array([unthinned(box) for box in boxes.tolist()], np.int32).reshape(-1, 4)
+    placed = [central((height, width), transform) for height, width in boxes[:, 2:].tolist()]
+    sizes = np.array([size for size, _ in placed], np.int32).reshape(-1, 2)
+    return boxes, sizes, np.array([frame[:2] for _, frame in placed], np.int32).reshape(-1, 2)
 
 
 def scaled(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [h, w, 3], contiguous, at this height and width: bilinear, antialiased, on the device it lies on."""
-    if image.device.type != "cpu":
-        return in_floats(image, size)
+    """uint8 [h, w, 3], contiguous, on a CPU, at this height and width: bilinear, antialiased."""
     new = F.interpolate(channels_last(image), size=size, mode="bilinear", antialias=True, align_corners=False)
     return new[0].permute(1, 2, 0)
-
-
-def in_floats(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`scaled` where torch resizes no bytes, on a GPU; within one of 255."""
-    new = F.interpolate(channels_last(image).float(), size=size, mode="bilinear", antialias=True, align_corners=False)
-    return new.round_().clamp_(0, 255).byte()[0].permute(1, 2, 0)
 
 
 def channels_last(image: Tensor) -> Tensor:
@@ -82,6 +74,6 @@ def channels_last(image: Tensor) -> Tensor:
 
 
 def resized(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """For `frame_of`: uint8 [h, w, 3] by torch, where the pixels lie."""
+    """For `frame_of`: uint8 [h, w, 3] by torch, on a CPU."""
     part = cut(image, box, lambda height, width: image.new_empty(height, width, 3))
     return part if part.shape[:2] == size else scaled(part.contiguous(), size)

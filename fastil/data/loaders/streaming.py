@@ -7,7 +7,6 @@ held there as pixels: exemplars (memory=resident), and those that an overlay rep
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
@@ -17,17 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fastil import kernels, machine
+from fastil import kernels
 from fastil.data.formats.beton import RAW, Beton
 from fastil.data.formats.pixels import open_stored
 from fastil.data.loaders.batch import Batch, Inputs
-from fastil.data.loaders.frames import Box, frame_of, resized
+from fastil.data.loaders.frames import Box, resizes
+from fastil.data.loaders.held import Held
 from fastil.data.sources import Split
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform, sequential_plan
 
 AnySplit = Beton | Split
-TOGETHER = 256  # images that are decoded to be held
 
 
 class Streaming(ABC):
@@ -46,8 +45,8 @@ class Streaming(ABC):
         self.labels = torch.as_tensor(images.labels, device=device)
         self.mean = torch.tensor(transform.mean, device=device)
         self.std = torch.tensor(transform.std, device=device)
-        self.held: dict[int, Tensor] = {}  # pixels on the device, [h, w, 3], by sample
-        self.replaced: set[int] = set()  # those of them that are not what is stored
+        self.held = Held(len(self.sizes), device)
+        self.replaced = np.zeros(len(self.sizes), dtype=np.bool_)  # held images that are not what is stored
         self.reads_held = device.type == "cpu"  # whether `frames` shows them; else `pixels` makes their frames
         self.whole_frames: dict[int, tuple[Tensor, Tensor]] = {}  # rows and boxes of a batch, by its size
         self.copies = None
@@ -93,31 +92,38 @@ class Streaming(ABC):
         if self.closed:
             raise ValueError("this loader was closed")
         apart = np.zeros(len(plan.ids), dtype=np.bool_)
-        if self.held and not self.reads_held:
-            apart = np.fromiter((i in self.held for i in plan.ids.tolist()), np.bool_, len(plan.ids))
-        streamed = plan.only(~apart)
-        parts, streamed_parts = list(plan.batches())[first:], list(streamed.batches())[first:]
+        if not self.reads_held:
+            apart = self.held.starts[plan.ids] >= 0
+        streamed, held = plan.only(~apart), plan.only(apart)
+        parts, streamed_parts, held_parts = (list(one.batches())[first:] for one in (plan, streamed, held))
         starts = np.array([part.start for part in plan.batches()], dtype=np.int64)
         lengths = np.array([part.stop - part.start for part in plan.batches()], dtype=np.int64)
         row = np.arange(len(plan.ids)) - np.repeat(starts, lengths)
         places = torch.as_tensor(row[~apart], device=self.device)  # of what is streamed, in its batch
+        table, store = torch.as_tensor(self._table(held, row[apart]), device=self.device), self.held.pixels
         size = (self.transform.height, self.transform.width, 3)
         with closing(self.frames(streamed, [part for part in streamed_parts if part.stop > part.start])) as frames:
             arriving = self._sent(frames)
-            for part, streamed_part in zip(parts, streamed_parts, strict=True):
+            for part, streamed_part, held_part in zip(parts, streamed_parts, held_parts, strict=True):
                 count, some = part.stop - part.start, streamed_part.stop > streamed_part.start
-                if some and streamed_part.stop - streamed_part.start == count:
+                if some and held_part.stop == held_part.start:
                     yield next(arriving)
                     continue
                 batch = torch.empty(count, *size, dtype=torch.uint8, device=self.device)
                 if some:
                     batch[places[streamed_part]] = next(arriving)
-                for at in np.flatnonzero(apart[part]).tolist():
-                    i, box = int(plan.ids[part][at]), plan.boxes[part][at].tolist()
-                    batch[at] = frame_of(self.held[i], box, self.transform_of(i, box), resized)
+                kernels.crop_resize(store, table[held_part], batch)
                 yield batch
             for _ in arriving:  # there is none; it learns that it was read to the end
                 raise AssertionError
+
+    def _table(self, held: EpochPlan, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What `kernels.crop_resize` makes the frames of held images by, [n, 12]. rows: of each in its batch."""
+        boxes, sizes, corners = resizes(held.boxes, self.transform)
+        shown = self.is_frame(held.ids, held.boxes)  # as they are: see `transform_of`
+        boxes[shown], sizes[shown], corners[shown] = resizes(held.boxes[shown], self.unresized)
+        images = self.held.starts[held.ids, None], self.sizes[held.ids]
+        return np.concatenate([*images, boxes, sizes, corners, rows[:, None]], axis=1, dtype=np.int64)
 
     def _sent(self, frames: Iterator[Tensor]) -> Iterator[Tensor]:
         """The frames on the device: to a GPU one batch ahead, by a stream of its own, while the batch before is worked
@@ -147,28 +153,29 @@ class Streaming(ABC):
     def keep(self, ids: NDArray[np.int64]) -> None:
         """Hold these images as pixels on the device, so that they are not read again, and let go of all others but
         those of an overlay, whose pixels are nowhere else. ids: int64 [n]."""
-        wanted = set(ids.tolist()) | self.replaced
-        self.held = {i: pixels for i, pixels in self.held.items() if i in wanted}
-        missing = sorted(wanted - self.held.keys())
-        with ThreadPoolExecutor(machine.cores(), thread_name_prefix="fastil-keep") as pool:
-            for start in range(0, len(missing), TOGETHER):  # not all of them at once on their way to a GPU
-                some = missing[start : start + TOGETHER]
-                for i, pixels in zip(some, pool.map(self.decoded, some), strict=True):
-                    self.held[i] = torch.from_numpy(pixels).to(self.device)
+        self.held.hold(np.union1d(ids, np.flatnonzero(self.replaced)), self.sizes, self.decoded)
 
     def overlay(self, ids: Tensor, images: Tensor) -> None:
         """Replace some images. ids: int64 [n]; images: uint8 [n, h, w, 3]. Their `sizes` are then those of these."""
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(ids) or images.shape[3] != 3:
             raise ValueError(f"images must be uint8 [{len(ids)}, h, w, 3], not {images.dtype} {[*images.shape]}")
-        for i, pixels in zip(ids.tolist(), images.to(self.device), strict=True):
-            self.sizes[i] = pixels.shape[:2]
-            self.held[i] = pixels.clone()  # a view would keep all of them
-            self.replaced.add(i)
+        samples = ids.cpu().numpy()
+        new = dict(zip(samples.tolist(), images.cpu().numpy(), strict=True))
+        all_held = np.union1d(self.held.ids, samples)
+        self.held.forget(samples)
+        self.sizes[samples], self.replaced[samples] = images.shape[1:3], True
+        self.held.hold(all_held, self.sizes, new.__getitem__)
 
     def transform_of(self, i: int, box: Box) -> Transform:
         """The transform of an image: an overlay that is a frame already is shown as it is."""
+        resized = self.transform.resize is not None
+        return self.unresized if resized and self.is_frame(i, np.array(box)) else self.transform
+
+    def is_frame(self, ids: int | NDArray[np.int64], boxes: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Which visits are of an overlay that is a frame already. ids: [n] or one; boxes: [n, 4] or one."""
         whole = (0, 0, self.transform.height, self.transform.width)
-        return self.unresized if i in self.replaced and tuple(box) == whole else self.transform
+        shown: NDArray[np.bool_] = self.replaced[ids] & (boxes == whole).all(axis=-1)
+        return shown
 
     def check_size(self, i: int, height: int, width: int) -> None:
         """Raise UserError for an image that is not as high and wide as its row says: the boxes would mean nothing."""
@@ -181,7 +188,10 @@ class Streaming(ABC):
 
     def content(self, i: int) -> NDArray[np.uint8] | memoryview:
         """What is shown for an image on the CPU: pixels [h, w, 3], or the bytes of a JPEG, not copied."""
-        return self.held[i].numpy() if i in self.held and self.reads_held else self.stored(i)
+        if self.reads_held and self.held.starts[i] >= 0:
+            pixels: NDArray[np.uint8] = self.held.image(i, self.sizes[i]).numpy()
+            return pixels
+        return self.stored(i)
 
     def decoded(self, i: int) -> NDArray[np.uint8]:
         """The pixels of an image as it is stored, [h, w, 3], in memory of their own."""
@@ -212,8 +222,7 @@ class Streaming(ABC):
 
     def close(self) -> None:
         self.closed = True
-        self.held.clear()
-        self.replaced.clear()
+        self.held = Held(len(self.sizes), self.device)
 
 
 def _received(sent: Tensor, arrived: torch.cuda.Event, working: torch.cuda.Stream) -> Tensor:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastil import machine
-from fastil.data.loaders.frames import Box, cut, frame_of, scaled
+from fastil.data.loaders.frames import Box, frame_of, scaled
 from fastil.data.loaders.streaming import AnySplit, Streaming
+from fastil.kernels.crop_resize import cut
 from fastil.plan import EpochPlan, Transform
 
 AHEAD = 2  # batches that are in work besides the one that is asked for

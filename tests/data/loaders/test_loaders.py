@@ -14,11 +14,11 @@ import torch
 from conftest import encoded
 from PIL import Image
 
+from fastil import kernels
 from fastil.data import Split, make_loader
 from fastil.data.formats import beton as beton_format
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.choose import check_resident, choose, installed
-from fastil.data.loaders.frames import in_floats, scaled
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, sequential_plan, training_plan
 from fastil.tools.convert import convert, options_of
@@ -237,10 +237,10 @@ def test_held_images_look_as_before_and_are_not_read(opened, backend, mode, tran
 @pytest.mark.parametrize("transform", [RESIZED, CENTRAL])
 @pytest.mark.parametrize("backend", ["reference", "threads", DALI])
 def test_so_they_do_where_they_are_made_frames_apart_from_the_rest(opened, backend, mode, transform, monkeypatch):
-    """As on a GPU, and always by DALI; they are what `threads` would make of them."""
+    """As on a GPU, and always by DALI; they are what `threads` would make of them, which resizes bytes, to within 1."""
     loader = opened(mode, "different", backend, transform)
     loader.reads_held = False
-    bounds = {"threads": 0, "reference": BOUNDS["threads"][0], "dali": BOUNDS["dali"][0]}
+    bounds = {"threads": 1, "reference": BOUNDS["threads"][0], "dali": BOUNDS["dali"][0]}
     check_held(loader, bounds[backend], monkeypatch)
 
 
@@ -276,8 +276,8 @@ def test_no_more_is_held_than_was_asked_for(opened, backend, monkeypatch):
         decoded.clear()
         loader.keep(np.array(ids, dtype=np.int64))
         assert sorted(decoded) == read
-        assert sorted(loader.held) == sorted({*ids, 4})  # an overlay stays: its pixels are nowhere else
-    np.testing.assert_array_equal(loader.held[4].numpy(), new)
+        assert loader.held.ids.tolist() == sorted({*ids, 4})  # an overlay stays: its pixels are nowhere else
+    np.testing.assert_array_equal(loader.held.image(4, loader.sizes[4]).numpy(), new)
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "dali"])
@@ -288,12 +288,39 @@ def test_held_images_must_not_be_made_otherwise_than_the_rest(files, backend):
             check_resident(beton, 10, backend, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("size", [(224, 224), (37, 90), (8, 8)])
-def test_frames_that_a_gpu_makes_are_within_one_of_those_of_a_cpu(size):
-    image = torch.from_numpy(photo(60, 97, 5))
-    difference = in_floats(image, size).int() - scaled(image, size).int()
-    assert difference.shape == (*size, 3)
-    assert difference.abs().max() <= 1
+@pytest.mark.parametrize("transform", [RESIZED, CENTRAL])
+def test_the_frames_of_a_batch_are_made_by_one_launch(opened, transform, monkeypatch):
+    """On a GPU, where they are many: overlays and exemplars of all sizes together, and none in batches without any."""
+    loader = opened("jpeg", "different", "threads", transform)
+    plan = plans(loader)
+    batches = [plan.ids[part] for part in plan.batches()]
+    loader.keep(np.concatenate(batches[1:]))
+    ids = torch.from_numpy(batches[1][:2])
+    loader.overlay(ids, torch.stack([torch.from_numpy(photo(transform.height, transform.width, 9))] * 2))
+    plan = plans(loader)  # boxes of replaced images are others
+    read = frames_of(loader, plan)
+    loader.reads_held = False
+    launches, launch = [], kernels.crop_resize
+    monkeypatch.setattr(kernels, "crop_resize", lambda *a: launches.append(len(a[1])) or launch(*a))
+    made = frames_of(loader, plan)
+    held = np.isin(plan.ids, loader.held.ids)
+    assert launches == [held[part].sum() for part in plan.batches() if held[part].any()]
+    assert np.abs(made.astype(int) - read).max() <= 1
+    if transform is CENTRAL:  # overlays are shown as they are
+        np.testing.assert_array_equal(made[np.isin(plan.ids, ids)], read[np.isin(plan.ids, ids)])
+
+
+def test_an_overlay_of_what_is_held_takes_its_place(opened):
+    loader = opened("jpeg", "different", "threads", PADDED)
+    loader.keep(np.array([2, 4, 9]))
+    before = {i: loader.held.image(i, loader.sizes[i]).clone() for i in (2, 9)}
+    for turn in range(2):
+        new = torch.from_numpy(np.stack([photo(SIDE + turn, SIDE, 90 + turn)] * 2))
+        loader.overlay(torch.tensor([7, 4]), new)
+        assert loader.held.ids.tolist() == [2, 4, 7, 9]
+        assert loader.held.pixels.numel() == sum(3 * int(loader.sizes[i].prod()) for i in (2, 4, 7, 9))
+        for i, wanted in {**before, 4: new[1], 7: new[0]}.items():
+            assert torch.equal(loader.held.image(i, loader.sizes[i]), wanted)
 
 
 # What can go wrong

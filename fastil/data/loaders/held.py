@@ -1,0 +1,65 @@
+"""Images of a split that are held decoded on the device: exemplars (memory=resident), and an overlay's (Mnemonics)."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastil import machine
+from fastil.protocol import Ids
+
+TOGETHER = 256  # images that are decoded and sent at once
+
+
+class Held:
+    """Images of any sizes in one buffer, one after the other, so that one launch makes the frames of a batch of them.
+
+    pixels: uint8 [bytes]. starts: int64 [images of the split], where each begins in it, -1 for one that is not held.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.pixels = torch.empty(0, dtype=torch.uint8, device=device)
+        self.starts = np.full(count, -1, dtype=np.int64)
+
+    @property
+    def ids(self) -> Ids:
+        """The samples that are held, ascending."""
+        return np.flatnonzero(self.starts >= 0)
+
+    def image(self, i: int, size: NDArray[np.int32]) -> Tensor:
+        """A view of the pixels of one that is held, uint8 [h, w, 3]."""
+        height, width = size.tolist()
+        start = int(self.starts[i])
+        return self.pixels[start : start + height * width * 3].view(height, width, 3)
+
+    def hold(self, ids: Ids, sizes: NDArray[np.int32], pixels_of: Callable[[int], NDArray[np.uint8]]) -> None:
+        """Hold these and no others. ids: int64 [n], ascending, each once. sizes: int32 [images of the split, 2].
+        pixels_of: reads an image that is not held yet; it is called in several threads."""
+        if np.array_equal(ids, self.ids):
+            return
+        device, lengths = self.pixels.device, sizes.prod(axis=1, dtype=np.int64) * 3
+        # By way of the host: there might be no room for the old and the new at once on the device.
+        before, starts = self.pixels.cpu().numpy(), self.starts
+        ends = np.cumsum(lengths[ids])
+        self.starts = np.full(len(starts), -1, dtype=np.int64)
+        self.pixels = torch.empty(0, dtype=torch.uint8, device=device)
+        self.pixels = torch.empty(int(lengths[ids].sum()), dtype=torch.uint8, device=device)
+
+        def flat(i: int) -> NDArray[np.uint8]:
+            start = starts[i]
+            return before[start : start + lengths[i]] if start >= 0 else pixels_of(i).reshape(-1)
+
+        with ThreadPoolExecutor(machine.cores(), thread_name_prefix="fastil-keep") as pool:
+            for at in range(0, len(ids), TOGETHER):
+                some = ids[at : at + TOGETHER]
+                part = np.concatenate(list(pool.map(flat, some.tolist())))
+                end = int(ends[at + len(some) - 1])
+                self.pixels[end - len(part) : end] = torch.from_numpy(part)
+        self.starts[ids] = ends - lengths[ids]
+
+    def forget(self, ids: Ids) -> None:
+        """Hold these no longer; their room stays until the next `hold`."""
+        self.starts[ids] = -1

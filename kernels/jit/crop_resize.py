@@ -1,0 +1,91 @@
+"""Cut boxes out of images of any sizes and resize them into uint8 frames, in one launch."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastil.kernels.jit.launching import launch
+
+BLOCK = 256  # pixels per program; with 4 warps two per thread, so that six loads are on their way at once
+NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float this large has no fraction, and adding rounds to even
+
+
+@triton.jit
+def filter_of(at, length, size):
+    """Where a pixel of the output lies in the input (its centre, and its first pixel that counts), by how much a
+    neighbour's weight falls, and the pixels that count, at most. length, size: of input and output."""
+    scale = tl.div_rn(length.to(tl.float32), size.to(tl.float32))
+    support = tl.maximum(scale, 1.0)
+    center = scale * (at.to(tl.float32) + 0.5)
+    first = tl.maximum((center - support + 0.5).to(tl.int32), 0)
+    taps = tl.where(scale == 1.0, 1, tl.ceil(2 * support).to(tl.int32))
+    return center, first, tl.div_rn(tl.full([], 1.0, tl.float32), support), taps
+
+
+@triton.jit(do_not_specialize=["size", "count"])
+def crop_and_resize(
+    STORE,  # [size] uint8
+    TABLE,  # [B, 12] int64
+    FRAMES,  # [count, H, W, 3] uint8
+    size,
+    count,
+    H: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A part of a frame per program. Each pixel sums over its window in the image: a two-step filter would read half as
+    much, from the caches, and would need room for its first step."""
+    table = TABLE + (tl.program_id(0) // PARTS).to(tl.int64) * 12
+    start, frame = tl.load(table), tl.load(table + 11)
+    height, width = tl.load(table + 1).to(tl.int32), tl.load(table + 2).to(tl.int32)
+    top, left = tl.load(table + 3).to(tl.int32), tl.load(table + 4).to(tl.int32)
+    box_height, box_width = tl.load(table + 5).to(tl.int32), tl.load(table + 6).to(tl.int32)
+    new_height, new_width = tl.load(table + 7).to(tl.int32), tl.load(table + 8).to(tl.int32)
+    pixel = (tl.program_id(0) % PARTS) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(table + 9).to(tl.int32) + pixel // W
+    x = tl.load(table + 10).to(tl.int32) + pixel % W
+    end = tl.where((frame >= 0) & (frame < count), H * W, 0)  # nothing is written of a frame that is not there
+    read = tl.where((start >= 0) & (start + height.to(tl.int64) * width * 3 <= size), end, 0)
+    shown = (pixel < read) & (y >= 0) & (y < new_height) & (x >= 0) & (x < new_width)
+    center_y, first_y, fall_y, taps_y = filter_of(y, box_height, new_height)
+    center_x, first_x, fall_x, taps_x = filter_of(x, box_width, new_width)
+    red, green = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    blue, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for i in range(taps_y):
+        row = first_y + i
+        weight_y = tl.maximum(1.0 - tl.abs(row.to(tl.float32) + 0.5 - center_y) * fall_y, 0.0)
+        weight_y = tl.where(row < box_height, weight_y, 0.0)
+        line = shown & (row < box_height) & (top + row >= 0) & (top + row < height)
+        for j in range(taps_x):
+            column = first_x + j
+            weight = tl.maximum(1.0 - tl.abs(column.to(tl.float32) + 0.5 - center_x) * fall_x, 0.0) * weight_y
+            weight = tl.where(column < box_width, weight, 0.0)
+            inside = line & (column < box_width) & (left + column >= 0) & (left + column < width)
+            at = STORE + start + ((top + row) * width + left + column) * 3  # an image has fewer than 2**31 bytes
+            red += weight * tl.load(at, mask=inside, other=0).to(tl.float32)
+            green += weight * tl.load(at + 1, mask=inside, other=0).to(tl.float32)
+            blue += weight * tl.load(at + 2, mask=inside, other=0).to(tl.float32)
+            total += weight
+    total = tl.where(shown, total, 1.0)
+    out = FRAMES + (frame * (H * W) + pixel) * 3
+    tl.store(out, (tl.div_rn(red, total) + NEAREST - NEAREST).to(tl.uint8), mask=pixel < end)
+    tl.store(out + 1, (tl.div_rn(green, total) + NEAREST - NEAREST).to(tl.uint8), mask=pixel < end)
+    tl.store(out + 2, (tl.div_rn(blue, total) + NEAREST - NEAREST).to(tl.uint8), mask=pixel < end)
+
+
+def crop_resize(store: Tensor, table: Tensor, frames: Tensor) -> None:
+    """Launch. Arguments as those of `fastil.kernels.crop_resize.plain`."""
+    count, height, width, _ = frames.shape
+    parts = triton.cdiv(height * width, BLOCK)
+    launch(
+        crop_and_resize,
+        (len(table) * parts,),
+        store,
+        table.contiguous(),
+        frames,
+        len(store),
+        count,
+        num_warps=4,
+        H=height,
+        W=width,
+        PARTS=parts,
+        BLOCK=BLOCK,
+    )
