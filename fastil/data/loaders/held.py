@@ -41,23 +41,24 @@ class Held:
         if np.array_equal(ids, self.ids):
             return
         device, lengths = self.pixels.device, sizes.prod(axis=1, dtype=np.int64) * 3
-        # By way of the host: there might be no room for the old and the new at once on the device.
-        before, starts = self.pixels.cpu().numpy(), self.starts
-        ends = np.cumsum(lengths[ids])
+        starts, ends = self.starts, np.cumsum(lengths[ids])
+        fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > lengths[ids].sum()
+        before = self.pixels if fits else self.pixels.cpu()  # both at once, or by way of the host
         self.starts = np.full(len(starts), -1, dtype=np.int64)
         self.pixels = torch.empty(0, dtype=torch.uint8, device=device)
         self.pixels = torch.empty(int(lengths[ids].sum()), dtype=torch.uint8, device=device)
 
-        def flat(i: int) -> NDArray[np.uint8]:
+        def flat(i: int) -> Tensor:
             start = starts[i]
-            return before[start : start + lengths[i]] if start >= 0 else pixels_of(i).reshape(-1)
+            flat = before[start : start + lengths[i]] if start >= 0 else torch.from_numpy(pixels_of(i)).flatten()
+            return flat.to(device)
 
         with ThreadPoolExecutor(machine.cores(), thread_name_prefix="fastil-keep") as pool:
             for at in range(0, len(ids), TOGETHER):
                 some = ids[at : at + TOGETHER]
-                part = np.concatenate(list(pool.map(flat, some.tolist())))
+                part = torch.cat(list(pool.map(flat, some.tolist())))
                 end = int(ends[at + len(some) - 1])
-                self.pixels[end - len(part) : end] = torch.from_numpy(part)
+                self.pixels[end - len(part) : end] = part
         self.starts[ids] = ends - lengths[ids]
 
     def forget(self, ids: Ids) -> None:
