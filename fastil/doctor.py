@@ -4,7 +4,6 @@ import importlib.metadata
 import io
 import platform
 import subprocess
-import time
 
 import numpy as np
 from PIL import Image
@@ -132,37 +131,24 @@ def _precision() -> list[str]:
 def _streaming(gpu: bool) -> list[str]:
     """How fast these cores read images from a .beton, and what would be faster."""
     from fastil import machine
-    from fastil.data.loaders.choose import choose_for_jpegs
+    from fastil.data.loaders.choose import by_rates, read_rate
     from fastil.device import pick_device
+    from fastil.recipe_file import load
+    from fastil.training.speed import plain_rate
 
-    large, small = (float(f"{_images_per_second(*size):.2g}") for size in ((375, 500), (256, 256)))
+    frame = (224, 224)
+    large, small = (read_rate([photo(*size)] * TIMED, frame) for size in ((375, 500), (256, 256)))
     lines = [
         f"about {large:,.0f} JPEGs of 500x375 per second by loader=threads on {machine.cores()} cores (timed)",
         f"faster: about {small:,.0f} of 256x256 (fastil convert --squash 256, which changes their shapes)",
     ]
-    backend, why = choose_for_jpegs(500 * 375, pick_device("auto"))
-    lines.append(f"loader=auto takes {backend} for them ({why}); images in memory stay on the device (resident)")
-    if not gpu:
-        lines.append("nothing that could be installed is faster on a CPU")
+    if gpu:
+        backend, why = by_rates(large, plain_rate(load("imagenet_balanced_5"), frame, pick_device("auto")))
+        lines.append(f"loader=auto takes {backend} for a ResNet-18 on them ({why})")
+    else:
+        lines.append("loader=auto takes threads; nothing that could be installed is faster on a CPU")
+    lines.append("images in memory stay on the device (resident)")
     return lines
-
-
-def _images_per_second(height: int, width: int) -> float:
-    """How many JPEGs with as many bytes per pixel as ImageNet's all cores decode and resize to 224x224."""
-    import simplejpeg
-    import torch
-
-    from fastil import machine
-    from fastil.data.loaders.frames import scaled
-
-    file = photo(height, width)
-    torch.set_num_threads(1)
-    took = []
-    for _ in range(TIMED):
-        began = time.perf_counter()
-        scaled(torch.from_numpy(simplejpeg.decode_jpeg(file)), (224, 224))
-        took.append(time.perf_counter() - began)
-    return machine.cores() / float(np.median(took))
 
 
 def photo(height: int, width: int, seed: int = 0) -> bytes:

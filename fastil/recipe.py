@@ -40,12 +40,12 @@ PARTS: dict[str, type] = {
 
 # What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
 RUNTIME_KEYS = {
-    "data", "val", "verify", "image_column", "label_column", "max_pixels", "memory", "device", "compile",
+    "data", "val", "verify", "image_column", "label_column", "max_pixels", "loader", "memory", "device", "compile",
     "checkpoint_every", "checkpoint_minutes",
 }  # fmt: skip
 # What the machine or the source decides where it is left alone. A run keeps them, but is no other experiment by them:
 # whether images were left out is told by the data.
-INCIDENTAL_KEYS = {"precision", "bn", "loader", "on_corrupt"}
+INCIDENTAL_KEYS = {"precision", "bn", "on_corrupt"}
 
 LOCAL_BN = 32  # images with which a process's own batch statistics are as good as those of the whole batch
 
@@ -179,6 +179,10 @@ class Recipe:
     def in_precision(self, precision: Precision) -> "Recipe":
         """The recipe, trained in this precision."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, precision=precision))
+
+    def read_by(self, loader: str) -> "Recipe":
+        """The recipe, its images read by this loader, which `loader=auto` has become."""
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, loader=loader))
 
     def keys(self) -> dict[str, Any]:
         """Every key with its value, flat."""

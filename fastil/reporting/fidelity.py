@@ -80,12 +80,17 @@ def modifications(recipe: Recipe, protocol: ProtocolFile | None) -> Sequence[str
     changes = [f"{key}={_shown(value)}" for key, value in sorted(differences.items())]
     if protocol is None:
         return changes
-    changes += [f"loader={name}" for name in protocol.dataset.read_by if name in OTHER_PIXELS]
+    changes += [f"loader={name}" for name in other_pixels(protocol)]
     expected = _dataset_of(recipe)
     if expected in table() and not on_published_data(expected, protocol):
         known = protocol.dataset.train.identity and protocol.dataset.val.identity
         changes.append("other data" if known else "unidentified data")
     return changes
+
+
+def other_pixels(protocol: ProtocolFile) -> list[str]:
+    """The loaders among those that read a run's images whose pixels are not Pillow's."""
+    return [name for name in protocol.dataset.read_by if name in OTHER_PIXELS]
 
 
 def _dataset_of(recipe: Recipe) -> str:

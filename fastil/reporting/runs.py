@@ -16,7 +16,7 @@ from fastil.methods import BUILT_IN, Method, find
 from fastil.models import MODELS, find_factory
 from fastil.recipe import Recipe
 from fastil.recipe_file import differences, read_effective, shipped
-from fastil.reporting.fidelity import MODIFIED, had_published, labelled
+from fastil.reporting.fidelity import MODIFIED, had_published, labelled, other_pixels
 from fastil.reporting.run_files import (
     AGAIN,
     read_confusion,
@@ -187,7 +187,9 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     one_precision([(run.path, run.recipe.precision) for run in runs], "report them apart")
     groups: dict[str, list[Run]] = {}
     identities = [
-        run.recipe.identity(seed=False) | {"images": f"{run.dataset_name} (sha256 {run.image_hashes[0][:6]})"}
+        run.recipe.identity(seed=False)
+        | {"images": f"{run.dataset_name} (sha256 {run.image_hashes[0][:6]})"}
+        | {"loader": " and ".join(other_pixels(run.protocol)) or None}
         for run in runs
     ]
     for run, identity in zip(runs, identities, strict=True):
@@ -205,7 +207,7 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         parts = [run.recipe.name, run.results.loss]
         if run.recipe.fidelity.startswith(MODIFIED) and had_published(run.recipe):
             parts.append(run.recipe.fidelity)
-            differing = [key for key in differing if key not in (differences(run.recipe) or {})]
+            differing = [key for key in differing if key not in {*(differences(run.recipe) or ()), "loader"}]
         label = one_line(", ".join([*parts, *(f"{key}={identity[key]}" for key in differing)]))
         group = groups.setdefault(label, [])
         twin = next((other for other in group if other.results.seed == run.results.seed), None)

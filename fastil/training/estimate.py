@@ -7,7 +7,7 @@ import numpy as np
 
 from fastil.data import Dataset
 from fastil.data.formats.beton import Beton
-from fastil.data.loaders.choose import check_resident, choose, cpu_rate, mean_pixels, resident_bytes
+from fastil.data.loaders.choose import check_resident, choose, read_rate, resident_bytes, sample
 from fastil.data.published import table
 from fastil.data.sources import Split, image_size, load_dataset
 from fastil.device import device_name, pick_device, precision_note, settle_precision
@@ -68,19 +68,6 @@ def plan_text(recipe: Recipe) -> str:
     device = pick_device(recipe.train.device)
     check_batch(recipe, steps, size, device)
     precision = settle_precision(recipe.train.precision, device)
-    kept = reading = ""
-    if isinstance(images, Beton) and images.mode == "jpeg":
-        rate = cpu_rate(mean_pixels(images))
-        reading = f"; without reading, which these cores alone do at about {rate:,.0f} images/s"
-    backend = recipe.data.loader
-    if backend == "auto" and images is not None:
-        backend = choose(images, device)[0]
-    settled = recipe.settled(device).shared_by(1)
-    described = None if dataset is None else protocol_file(settled, dataset, protocol, steps, size, [backend])
-    if recipe.data.memory == "resident" and images is not None:
-        exemplars = recipe.memory.total(counts[protocol.order])
-        check_resident(images, exemplars, backend, device)
-        kept = f"; about {resident_bytes(images, exemplars) / 2**30:.1f} GiB decoded on {device}"
     student = recipe.build_network(len(protocol.order), 0).to(device)
     check_backbone(student, *size)
     flops, handed_on = compiling.cost_per_image(student, *size)
@@ -96,6 +83,19 @@ def plan_text(recipe: Recipe) -> str:
         )
 
     timed = speeds(recipe, size)
+    kept = reading = ""
+    if isinstance(images, Beton) and images.mode == "jpeg":
+        rate = read_rate(sample(images), size)
+        reading = f"; without reading, which these cores alone do at about {rate:,.0f} images/s"
+    backend, why = recipe.data.loader, "as asked for"
+    if backend == "auto" and dataset is not None:
+        backend, why = choose(dataset.train, dataset.val, device, size, lambda: timed.now.plain)
+    settled = recipe.settled(device).shared_by(1)
+    described = None if dataset is None else protocol_file(settled, dataset, protocol, steps, size, [backend])
+    if recipe.data.memory == "resident" and images is not None:
+        exemplars = recipe.memory.total(counts[protocol.order])
+        check_resident(images, exemplars, backend, device)
+        kept = f"; about {resident_bytes(images, exemplars) / 2**30:.1f} GiB decoded on {device}"
     eager = "uncompiled" if device.type == "cpu" else "uncompiled and uncaptured, so a run should be faster"
     finetuned = sum(plan.finetune_visits for plan in steps)
     learned = sum(plan.memory_visits for plan in steps)
@@ -105,6 +105,7 @@ def plan_text(recipe: Recipe) -> str:
     lines = [
         f"{recipe.name}: {recipe.description}",
         f"data         {source}, {size[0]}x{size[1]}, {place}",
+        *([] if dataset is None else [f"loader       {backend}: {why}"]),
         *opening(recipe, dataset, described),
         f"classes      {len(protocol.order)}" + (f", list {protocol.class_hash(names)}" if names else ""),
         f"model        {recipe.model.model}, {parameters:,} parameters, {flops / 2e6:,.0f} MMAC per image",

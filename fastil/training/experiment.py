@@ -64,7 +64,11 @@ class Experiment:
         if base_run is not None and not (resume and self.directory.checkpoints()):  # else it is behind us
             base_step.check(base_run, recipe, self.protocol, self.dataset, counts)
             self.shared_base = base_step.read(base_run, teacher, self.device)  # the first step overwrites the teacher
-        self.loaders = RunLoaders(recipe, self.dataset, self.device, recipe.memory.total(counts[order]))
+        self.loaders = RunLoaders(
+            recipe, self.dataset, self.device, recipe.memory.total(counts[order]),
+            before=None if begun is None else begun.data.loader,
+        )  # fmt: skip
+        self.recipe = recipe = recipe.read_by(self.loaders.train.name)
         self.method = recipe.build_method(student.width, len(order), self.device)
         probe = recipe.build_method(student.width, len(order), self.device)
         for plan in self.steps[:2]:  # a mistake in code from outside is said before there is a directory

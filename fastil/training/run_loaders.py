@@ -1,8 +1,11 @@
 """The loaders of a run: training images augmented and plain, and test images."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from fastil import ranks
 from fastil.data import Dataset, Split, make_loader
 from fastil.data.loaders.choose import check_resident, choose
 from fastil.data.loaders.streaming import Streaming
@@ -10,19 +13,28 @@ from fastil.data.sources import image_size
 from fastil.data.transforms import transforms
 from fastil.protocol import Ids
 from fastil.recipe import Recipe
+from fastil.training.speed import plain_rate
 
 
 class RunLoaders:
     """One loader for each way of seeing a split, for the whole run: a step only hands it other ids.
 
     train: training images, augmented. plain: the same images by the test-time transform, for herding, class means and
-    imprinting. test: test images. exemplars: how many the run keeps at its end. Raises UserError where the recipe's
-    loader, or memory=resident, cannot be had.
+    imprinting. test: test images. exemplars: how many the run keeps at its end. before: the loader of a run that is
+    resumed, which loader=auto keeps. Raises UserError where the recipe's loader, or memory=resident, cannot be had.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, device: torch.device, exemplars: int) -> None:
-        streamed, backend = not isinstance(dataset.train, Split), recipe.data.loader
-        augmented, plain = transforms(recipe.data, image_size(recipe.data, dataset), streamed=streamed)
+    def __init__(
+        self, recipe: Recipe, dataset: Dataset, device: torch.device, exemplars: int, before: str | None = None
+    ) -> None:
+        streamed, size = not isinstance(dataset.train, Split), image_size(recipe.data, dataset)
+        backend, self.why = recipe.data.loader, "as asked for"
+        if before is not None and backend in ("auto", before):
+            backend, self.why = before, "as before the stop"
+        if backend == "auto":
+            trained = partial(plain_rate, recipe, size, device)
+            backend, self.why = ranks.from_first(lambda: choose(dataset.train, dataset.val, device, size, trained))
+        augmented, plain = transforms(recipe.data, size, streamed=streamed)
         self.train = make_loader(dataset.train, backend, augmented, device)
         self.keeps_exemplars = recipe.data.memory == "resident"
         if self.keeps_exemplars:
@@ -32,7 +44,6 @@ class RunLoaders:
         self.test = make_loader(dataset.val, backend, plain, device)
         self.streams = isinstance(self.train, Streaming)
         self.pixels: dict[str, Tensor] = {}  # "ids" and "images" of exemplars whose pixels were learned
-        self.why = choose(dataset.train, device)[1] if backend == "auto" else "as asked for"
 
     def keep(self, exemplars: Ids) -> None:
         """Keep the exemplars decoded where they are trained on, if that was asked for."""

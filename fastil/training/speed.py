@@ -67,6 +67,11 @@ def speeds(recipe: Recipe, size: tuple[int, int]) -> Speeds:
     return Speeds(now, quiet, 1 - share)
 
 
+def plain_rate(recipe: Recipe, size: tuple[int, int], device: torch.device) -> float:
+    """Images per second of training without a teacher, on a network of its own."""
+    return _time_steps(recipe, recipe.build_network(100, 0).to(device), None, size, device).wall
+
+
 def busy(others: float, quiet: str) -> str:
     """The line that says so where other programs slow this one down. quiet: how long it would take without them."""
     return (

@@ -18,6 +18,7 @@ from fastil.reporting.run_files import read_protocol
 from fastil.reporting.runs import Run
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
+from fastil.training import run_loaders
 from fastil.training.experiment import Experiment
 from fastil.training.messages import of_epoch
 from fastil.training.run_directory import RunDirectory
@@ -172,6 +173,38 @@ def test_a_run_tells_every_loader_that_has_read_its_images_over_resumes(file, tm
         assert "loader=dali" in read_effective(out / "recipe.yaml").fidelity
     counts = np.bincount(Beton(file).labels).tolist()
     assert read_protocol(out).dataset.train.counts == counts
+
+
+def test_auto_is_settled_once_and_a_resume_keeps_it(file, tmp_path, monkeypatch):
+    """Whatever another machine would choose; only who asks for another one gets it, and is told."""
+    settings = [f"data={file}", *SETTINGS, "epochs=1", "base_classes=4", "increment=2"]
+    out, said = tmp_path / "run", []
+    monkeypatch.setattr(run_loaders, "choose", lambda *a: ("reference", "it has been measured"))
+    stopped = Experiment(load("imagenet_balanced_5", settings), out, resume=False)
+    monkeypatch.setattr(stopped.progress, "say", said.append)
+    train = stopped.train
+    monkeypatch.setattr(stopped, "train", lambda plan, at: stop() if plan.step else train(plan, at))
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    stopped.close()
+    assert "loader reference: it has been measured" in said[0]
+    assert read_effective(out / "recipe.yaml").data.loader == "reference"
+    monkeypatch.setattr(run_loaders, "choose", None)
+    for recipe in (load("imagenet_balanced_5", settings), load(str(out))):
+        resumed = Experiment(recipe, out, resume=True)
+        assert (resumed.loaders.train.name, resumed.loaders.why) == ("reference", "as before the stop")
+        resumed.close()
+    other = Experiment(load("imagenet_balanced_5", [*settings, "loader=threads"]), out, resume=True)
+    monkeypatch.setattr(other.progress, "say", said.append)
+    other.run()
+    other.close()
+    assert any("loader: reference before the stop and threads from here on" in line for line in said)
+    assert read_effective(out / "recipe.yaml").data.loader == "threads"
+    assert read_protocol(out).dataset.read_by == ["reference", "threads"]
 
 
 def test_a_finished_run_classifies_image_files_as_it_saw_them(file, tmp_path):

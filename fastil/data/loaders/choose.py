@@ -1,10 +1,13 @@
 """Which loader reads a split: all the same plan, all the same batches within what their decoders differ by."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Protocol
 
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -12,6 +15,7 @@ from torch import Tensor
 from fastil import machine
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders.batch import Batch, Inputs
+from fastil.data.loaders.frames import scaled
 from fastil.data.loaders.reference import Reference
 from fastil.data.loaders.resident import Resident
 from fastil.data.loaders.streaming import AnySplit
@@ -20,9 +24,7 @@ from fastil.data.sources import BACKENDS, Split
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
-# Seconds of a core for a JPEG by loader=threads, whatever its size and for each of its pixels, and images per second
-# that a data centre's GPU trains a ResNet-18 on at 224x224, all rough: to say which of the two would wait.
-PER_IMAGE, PER_PIXEL, GPU_RATE = 0.3e-3, 7e-9, 7_000
+SAMPLED, TURNS = 32, 3  # images of a split that are read to time its reading, and how many times
 
 
 class Loader(Protocol):
@@ -73,11 +75,12 @@ def make_loader(dataset: AnySplit, backend: str, transform: Transform, device: s
     """A loader over one split, which lies in memory or in a .beton.
 
     backend: "resident" (all pixels on the device; only for a split in memory), "threads", "ffcv", "dali", "reference",
-    or "auto", which `choose` decides. Raises UserError for another, or one that cannot be had.
+    or "auto": resident where it can be, else threads. (A run, which knows what it trains, goes by `choose`.) Raises
+    UserError for another, or one that cannot be had.
     """
     device = torch.device(device)
     if backend == "auto":
-        backend = choose(dataset, device)[0]
+        backend = "resident" if isinstance(dataset, Split) else "threads"
     if backend == "resident":
         if isinstance(dataset, Beton):
             raise UserError("loader=resident: a .beton is streamed; use loader=threads")
@@ -108,31 +111,57 @@ def installed(module: str) -> bool:
         return False
 
 
-def choose(dataset: AnySplit, device: torch.device) -> tuple[str, str]:
-    """The backend for a split whose batches are for this device, and why."""
-    if isinstance(dataset, Split):
+def choose(
+    train: AnySplit, val: AnySplit, device: torch.device, size: tuple[int, int], trained: Callable[[], float]
+) -> tuple[str, str]:
+    """The backend of a run on these splits and this device, and why.
+
+    size: height and width of a frame. trained: times how many images per second the device trains on; it is called
+    where that decides.
+    """
+    if isinstance(train, Split):
         return "resident", "its pixels are in memory already"
-    if device.type != "cpu" and dataset.mode != "jpeg":
-        return "threads", "pixels are stored, not JPEGs only"
-    return choose_for_jpegs(mean_pixels(dataset), device)
-
-
-def choose_for_jpegs(pixels: float, device: torch.device) -> tuple[str, str]:
-    """The backend for a .beton of JPEGs of so many pixels each, and why."""
     if device.type == "cpu":
         return "threads", "on a CPU the fastest"
-    cores, rate = machine.cores(), cpu_rate(pixels)
-    cores_read = f"{cores} cores read about {rate:,.0f} images/s of this size"
-    if rate >= GPU_RATE:
-        return "threads", f"{cores_read}, as many as a GPU trains on"
+    if any(isinstance(split, Split) or split.mode != "jpeg" for split in (train, val)):
+        return "threads", "pixels are stored, not JPEGs only"
+    return by_rates(read_rate(sample(train), size), trained())
+
+
+def by_rates(read: float, trained: float) -> tuple[str, str]:
+    """The backend for a GPU, and why, from the JPEGs per second that the cores read and those that it trains on."""
+    rates = f"{machine.cores()} cores read about {read:,.0f} images/s, and the GPU trains on about {trained:,.0f}"
+    if read >= trained:
+        return "threads", rates
     if installed("nvidia.dali"):
-        return "dali", f"{cores_read}; the GPU decodes"
-    return "threads", f"{cores_read}; the GPU would decode with DALI: pip install nvidia-dali-cuda130"
+        return "dali", f"{rates}: it decodes, too"
+    return "threads", f"{rates}: it would decode, too, with DALI: pip install nvidia-dali-cuda130"
 
 
-def cpu_rate(pixels: float) -> float:
-    """JPEGs of so many pixels that loader=threads reads per second on all cores, about."""
-    return float(f"{machine.cores() / (PER_IMAGE + PER_PIXEL * pixels):.2g}")
+def sample(beton: Beton) -> list[memoryview]:
+    """JPEGs from all over a file."""
+    return [beton.view(i) for i in np.unique(np.linspace(0, len(beton) - 1, SAMPLED).astype(np.int64)).tolist()]
+
+
+def read_rate(jpegs: Sequence[bytes | memoryview], size: tuple[int, int]) -> float:
+    """How many such images loader=threads decodes and resizes per second on all cores, to two digits.
+
+    One core is timed, by its own work, so that other programs do not count, and the others do as much.
+    """
+
+    def seconds() -> float:
+        began = time.thread_time()
+        for jpeg in jpegs:
+            try:
+                scaled(torch.from_numpy(simplejpeg.decode_jpeg(jpeg)), size)
+            except ValueError:  # damaged, which the loader says
+                continue
+        return time.thread_time() - began
+
+    torch.get_num_threads()  # see `Threads`: the count of the main thread is its own from here on
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as one:
+        took = float(np.median([one.submit(seconds).result() for _ in range(TURNS)]))
+    return float(f"{machine.cores() * len(jpegs) / took:.2g}")
 
 
 def resident_bytes(dataset: AnySplit, exemplars: int) -> int:

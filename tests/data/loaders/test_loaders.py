@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from conftest import encoded
 from PIL import Image
@@ -18,7 +20,8 @@ from fastil import kernels
 from fastil.data import Split, make_loader
 from fastil.data.formats import beton as beton_format
 from fastil.data.formats.beton import Beton
-from fastil.data.loaders.choose import check_resident, choose, installed
+from fastil.data.loaders import choose as choose_module
+from fastil.data.loaders.choose import check_resident, choose, installed, read_rate, sample
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, sequential_plan, training_plan
 from fastil.tools.convert import convert, options_of
@@ -499,31 +502,57 @@ def test_what_is_decoded_is_what_the_bytes_say(opened, files):
 
 
 @pytest.mark.parametrize(
-    ("device", "mode", "cores", "dali", "name", "why"),
+    ("device", "mode", "read", "dali", "name", "why"),
     [
-        ("cpu", "jpeg", 64, True, "threads", "on a CPU"),
-        ("cuda", "jpeg", 2, True, "dali", "2 cores read about .* the GPU decodes"),
-        ("cuda", "jpeg", 2, False, "threads", "pip install nvidia-dali-cuda130"),
-        ("cuda", "jpeg", 64, True, "threads", "64 cores read about .* as many as a GPU trains on"),
-        ("cuda", "raw", 2, True, "threads", "pixels are stored"),
+        ("cpu", "jpeg", 10.0, True, "threads", "on a CPU"),
+        (
+            "cuda",
+            "jpeg",
+            900.0,
+            True,
+            "dali",
+            "3 cores read about 900 images/s, and the GPU trains on about 1,000: it dec",
+        ),
+        ("cuda", "jpeg", 900.0, False, "threads", "about 900 .* 1,000: .* pip install nvidia-dali-cuda130"),
+        ("cuda", "jpeg", 1000.0, True, "threads", "3 cores read about 1,000 images/s, .* trains on about 1,000$"),
+        ("cuda", "raw", 10.0, True, "threads", "pixels are stored"),
+        ("cuda", "mixed test images", 10.0, True, "threads", "pixels are stored"),
     ],
 )
-def test_auto_goes_by_the_device_the_cores_and_what_is_installed(
-    files, monkeypatch, device, mode, cores, dali, name, why
+def test_auto_goes_by_what_the_cores_read_and_what_the_gpu_trains_on(
+    files, monkeypatch, device, mode, read, dali, name, why
 ):
-    monkeypatch.setattr("fastil.machine.cores", lambda: cores)
-    monkeypatch.setattr("fastil.data.loaders.choose.installed", lambda module: dali)
-    with Beton(files[mode, "different"]) as beton:
-        chosen, reason = choose(beton, torch.device(device))
+    timed = []
+    monkeypatch.setattr("fastil.machine.cores", lambda: 3)
+    monkeypatch.setattr(choose_module, "installed", lambda module: dali)
+    monkeypatch.setattr(choose_module, "read_rate", lambda jpegs, size: timed.append((len(jpegs), size)) or read)
+    kinds = ("jpeg", "raw") if mode == "mixed test images" else (mode, mode)
+    train, val = (Beton(files[kind, "different"]) for kind in kinds)
+    chosen, reason = choose(train, val, torch.device(device), (40, 50), lambda: timed.append("step") or 1000.0)
     assert chosen == name
     assert re.search(why, reason)
+    assert timed == ([(COUNT, (40, 50)), "step"] if "about" in reason else [])  # only where that decides
 
 
-def test_auto_goes_by_the_size_of_the_images(files, monkeypatch):
-    """What many cores read of small images in time, they do not of large ones."""
-    monkeypatch.setattr("fastil.machine.cores", lambda: 8)
-    monkeypatch.setattr("fastil.data.loaders.choose.installed", lambda module: True)
+@pytest.mark.parametrize("damaged", [0, 3])
+def test_what_cores_read_is_what_one_reads_in_its_own_time(files, monkeypatch, damaged):
+    """Each look at its clock is half a second after the last. Damage is the loader's to tell."""
+    decoded, decode, clock = [], simplejpeg.decode_jpeg, itertools.count(0, 0.5)
+    monkeypatch.setattr("fastil.machine.cores", lambda: 3)
+    monkeypatch.setattr(choose_module.time, "thread_time", lambda: next(clock))
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda jpeg: decoded.append((torch.get_num_threads(), len(jpeg))) or decode(jpeg)
+    )
+    threads = torch.get_num_threads()
     with Beton(files["jpeg", "different"]) as beton:
-        assert choose(beton, torch.device("cuda"))[0] == "threads"
-        monkeypatch.setattr(beton, "sizes", beton.sizes * 10)
-        assert choose(beton, torch.device("cuda"))[0] == "dali"
+        jpegs = [*sample(beton)[:10], *[b"none"] * damaged]
+        assert read_rate(jpegs, (32, 32)) == 3 * len(jpegs) / 0.5
+        assert decoded == [(1, len(jpeg)) for jpeg in jpegs] * 3
+        assert torch.get_num_threads() == threads
+        jpegs.clear()
+
+
+def test_a_loader_for_a_loop_of_ones_own_needs_no_measurement(files, monkeypatch):
+    monkeypatch.setattr(choose_module, "read_rate", None)
+    assert make_loader(Beton(files["jpeg", "different"]), "auto", RESIZED, "cpu").name == "threads"
+    assert make_loader(Split(np.zeros((2, 40, 40, 3), np.uint8), np.zeros(2)), "auto", PADDED, "cpu").name == "resident"
