@@ -10,8 +10,9 @@ may be slower than one of them, so either is timed a second time while another p
 
 On a GPU, instead: ResNet-18 in bf16, all cores decode, the same three figures, and no second time with another process.
 
-Claim: training takes at most 1.05 times the slower of the two. Also: an epoch half of whose images are exemplars,
-as with sampler=memory_oversampling, read by the loader with memory=streamed and with memory=resident.
+Claim: training takes at most 1.05 times the slower of the two. Also: the shares of an epoch in which training says that
+it waited for data, and its loader for training; and an epoch half of whose images are exemplars, as with
+sampler=memory_oversampling, read by the loader with memory=streamed and with memory=resident.
 """
 
 import multiprocessing
@@ -45,7 +46,7 @@ from fastil.optimiser import TrainConfig
 from fastil.plan import EpochPlan, Key, Transform, training_plan
 from fastil.protocol import Ids
 from fastil.training.phases import Phase
-from fastil.training.trainer import Trainer
+from fastil.training.trainer import EpochRecord, Trainer
 
 CLASSES, GOAL = 8, 1.05
 STRIDES = (2, 4)
@@ -80,12 +81,13 @@ class Training:
     """The trainer on one loader, an epoch at a time."""
 
     def __init__(self, loader: Loader, stride: int, plan: Callable[[], EpochPlan]) -> None:
+        self.epochs: list[EpochRecord] = []
         torch.manual_seed(0)
         student, teacher = (network(stride) for _ in range(2))
         self.trainer = Trainer(
             TrainConfig(batch_size=BATCH, epochs=1, precision="fp32" if DEVICE.type == "cpu" else "bf16"),
             student, teacher, loader, torch.arange(1000, device=DEVICE) % CLASSES,
-            save=lambda phase, epoch, batch: None, report=lambda record: None, tick=lambda count: None,
+            save=lambda phase, epoch, batch: None, report=self.epochs.append, tick=lambda count: None,
             stop=lambda: False, say=print,
         )  # fmt: skip
         method = ILBaseline(MethodConfig(), LossConfig(), student.width, DEVICE)
@@ -174,8 +176,10 @@ def main() -> None:
 
         frames = torch.cat([part.clone() for part in loader.pixels(streamed())]).cpu().numpy()
         contestants: dict[str, Callable[[], float]] = {}
+        trainings: dict[int, Training] = {}
         for stride in strides:
             training, steps = Training(loader, stride, streamed), on_frames(frames, stride)
+            trainings[stride] = training
             alone = {"loader": lambda: read(streamed()), "steps": steps.seconds}
             contestants |= {f"stride {stride}, training": training.seconds}
             contestants |= {f"stride {stride}, {name}": work for name, work in alone.items()}
@@ -211,11 +215,19 @@ def main() -> None:
         show(label, spread(values), "s")
     for label, found in ratios.items():
         show(label, found, f"goal {GOAL:g}")
+    waits: dict[str, list[float]] = {}
+    for stride, training in trainings.items():
+        said = training.epochs[1:]  # the first one warms up
+        waits[f"stride {stride}, data"] = [epoch.data_seconds / epoch.seconds for epoch in said]
+        waits[f"stride {stride}, loader idle"] = [epoch.loader_idle or 0.0 for epoch in said]
+    for label, values in waits.items():
+        show(label, spread(values), "of the time")
     speedup = ratio(memories, "memory=streamed", "memory=resident")
     show("memory=streamed / memory=resident", speedup)
     content = {
         "rounds": arguments.rounds, "images": count, "batch": BATCH,
         "seconds": {name: spread(values) for name, values in (figures | memories).items()},
+        "waits": {name: spread(values) for name, values in waits.items()},
         "ratios": ratios | {"memory=streamed / memory=resident": speedup}, "goal": GOAL,
     }  # fmt: skip
     print(f"written to {save('streamed', DEVICE, content)}")

@@ -17,12 +17,16 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
-    def epoch(self, step: int, phase: str, images: int, seconds: float, data_seconds: float) -> None:
-        """Count an epoch of phase "train" or "correct"."""
+    def epoch(
+        self, step: int, phase: str, images: int, seconds: float, data_seconds: float, loader_idle: float | None
+    ) -> None:
+        """Count an epoch of phase "train" or "correct". loader_idle: a share of its seconds, or None."""
         clock = self.seconds[str(step)]
         clock["images"] += images if phase == "train" else 0
         clock[phase] += seconds
         clock["waiting_for_data"] += data_seconds
+        if loader_idle is not None:
+            clock["loader_idle"] += seconds * loader_idle
 
     def set(self, step: int, **seconds: float) -> None:
         self.seconds[str(step)].update(seconds)
@@ -33,11 +37,13 @@ class Clock:
         return clock["train"] + clock["correct"]
 
     def summary(self) -> dict[str, Any]:
-        """For timings.json. A base step taken from another run took no time and has no speed."""
+        """For timings.json. A base step taken from another run took no time and has no speed. loader_idle: the seconds
+        in which the loader's threads had nothing to do, where that is known."""
         phases = ("train", "correct", "memory", "evaluate", "waiting_for_data")
         return {
             "steps": {
                 step: {phase: clock[phase] for phase in phases}
+                | {"loader_idle": clock.get("loader_idle")}
                 | {"images_per_second": clock["images"] / clock["train"] if clock["train"] else None}
                 for step, clock in self.seconds.items()
             }

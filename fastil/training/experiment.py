@@ -292,7 +292,8 @@ class Experiment:
     def report(self, record: EpochRecord) -> None:
         """Write and show an epoch."""
         line = dataclasses.asdict(record)
-        self.clock.epoch(record.step, record.phase, record.images, line.pop("seconds"), line.pop("data_seconds"))
+        measured = [line.pop(name) for name in ("seconds", "data_seconds", "loader_idle")]  # which no rerun reproduces
+        self.clock.epoch(record.step, record.phase, record.images, *measured)
         self.directory.append_metrics(line | line.pop("observed"))
         self.progress.epoch(messages.of_epoch(record, self.loaders.streams), last=record.epoch == record.epochs)
 

@@ -20,6 +20,7 @@ from fastil.training.trainer import EpochRecord
 
 NAMED = 10  # classes of a step; protocol.json has all
 LONG_ENOUGH = 5.0  # seconds of an epoch that says what the bottleneck is
+LOADER_BOUND = 0.1  # a larger share of waiting for data is worth doing something about
 
 
 def announcement(
@@ -67,12 +68,15 @@ def of_epoch(record: EpochRecord, streamed: bool) -> str:
 
 
 def waiting(record: EpochRecord) -> str:
-    """How long the loop has waited for data that is streamed. The loader works ahead, so except for the first batch,
-    which is much of a short epoch, the loop waits only if it is the faster of the two."""
-    waited = f", {record.data_seconds:.1f} s waiting for data"
+    """Who waits for whom where data is streamed: the share of the time in which the device had to wait for data, and
+    that in which the loader's threads had to wait for training. The loader works ahead, so except for the first batch,
+    which is much of a short epoch, only the faster of the two waits."""
+    share = record.data_seconds / record.seconds
+    data = f", data {share:.0%}"
     if record.seconds < LONG_ENOUGH:
-        return waited
-    return f"{waited}: the {'loader' if record.data_seconds > record.seconds / 5 else 'network'} is the bottleneck"
+        return data
+    idle = "" if record.loader_idle is None else f", loader {record.loader_idle:.0%} idle"
+    return f"{data} ({'loader' if share >= LOADER_BOUND else 'network'}-bound{idle})"
 
 
 def of_step(result: StepResult, seconds: float) -> str:

@@ -27,6 +27,7 @@ from fastil.reporting.checkpoints import TrainerState
 from fastil.training.captured import CapturedStep, has_streams, side_stream
 from fastil.training.compiling import compile_network
 from fastil.training.phases import BeforeUpdate, Phase
+from fastil.training.waiting import Waiting
 
 
 @dataclass
@@ -42,7 +43,8 @@ class EpochRecord:
     train_top1: float  # percent, on augmented training images
     images: int
     seconds: float
-    data_seconds: float
+    data_seconds: float  # for which the device had nothing to do because the next batch was not there
+    loader_idle: float | None  # share of the time in which the loader's threads had nothing to do; None: not known
     observed: dict[str, Any]  # of the method: alpha, the scale of a cosine head
 
 
@@ -95,7 +97,8 @@ class Trainer:
         self.captures = not isinstance(student.backbone, ExternalBackbone) and ranks.count() == 1
         self.updates: dict[str, Update] = {}
         self.momentum: dict[str, list[Tensor]] = {}  # of phases in a checkpoint, until they go on
-        self.seconds, self.waited = 0.0, 0.0  # of the epoch so far, over resumes
+        self.seconds = 0.0  # of the epoch so far, over resumes
+        self.waiting = Waiting(loader)
 
     def compile(self) -> str | None:
         """Compile both networks for full batches. Returns None, or in one line why that failed."""
@@ -151,7 +154,8 @@ class Trainer:
             started, before = time.perf_counter(), self.seconds
             sizes = plan.sizes().tolist()  # of the batches, which several processes may share
             batches = self.loader.inputs(plan.of_rank(ranks.rank(), ranks.count()), first_batch)
-            for number, (inputs, waited) in enumerate(timed(batches), first_batch):
+            self.waiting.begin_epoch()
+            for number, inputs in enumerate(self.waiting.over(batches), first_batch):
                 stop = self.stop()
                 if stop or time.monotonic() - saved >= 60 * self.config.checkpoint_minutes:
                     self.seconds = before + time.perf_counter() - started
@@ -159,7 +163,6 @@ class Trainer:
                     if stop:
                         raise Stopped
                     saved = time.monotonic()
-                self.waited += waited
                 seed_torch(self.config.seed, phase.step, phase.name, epoch, number)
                 if phase.before_update is not None and (done + number) % phase.before_update.every == 0:
                     self.before_update(phase, phase.before_update, update, inputs, sizes[number], next(held_out))
@@ -188,7 +191,8 @@ class Trainer:
                     train_top1=100 * hits / self.images,
                     images=self.images,
                     seconds=before + time.perf_counter() - started,
-                    data_seconds=self.waited,
+                    data_seconds=self.waiting.read(),
+                    loader_idle=self.waiting.loader_idle(),
                     observed=phase.observed(),
                 )
             )
@@ -301,7 +305,7 @@ class Trainer:
         """Set the meter and the clock of the epoch to 0."""
         for part in (*self.meter, self.sums):
             part.zero_()
-        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+        self.images, self.seconds, self.waiting.seconds = 0, 0.0, 0.0
 
     def begin_step(self) -> None:
         """Make the network of the step before the teacher."""
@@ -314,7 +318,7 @@ class Trainer:
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
             "meter": self.meter_state(),
-            "clock": [self.images, self.seconds, self.waited],
+            "clock": [self.images, self.seconds, self.waiting.read()],
             "momentum": self.momentum | {name: update.buffers for name, update in self.updates.items()},
         }
 
@@ -339,7 +343,7 @@ class Trainer:
             self.sums.copy_(self.metered())
             for part in self.meter:
                 part.zero_()
-        self.images, self.seconds, self.waited = state.clock
+        self.images, self.seconds, self.waiting.seconds = state.clock
         self.updates, self.momentum = {}, dict(state.momentum)
 
 
@@ -347,13 +351,3 @@ def seed_torch(*place: int | str) -> None:
     """Seed torch's global generators by the place in a run. Code from outside may draw from them (dropout, random
     depth, a loss that mixes images); a resume or a rerun then draws the same."""
     torch.manual_seed(int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest()))
-
-
-def timed(batches: Iterator[Inputs]) -> Iterator[tuple[Inputs, float]]:
-    """Yield each batch with the seconds that it was waited for."""
-    while True:
-        started = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - started

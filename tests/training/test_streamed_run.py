@@ -64,6 +64,11 @@ def test_a_streamed_run_learns_and_is_the_same_again(file, tmp_path):
     assert first["average_incremental_accuracy"] > 60
     exemplars = [json.loads((tmp_path / name / "memory/step_2.json").read_text()) for name in ("one", "two")]
     assert exemplars[0] == exemplars[1]
+    lines = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("one", "two")]
+    assert lines[0] == lines[1]
+    for step in json.loads((tmp_path / "one/timings.json").read_text())["steps"].values():
+        assert 0 <= step["waiting_for_data"] <= step["train"]
+        assert 0 <= step["loader_idle"] <= step["train"]
     described = json.loads((tmp_path / "one/protocol.json").read_text())["dataset"]
     with Beton(file) as beton:
         expected = {"sha256": beton.manifest.sha256, "images": len(beton), "identity": beton.identity.text}
@@ -229,20 +234,21 @@ def test_what_a_run_prints_names_the_loader(fastil, file):
     process = fastil("run", "imagenet_balanced_5", *settings, "--data", file, "--out", "out")
     assert process.returncode == 0, process.stderr
     assert "loader threads: on a CPU the fastest" in process.stdout
-    line = r"img/s, \d+\.\d s waiting for data$"
+    line = r"img/s, data \d+%$"
     assert len(re.findall(line, process.stdout, re.MULTILINE)) == 3  # an epoch of each step
 
 
 @pytest.mark.parametrize(
-    ("seconds", "waited", "streamed", "line"),
+    ("seconds", "waited", "idle", "streamed", "line"),
     [
-        (10.0, 0.5, True, ", 0.5 s waiting for data: the network is the bottleneck"),
-        (10.0, 3.0, True, ", 3.0 s waiting for data: the loader is the bottleneck"),
-        (4.0, 3.0, True, ", 3.0 s waiting for data"), (10.0, 3.0, False, ""),
+        (10.0, 0.5, 0.62, True, ", data 5% (network-bound, loader 62% idle)"),
+        (10.0, 3.0, 0.0, True, ", data 30% (loader-bound, loader 0% idle)"),
+        (10.0, 3.0, None, True, ", data 30% (loader-bound)"),
+        (4.0, 3.0, 0.1, True, ", data 75%"), (10.0, 3.0, None, False, ""),
     ],
 )  # fmt: skip
-def test_who_is_the_bottleneck(seconds, waited, streamed, line):
-    record = EpochRecord(0, "train", 1, 1, 0.1, 1.0, 50.0, 100, seconds, waited, {})
+def test_who_waits_for_whom(seconds, waited, idle, streamed, line):
+    record = EpochRecord(0, "train", 1, 1, 0.1, 1.0, 50.0, 100, seconds, waited, idle, {})
     assert of_epoch(record, streamed).endswith(f" {100 / seconds:.0f} img/s{line}")
 
 

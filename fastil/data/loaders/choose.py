@@ -30,7 +30,8 @@ SAMPLED, TURNS = 32, 3  # images of a split that are read to time its reading, a
 class Loader(Protocol):
     """Batches of one split, for as many plans as the run has; the next plan may name any other ids.
 
-    sizes: int32 [n, 2], height and width of every image, for plans; None where all have the transform's.
+    sizes: int32 [n, 2], height and width of every image, for plans; None where all have the transform's. worked: the
+    seconds that its threads have been at work since it was made, a mean over them; None where it does not know.
     """
 
     name: str
@@ -38,6 +39,9 @@ class Loader(Protocol):
     device: torch.device
     mean: Tensor
     std: Tensor
+
+    @property
+    def worked(self) -> float | None: ...
 
     @property
     def sizes(self) -> NDArray[np.int32] | None: ...

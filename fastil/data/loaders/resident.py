@@ -25,6 +25,7 @@ class Resident:
 
     name = "resident"
     sizes = None  # of all images it is the transform's
+    worked: float | None = None
 
     def __init__(self, split: Split, transform: Transform, device: torch.device) -> None:
         if split.images.dtype != np.uint8 or split.images.ndim != 4:

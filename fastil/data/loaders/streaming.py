@@ -36,6 +36,7 @@ class Streaming(ABC):
     """
 
     name: str
+    worked: float | None = None
 
     def __init__(self, images: AnySplit, transform: Transform, device: torch.device) -> None:
         self.images, self.transform, self.device = images, transform, device

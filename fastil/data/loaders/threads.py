@@ -5,6 +5,7 @@ a third of its time. Both leave the interpreter to the other threads.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ class Threads(Streaming):
     """See `Streaming`. workers: threads; default: as many as there are cores for this process."""
 
     name = "threads"
+    worked: float = 0.0
 
     def __init__(
         self, images: AnySplit, transform: Transform, device: torch.device, workers: int | None = None
@@ -37,15 +39,14 @@ class Threads(Streaming):
         # A resize must not be shared out to threads again, next to those of the pool and the network: with two of each
         # an epoch took a quarter longer. torch counts by thread; one that never asked takes the last count set by any.
         torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(
-            workers or machine.cores(), "fastil-threads", initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self.workers = workers or machine.cores()
+        self.pool = ThreadPoolExecutor(self.workers, "fastil-threads", initializer=torch.set_num_threads, initargs=(1,))
         self.free: list[Tensor] = []  # buffers of frames
         self.local = threading.local()
 
     def frames(self, plan: EpochPlan, parts: list[slice]) -> Generator[Tensor, None, None]:
         left = deque(parts)
-        waiting: deque[tuple[Tensor, Tensor, list[Future[None]]]] = deque()
+        waiting: deque[tuple[Tensor, Tensor, list[Future[float]]]] = deque()
         longest = max((part.stop - part.start for part in parts), default=0)
         try:
             while left or waiting:
@@ -54,8 +55,7 @@ class Threads(Streaming):
                         raise ValueError("this loader was closed")
                     waiting.append(self._begin(plan, left.popleft(), longest))
                 memory, frames, tasks = waiting.popleft()
-                for task in tasks:
-                    task.result()
+                self.worked += sum(task.result() for task in tasks) / self.workers
                 yield frames
                 if len(self.free) <= AHEAD + 1:
                     self.free.append(memory)
@@ -64,7 +64,7 @@ class Threads(Streaming):
                 for task in tasks:
                     task.cancel()
 
-    def _begin(self, plan: EpochPlan, part: slice, longest: int) -> tuple[Tensor, Tensor, list[Future[None]]]:
+    def _begin(self, plan: EpochPlan, part: slice, longest: int) -> tuple[Tensor, Tensor, list[Future[float]]]:
         """Hand a batch to the pool."""
         ids, boxes = plan.ids[part].tolist(), plan.boxes[part].tolist()
         memory = self._room(longest)
@@ -85,12 +85,14 @@ class Threads(Streaming):
         shape = (count, self.transform.height, self.transform.width, 3)
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
-    def _fill(self, frames: NDArray[np.uint8], ids: list[int], boxes: list[Box]) -> None:
-        """In a thread of the pool."""
+    def _fill(self, frames: NDArray[np.uint8], ids: list[int], boxes: list[Box]) -> float:
+        """In a thread of the pool. Returns the seconds that it took."""
+        began = time.perf_counter()
         for frame, i, box in zip(frames, ids, boxes, strict=False):
             content = self.content(i)
             image = content if isinstance(content, np.ndarray) else self.decode(i, content)
             frame[...] = frame_of(image, box, self.transform_of(i, box), self.resize)
+        return time.perf_counter() - began
 
     def decoded(self, i: int) -> NDArray[np.uint8]:
         content = self.stored(i)

@@ -22,6 +22,7 @@ from fastil.data.formats import beton as beton_format
 from fastil.data.formats.beton import Beton
 from fastil.data.loaders import choose as choose_module
 from fastil.data.loaders.choose import check_resident, choose, installed, read_rate, sample
+from fastil.data.loaders.threads import TOGETHER, Threads
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, sequential_plan, training_plan
 from fastil.tools.convert import convert, options_of
@@ -487,6 +488,20 @@ print(loader.pool.submit(torch.get_num_threads).result(), torch.get_num_threads(
         for code in ("import torch; print(torch.get_num_threads())", code)
     )
     assert process.stdout.split() == ["1", *alone.stdout.split()], process.stderr
+
+
+def test_the_work_of_the_pool_is_a_mean_over_its_threads(files, monkeypatch):
+    """Each task looks at its clock when it begins and when it ends, a quarter of a second apart."""
+    clock = iter(np.arange(0, 10_000, 0.25).tolist())
+    loader = Threads(Beton(files["jpeg", "different"]), RESIZED, torch.device("cpu"), workers=1)
+    loader.workers = 4  # one works, so that nobody else looks at the clock in between
+    monkeypatch.setattr("fastil.data.loaders.threads.time.perf_counter", lambda: next(clock))
+    for epoch in range(3):
+        list(loader.pixels(training_plan(np.arange(COUNT), Key(6, epoch), RESIZED, 10, loader.sizes)))
+        tasks = sum(-(-size // TOGETHER) for size in (10, 10, 9))
+        assert loader.worked == (epoch + 1) * tasks * 0.25 / 4
+    loader.close()
+    assert make_loader(Split(np.zeros((2, 40, 40, 3), np.uint8), np.zeros(2)), "auto", PADDED, "cpu").worked is None
 
 
 def test_what_is_decoded_is_what_the_bytes_say(opened, files):
