@@ -57,6 +57,23 @@ def test_what_reaches_the_device_is_what_the_cpu_has(made, gpu, backend, transfo
         loader.close()
 
 
+@pytest.mark.parametrize("transform", [RESIZED, CENTRAL, PADDED], ids=["resized", "central", "padded"])
+def test_frames_of_held_images_are_made_on_the_device(made, gpu, transform):
+    """Exemplars and overlays among images that are streamed, twice over: the buffer is built again."""
+    beton = Beton(made)
+    here, there = (make_loader(beton, "threads", transform, device) for device in ("cpu", gpu))
+    new = torch.from_numpy(np.stack([photo(transform.height, transform.width, i) for i in range(2)]))
+    for kept, replaced in (([3, 8, 20, 21], [8, 30]), ([1, 3, *range(9, 17)], [8, 31])):
+        for loader in (here, there):
+            loader.keep(np.array(kept))
+            loader.overlay(torch.tensor(replaced, device=loader.device), new.to(loader.device))
+        plan = sequential_plan(np.arange(COUNT), transform, BATCH, sizes=here.sizes)
+        for ours, theirs in zip(there.pixels(plan), here.pixels(plan), strict=True):
+            assert (ours.cpu().int() - theirs.int()).abs().max() <= 1
+    for loader in (here, there):
+        loader.close()
+
+
 @pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize(
     "settings", [["loader=threads"], ["loader=threads", "memory=resident"], ["loader=dali"]], ids=" ".join
