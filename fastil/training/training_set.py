@@ -85,7 +85,7 @@ class Rehearsal:
             reserved = self.reserved(classes, num_old or num_seen)
             ids = [i[~np.isin(i, reserved)] for i in ids]
         if self.recipe.memory.exemplar_selection == "herding":
-            features = torch.split(self.network.training_output(np.concatenate(ids)).features, [len(i) for i in ids])
+            features = torch.split(self.network.training_features(np.concatenate(ids)), [len(i) for i in ids])
             chosen = [i[rank] for i, rank in zip(ids, memory.herd_classes(features, quota), strict=True)]
         else:
             key = Key(self.recipe.train.seed, step, "memory")
