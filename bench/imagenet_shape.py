@@ -2,12 +2,12 @@
 
 python -m bench.imagenet_shape [--data FOLDER or TAR] [--folder FOLDER]
 
-Four training and two test images of each of ImageNet's 1,000 wnids are cut from the photos of the data, each a crop of
-its own, and encoded again; photos serve several classes. `fastil convert` makes a .beton of them, on which
+Four training images and a test image of each of ImageNet's 1,000 wnids are cut from the photos of the data, each a crop
+of its own, and encoded again; photos serve several classes. `fastil convert` makes a .beton of them, on which
 `fastil run imagenet_balanced_5` trains an epoch a step, streamed: once undisturbed, and once killed (SIGKILL) in the
 middle of step 2 and stopped (SIGTERM) in the middle of step 4. Exit status 1 if the two differ in what they write.
 
-Seconds of a step: the plan; new ids to the first batch; training, and what of it the loop waited for data; choosing
+Seconds of a step, by the clock and on the processor: the plan; new ids to the first batch; training; choosing
 exemplars, and what of it is herding; evaluation, and what of it is not the network; checkpoints. Memory: the peak so
 far. Accuracies mean nothing here.
 """
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,15 @@ from bench.same_results import WRITTEN
 from fastil.data.published import table
 from fastil.text import format_table, say
 
-TRAIN, TEST = 4, 2  # images of a class
+TRAIN, TEST = 4, 1  # images of a class
 GREY = 50  # one class in so many
-SETTINGS = ["epochs=1", "base_epochs=1", "exemplars_per_class=2", "batch_size=32", "lr=0.01", "device=cpu"]
+SETTINGS = [
+    "epochs=1", "base_epochs=1", "exemplars_per_class=2", "batch_size=32", "lr=0.01", "device=cpu", "compile=false",
+]  # fmt: skip
 KILLED, STOPPED = 2, 4  # steps
 WATCHED = "FASTIL_WATCHED"  # in the environment: the file for the seconds of a run's parts
-IN_TRAINING = ("first batch", "checkpoint")
-PARTS = ("plan", "first batch", "train", "waiting", "memory", "herding", "evaluate", "accuracies", "checkpoint")
+MIDDLE, SAVED = "middle", "checkpoint"
+PARTS = ("plan", "first batch", "train", "memory", "herding", "evaluate", "accuracies", SAVED)
 
 
 def make_images(data: Path, folder: Path) -> None:
@@ -64,6 +65,11 @@ def make_images(data: Path, folder: Path) -> None:
             photo.crop((left, top, left + width, top + height)).save(path, "JPEG", quality=92)
 
 
+def clocks() -> tuple[float, float]:
+    """Return the seconds of the clock and of the processor."""
+    return time.perf_counter(), time.process_time()
+
+
 def watched() -> None:
     """Be fastil's command line, and add the seconds of a run's parts to the file WATCHED, a line each."""
     from fastil import cli, memory
@@ -72,27 +78,30 @@ def watched() -> None:
 
     step = -1
 
-    def note(part: str, seconds: float, **more: Any) -> None:
-        line = {"step": step, "part": part, "seconds": seconds, "mebibytes": own_peak()} | more
+    def note(part: str, began: tuple[float, float], **more: Any) -> None:
+        clock, processor = (now - then for now, then in zip(clocks(), began, strict=True))
+        line = {"step": step, "part": part, "seconds": clock, "processor": processor, "mebibytes": own_peak()}
         with open(os.environ[WATCHED], "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line | more) + "\n")
 
     def timed(owner: Any, name: str, part: str) -> None:
         work = getattr(owner, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
+            began = clocks()
             result = work(*arguments, **options)
-            note(part, time.perf_counter() - began)
+            note(part, began)
             return result
 
         setattr(owner, name, call)
 
     def inputs(self: Any, plan: Any, first: int = 0) -> Iterator[Any]:
-        began, batches = time.perf_counter(), all_inputs(self, plan, first)
+        began, batches, middle = clocks(), all_inputs(self, plan, first), len(plan.ids) // plan.batch_size // 2
         for number, batch in enumerate(batches):
-            if number == 0 and self.transform.resized:
-                note("first batch", time.perf_counter() - began, images=len(plan.ids))
+            if self.transform.resized and number == 0:
+                note("first batch", began, images=len(plan.ids))
+            if self.transform.resized and number == middle:
+                note(MIDDLE, began)
             yield batch
 
     def run_step(self: Any, plan: Any, position: Any) -> None:
@@ -107,7 +116,9 @@ def watched() -> None:
     timed(memory, "herd_classes", "herding")
     timed(experiment, "evaluate", "accuracies")
     for name in ("save", "save_step"):
-        timed(run_directory.RunDirectory, name, "checkpoint")
+        timed(run_directory.RunDirectory, name, SAVED)
+    for name, part in (("train", "train"), ("select_exemplars", "memory"), ("evaluate", "evaluate")):
+        timed(experiment.Experiment, name, part)
     cli.main()
 
 
@@ -137,21 +148,18 @@ class Run:
         """Let it run to the middle of the training of a step, and send a signal."""
         process = self.start(*options)
         while process.poll() is None:
-            steps = self.timings()
-            if str(step - 1) in steps:  # written once it is over
-                time.sleep(steps[str(step - 1)]["train"] / 2)
+            if any((line["step"], line["part"]) == (step, MIDDLE) for line in self.lines()):
                 process.send_signal(number)
                 break
-            time.sleep(0.2)
-        status = process.wait()
-        last = json.loads(self.log.read_text().splitlines()[-1])
-        if status not in (-number, 128 + number) or (last["step"], last["part"] in IN_TRAINING) != (step, True):
+            time.sleep(0.1)
+        status, last = process.wait(), self.lines()[-1]
+        if status not in (-number, 128 + number) or (last["step"], last["part"]) not in ((step, MIDDLE), (step, SAVED)):
             raise SystemExit(f"ended with {status} after {last}, not by {number.name} in step {step}; see {self.text}")
 
-    def timings(self) -> dict[str, dict[str, float]]:
-        path = self.out / "timings.json"
-        steps: dict[str, dict[str, float]] = json.loads(path.read_text())["steps"] if path.exists() else {}
-        return steps
+    def lines(self) -> list[dict[str, Any]]:
+        """Return what `watched` has written so far."""
+        text = self.log.read_text() if self.log.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def written(self) -> dict[str, bytes]:
         """Return the bytes of what must be the same after a resume, by name."""
@@ -163,18 +171,17 @@ class Run:
         found: dict[str, torch.Tensor] = torch.load(self.out / "checkpoints/step_5.pt", weights_only=True)
         return found
 
-    def parts(self) -> dict[int, dict[str, float]]:
-        """Return the seconds of each part of each step, and MiB at the peak of memory so far."""
-        found: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for line in map(json.loads, self.log.read_text().splitlines()):
-            found[line["step"]][line["part"]] += line["seconds"]
-            found[line["step"]]["mebibytes"] = line["mebibytes"]
-            if "images" in line:
-                found[line["step"]]["images"] = line["images"]
-        for step, seconds in self.timings().items():
-            own = {key: seconds[key] for key in ("train", "memory", "evaluate")}
-            found[int(step)] |= own | {"waiting": seconds["waiting_for_data"]}
-        return {step: dict(parts) for step, parts in sorted(found.items()) if step >= 0}
+    def parts(self) -> dict[int, dict[str, Any]]:
+        """Return of each step the seconds of its parts, its images, and MiB at the peak of memory so far."""
+        found: dict[int, dict[str, Any]] = {}
+        for line in self.lines():
+            if line["step"] < 0 or line["part"] == MIDDLE:
+                continue
+            of_step = found.setdefault(line["step"], {part: {"seconds": 0.0, "processor": 0.0} for part in PARTS})
+            for key in ("seconds", "processor"):
+                of_step[line["part"]][key] += line[key]
+            of_step |= {key: line[key] for key in ("mebibytes", "images") if key in line}
+        return found
 
     def resumed_at(self) -> list[str]:
         """Return where it went on, as it said."""
@@ -193,13 +200,16 @@ def megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-def show(parts: dict[int, dict[str, float]]) -> None:
-    """Print seconds per step."""
-    header = ("step", "images", *PARTS, "MiB at the peak")
+def show(parts: dict[int, dict[str, Any]]) -> None:
+    """Print seconds per step, by the clock and on the processor."""
+    header = ("step", "images", *PARTS, "MiB")
     rows = [
-        (str(step), f"{one['images']:.0f}", *(f"{one[part]:.2f}" for part in PARTS), f"{one['mebibytes']:.0f}")
+        (
+            str(step), str(one["images"]), *("{seconds:.2f} / {processor:.2f}".format(**one[part]) for part in PARTS),
+            f"{one['mebibytes']:.0f}",
+        )
         for step, one in parts.items()
-    ]
+    ]  # fmt: skip
     say(format_table(header, rows))
 
 
