@@ -3,13 +3,17 @@
 python -m bench.estimate_h100 [--cores 16]
 
 Compiled steps: the launches of `bench.step_kernels`, their bytes and the operations of their convolutions. Eager ones:
-the operators that torch is asked for in a step on a CPU, each taken for one launch, so a lower bound. A launch takes a
-gap and the longest of three times: that of the shortest kernel, of its bytes, of its operations. The step takes the sum
-of these, or the time that the host needs to launch them, whichever is longer; a captured step needs no host. What a GPU
-reaches of its published rates is not known: FAST and SLOW stand for what is likely at best and at worst.
+the operators that torch is asked for in a step on a CPU, each taken for one launch, batch normalisation for two. A
+launch takes a gap and the longest of three times: that of the shortest kernel, of its bytes, of its operations. The
+step takes the sum of these, or the time that the host needs to launch them, whichever is longer. What a GPU reaches of
+its published rates is not known: FAST and SLOW stand for what is likely at best and at worst.
+
+Left out: ragged batches, captures and compilation, the ends of epochs, checkpoints, and that a cache may hold what a
+kernel reads.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -36,6 +40,7 @@ from fastil.training.trainer import Trainer
 
 ROWS = ("cifar100_balanced_5", "imagenet_balanced_5")
 CPU = torch.device("cpu")
+PARTS = ("launches", "bytes", "math")
 MEMORY, TENSOR_CORES, FLOAT32 = 3.35e12, 989e12, 67e12  # H100 SXM: bytes/s, bfloat16 and float32 operations/s, dense
 # Around the networks: augment, labels, loss, weights cast and gradients cast back, SGD in groups of tensors, and the
 # copies of the inputs into a captured step. Bytes: of each weight 6 and 6 for the casts, 20 for SGD with momentum.
@@ -43,21 +48,29 @@ AROUND, BYTES_PER_WEIGHT = 14, 32
 FEW, MORE = 2, 4  # batches that are run eagerly: bytes lie on the line through them
 
 
+# Batch normalisation reads its inputs a second time: what share of its bytes they are.
+READ_TWICE = {"native_batch_norm": 1 / 2, "native_batch_norm_backward": 2 / 3}
+
+
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU and its host are taken to reach. gap, shortest, compiled, eager: microseconds between two launches, of
-    the shortest kernel, and of the host for a launch. memory, math: shares of the published rates."""
+    """What a GPU and its host are taken to reach. Microseconds: gap, between two launches; shortest, of a kernel;
+    compiled, eager, of the host for a launch; loop, of the host for a step besides. Shares of the published rates:
+    memory, math. tile: channels that a convolution makes at once; one that makes fewer wastes the others' operations.
+    """
 
     gap: float
     shortest: float
     memory: float
     math: float
+    tile: int
     compiled: float
     eager: float
+    loop: float
 
 
-FAST = Rates(gap=1.2, shortest=1.5, memory=0.9, math=0.6, compiled=5.0, eager=6.0)
-SLOW = Rates(gap=2.0, shortest=2.5, memory=0.7, math=0.25, compiled=8.0, eager=10.0)
+FAST = Rates(gap=1.2, shortest=1.5, memory=0.9, math=0.6, tile=32, compiled=5.0, eager=6.0, loop=150)
+SLOW = Rates(gap=2.0, shortest=2.5, memory=0.7, math=0.25, tile=64, compiled=8.0, eager=10.0, loop=400)
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,13 @@ class Bounds:
     @property
     def name(self) -> str:
         """What takes most of it."""
-        return max(("launches", "bytes", "math"), key=lambda part: float(getattr(self, part)))
+        return max(PARTS, key=lambda part: float(getattr(self, part)))
+
+
+def math_seconds(kernel: Kernel, peak: float, rates: Rates) -> float:
+    """Return the seconds of a launch's operations. peak: operations per second, published."""
+    wasted = max(1.0, rates.tile / kernel.channels) if kernel.channels else 1.0
+    return kernel.operations * wasted / (peak * rates.math)
 
 
 def bounds(kernels: list[Kernel], rates: Rates) -> Bounds:
@@ -86,14 +105,14 @@ def bounds(kernels: list[Kernel], rates: Rates) -> Bounds:
         times = {
             "launches": rates.shortest * 1e-6,
             "bytes": kernel.bytes / (MEMORY * rates.memory),
-            "math": kernel.operations / (TENSOR_CORES * rates.math),
+            "math": math_seconds(kernel, TENSOR_CORES, rates),
         }
         longest = max(times, key=lambda part: times[part])
         found[longest] += times[longest]
     return Bounds(**found)
 
 
-class Operators(Counter):
+class Operators(Counter):  # type: ignore[no-untyped-call]
     """The operators that torch is asked for, with their names and bytes."""
 
     def __init__(self) -> None:
@@ -141,7 +160,8 @@ def eager(model: str, size: int, teacher: bool, compiled: list[Kernel]) -> list[
     share = (BATCH - FEW) / (MORE - FEW)
     pairs = [pair for pair in zip(few, more, strict=True) if "convolution" not in pair[0].kind]
     others = [Kernel(a.kind, a.bytes + (b.bytes - a.bytes) * share) for a, b in pairs]
-    return others + [kernel for kernel in compiled if "convolution" in kernel.kind]
+    again = [Kernel(one.kind, one.bytes * READ_TWICE[one.kind]) for one in others if one.kind in READ_TWICE]
+    return [*others, *again, *(kernel for kernel in compiled if "convolution" in kernel.kind)]
 
 
 @dataclass(frozen=True)
@@ -187,7 +207,8 @@ def step_seconds(row: Row, mode: str, teacher: bool, rates: Rates) -> tuple[floa
     """Return the seconds of a step and what bounds it."""
     kernels = row.kernels[mode][teacher]
     on_gpu = bounds(kernels, rates)
-    host = {"captured": 0.0, "compiled": rates.compiled, "eager": rates.eager}[mode] * len(kernels) * 1e-6
+    each = {"captured": 0.0, "compiled": rates.compiled, "eager": rates.eager}[mode]
+    host = (rates.loop + each * len(kernels)) * 1e-6
     return (host, "the host") if host > on_gpu.total else (on_gpu.total, on_gpu.name)
 
 
@@ -197,7 +218,7 @@ def frozen_seconds(row: Row, rates: Rates) -> float:
         max(
             rates.shortest * 1e-6,
             2 * kernel.bytes / (MEMORY * rates.memory),
-            kernel.operations / (FLOAT32 * rates.math),
+            math_seconds(kernel, FLOAT32, rates),
         )
         + rates.gap * 1e-6
         for kernel in row.teacher
@@ -220,58 +241,60 @@ def decoding_rate() -> float:
     return float(found["images_per_second"]["threads"]["median"]) / int(found["workers"])
 
 
+def both(values: Sequence[float], form: str = ",.0f") -> str:
+    """Return FAST to SLOW as text."""
+    return " to ".join(format(value, form) for value in values)
+
+
 def main(cores: Annotated[int, typer.Option(help="That decode for the GPU.")] = 16) -> None:
-    decoded = cores * decoding_rate()
+    per_core = decoding_rate()
     say("ESTIMATES, from counts and published rates; nothing ran on a GPU. FAST to SLOW.")
     counted, timed = [], []
     for row in map(row_of, ROWS):
         for mode, of_mode in row.kernels.items():
-            slowest = {}
+            rates_of = {}
             for teacher, kernels in of_mode.items():
-                moved, work = sum(k.bytes for k in kernels), sum(k.operations for k in kernels)
+                moved, work = sum(kernel.bytes for kernel in kernels), sum(kernel.operations for kernel in kernels)
                 (fast, bound), (slow, other) = (step_seconds(row, mode, teacher, rates) for rates in (FAST, SLOW))
-                slowest[teacher] = f"{BATCH / fast:,.0f} to {BATCH / slow:,.0f}"
+                rates_of[teacher] = BATCH / fast, BATCH / slow
                 shares = [bounds(kernels, rates) for rates in (FAST, SLOW)]
-                parts = [
-                    f"{100 * getattr(shares[0], part) / shares[0].total:.0f} to "
-                    f"{100 * getattr(shares[1], part) / shares[1].total:.0f}"
-                    for part in ("launches", "bytes", "math")
-                ]
                 counted.append(
                     (
                         row.model, mode, "with" if teacher else "without", str(len(kernels)), f"{moved / 1e9:.2f}",
-                        f"{work / 1e12:.3f}", f"{1e3 * fast:.2f} to {1e3 * slow:.2f}", *parts,
+                        f"{work / 1e12:.3f}", both([1e3 * fast, 1e3 * slow], ".2f"),
+                        *(both([100 * getattr(s, part) / s.total for s in shares]) for part in PARTS),
                         bound if bound == other else f"{bound} to {other}",
                     )
                 )  # fmt: skip
-            whole = [row_seconds(row, mode, rates, float("inf")) for rates in (FAST, SLOW)]
-            streamed = [row_seconds(row, mode, rates, decoded) for rates in (FAST, SLOW)]
+            alone, streamed = (
+                " to ".join(duration(row_seconds(row, mode, rates, decoded)) for rates in (FAST, SLOW))
+                for decoded in (float("inf"), cores * per_core)
+            )
+            needed = both([rate / per_core for rate in rates_of[False]])
             timed.append(
                 (
-                    row.name, mode, slowest[False], slowest[True], " to ".join(map(duration, whole)),
-                    " to ".join(map(duration, streamed)) if row.streamed else "resident",
+                    row.name, mode, both(rates_of[False]), both(rates_of[True]), alone,
+                    *((needed, streamed) if row.streamed else ("", "")),
                 )
             )  # fmt: skip
+        seen = both([frozen_seconds(row, rates) for rates in (FAST, SLOW)])
         say(
             f"{row.name}: {row.visits(False):,} visits without a teacher, {row.visits(True):,} with one; "
-            f"{row.frozen:,} images through the frozen network in {duration(frozen_seconds(row, FAST))} to "
-            f"{duration(frozen_seconds(row, SLOW))}"
+            f"{row.frozen:,} images through the frozen network in {seen} s"
         )
-    header = ("", "step", "teacher", "launches", "GB", "TFLOP", "ms", "% launches", "% bytes", "% math", "bound by")
+    header = ("", "step", "teacher", "launches", "GB", "TFLOP", "ms", *(f"% {part}" for part in PARTS), "bound by")
     say(format_table(header, counted))
-    say(
-        format_table(
-            (
-                "",
-                "step",
-                "images/s without",
-                "with a teacher",
-                "a row",
-                f"with {cores} cores at {decoded:,.0f} images/s",
-            ),
-            timed,
-        )
+    header = (
+        "",
+        "step",
+        "images/s without",
+        "with a teacher",
+        "a row",
+        "cores to keep up",
+        f"a row with {cores} cores",
     )
+    say(format_table(header, timed))
+    say(f"one core decodes and crops {per_core:,.0f} images/s (bench/results/loaders.json)")
 
 
 if __name__ == "__main__":

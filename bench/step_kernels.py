@@ -33,12 +33,13 @@ LAUNCH = re.compile(r"(\w+)\.run\(.*stream=|extern_kernels\.(\w+)\(|torch\.ops\.
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. bytes: read and written. operations: floating-point, of convolutions only; all else has next to
-    none."""
+    """One launch. bytes: read and written. operations: floating-point, of convolutions only; all else has next to none.
+    channels: that a convolution makes."""
 
     kind: str
     bytes: float
     operations: float = 0.0
+    channels: int = 0
 
 
 def launches(code: str) -> Counter[str]:
@@ -74,13 +75,16 @@ def kernels_of(graph: Any) -> list[Kernel]:
             found.append(Kernel("Triton", moved))
         elif "convolution_backward" in name:
             gradient, images, weight = inner.inputs
-            work = 2.0 * math.prod(gradient.get_size()) * math.prod(weight.get_size()[1:])
-            found.append(Kernel("convolution_backward", size(gradient) + size(images) + size(weight), work))
+            made, seen = (int(count) for count in weight.get_size()[:2])
+            moved = size(gradient) + size(images) + size(weight)
+            work = float(2 * math.prod(gradient.get_size()) * math.prod(weight.get_size()[1:]))
+            found.append(Kernel("convolution_backward", moved, work, made))
             if sum(isinstance(one, MultiOutput) for one in inner.outputs) > 1:
-                found.append(Kernel("convolution_backward", size(gradient) + size(weight) + size(images), work))
+                found.append(Kernel("convolution_backward", moved, work, seen))
         elif "convolution" in name:
-            work = 2.0 * math.prod(inner.get_size()) * math.prod(inner.inputs[1].get_size()[1:])
-            found.append(Kernel("convolution", moved, work))
+            made, *others = inner.inputs[1].get_size()
+            work = float(2 * math.prod(inner.get_size()) * math.prod(others))
+            found.append(Kernel("convolution", moved, work, int(made)))
         else:
             found.append(Kernel(name.removeprefix("extern_kernels."), moved))
     return found
