@@ -78,7 +78,8 @@ def evaluate(
     [n]. Raises UserError for logits that are not finite.
     """
     seen = logits[:, :num_seen]
-    if not bool(torch.isfinite(seen).all()):  # what argmax makes of NaN is an accident
+    ends = torch.stack(torch.aminmax(seen))  # both NaN if one logit is; a mask would take as much memory as all of them
+    if not bool(torch.isfinite(ends).all()):  # what argmax makes of NaN is an accident
         raise UserError(f"logits that are not numbers in step {step}: training diverged; lower lr")
     ranked = seen.topk(min(5, num_seen), dim=1).indices
     cells = positions * num_seen + ranked[:, 0]
