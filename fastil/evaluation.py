@@ -44,24 +44,31 @@ class StepResult:
     nme_top1: Percent | None = None  # of the nearest-mean-of-exemplars classifier, for methods that use one
 
 
-def forward(network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored: bool = False) -> Output:
+def forward(
+    network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored: bool = False, keeps_logits: bool = True
+) -> Output:
     """Return features and logits of the images `ids`, in that order, by the test-time transform; no maps. mirrored: of
-    their mirror images.
+    their mirror images. keeps_logits: if not, they have no columns, for those of ImageNet's base step take 2.6 GB.
 
     network: in float32; it takes over the current weights first. Whatever the precision of training, this is IEEE
     float32: exemplars, class means and accuracies depend on the weights alone. Rows are float32 on the loader's device.
     Several processes read a part each, and have all rows afterwards.
     """
     network.refresh()
-    features, logits = [], []
     here = ids[ranks.part_of(len(ids))]
+    features = logits = torch.empty(0, 0, device=loader.device)
+    row = 0
     with torch.no_grad(), multiplying_in("fp32", loader.device):
         for batch in loader.batches(sequential_plan(here, loader.transform, BATCH, mirrored, loader.sizes)):
             out = network(batch.images)
-            features.append(out.features)
-            logits.append(out.scaled_logits)
-    whole = [ranks.whole_of(torch.cat(parts), len(ids)) for parts in (features, logits)]
-    return Output(whole[0], [], whole[1])
+            if row == 0:  # room for all rows at once: batches put together at the end would be there twice
+                features = out.features.new_empty(len(here), out.features.shape[1])
+                logits = out.logits.new_empty(len(here), out.logits.shape[1] if keeps_logits else 0)
+            part = slice(row, row := row + len(batch.images))
+            features[part] = out.features
+            if keeps_logits:
+                logits[part] = out.scaled_logits
+    return Output(ranks.whole_of(features, len(ids)), [], ranks.whole_of(logits, len(ids)))
 
 
 def evaluate(
@@ -74,7 +81,8 @@ def evaluate(
     [n]. Raises UserError for logits that are not finite.
     """
     seen = logits[:, :num_seen]
-    if not bool(torch.isfinite(seen).all()):  # what argmax makes of NaN is an accident
+    ends = torch.stack(torch.aminmax(seen))  # both NaN if one logit is; a mask would take as much memory as all of them
+    if not bool(torch.isfinite(ends).all()):  # what argmax makes of NaN is an accident
         raise UserError(f"logits that are not numbers in step {step}: training diverged; lower lr")
     ranked = seen.topk(min(5, num_seen), dim=1).indices
     cells = positions * num_seen + ranked[:, 0]

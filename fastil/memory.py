@@ -16,7 +16,7 @@ from fastil.plan import Key, counter_hash
 from fastil.protocol import Ids
 from fastil.settings import shown
 
-GRAM_BYTES = 256 * 2**20  # Gram matrices of as many classes as fit in this are built at once
+GRAM_BYTES = 64 * 2**20  # Gram matrices of as many classes as fit in this are built at once; more are no faster
 
 
 @dataclass(frozen=True)

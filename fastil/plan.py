@@ -127,9 +127,9 @@ def num_batches(count: int, batch_size: int) -> int:
 def counter_hash(key: Key, stream: str, ids: NDArray[np.int64], occurrence: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Uniform uint64 [n] from the counter of each sample (SplitMix64's finaliser, chained over the words)."""
     words = (key.seed, key.step, PHASES.index(key.phase), key.epoch, STREAMS.index(stream), ids, occurrence)
-    state = np.zeros(len(ids), dtype=np.uint64)
+    state = np.zeros(1, dtype=np.uint64)  # one for all samples, as long as the words are
     for word in words:
-        state += np.asarray(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        state = state + np.atleast_1d(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state ^= state >> np.uint64(31)

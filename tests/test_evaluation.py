@@ -11,7 +11,7 @@ from fastil.data import Split, make_loader
 from fastil.errors import UserError
 from fastil.evaluation import evaluate, forward
 from fastil.models import Folded, ModelConfig, build_network
-from fastil.plan import Transform
+from fastil.plan import Transform, sequential_plan
 
 
 def brute_force(logits, positions, num_base, num_old, num_seen):
@@ -164,3 +164,19 @@ def test_forward_follows_the_weights_that_the_network_has_now(world):
             parameter.mul_(0.5)
     moved = forward(frozen, loader, np.arange(5))
     torch.testing.assert_close(moved, forward(Folded(network, torch.float32, 256), loader, np.arange(5)))
+
+
+@pytest.mark.parametrize(("batch", "count"), [(5, 23), (11, 22), (256, 23), (7, 1)])
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_forward_is_its_batches_one_after_the_other_with_logits_or_without(world, monkeypatch, batch, count, head):
+    monkeypatch.setattr(evaluation, "BATCH", batch)
+    _, _, loader = world
+    frozen = Folded(build_network(ModelConfig("resnet8", head=head), 5, 0), torch.float32, batch)
+    ids = np.random.default_rng(2).permutation(23)[:count]
+    plan = sequential_plan(ids, TRANSFORM, batch)
+    apart = [frozen(one.images) for one in loader.batches(plan)]
+    out, features = (forward(frozen, loader, ids, keeps_logits=keeps) for keeps in (True, False))
+    assert torch.equal(out.features, torch.cat([one.features for one in apart]))
+    assert torch.equal(out.logits, torch.cat([one.scaled_logits for one in apart]))
+    assert torch.equal(features.features, out.features)
+    assert features.logits.shape == (count, 0)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastil.plan import (
+    PHASES,
+    STREAMS,
     EpochPlan,
     Key,
     Transform,
@@ -154,6 +156,29 @@ def test_flips_are_fair_and_independent_of_crop_and_order():
     assert chi_square(np.bincount(flipped, minlength=9), len(flipped) / 9) < CHI_SQUARE_999[8]
     along = plan.flips.reshape(16, 2500).sum(axis=1)  # position in the epoch tells nothing
     assert chi_square(along, 1250) + chi_square(2500 - along, 1250) < CHI_SQUARE_999[16]
+
+
+def finalised(words):
+    """SplitMix64's finaliser over the words of a counter, in whole numbers of any size."""
+    state, wrapped = 0, (1 << 64) - 1
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & wrapped
+        state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & wrapped
+        state = ((state ^ state >> 27) * 0x94D049BB133111EB) & wrapped
+        state ^= state >> 31
+    return state
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 33])
+@pytest.mark.parametrize("key", [KEY, Key(0, 0), Key(-1, 7, "meta", 249), Key(2**63 - 1, 5, "evaluate", 2**40)])
+def test_the_counter_is_hashed_word_by_word_for_every_sample(count, key):
+    random = np.random.default_rng(count)
+    ids, again = random.integers(0, 2**62, count), random.integers(0, 9, count) << 40
+    for number, stream in enumerate(STREAMS):
+        words = key.seed, key.step, PHASES.index(key.phase), key.epoch, number
+        found = counter_hash(key, stream, ids, again)
+        assert found.dtype == np.uint64
+        assert found.tolist() == [finalised((*words, i, n)) for i, n in zip(ids.tolist(), again.tolist(), strict=True)]
 
 
 def test_every_bit_of_the_counter_is_fair():

@@ -22,6 +22,10 @@ class FrozenNetwork:
         """Return features [n, d] and logits [n, W] of training images, by the test-time transform."""
         return forward(self.folded, self.loaders.plain, ids, mirrored=mirrored)
 
+    def training_features(self, ids: Ids, mirrored: bool = False) -> Tensor:
+        """Return features [n, d] of training images, by the test-time transform."""
+        return forward(self.folded, self.loaders.plain, ids, mirrored=mirrored, keeps_logits=False).features
+
     def test_output(self, ids: Ids) -> Output:
         """Return features [n, d] and logits [n, W] of test images."""
         return forward(self.folded, self.loaders.test, ids)
@@ -29,9 +33,9 @@ class FrozenNetwork:
     def class_means(self, exemplars: Ids, positions: Ids, mirrored: bool) -> Tensor:
         """Return the means of the exemplars' features, float32 [classes, d]. positions: the classes of the exemplars,
         int64 [m]. mirrored: include mirror images, if training flips."""
-        plain = self.training_output(exemplars).features
+        plain = self.training_features(exemplars)
         mirrored = mirrored and self.loaders.train.transform.flip
-        other = self.training_output(exemplars, mirrored=True).features if mirrored else plain
+        other = self.training_features(exemplars, mirrored=True) if mirrored else plain
         return class_means(plain, other, torch.from_numpy(positions).to(plain.device))
 
     def compile(self) -> str | None:

@@ -85,7 +85,7 @@ class Rehearsal:
             reserved = self.reserved(classes, num_old or num_seen)
             ids = [i[~np.isin(i, reserved)] for i in ids]
         if self.recipe.memory.exemplar_selection == "herding":
-            features = torch.split(self.network.training_output(np.concatenate(ids)).features, [len(i) for i in ids])
+            features = torch.split(self.network.training_features(np.concatenate(ids)), [len(i) for i in ids])
             picked = ranks.from_first(lambda: memory.herd_classes(features, quota))
             chosen = [i[rank] for i, rank in zip(ids, picked, strict=True)]
         else:
