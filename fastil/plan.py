@@ -84,22 +84,27 @@ class EpochPlan:
     def batches(self) -> Iterator[slice]:
         """Slices of the plan: full batches, then the rest; a rest of one joins the batch before it, for batch
         normalisation cannot train on a single image."""
-        ends = self.ends
-        if ends is None:
-            count = len(self.ids)
-            total = num_batches(count, self.batch_size)
-            ends = np.minimum(np.arange(1, total + 1) * self.batch_size, count)
-            ends[-1:] = count
         start = 0
-        for end in ends.tolist():
+        for end in self._ends().tolist():
             yield slice(start, end)
             start = end
 
+    def _ends(self) -> NDArray[np.int64]:
+        if self.ends is not None:
+            return self.ends
+        count = len(self.ids)
+        ends = np.minimum(np.arange(1, num_batches(count, self.batch_size) + 1) * self.batch_size, count)
+        ends[-1:] = count
+        return ends
+
+    def sizes(self) -> NDArray[np.int64]:
+        """The number of images of each batch, int64 [batches]."""
+        return np.diff(self._ends(), prepend=0)
+
     def only(self, taken: NDArray[np.bool_]) -> "EpochPlan":
         """These visits, in as many batches as before, of which some may be empty. taken: bool [n]."""
-        ends = np.array([part.stop for part in self.batches()], dtype=np.int64)
         counted = np.concatenate([[0], np.cumsum(taken)])
-        return EpochPlan(self.ids[taken], self.boxes[taken], self.flips[taken], self.batch_size, counted[ends])
+        return self._part(taken, counted[self._ends()])
 
     def of_rank(self, rank: int, ranks: int) -> "EpochPlan":
         """What one of several processes reads: every batch is shared out, to within one image, and none is visited
@@ -108,14 +113,19 @@ class EpochPlan:
         processes there are."""
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks}: must lie in [0, {ranks})")
+        if ranks == 1:
+            return self
         sizes = self.sizes()
         takers = np.clip(sizes // 2, 1, ranks)
-        places = np.arange(len(self.ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return self.only(places % np.repeat(takers, sizes) == rank)
+        # Every takers-th visit of each batch from the rank-th on; a mask would be over the visits of all.
+        counts = np.where(rank < takers, (sizes - rank + takers - 1) // takers, 0)
+        ends = np.cumsum(counts)
+        origins = self._ends() - sizes + rank - (ends - counts) * takers
+        numbers = np.repeat(origins, counts) + np.arange(counts.sum()) * np.repeat(takers, counts)
+        return self._part(numbers, ends)
 
-    def sizes(self) -> NDArray[np.int64]:
-        """The number of images of each batch, int64 [batches]."""
-        return np.array([part.stop - part.start for part in self.batches()], dtype=np.int64)
+    def _part(self, visits: NDArray[np.int64] | NDArray[np.bool_], ends: NDArray[np.int64]) -> "EpochPlan":
+        return EpochPlan(self.ids[visits], self.boxes[visits], self.flips[visits], self.batch_size, ends)
 
 
 def num_batches(count: int, batch_size: int) -> int:

@@ -1,5 +1,6 @@
 """What an epoch visits: every random decision is a counter, so nothing but the counter may change it."""
 
+import dataclasses
 import math
 import threading
 from collections import Counter
@@ -271,6 +272,25 @@ def test_ranks_share_every_batch_and_none_gets_a_single_image_of_several(count, 
         assert max(some) - min(some) <= 1
         assert min(some) >= 2 or sum(lengths) == 1
         assert len(some) == ranks or sum(lengths) < 2 * (len(some) + 1)  # or more of them would have shared
+
+
+@pytest.mark.parametrize("ends", [None, [0, 7, 7, 10, 11, 40]])
+def test_a_share_is_every_nth_visit_of_each_batch_in_order(ends):
+    whole = training_plan(np.arange(40), Key(0, 0), TRANSFORM, 9)
+    plan = dataclasses.replace(whole, ends=None if ends is None else np.array(ends))
+    for ranks in (1, 2, 3, 5, 8):
+        for rank in range(ranks):
+            wanted, sizes = [], []
+            for part in plan.batches():
+                batch = plan.ids[part].tolist()
+                takers = min(ranks, max(1, len(batch) // 2))
+                mine = [sample for place, sample in enumerate(batch) if place % takers == rank]
+                wanted, sizes = wanted + mine, [*sizes, len(mine)]
+            share = plan.of_rank(rank, ranks)
+            assert (share.ids.tolist(), share.sizes().tolist()) == (wanted, sizes)
+            visits = [whole.ids.tolist().index(sample) for sample in wanted]
+            np.testing.assert_array_equal(share.boxes, whole.boxes[visits])
+            np.testing.assert_array_equal(share.flips, whole.flips[visits])
 
 
 def test_ranks_of_ranks_and_ranks_that_are_none():
