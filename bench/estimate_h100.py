@@ -146,9 +146,9 @@ def operators(model: str, size: int, batch: int, teacher: bool) -> list[Kernel]:
     )  # fmt: skip
     update = trainer.update(phase)
     inputs = next(iter(trainer.loader.inputs(phase.plan(0))))
-    trainer.train_step(phase, update, inputs)  # what is made once
+    trainer.train_step(phase, update, inputs, batch)  # what is made once
     with Operators() as counter:
-        trainer.train_step(phase, update, inputs)
+        trainer.train_step(phase, update, inputs, batch)
     return [Kernel(*pair) for pair in zip(counter.names, counter.count.bytes, strict=True)]
 
 

@@ -68,7 +68,8 @@ def forward(
             features[part] = out.features
             if keeps_logits:
                 logits[part] = out.scaled_logits
-    return Output(ranks.whole_of(features, len(ids)), [], ranks.whole_of(logits, len(ids)))
+    logits = ranks.whole_of(logits, len(ids)) if keeps_logits else logits.new_empty(len(ids), 0)
+    return Output(ranks.whole_of(features, len(ids)), [], logits)
 
 
 def evaluate(
