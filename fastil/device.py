@@ -21,9 +21,9 @@ BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # instruction sets that multiply in bf
 
 def pick_device(name: str) -> torch.device:
     if name in ("auto", "cuda") and ranks.count() > 1 and torch.cuda.is_available():
-        return torch.device("cuda", ranks.on_this_machine()[0])
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = f"cuda:{ranks.on_this_machine()[0]}"
+    elif name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,5 +1,7 @@
 """Which precision a run computes in, that it keeps it, and what stays float32."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,16 @@ import yaml
 from conftest import TINY
 
 from fastil import device as devices
+from fastil import ranks
 from fastil.data import Split, make_loader
-from fastil.device import choosing_kernels, fastest_precision, multiplying_in, precision_note, settle_precision
+from fastil.device import (
+    choosing_kernels,
+    fastest_precision,
+    multiplying_in,
+    pick_device,
+    precision_note,
+    settle_precision,
+)
 from fastil.errors import UserError
 from fastil.plan import Key, Transform, training_plan
 from fastil.recipe_file import load, read_effective
@@ -271,3 +281,18 @@ def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled
     counts = np.bincount(experiment.dataset.val.labels)[experiment.protocol.order]
     trained = np.bincount(experiment.dataset.train.labels)[experiment.protocol.order]
     assert step_plan.frozen_visits(experiment.steps, counts) == trained.sum() + counts[:4].sum() + counts.sum()
+
+
+@pytest.mark.parametrize(("name", "among", "picked"), [
+    ("auto", 1, "cuda"), ("cuda", 1, "cuda"), ("cuda:1", 1, "cuda:1"),
+    ("auto", 4, "cuda:2"), ("cuda", 4, "cuda:2"), ("cuda:1", 4, "cuda:1"), ("cpu", 4, "cpu"),
+])  # fmt: skip
+def test_a_gpu_is_that_of_the_local_rank_and_cublas_may_be_asked_to_add_in_order(name, among, picked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(ranks, "count", lambda: among)
+    monkeypatch.setattr(ranks, "on_this_machine", lambda: (2, among))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert str(pick_device(name)) == picked
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == (picked != "cpu")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
