@@ -41,8 +41,7 @@ def pack(files: list[Path], folder: Path, part_bytes: int = PART) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: no such file; give files, such as a .beton or a tar")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: not empty; remove it or name another folder")
+    check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written, entries = [], []
     for file in files:
@@ -171,6 +170,12 @@ def unpack(folder: Path, to: Path) -> list[Path]:
     return made
 
 
+def check_empty(folder: Path) -> None:
+    """Raise ValueError for a folder that has something in it."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; remove it or name another folder")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -192,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif len(given.files) > 1:
             raise ValueError(f"--classes {given.classes}: takes one data set, not {len(given.files)}")
         else:
+            check_empty(given.folder)  # before minutes of work
             with tempfile.TemporaryDirectory() as name:
                 made = pack(first_classes(given.files[0], given.classes, given.recipe, Path(name)), given.folder)
     except (ValueError, OSError) as error:

@@ -104,7 +104,7 @@ def measured(work: Callable[[], object]) -> tuple[float, float, float]:
     if child == 0:
         status = 1
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
             before, clock, processor = memory_of("VmRSS"), time.perf_counter(), time.process_time()
             work()
             found = time.perf_counter() - clock, time.process_time() - processor, memory_of("VmHWM") - before

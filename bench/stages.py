@@ -98,6 +98,7 @@ def cifar100(small: bool) -> None:
     shutil.rmtree(out, ignore_errors=True)
     folder = ROOT / "build/cifar100"
     if (CARRIED / "manifest.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of what was carried before
         python("-m", "bench.carry", "unpack", str(CARRIED), str(folder))
     if folder.is_dir():
         # A file that is a data set, or a folder of those that are published.

@@ -130,6 +130,8 @@ def _precision() -> list[str]:
 
 def _streaming(gpu: bool) -> list[str]:
     """How fast these cores read images from a .beton, and what would be faster."""
+    import torch
+
     from fastil import machine
     from fastil.data.loaders.choose import by_rates, read_rate
     from fastil.device import pick_device
@@ -143,8 +145,13 @@ def _streaming(gpu: bool) -> list[str]:
         f"faster: about {small:,.0f} of 256x256 (fastil convert --squash 256, which changes their shapes)",
     ]
     if gpu:
-        backend, why = by_rates(large, plain_rate(load("imagenet_balanced_5"), frame, pick_device("auto")))
-        lines.append(f"loader=auto takes {backend} for a ResNet-18 on them ({why})")
+        try:
+            trained = plain_rate(load("imagenet_balanced_5"), frame, pick_device("auto"))
+        except torch.OutOfMemoryError:
+            lines.append("loader=auto: cannot be told, the GPU has no room for a training step now; stop what fills it")
+        else:
+            backend, why = by_rates(large, trained)
+            lines.append(f"loader=auto takes {backend} for a ResNet-18 on them ({why})")
     else:
         lines.append("loader=auto takes threads; nothing that could be installed is faster on a CPU")
     lines.append("images in memory stay on the device (resident)")

@@ -89,7 +89,9 @@ def plan_text(recipe: Recipe) -> str:
         reading = f"; without reading, which these cores alone do at about {rate:,.0f} images/s"
     backend, why = recipe.data.loader, "as asked for"
     if backend == "auto" and dataset is not None:
-        backend, why = choose(dataset.train, dataset.val, device, size, lambda: timed.now.plain)
+        backend, why = choose(
+            dataset.train, dataset.val, device, size, lambda: timed.now.plain, recipe.data.memory == "resident"
+        )
     settled = recipe.settled(device).shared_by(1)
     described = None if dataset is None else protocol_file(settled, dataset, protocol, steps, size, [backend])
     if recipe.data.memory == "resident" and images is not None:

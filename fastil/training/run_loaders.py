@@ -32,8 +32,10 @@ class RunLoaders:
         if before is not None and backend in ("auto", before):
             backend, self.why = before, "as before the stop"
         if backend == "auto":
-            trained = partial(plain_rate, recipe, size, device)
-            backend, self.why = ranks.from_first(lambda: choose(dataset.train, dataset.val, device, size, trained))
+            trained, held = partial(plain_rate, recipe, size, device), recipe.data.memory == "resident"
+            backend, self.why = ranks.from_first(
+                lambda: choose(dataset.train, dataset.val, device, size, trained, held)
+            )
         augmented, plain = transforms(recipe.data, size, streamed=streamed)
         self.train = make_loader(dataset.train, backend, augmented, device)
         self.keeps_exemplars = recipe.data.memory == "resident"

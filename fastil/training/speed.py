@@ -69,7 +69,10 @@ def speeds(recipe: Recipe, size: tuple[int, int]) -> Speeds:
 
 def plain_rate(recipe: Recipe, size: tuple[int, int], device: torch.device) -> float:
     """Images per second of training without a teacher, on a network of its own."""
-    return _time_steps(recipe, recipe.build_network(100, 0).to(device), None, size, device).wall
+    rate = _time_steps(recipe, recipe.build_network(100, 0).to(device), None, size, device).wall
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # another run may share the GPU
+    return rate
 
 
 def busy(others: float, quiet: str) -> str:

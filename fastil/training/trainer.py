@@ -150,7 +150,8 @@ class Trainer:
             self.lr.fill_(phase.schedule(epoch))
             plan = next(plans)
             done = epoch * num_batches(len(plan.ids), plan.batch_size)  # updates of earlier epochs
-            held_out = self.held_out(phase, done + first_batch, done + num_batches(len(plan.ids), plan.batch_size))
+            last = done + num_batches(len(plan.ids), plan.batch_size)
+            held_out = self.waiting.over(self.held_out(phase, done + first_batch, last))
             started, before = time.perf_counter(), self.seconds
             sizes = plan.sizes().tolist()  # of the batches, which several processes may share
             batches = self.loader.inputs(plan.of_rank(ranks.rank(), ranks.count()), first_batch)

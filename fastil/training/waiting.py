@@ -3,11 +3,14 @@
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 
-from fastil.data import Inputs, Loader
+from fastil.data import Loader
 from fastil.training.captured import has_streams
+
+Item = TypeVar("Item")
 
 
 class Waiting:
@@ -31,7 +34,7 @@ class Waiting:
         """Look at the clock and at the loader's."""
         self.began, self.worked = time.perf_counter(), self.loader.worked or 0.0
 
-    def over(self, batches: Iterator[Inputs]) -> Iterator[Inputs]:
+    def over(self, batches: Iterator[Item]) -> Iterator[Item]:
         """Yield the batches, and count how long each was waited for."""
         while True:
             done, asked = self._event(), time.perf_counter()

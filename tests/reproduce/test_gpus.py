@@ -65,7 +65,7 @@ class Spread:
         return next(job for job in self.work.jobs if job.folder.name == name)
 
     def environment(self, name):
-        """Of a job that was started."""
+        """What a job that was started has."""
         path, deadline = self.job(name).folder / "started", time.monotonic() + 60
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.01)

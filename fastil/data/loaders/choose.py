@@ -116,12 +116,17 @@ def installed(module: str) -> bool:
 
 
 def choose(
-    train: AnySplit, val: AnySplit, device: torch.device, size: tuple[int, int], trained: Callable[[], float]
+    train: AnySplit,
+    val: AnySplit,
+    device: torch.device,
+    size: tuple[int, int],
+    trained: Callable[[], float],
+    held: bool = False,
 ) -> tuple[str, str]:
     """The backend of a run on these splits and this device, and why.
 
     size: height and width of a frame. trained: times how many images per second the device trains on; it is called
-    where that decides.
+    where that decides. held: whether exemplars stay decoded (memory=resident).
     """
     if isinstance(train, Split):
         return "resident", "its pixels are in memory already"
@@ -129,6 +134,8 @@ def choose(
         return "threads", "on a CPU the fastest"
     if any(isinstance(split, Split) or split.mode != "jpeg" for split in (train, val)):
         return "threads", "pixels are stored, not JPEGs only"
+    if held:  # and must be decoded as the new images are
+        return "threads", "exemplars are held decoded"
     return by_rates(read_rate(sample(train), size), trained())
 
 
