@@ -5,7 +5,8 @@ python -m bench.imagenet_shape [--data FOLDER or TAR] [--folder FOLDER]
 Four training images and a test image of each of ImageNet's 1,000 wnids are cut from the photos of the data, each a crop
 of its own, and encoded again; photos serve several classes. `fastil convert` makes a .beton of them, on which
 `fastil run imagenet_balanced_5` trains an epoch a step, streamed: once undisturbed, and once killed (SIGKILL) in the
-middle of step 2 and stopped (SIGTERM) in the middle of step 4. Exit status 1 if the two differ in what they write.
+middle of step 2 and stopped (SIGTERM) in the middle of step 4, both at once with a thread each. Exit status 1 if the
+two differ in what they write.
 
 Seconds of a step, by the clock and on the processor: the plan; new ids to the first batch; training; choosing
 exemplars, and what of it is herding; evaluation, and what of it is not the network; checkpoints. Memory: the peak so
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,7 @@ class Run:
         with open(self.text, "ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-c", "from bench.imagenet_shape import watched; watched()", *self.command, *options],
-                env=os.environ | {WATCHED: str(self.log)}, stdout=output, stderr=output,
+                env=os.environ | {WATCHED: str(self.log), "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
             )  # fmt: skip
 
     def finish(self, *options: str) -> float:
@@ -221,13 +223,15 @@ def measure(data: Path, folder: Path, tell: Callable[[str], None]) -> tuple[dict
     tell(f"converted in {converted:.0f} s: {beton.stat().st_size / 1e6:,.0f} MB")
     planned = timed_command("plan", "imagenet_balanced_5", *SETTINGS, "--data", str(beton))
     whole, ended = Run(folder / "whole", beton), Run(folder / "ended", beton)
-    undisturbed = whole.finish()
+    with ThreadPoolExecutor(1) as pool:
+        undisturbed = pool.submit(whole.finish)
+        ended.end_in(KILLED, signal.SIGKILL)
+        ended.end_in(STOPPED, signal.SIGTERM, "--resume")
+        ended.finish("--resume")
+        seconds = undisturbed.result()
     parts = whole.parts()
-    tell(f"trained undisturbed in {undisturbed:.0f} s, with its start")
+    tell(f"trained undisturbed in {seconds:.0f} s, with its start")
     show(parts)
-    ended.end_in(KILLED, signal.SIGKILL)
-    ended.end_in(STOPPED, signal.SIGTERM, "--resume")
-    ended.finish("--resume")
     ours, theirs = whole.written(), ended.written()
     different = sorted(name for name in ours.keys() | theirs if ours.get(name) != theirs.get(name))
     one, other = whole.weights(), ended.weights()
@@ -237,8 +241,8 @@ def measure(data: Path, folder: Path, tell: Callable[[str], None]) -> tuple[dict
     reported = timed_command("report", str(whole.out), "--out", str(folder / "report"), "--html")
     content = {
         "settings": SETTINGS, "train_images": TRAIN * 1000, "test_images": TEST * 1000,
-        "threads": torch.get_num_threads(), "beton_megabytes": beton.stat().st_size / 1e6,
-        "seconds": {"convert": converted, "plan": planned, "run": undisturbed, "report": reported},
+        "beton_megabytes": beton.stat().st_size / 1e6,
+        "seconds": {"convert": converted, "plan": planned, "run": seconds, "report": reported},
         "steps": parts, "run_directory_megabytes": megabytes(whole.out),
         "page_megabytes": (folder / "report/report.html").stat().st_size / 1e6,
         "went_on_at": ended.resumed_at(), "files_compared": len(ours), "different": different,
