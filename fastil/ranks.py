@@ -19,8 +19,8 @@ from torch import Tensor
 from fastil.errors import UserError
 
 Result = TypeVar("Result")
-# How long an exchange may take: one process compiles, or writes to a slow disk, while the others wait. That one has died
-# is noticed by torchrun, not by this.
+# How long an exchange may take: one process compiles, or writes to a slow disk, while the others wait. torchrun notices
+# a process that has died, not this.
 PATIENCE = timedelta(hours=4)
 
 

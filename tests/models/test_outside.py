@@ -174,7 +174,7 @@ def short(tmp_path, name, model, **settings):
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr("fastil.training.experiment.figures.draw_run", lambda path: None)
+    monkeypatch.setattr("fastil.reporting.figures.draw_run", lambda path: None)
 
 
 @pytest.mark.parametrize("at", [3, 11])

@@ -27,7 +27,7 @@ PREDICTORS = {
 @pytest.fixture(autouse=True, scope="module")
 def no_figures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastil.training.experiment.figures.draw_run", lambda path: None)
+        patch.setattr("fastil.reporting.figures.draw_run", lambda path: None)
         yield
 
 
@@ -358,7 +358,7 @@ def test_weights_of_the_loss_that_are_none_are_said_before_there_is_a_directory(
 
 def test_a_signal_after_the_last_batch_is_not_swallowed(tmp_path, monkeypatch, capsys):
     """The run is finished, and whoever loops over runs stops."""
-    monkeypatch.setattr("fastil.training.experiment.figures.draw_run", lambda path: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("fastil.reporting.figures.draw_run", lambda path: os.kill(os.getpid(), signal.SIGINT))
     settings = SETTINGS | {"epochs": 1, "base_epochs": 1}
     with pytest.raises(KeyboardInterrupt, match="finished"):
         fastil.run("digits", out=tmp_path / "run", **settings)
