@@ -67,7 +67,7 @@ assert not hasattr(fastil, "nothing")
 
 def test_run_takes_the_base_step_of_another_run(tmp_path, monkeypatch):
     """The run is the same, byte for byte, as one that trains its base step itself; a mistake names the argument."""
-    monkeypatch.setattr("fastil.reporting.figures.draw_run", lambda path: None)
+    monkeypatch.setattr("fastil.training.run_directory.figures.draw_run", lambda path: None)
     settings = {
         "epochs": 1, "base_epochs": 2, "batch_size": 64, "classes": 4, "base_classes": 2, "increment": 1,
         "model": "resnet8", "loss": "softmax", "precision": "fp32",
