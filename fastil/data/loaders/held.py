@@ -42,7 +42,7 @@ class Held:
             return
         device, lengths = self.pixels.device, sizes.prod(axis=1, dtype=np.int64) * 3
         starts, ends = self.starts, np.cumsum(lengths[ids])
-        fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > lengths[ids].sum()
+        fits = device.type != "cuda" or _free(device) > lengths[ids].sum()
         before = self.pixels if fits else self.pixels.cpu()  # both at once, or by way of the host
         self.starts = np.full(len(starts), -1, dtype=np.int64)
         self.pixels = torch.empty(0, dtype=torch.uint8, device=device)
@@ -64,3 +64,9 @@ class Held:
     def forget(self, ids: Ids) -> None:
         """Hold these no longer; their room stays until the next `hold`."""
         self.starts[ids] = -1
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that can be allocated: what is free, and what torch keeps of what was freed."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
