@@ -499,7 +499,8 @@ def test_what_differs_and_is_no_setting_is_said_in_a_line_each(whole, tmp_path, 
     for name in (LAST_PT, STATE):
         (run / name).unlink()
     resumed(run)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "before the stop" in line]
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith(f"{run}: ") and "before the stop" in line]
     assert len(lines) == 3
     threads = torch.get_num_threads()
     assert f"{run}: threads: 64 before the stop and {threads} from here on; the numbers may differ a little" in lines[2]
