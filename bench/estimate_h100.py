@@ -290,8 +290,9 @@ def main(cores: Annotated[int, typer.Option(help="That decode for the GPU.")] = 
     say(format_table(header, [of_row(row, mode, cores, per_core) for row, mode in modes]))
     for row in rows:
         say(
-            f"{row.name}: {row.visits(False):,} visits without a teacher, {row.visits(True):,} with one; {row.frozen:,} "
-            f"images through the frozen network in {both(frozen_seconds(row, rates) for rates in (FAST, SLOW))} s"
+            f"{row.name}: {row.visits(False):,} visits without a teacher, {row.visits(True):,} with one; "
+            f"{row.frozen:,} images through the frozen network in "
+            f"{both(frozen_seconds(row, rates) for rates in (FAST, SLOW))} s"
         )
     say(f"one core decodes and crops {per_core:,.0f} images/s (bench/results/loaders.json)")
 
