@@ -13,7 +13,7 @@ kernel reads.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -241,59 +241,59 @@ def decoding_rate() -> float:
     return float(found["images_per_second"]["threads"]["median"]) / int(found["workers"])
 
 
-def both(values: Sequence[float], form: str = ",.0f") -> str:
+def both(values: Iterable[float], form: str = ",.0f") -> str:
     """Return FAST to SLOW as text."""
     return " to ".join(format(value, form) for value in values)
 
 
+STEP = ("", "step", "teacher", "launches", "GB", "TFLOP", "ms", *(f"% {part}" for part in PARTS), "% idle", "bound by")
+WHOLE = ("", "step", "images/s without", "with a teacher", "a row", "cores to keep up", "a row with {} cores")
+
+
+def of_step(row: Row, mode: str, teacher: bool) -> tuple[str, ...]:
+    """Return the cells of STEP."""
+    kernels = row.kernels[mode][teacher]
+    on_gpu = {rates: bounds(kernels, rates) for rates in (FAST, SLOW)}
+    took = {rates: step_seconds(row, mode, teacher, rates) for rates in on_gpu}
+    gaps = {rates: len(kernels) * rates.gap * 1e-6 for rates in on_gpu}
+    bound = list(dict.fromkeys(name for _, name in took.values()))
+    return (
+        row.model, mode, "with" if teacher else "without", str(len(kernels)),
+        f"{sum(kernel.bytes for kernel in kernels) / 1e9:.2f}",
+        f"{sum(kernel.operations for kernel in kernels) / 1e12:.3f}",
+        both((1e3 * seconds for seconds, _ in took.values()), ".2f"),
+        *(both(100 * getattr(part_of, part) / part_of.total for part_of in on_gpu.values()) for part in PARTS),
+        both(100 * (1 - (on_gpu[rates].total - gaps[rates]) / took[rates][0]) for rates in on_gpu),
+        " to ".join(bound),
+    )  # fmt: skip
+
+
+def of_row(row: Row, mode: str, cores: int, per_core: float) -> tuple[str, ...]:
+    """Return the cells of WHOLE."""
+    rates = {
+        teacher: [BATCH / step_seconds(row, mode, teacher, r)[0] for r in (FAST, SLOW)] for teacher in (False, True)
+    }
+
+    def whole(decoded: float) -> str:
+        return " to ".join(duration(row_seconds(row, mode, r, decoded)) for r in (FAST, SLOW))
+
+    streamed = (both(rate / per_core for rate in rates[False]), whole(cores * per_core)) if row.streamed else ("", "")
+    return row.name, mode, both(rates[False]), both(rates[True]), whole(float("inf")), *streamed
+
+
 def main(cores: Annotated[int, typer.Option(help="That decode for the GPU.")] = 16) -> None:
-    per_core = decoding_rate()
+    per_core, rows = decoding_rate(), [row_of(name) for name in ROWS]
     say("ESTIMATES, from counts and published rates; nothing ran on a GPU. FAST to SLOW.")
-    counted, timed = [], []
-    for row in map(row_of, ROWS):
-        for mode, of_mode in row.kernels.items():
-            rates_of = {}
-            for teacher, kernels in of_mode.items():
-                moved, work = sum(kernel.bytes for kernel in kernels), sum(kernel.operations for kernel in kernels)
-                (fast, bound), (slow, other) = (step_seconds(row, mode, teacher, rates) for rates in (FAST, SLOW))
-                rates_of[teacher] = BATCH / fast, BATCH / slow
-                shares = [bounds(kernels, rates) for rates in (FAST, SLOW)]
-                counted.append(
-                    (
-                        row.model, mode, "with" if teacher else "without", str(len(kernels)), f"{moved / 1e9:.2f}",
-                        f"{work / 1e12:.3f}", both([1e3 * fast, 1e3 * slow], ".2f"),
-                        *(both([100 * getattr(s, part) / s.total for s in shares]) for part in PARTS),
-                        bound if bound == other else f"{bound} to {other}",
-                    )
-                )  # fmt: skip
-            alone, streamed = (
-                " to ".join(duration(row_seconds(row, mode, rates, decoded)) for rates in (FAST, SLOW))
-                for decoded in (float("inf"), cores * per_core)
-            )
-            needed = both([rate / per_core for rate in rates_of[False]])
-            timed.append(
-                (
-                    row.name, mode, both(rates_of[False]), both(rates_of[True]), alone,
-                    *((needed, streamed) if row.streamed else ("", "")),
-                )
-            )  # fmt: skip
-        seen = both([frozen_seconds(row, rates) for rates in (FAST, SLOW)])
+    modes = [(row, mode) for row in rows for mode in row.kernels]
+    say(format_table(STEP, [of_step(row, mode, teacher) for row, mode in modes for teacher in (False, True)]))
+    header = tuple(cell.format(cores) for cell in WHOLE)
+    say(format_table(header, [of_row(row, mode, cores, per_core) for row, mode in modes]))
+    for row in rows:
         say(
             f"{row.name}: {row.visits(False):,} visits without a teacher, {row.visits(True):,} with one; "
-            f"{row.frozen:,} images through the frozen network in {seen} s"
+            f"{row.frozen:,} images through the frozen network in "
+            f"{both(frozen_seconds(row, rates) for rates in (FAST, SLOW))} s"
         )
-    header = ("", "step", "teacher", "launches", "GB", "TFLOP", "ms", *(f"% {part}" for part in PARTS), "bound by")
-    say(format_table(header, counted))
-    header = (
-        "",
-        "step",
-        "images/s without",
-        "with a teacher",
-        "a row",
-        "cores to keep up",
-        f"a row with {cores} cores",
-    )
-    say(format_table(header, timed))
     say(f"one core decodes and crops {per_core:,.0f} images/s (bench/results/loaders.json)")
 
 
