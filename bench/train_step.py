@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -69,12 +69,17 @@ class PilDataset(Dataset[tuple[Tensor, int]]):
         return (tensor - self.mean) / self.std, int(self.split.labels[self.plan.ids[row]])
 
 
-def compiled_trainer(
-    student: Network, teacher: Network, split: Split, device: torch.device, precision: Precision = "fp32"
+def plain_trainer(
+    student: Network,
+    teacher: Network,
+    split: Split,
+    device: torch.device,
+    precision: Precision = "fp32",
+    bn: Literal["local", "sync"] = "local",
 ) -> Trainer:
-    """Return a compiled trainer that keeps and reports nothing."""
-    trainer = Trainer(
-        TrainConfig(batch_size=BATCH, epochs=1, precision=precision),
+    """Return a trainer that keeps and reports nothing, and is not compiled."""
+    return Trainer(
+        TrainConfig(batch_size=BATCH, epochs=1, precision=precision, bn=bn),
         student,
         teacher,
         make_loader(split, "auto", TRANSFORM, device),
@@ -85,6 +90,13 @@ def compiled_trainer(
         stop=lambda: False,
         say=print,
     )
+
+
+def compiled_trainer(
+    student: Network, teacher: Network, split: Split, device: torch.device, precision: Precision = "fp32"
+) -> Trainer:
+    """Return a compiled trainer that keeps and reports nothing."""
+    trainer = plain_trainer(student, teacher, split, device, precision)
     note = trainer.compile()
     if note:
         raise SystemExit(note)
@@ -97,11 +109,12 @@ def build(
     images: int,
     loss: LossConfig | None = None,
     precision: Precision = "fp32",
+    make: Callable[..., Trainer] = compiled_trainer,
 ) -> tuple[Trainer, ILBaseline, Phase, Phase]:
-    """Return a compiled trainer in the middle of an incremental step, its method, its phase with a teacher and the one
+    """Return a trainer in the middle of an incremental step, its method, its phase with a teacher and the one
     without."""
     student, teacher = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
-    trainer = compiled_trainer(student, teacher, split, device, precision)
+    trainer = make(student, teacher, split, device, precision)
     method = ILBaseline(MethodConfig(), loss or LossConfig(), student.width, device)
     method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
 
