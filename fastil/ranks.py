@@ -88,8 +88,8 @@ def together(device: torch.device | None = None) -> Iterator[None]:
         yield
     finally:
         _joined.__dict__.clear()
-        if ours:
-            dist.destroy_process_group()
+    if ours:  # not after an error here alone: with NCCL the others take part in it
+        dist.destroy_process_group()
 
 
 def _of_this_attempt(store: Any, rank: int, count: int) -> Any:

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.utils import parametrize
 
 from fastil import ranks
@@ -20,12 +19,10 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a fixed momentum and without torch's counter of batches, which nothing reads: one launch
     less per layer and step. Older weights, which have that counter, still load.
 
-    synchronised: train on the statistics of the whole batch, where several processes share one. formula: by functions
-    that can be differentiated twice and in forward mode.
+    synchronised: train on the statistics of the whole batch, where several processes share one.
     """
 
     synchronised = False
-    formula = False
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -40,18 +37,12 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
     def _together(self, x: Tensor) -> Tensor:
-        """Return x normalised by the mean and the variance over the batches of all processes, [B, C, H, W]: by torch's
-        own function on a GPU, otherwise as a formula, which a CPU can compute and Meta can differentiate."""
+        """Return x normalised by the mean and the variance over the batches of all processes, [B, C, H, W]. In plain
+        torch, which Meta can differentiate twice and in forward mode; torch's own function runs on GPUs only, and gives
+        a process without images no gradient, for which the others would wait."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
-        if x.is_cuda and not self.formula:
-            group = torch.distributed.group.WORLD
-            normal: Tensor = SyncBatchNorm.apply(  # type: ignore[no-untyped-call]
-                x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum, group,
-                ranks.count(),
-            )  # fmt: skip
-            return normal
         values = x.to(torch.promote_types(x.dtype, self.weight.dtype))  # float32 where x is bfloat16
         size = values.new_tensor(x.numel() / x.shape[1])
         sums = ranks.summed(torch.cat((values.sum((0, 2, 3)), size[None])))

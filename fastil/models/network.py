@@ -137,28 +137,23 @@ class Network(nn.Module):
     @contextlib.contextmanager
     def as_formula(self) -> Iterator[None]:
         """Make forwards differentiable twice, and in forward mode, while inside."""
-        parts: list[Any] = [part for part in self.modules() if hasattr(part, "formula")]
-        before = [part.formula for part in parts]
+        before = getattr(self.head, "formula", None)
         try:
-            for part in parts:
-                part.formula = True
+            if before is not None:
+                self.head.formula = True
             yield
         finally:
-            for part, value in zip(parts, before, strict=True):
-                part.formula = value
+            if before is not None:
+                self.head.formula = before
 
     def synchronise(self) -> None:
         """Have batch normalisation train on the statistics of the whole batch, where several processes share one.
-        Raises UserError for a backbone from outside on a CPU, where torch's own layer for that does not run."""
+        Raises UserError for a backbone from outside, whose layers are its own."""
+        if isinstance(self.backbone, ExternalBackbone):
+            raise UserError(f"bn=sync: model={self.backbone.name} has layers of its own; use bn=local")
         for part in self.modules():
             if isinstance(part, BatchNorm):
                 part.synchronised = True
-        backbone = self.backbone
-        if not isinstance(backbone, ExternalBackbone):
-            return
-        if next(self.parameters()).device.type == "cpu":
-            raise UserError(f"bn=sync: model={backbone.name} can have that on GPUs only; use bn=local")
-        backbone.module = nn.SyncBatchNorm.convert_sync_batchnorm(backbone.module)  # type: ignore[no-untyped-call]
 
 
 def build_network(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastil import files, ranks
 from fastil.data import Batch, Inputs, Loader
@@ -83,7 +84,8 @@ class Trainer:
         self.pixels = pixel_dtype(self.precision)
         self.teacher.eval().requires_grad_(False)
         self.fast_student: Callable[[Tensor], Output] = student
-        self.full = config.batch_size // ranks.count()  # images of a full batch that are here, if they divide
+        shared, rest = divmod(config.batch_size, ranks.count())
+        self.full = shared + (ranks.rank() < rest)  # images of a full batch that are here
         self.folded_teacher = Folded(teacher, self.pixels, self.full)
         self.lr = torch.zeros((), device=self.device)
         # A row more than the batch size, because a rest of one image joins the batch before it. The loss kernel adds
@@ -132,6 +134,8 @@ class Trainer:
             drawn_ahead(phase.plan, range(first_epoch, phase.epochs)) as plans,
         ):
             self._fit(phase, first_epoch, first_batch, plans)
+        # A process that had no images of a batch has not counted it, where a backbone from outside counts them.
+        ranks.copy_from_first([b for b in self.student.buffers() if not b.is_floating_point()])
 
     def _fit(self, phase: Phase, first_epoch: int, first_batch: int, plans: Iterator[EpochPlan]) -> None:
         update = self.update(phase)
@@ -243,7 +247,8 @@ class Trainer:
         checkpoint is good for any number of processes."""
         running = []
         if phase.bn_mode == "train" and self.config.bn == "local":
-            running = [b for b in self.student.buffers() if b.is_floating_point()]
+            layers = (m for m in self.student.modules() if isinstance(m, _BatchNorm) and m.training)
+            running = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
             torch._foreach_mul_(running, share)
         metered = self.metered()
         update.add_up([metered, *running])
