@@ -7,7 +7,7 @@ import torch
 
 from fastil.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64, "uint8": torch.uint8}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fastil.models import ModelConfig, Network, build_network
 FASTIL, AUTOGRAD, EAGER, COMPILED, LIGER = "fastil", "fastil-autograd", "eager", "torch.compile", "Liger-Kernel"
 PEERS = (EAGER, COMPILED, LIGER, AUTOGRAD)
 SIDE, FEATURES, PROXIES, EXEMPLARS = 8, 64, 10, 20  # of maps, and of the heads and herds of CIFAR-100
+PHOTO, BOX = (375, 500), 318  # pixels: an image of ImageNet, and a side of a box
 Contestant = Callable[[Any], Any]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -97,6 +98,40 @@ def _augment(case: Case, device: torch.device, seed: int) -> list[Any]:
     flips = torch.arange(batch, device=device) % 2 == 0
     mean, std = torch.full((3,), 0.5, device=device), torch.full((3,), 0.25, device=device)
     return [images, ids, boxes, flips, mean, std, DTYPES[case.dtype], side, side]
+
+
+def _crop_resize(case: Case, device: torch.device, seed: int) -> list[Any]:
+    """Boxes of 318x318, the mean area of random resized crops, out of as many images of 375x500, each at its own place.
+    The table lies on the device, and on the host for the peer."""
+    batch, side, (height, width) = case.batch, case.width, PHOTO
+    random = torch.Generator(device).manual_seed(seed)
+    length = height * width * 3
+    store = torch.randint(0, 256, (batch * length,), dtype=torch.uint8, device=device, generator=random)
+    table = [
+        [i * length, height, width, 7 * i % (height - BOX), 11 * i % (width - BOX), BOX, BOX, side, side, 0, 0, i]
+        for i in range(batch)
+    ]
+    return [store, torch.tensor(table, device=device), torch.tensor(table), side]
+
+
+def _frames_by(form: Callable[[Tensor, Tensor, Tensor], None], on_host: bool) -> Contestant:
+    def run(call: list[Any]) -> Tensor:
+        store, table, table_on_host, side = call
+        frames = torch.empty(len(table), side, side, 3, dtype=torch.uint8, device=store.device)
+        form(store, table_on_host if on_host else table, frames)
+        return frames
+
+    return run
+
+
+def _crop_resize_forms() -> dict[str, Any]:
+    plain = importlib.import_module("fastil.kernels.crop_resize").plain
+    loop = _frames_by(plain, on_host=True)
+    return {
+        "contestants": {FASTIL: lambda: _frames_by(torch.ops.fastil.crop_resize, on_host=False), EAGER: lambda: loop},
+        "reference": loop,
+        "tolerance": {"uint8": 1e-3},  # sums in another order may round to the neighbour
+    }
 
 
 def _herd(case: Case, device: torch.device, seed: int) -> list[Any]:
@@ -222,6 +257,10 @@ KERNELS = {
         "images x pixels of a side", ((128, 32, 32),), ("fp32", "bf16"), _augment,
         **_forms("augment") | {"tolerance": {"fp32": 0.0, "bf16": 1e-2}},
         must_move=lambda case: case.batch * case.width**2 * 3 * (1 + _size(case)),
+    ),
+    "crop_resize": Kernel(
+        "images of 375x500 x pixels of a side of a frame", ((64, 224, 224),), ("uint8",), _crop_resize,
+        **_crop_resize_forms(), must_move=lambda case: case.batch * 3 * (BOX**2 + case.width**2), by_data=(EAGER,),
     ),
     "herd": Kernel(
         "classes x images of each, 20 exemplars from features of 64", ((50, 500, 500),), ("fp64",), _herd,

@@ -48,7 +48,7 @@ AROUND, BYTES_PER_WEIGHT = 14, 32
 FEW, MORE = 2, 4  # batches that are run eagerly: bytes lie on the line through them
 
 
-# Batch normalisation reads its inputs a second time: what share of its bytes they are.
+# Eager batch normalisation launches twice and reads its inputs both times: the share of its bytes that they are.
 READ_TWICE = {"native_batch_norm": 1 / 2, "native_batch_norm_backward": 2 / 3}
 
 

@@ -66,7 +66,7 @@ STAGES = (
     Stage("streaming", 50, "the loaders to the GPU, alone and while training"),
     Stage("cifar100", 80, "a short row of CIFAR-100"),
     Stage("sanitizer", 30, "compute-sanitizer's memcheck on a launch of each kernel"),
-    Stage("kernel_times", 40, "the incremental loss against its peers on three shapes"),
+    Stage("kernel_times", 40, "the incremental loss against its peers, the other kernels against plain torch"),
 )
 
 
@@ -91,7 +91,8 @@ def run_stage(command: Sequence[str], env: dict[str, str], log: Path, limit: flo
         finally:  # also what it left behind, and after Ctrl-C
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
+                process.wait(5)
     return status, time.monotonic() - began
 
 

@@ -101,12 +101,13 @@ def cifar100(small: bool) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of what was carried before
         python("-m", "bench.carry", "unpack", str(CARRIED), str(folder))
     if folder.is_dir():
-        # A file that is a data set, or a folder of those that are published.
-        sources = [file for kind in ("beton", "tar") for file in sorted(folder.glob(f"*.{kind}"))]
-        data = next((file for file in sources if not file.name.endswith(".val.beton")), folder)
+        first_classes = next(folder.glob("*.yaml"), None)  # a recipe, and a tar of its name
+        # Otherwise a file that is a data set, or a folder of those that are published.
+        files = [*sorted(folder.glob("*.beton")), *sorted(folder.glob("*.tar"))]
+        files = [file for file in files if not file.name.endswith(".val.beton")]
+        data = first_classes.with_suffix(".tar") if first_classes else next(iter(files), folder)
         epochs = ["base_epochs=1", "epochs=1"] if small else ["base_epochs=40", "epochs=20"]
-        recipes = [str(file) for file in folder.glob("*.yaml")] or ["cifar100_balanced_5"]  # of the first classes alone
-        recipe = [recipes[0], *epochs, "--data", str(data)]
+        recipe = [str(first_classes or "cifar100_balanced_5"), *epochs, "--data", str(data)]
     else:
         print(
             "CIFAR-100 is not here, so this is digits. To carry it: python -m bench.carry pack "
@@ -135,8 +136,9 @@ def kernel_times(small: bool) -> None:
         print("nothing to time without a GPU; python -m bench.kernels counts launches and bytes there")
         raise SystemExit(SKIPPED)
     loss = "--kernel incremental_loss --shape 128x104x100 --shape 128x1000 --shape 1024x1000 --dtype bf16 --rounds 10"
-    others = "--kernel augment --kernel herd --kernel pod_spatial --kernel less_forget --kernel cosine_head"
-    others += " --kernel alpha_hypergradient --kernel step --dtype bf16 --dtype fp64 --peer eager --rounds 10"
+    others = "--kernel augment --kernel crop_resize --kernel herd --kernel pod_spatial --kernel less_forget"
+    others += " --kernel cosine_head --kernel alpha_hypergradient --kernel step"
+    others += " --dtype bf16 --dtype fp64 --dtype uint8 --peer eager --rounds 10"
     try:
         python("-m", "bench.kernels", *loss.split())
     finally:

@@ -140,17 +140,17 @@ def augment_case(precision: str, source: int, size: int) -> Case:
     return Case(f"augment {precision} {size}x{size}", call, ("OUT",))
 
 
-def crop_resize_case(size: int) -> Case:
-    """Return a case of the frames of held images. Bytes are read and written one at a time: boxes begin anywhere, and a
-    pixel has three."""
+def crop_resize_case(size: int, held: int = 1_000_000) -> Case:
+    """Return a case of the frames of `held` bytes of images. They are read and written byte by byte: boxes begin
+    anywhere, and a pixel has three."""
 
     def call() -> None:
         table = torch.empty(BATCH, COLUMNS, dtype=torch.int64)
         frames = torch.empty(BATCH, size, size, 3, dtype=torch.uint8)
-        crop_resize(torch.empty(1_000_000, dtype=torch.uint8), table, frames)
+        crop_resize(torch.empty(held, dtype=torch.uint8), table, frames)
 
     # Eight programs of four warps and more on a multiprocessor: they hide each other's waits for bytes.
-    return Case(f"crop_resize {size}x{size}", call, max_registers=64)
+    return Case(f"crop_resize {size}x{size}{' of 2 GiB' * (held >= 2**31)}", call, max_registers=64)
 
 
 def herd_case(images: int) -> Case:
@@ -221,6 +221,7 @@ CASES = [
     *(augment_case(dtype, 32, 32) for dtype in DTYPES),
     augment_case("bf16", 256, 224),
     crop_resize_case(224),
+    crop_resize_case(224, 2**31),  # places do not fit 32 bits
     *(herd_case(images) for images in (500, 1_300, LARGEST)),
     *(less_forget_case(dtype, width) for dtype in DTYPES for width in (64, 512, WIDEST)),
     *(pod_spatial_case("bf16", *shape) for shape in (*CIFAR_MAPS, *IMAGENET_MAPS)),

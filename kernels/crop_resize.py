@@ -28,8 +28,9 @@ def crop_resize(store: Tensor, table: Tensor, frames: Tensor) -> None:
     (top, left, height, width) in pixels of the image, outside which it is black; height and width that the box is
     resized to; top and left of the frame in that, outside which it is black, too; the number of the frame.
 
-    An image that does not lie in the store or a frame that is not there raises IndexError on the CPU; on CUDA, where
-    raising would mean waiting for the device, the frame is black or not written. Shapes and types that do not fit
+    An image that does not lie in the store, has 2**31 bytes or more, or comes with a size below 1, and a frame that is
+    not there, raise IndexError on the CPU; on CUDA, where raising would mean waiting for the device, the frame is black
+    or not written. Shapes and types that do not fit
     raise ValueError.
     """
     if store.dtype != torch.uint8 or store.ndim != 1:
@@ -48,11 +49,12 @@ def plain(store: Tensor, table: Tensor, frames: Tensor) -> None:
         return store.new_empty(height, width, 3)
 
     for start, height, width, top, left, box_height, box_width, *size, y, x, number in table.tolist():
-        end = start + height * width * 3
-        if not (0 <= start <= end <= len(store) and 0 <= number < len(frames)):
+        end, sizes = start + height * width * 3, (height, width, box_height, box_width, *size)
+        there = min(sizes) > 0 and start >= 0 and end <= len(store) and end - start < 2**31
+        if not (there and 0 <= number < len(frames)):
             raise IndexError(
-                f"image at {start} of {height}x{width} into frame {number}: the store has {len(store)} bytes and there "
-                f"are {len(frames)} frames"
+                f"image at {start} of {height}x{width}, box of {box_height}x{box_width} to {size[0]}x{size[1]}, frame "
+                f"{number}: the store has {len(store)} bytes and there are {len(frames)} frames"
             )
         part = cut(store[start:end].view(height, width, 3), (top, left, box_height, box_width), room)
         if size != [box_height, box_width]:

@@ -35,7 +35,8 @@ def crop_and_resize(
     much, from the caches, and would need room for its first step."""
     table = TABLE + (tl.program_id(0) // PARTS).to(tl.int64) * 12
     start, frame = tl.load(table), tl.load(table + 11)
-    height, width = tl.load(table + 1).to(tl.int32), tl.load(table + 2).to(tl.int32)
+    long_height, long_width = tl.load(table + 1), tl.load(table + 2)
+    height, width = long_height.to(tl.int32), long_width.to(tl.int32)
     top, left = tl.load(table + 3).to(tl.int32), tl.load(table + 4).to(tl.int32)
     box_height, box_width = tl.load(table + 5).to(tl.int32), tl.load(table + 6).to(tl.int32)
     new_height, new_width = tl.load(table + 7).to(tl.int32), tl.load(table + 8).to(tl.int32)
@@ -43,10 +44,14 @@ def crop_and_resize(
     y = tl.load(table + 9).to(tl.int32) + pixel // W
     x = tl.load(table + 10).to(tl.int32) + pixel % W
     end = tl.where((frame >= 0) & (frame < count), H * W, 0)  # nothing is written of a frame that is not there
-    read = tl.where((start >= 0) & (start + height.to(tl.int64) * width * 3 <= size), end, 0)
+    length = long_height * long_width * 3
+    there = (start >= 0) & (start + length <= size) & (length < 2**31) & (long_height > 0) & (long_width > 0)
+    sized = (box_height > 0) & (box_width > 0) & (new_height > 0) & (new_width > 0)
+    read = tl.where(there & sized, end, 0)
     shown = (pixel < read) & (y >= 0) & (y < new_height) & (x >= 0) & (x < new_width)
     center_y, first_y, fall_y, taps_y = filter_of(y, box_height, new_height)
     center_x, first_x, fall_x, taps_x = filter_of(x, box_width, new_width)
+    taps_y = tl.where(read > 0, taps_y, 0)  # what is not a size may ask for any number of them
     red, green = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     blue, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for i in range(taps_y):
@@ -59,7 +64,7 @@ def crop_and_resize(
             weight = tl.maximum(1.0 - tl.abs(column.to(tl.float32) + 0.5 - center_x) * fall_x, 0.0) * weight_y
             weight = tl.where(column < box_width, weight, 0.0)
             inside = line & (column < box_width) & (left + column >= 0) & (left + column < width)
-            at = STORE + start + ((top + row) * width + left + column) * 3  # an image has fewer than 2**31 bytes
+            at = STORE + start + ((top + row) * width + left + column) * 3
             red += weight * tl.load(at, mask=inside, other=0).to(tl.float32)
             green += weight * tl.load(at + 1, mask=inside, other=0).to(tl.float32)
             blue += weight * tl.load(at + 2, mask=inside, other=0).to(tl.float32)

@@ -37,8 +37,8 @@ def chosen(monkeypatch, tmp_path):
 def test_by_default_every_kernel_runs_in_its_shapes_and_dtypes_against_all_peers(chosen):
     cases, peers = chosen()
     assert {case.kernel for case in cases} == {
-        "incremental_loss", "augment", "herd", "pod_spatial", "less_forget", "cosine_head", "alpha_hypergradient",
-        "step",
+        "incremental_loss", "augment", "crop_resize", "herd", "pod_spatial", "less_forget", "cosine_head",
+        "alpha_hypergradient", "step",
     }  # fmt: skip
     assert {
         (case.batch, case.width, case.classes, case.dtype) for case in cases if case.kernel == "incremental_loss"
@@ -62,7 +62,7 @@ def test_the_options_choose(chosen):
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ("--kernel herdd", "--kernel herdd: there is no such one; use incremental_loss, augment, herd"),
+        ("--kernel herdd", "--kernel herdd: there is no such one; use incremental_loss, augment, crop_resize, herd"),
         ("--dtype fp16", "--dtype fp16: there is no such one; use fp32, bf16, fp64"),
         ("--peer liger", "--peer liger: there is no such one; use eager, torch.compile, Liger-Kernel, fastil-autograd"),
         ("--peer Liger-Kernel", "--peer Liger-Kernel: it is not installed; pip install liger-kernel"),

@@ -180,6 +180,7 @@ def test_a_kernel_moves_what_must_be_moved_and_results_of_a_few_bytes(counting):
     moved("less_forget", "fp32", 6 * 4)  # each row's part of the loss
     moved("less_forget", "bf16", 6 * 4)
     moved("herd", "fp64", 3 * 8 + 3 * 20 * 8)  # counts and picks
+    moved("crop_resize", "uint8", 6 * 12 * 8)  # the table
     # Two rows and columns of every image are not read, for they lie outside.
     outside = 6 * 3 * (9 * 9 - 7 * 7)
     moved("augment", "fp32", 6 * (8 + 2 * 8 + 1) + 2 * 3 * 4 - outside)  # ids, corners, flips; mean and std

@@ -153,7 +153,22 @@ def test_other_frames_of_the_batch_stay_as_they_are(form):
     assert (frames[[0, 1, 3]] == 77).all()
 
 
-WRONG = {"beyond its end": {0: 1}, "before it": {0: -1}, "too high": {1: 13}, "no frame": {11: 4}, "nor this": {11: -1}}
+@both_forms
+def test_an_image_may_begin_beyond_2_gib(form):
+    store = torch.empty(2**31 + 9 * 12 * 3, dtype=torch.uint8)  # of which the system has only what is written
+    image = noise(9, 12)
+    store[2**31 :] = torch.from_numpy(image.reshape(-1))
+    frames = torch.full((2, *SIZE, 3), 77, dtype=torch.uint8)
+    form(store, torch.tensor([[2**31, 9, 12, 0, 1, *SIZE, *SIZE, 0, 0, 1]]), frames)
+    np.testing.assert_array_equal(frames[1].numpy(), padded(image, (0, 1, *SIZE)))
+
+
+WRONG = {
+    "beyond its end": {0: 1}, "before it": {0: -1}, "too high": {1: 13}, "no frame": {11: 4}, "nor this": {11: -1},
+    "no height": {1: 0}, "no width": {2: 0}, "both below 0": {1: -12, 2: -12}, "2**32 + 12 high": {1: 2**32 + 12},
+    "product beyond int64": {1: 2**32, 2: 2**32}, "box of no height": {5: 0}, "box below 0": {6: -5},
+    "to no height": {7: 0}, "to a width below 0": {8: -1}, "no image and no frame": {1: 0, 11: 4},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
@@ -170,7 +185,7 @@ def test_what_is_not_there_is_an_error_on_the_cpu_and_black_or_nothing_on_a_gpu(
     assert (frames[3] == (77 if 11 in change else 0)).all()
 
 
-def test_nothing_beside_the_tensors_is_read_or_written(device):
+def test_nothing_outside_the_tensors_is_read_or_written(device):
     """What lies next to the images is 255, and what lies next to the frames is looked at."""
     launcher = pytest.importorskip("fastil.kernels.jit.crop_resize")
     store = surround(torch.zeros(2 * 7 * 9 * 3, dtype=torch.uint8, device=device), 255)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastil import machine
 from fastil.protocol import Ids
 
-TOGETHER = 256  # images that are decoded and sent at once
+TOGETHER = 256  # images that are decoded before the first of them is copied
 
 
 class Held:
@@ -37,36 +37,38 @@ class Held:
 
     def hold(self, ids: Ids, sizes: NDArray[np.int32], pixels_of: Callable[[int], NDArray[np.uint8]]) -> None:
         """Hold these and no others. ids: int64 [n], ascending, each once. sizes: int32 [images of the split, 2].
-        pixels_of: reads an image that is not held yet; it is called in several threads."""
+        pixels_of: reads an image that is not held yet; it is called in several threads. If one cannot be read, what was
+        held stays; on a GPU without room for both, nothing is held then."""
         if np.array_equal(ids, self.ids):
             return
         device, lengths = self.pixels.device, sizes.prod(axis=1, dtype=np.int64) * 3
-        starts, ends = self.starts, np.cumsum(lengths[ids])
-        fits = device.type != "cuda" or _free(device) > lengths[ids].sum()
-        before = self.pixels if fits else self.pixels.cpu()  # both at once, or by way of the host
-        self.starts = np.full(len(starts), -1, dtype=np.int64)
-        self.pixels = torch.empty(0, dtype=torch.uint8, device=device)
-        self.pixels = torch.empty(int(lengths[ids].sum()), dtype=torch.uint8, device=device)
+        before, were = self.pixels, self.starts
+        if not _fits(int(lengths[ids].sum()), device):  # next to what is held: by way of the host
+            before = before.cpu()
+            self.pixels, self.starts = torch.empty(0, dtype=torch.uint8, device=device), np.full_like(were, -1)
+        pixels = torch.empty(int(lengths[ids].sum()), dtype=torch.uint8, device=device)
+        starts = np.full_like(were, -1)
+        starts[ids] = np.cumsum(lengths[ids]) - lengths[ids]
 
         def flat(i: int) -> Tensor:
-            start = starts[i]
-            flat = before[start : start + lengths[i]] if start >= 0 else torch.from_numpy(pixels_of(i)).flatten()
-            return flat.to(device)
+            return before[were[i] : were[i] + lengths[i]] if were[i] >= 0 else torch.from_numpy(pixels_of(i)).flatten()
 
         with ThreadPoolExecutor(machine.cores(), thread_name_prefix="fastil-keep") as pool:
             for at in range(0, len(ids), TOGETHER):
-                some = ids[at : at + TOGETHER]
-                part = torch.cat(list(pool.map(flat, some.tolist())))
-                end = int(ends[at + len(some) - 1])
-                self.pixels[end - len(part) : end] = part
-        self.starts[ids] = ends - lengths[ids]
+                some = ids[at : at + TOGETHER].tolist()
+                # Copied here, not in the pool: this thread's stream is the one that will read them.
+                for i, part in zip(some, pool.map(flat, some), strict=True):
+                    pixels[starts[i] : starts[i] + lengths[i]] = part
+        self.pixels, self.starts = pixels, starts  # now that nothing can fail
 
     def forget(self, ids: Ids) -> None:
         """Hold these no longer; their room stays until the next `hold`."""
         self.starts[ids] = -1
 
 
-def _free(device: torch.device) -> int:
-    """Bytes of a GPU that can be allocated: what is free, and what torch keeps of what was freed."""
+def _fits(count: int, device: torch.device) -> bool:
+    """Return whether so many bytes can be allocated: of a GPU what is free, and what torch keeps of what was freed."""
+    if device.type != "cuda":
+        return True
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return count < int(torch.cuda.mem_get_info(device)[0]) + kept

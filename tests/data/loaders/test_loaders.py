@@ -532,6 +532,7 @@ def test_what_is_decoded_is_what_the_bytes_say(opened, files):
         ("cuda", "jpeg", 1000.0, True, "threads", "3 cores read about 1,000 images/s, .* trains on about 1,000$"),
         ("cuda", "raw", 10.0, True, "threads", "pixels are stored"),
         ("cuda", "mixed test images", 10.0, True, "threads", "pixels are stored"),
+        ("cuda", "jpeg, exemplars held", 10.0, True, "threads", "exemplars are held decoded"),
     ],
 )
 def test_auto_goes_by_what_the_cores_read_and_what_the_gpu_trains_on(
@@ -541,9 +542,10 @@ def test_auto_goes_by_what_the_cores_read_and_what_the_gpu_trains_on(
     monkeypatch.setattr("fastil.machine.cores", lambda: 3)
     monkeypatch.setattr(choose_module, "installed", lambda module: dali)
     monkeypatch.setattr(choose_module, "read_rate", lambda jpegs, size: timed.append((len(jpegs), size)) or read)
+    mode, held = mode.removesuffix(", exemplars held"), mode.endswith("held")
     kinds = ("jpeg", "raw") if mode == "mixed test images" else (mode, mode)
     train, val = (Beton(files[kind, "different"]) for kind in kinds)
-    chosen, reason = choose(train, val, torch.device(device), (40, 50), lambda: timed.append("step") or 1000.0)
+    chosen, reason = choose(train, val, torch.device(device), (40, 50), lambda: timed.append("step") or 1000.0, held)
     assert chosen == name
     assert re.search(why, reason)
     assert timed == ([(COUNT, (40, 50)), "step"] if "about" in reason else [])  # only where that decides
