@@ -108,20 +108,21 @@ class EpochPlan:
 
     def of_rank(self, rank: int, ranks: int) -> "EpochPlan":
         """What one of several processes reads: every batch is shared out, to within one image, and none is visited
-        twice to make shares equal. Nobody gets a single image, on which batch normalisation cannot train: of a batch
-        of fewer than two images for each, some get none. Crops and flips are those of the whole plan, however many
-        processes there are."""
+        twice to make shares equal. Nobody gets a single image, on which batch normalisation cannot train, or none: a
+        batch of fewer than two images for each is whole for everybody. Crops and flips are those of the whole plan,
+        however many processes there are."""
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks}: must lie in [0, {ranks})")
         if ranks == 1:
             return self
         sizes = self.sizes()
-        takers = np.clip(sizes // 2, 1, ranks)
-        # Every takers-th visit of each batch from the rank-th on; a mask would be over the visits of all.
-        counts = np.where(rank < takers, (sizes - rank + takers - 1) // takers, 0)
+        # Every steps-th visit of each batch from the first on; a mask would be over the visits of all.
+        steps = np.where(sizes < 2 * ranks, 1, ranks)
+        first = rank % steps
+        counts = (sizes - first + steps - 1) // steps
         ends = np.cumsum(counts)
-        origins = self._ends() - sizes + rank - (ends - counts) * takers
-        numbers = np.repeat(origins, counts) + np.arange(counts.sum()) * np.repeat(takers, counts)
+        origins = self._ends() - sizes + first - (ends - counts) * steps
+        numbers = np.repeat(origins, counts) + np.arange(counts.sum()) * np.repeat(steps, counts)
         return self._part(numbers, ends)
 
     def _part(self, visits: NDArray[np.int64] | NDArray[np.bool_], ends: NDArray[np.int64]) -> "EpochPlan":

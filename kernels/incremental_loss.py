@@ -273,7 +273,7 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
         share = o.label_smoothing / competes.sum(1, keepdim=True).clamp(min=1)
         aims += torch.where(competes, share, 0)
         ce = (1 - o.label_smoothing) * ce - (torch.where(competes, log_q, 0) * share).sum(1)
-    ce, weight = (ce * factor).masked_fill_(factor == 0, 0), factor
+    ce, weight = (ce * factor).masked_fill_(factor == 0, 0), factor.to(x.dtype)
     if o.sample_weight is not None:
         ce, weight = ce * o.sample_weight, factor * o.sample_weight
     gradient = (log_q.exp() - aims) * (weight * (o.ce_weight / batch))[:, None]

@@ -70,7 +70,7 @@ class Lucir(Method):
         weight: float | Tensor = config.lucir_ranking
         if config.lucir_ranking_mean == "old_images":
             old = ranks.summed((batch.labels < self.classification.num_old).sum())
-            weight = config.lucir_ranking * batch.total / old.clamp(min=1)
+            weight = config.lucir_ranking * len(batch.labels) / batch.share / old.clamp(min=1)
         return {"margin_weight": weight, "margin": config.lucir_margin, "hardest": config.lucir_rivals}
 
     def extra_loss(self, batch: Batch, out: Output, teacher_out: Output | None, ops: Any) -> Tensor | None:

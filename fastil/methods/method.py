@@ -130,7 +130,7 @@ class Method:
         """Return the sum of the method's further terms, weighted, 0-d, or None. batch: its labels are incremental
         positions. teacher_out: None in the base step. ops: the module to take losses from, fastil.kernels, or
         fastil.losses where a second derivative is needed. Where several processes share a batch, the mean over the part
-        that is here, which may be empty."""
+        that is here."""
         return None
 
     def ranking_arguments(self, batch: Batch) -> dict[str, Any]:

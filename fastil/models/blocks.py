@@ -19,10 +19,11 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a fixed momentum and without torch's counter of batches, which nothing reads: one launch
     less per layer and step. Older weights, which have that counter, still load.
 
-    synchronised: train on the statistics of the whole batch, where several processes share one.
+    copies: train on the statistics of the whole batch, where several processes share one and so many have the same
+    images of it; 0: on those of the images that are here.
     """
 
-    synchronised = False
+    copies = 0
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -30,16 +31,13 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [B, C, H, W], normalised."""
-        if self.synchronised and self.training and ranks.count() > 1:
+        if self.copies and self.training and ranks.count() > 1:
             return self._together(x)
-        if len(x) == 0:  # a process without images, whose gradients are 0
-            return x * self.weight[:, None, None] + self.bias[:, None, None]
         return super().forward(x)
 
     def _together(self, x: Tensor) -> Tensor:
         """Return x normalised by the mean and the variance over the batches of all processes, [B, C, H, W]. In plain
-        torch, which Meta can differentiate twice and in forward mode; torch's own function runs on GPUs only, and gives
-        a process without images no gradient, for which the others would wait."""
+        torch, which Meta can differentiate twice and in forward mode; torch's own function runs on GPUs only."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
@@ -51,7 +49,7 @@ class BatchNorm(nn.BatchNorm2d):
         variance = ranks.summed(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * (n / (n - 1)), self.momentum)
+            self.running_var.lerp_(variance.detach() * (n / (n - self.copies)), self.momentum)
         factor = self.weight * (variance + self.eps).rsqrt()
         return (centred * factor[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 

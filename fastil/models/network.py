@@ -85,8 +85,6 @@ class ExternalBackbone(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return features [B, d] and the stages' maps, in the dtype of images [B, 3, H, W]. Raises UserError for
         features of another shape and for missing maps."""
-        if len(images) == 0:  # a process without images: as many gradients as elsewhere, all of them 0
-            return self._of_nothing(images)
         half = images.dtype == torch.bfloat16
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):  # its weights stay in float32
             out = self.module(images)
@@ -99,15 +97,6 @@ class ExternalBackbone(nn.Module):
         if self.wants_maps and not maps:
             raise UserError(f"model={self.name}: the method reads the stages' maps; return (features, maps), too")
         return features.to(images.dtype), maps
-
-    def _of_nothing(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        training = self.module.training
-        self.module.eval()  # no statistics of the black images
-        try:
-            features, maps = self(images.new_zeros(2, *images.shape[1:]))
-        finally:
-            self.module.train(training)
-        return features[:0], [x[:0] for x in maps]
 
 
 class Network(nn.Module):
@@ -146,14 +135,15 @@ class Network(nn.Module):
             if before is not None:
                 self.head.formula = before
 
-    def synchronise(self) -> None:
+    def synchronise(self, copies: int = 1) -> None:
         """Have batch normalisation train on the statistics of the whole batch, where several processes share one.
-        Raises UserError for a backbone from outside, whose layers are its own."""
+        copies: how many of them have the same images. Raises UserError for a backbone from outside, whose layers are
+        its own."""
         if isinstance(self.backbone, ExternalBackbone):
             raise UserError(f"bn=sync: model={self.backbone.name} has layers of its own; use bn=local")
         for part in self.modules():
             if isinstance(part, BatchNorm):
-                part.synchronised = True
+                part.copies = copies
 
 
 def build_network(

@@ -134,8 +134,6 @@ class Trainer:
             drawn_ahead(phase.plan, range(first_epoch, phase.epochs)) as plans,
         ):
             self._fit(phase, first_epoch, first_batch, plans)
-        # A process that had no images of a batch has not counted it, where a backbone from outside counts them.
-        ranks.copy_from_first([b for b in self.student.buffers() if not b.is_floating_point()])
 
     def _fit(self, phase: Phase, first_epoch: int, first_batch: int, plans: Iterator[EpochPlan]) -> None:
         update = self.update(phase)
@@ -236,21 +234,21 @@ class Trainer:
                 out = student(batch.images)
             phase.method.backward(batch, out, teacher_out, self.meter)
             if ranks.count() > 1:
-                self.exchange(phase, update, batch.share)
+                self.exchange(phase, update, batch.share, copies_of(batch, size))
             update.apply()
         finally:  # a capture that fails must leave no gradient to which the next step would add
             self.student.zero_grad()
 
-    def exchange(self, phase: Phase, update: Update, share: float) -> None:
+    def exchange(self, phase: Phase, update: Update, share: float, copies: int = 1) -> None:
         """Add up over all processes, at once, the gradients, the meter, and the statistics of batch normalisation that
         are of each one's own images, weighted by their share: so whatever changes is the same everywhere, and any
-        checkpoint is good for any number of processes."""
+        checkpoint is good for any number of processes. copies: how many processes have the same images."""
         running = []
         if phase.bn_mode == "train" and self.config.bn == "local":
             layers = (m for m in self.student.modules() if isinstance(m, _BatchNorm) and m.training)
             running = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
             torch._foreach_mul_(running, share)
-        metered = self.metered()
+        metered = self.metered() / copies
         update.add_up([metered, *running])
         self.sums.add_(metered)
         for part in self.meter:
@@ -266,7 +264,7 @@ class Trainer:
         """Let Meta move alpha. It makes the batch once more and runs the teacher once more, so that the step that
         follows is the same as all others."""
         batch, teacher_out, student = self.prepared(phase, inputs, size)
-        held_out = held_out._replace(labels=self.table[held_out.labels], whole=self.shared(self.config.batch_size))
+        held_out = self.placed(held_out, self.config.batch_size)
         hook.run(UpdateContext(batch, teacher_out, held_out, student, self.student, update, self.autocast))
 
     def prepared(
@@ -274,16 +272,16 @@ class Trainer:
     ) -> tuple[Batch, Output | None, Callable[[Tensor], Output]]:
         """Make the batch, its labels incremental positions, run the teacher on it, and choose the student: the compiled
         one where it was compiled for such a batch, because a ragged one would recompile everything."""
-        batch = self.loader.batch(inputs, self.pixels)
-        batch = batch._replace(labels=self.table[batch.labels], whole=self.shared(size))
+        batch = self.placed(self.loader.batch(inputs, self.pixels), size)
+        if ranks.count() > 1 and self.config.bn == "sync":
+            self.student.synchronise(copies_of(batch, size))
         teacher_out = self.folded_teacher(batch.images) if phase.teacher else None
         full = len(batch.images) == self.full and phase.bn_mode == "train"
         return batch, teacher_out, self.fast_student if full else self.student
 
-    @staticmethod
-    def shared(size: int) -> int | None:
-        """Return the size of a batch that several processes share; None where it is all here."""
-        return size if ranks.count() > 1 else None
+    def placed(self, batch: Batch, size: int) -> Batch:
+        """Return a batch of `size` images over all processes with incremental positions as labels, and its share."""
+        return batch._replace(labels=self.table[batch.labels], share=len(batch.ids) / (size * copies_of(batch, size)))
 
     def uncaptured(self, why: str) -> None:
         """Say why a step cannot be captured, and try no more."""
@@ -351,6 +349,12 @@ class Trainer:
                 part.zero_()
         self.images, self.seconds, self.waiting.seconds = state.clock
         self.updates, self.momentum = {}, dict(state.momentum)
+
+
+def copies_of(batch: Batch, size: int) -> int:
+    """Return how many processes have the same images of a batch of `size`: all, if it was too small to be shared
+    out."""
+    return ranks.count() if len(batch.ids) == size else 1
 
 
 def seed_torch(*place: int | str) -> None:

@@ -16,7 +16,7 @@ from test_bf16 import COMBINATIONS
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
-# Batches of 64 and one of 3, of which a process of two and more gets nothing, in the base step; then of 64 and a rest.
+# Batches of 191 and one of 3, which two and more processes do not share, in the base step; then of 191 and a rest.
 SETTINGS = [
     "classes=5", "base_classes=4", "increment=1", "base_epochs=1", "epochs=1", "batch_size=191", "lr=0.06",
     "exemplars_per_class=10", "compile=false", "precision=fp32",
@@ -106,7 +106,7 @@ def photos(tmp_path_factory):
     return folder / "x.beton"
 
 
-def test_each_image_of_a_file_is_read_by_one_process_only(photos, tmp_path):
+def test_each_image_of_a_file_is_read_by_one_process_but_for_small_batches(photos, tmp_path):
     settings = [
         "size=32", "order=alphabetical", "base_classes=2", "increment=1", "exemplars_per_class=4", "model=resnet8",
         "epochs=2", "batch_size=16", "compile=false", "precision=fp32", "loader=threads",
@@ -118,7 +118,11 @@ def test_each_image_of_a_file_is_read_by_one_process_only(photos, tmp_path):
         work(count, {"float64": False, "runs": [run | {"out": str(out)}]}, tmp_path)
         reads[count] = [json.loads((out / f"reads_{rank}.json").read_text()) for rank in range(count)]
         exemplars[count] = json.loads((out / "protocol.json").read_text())["effective"]
-    assert Counter(reads[1][0]) == sum(map(Counter, reads[3]), Counter())
+    # 26 images of the base classes are batches of 16 and 10, 25 of the last step of 16 and 9. The 21 in between are of
+    # 16 and 5, which are too few for three processes: all three read them, in both epochs.
+    read, twice = Counter(reads[1][0]), sum(map(Counter, reads[3]), Counter())
+    assert read <= twice
+    assert (twice - read).total() == 2 * 2 * 5
     lengths = list(map(len, reads[3]))
     assert max(lengths) <= 1.25 * min(lengths)  # a batch of 16 is shared out as 6, 5 and 5
     # Every image of the base classes twice for training, once for herding: no image was read in vain.

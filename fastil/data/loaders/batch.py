@@ -8,23 +8,13 @@ from torch import Tensor
 class Batch(NamedTuple):
     """images [B, 3, H, W] channels-last, normalised; labels int64 [B], data set labels; ids int64 [B].
 
-    whole: how many images the update has, where some of them are on other processes.
+    share: the weight of these images in the update, where several processes share one.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
-    whole: int | None = None
-
-    @property
-    def total(self) -> int:
-        """The number of images of the update, over all processes."""
-        return len(self.ids) if self.whole is None else self.whole
-
-    @property
-    def share(self) -> float:
-        """The part of the update's images that is here."""
-        return 1.0 if self.whole is None else len(self.ids) / self.whole
+    share: float = 1.0
 
 
 class Inputs(NamedTuple):

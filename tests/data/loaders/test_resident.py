@@ -162,7 +162,7 @@ def test_images_of_another_form_are_refused(shape_and_type):
 
 def test_ranks_read_their_part_of_every_batch(split):
     loader = make_loader(split, "resident", TRANSFORM, "cpu")
-    plan = training_plan(np.arange(COUNT), Key(7, 1), TRANSFORM, batch_size=4)  # 23: the last batch has 3
+    plan = training_plan(np.arange(COUNT), Key(7, 1), TRANSFORM, batch_size=8)  # 23: the last has 7, too few for 4
     of_ranks = [list(loader.batches(plan.of_rank(rank, 4))) for rank in range(4)]
     for batch, *shares in zip(loader.batches(plan), *of_ranks, strict=True):
         found = {int(i): image for share in shares for i, image in zip(share.ids, share.images, strict=True)}
