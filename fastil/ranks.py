@@ -141,6 +141,7 @@ def from_first(make: Callable[[], Result]) -> Result:
     return received
 
 
+@torch.no_grad()
 def copy_from_first(tensors: Sequence[Tensor]) -> None:
     """Overwrite these tensors, which may lie anywhere, by those of the first process."""
     if _joined.count == 1:
@@ -149,24 +150,20 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.detach().reshape(-1).to(_joined.device) for tensor in some])
         dist.broadcast(flat, 0)
-        _into(some, flat)
+        for part, tensor in zip(torch.split(flat, [tensor.numel() for tensor in some]), some, strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in one exchange. All of one dtype."""
+    """Replace each tensor by its sum over all processes, in one exchange. Each lies in memory without gaps, in the same
+    order everywhere, as parameters and their gradients do."""
     if _joined.count == 1 or not tensors:
         return
-    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    # In the order of memory: channels-last ones would each be copied, by a launch of their own.
+    rows = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    flat = torch.cat(rows)
     dist.all_reduce(flat)
-    _into(tensors, flat)
-
-
-@torch.no_grad()
-def _into(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    """Copy the parts of `flat` into the tensors, one after the other."""
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    for part, tensor in zip(parts, tensors, strict=True):
-        tensor.copy_(part.view(tensor.shape))
+    torch._foreach_copy_(rows, torch.split(flat, [len(row) for row in rows]))
 
 
 def total(values: Tensor) -> Tensor:

@@ -129,8 +129,12 @@ class Method:
     def extra_loss(self, batch: Batch, out: Output, teacher_out: Output | None, ops: Any) -> Tensor | None:
         """Return the sum of the method's further terms, weighted, 0-d, or None. batch: its labels are incremental
         positions. teacher_out: None in the base step. ops: the module to take losses from, fastil.kernels, or
-        fastil.losses where a second derivative is needed. Where several processes share a batch, the mean over the part
-        that is here."""
+        fastil.losses where a second derivative is needed.
+
+        Where several processes share a batch, everything here is of this one's part of it, and the results are added
+        up, each times `batch.share`. So a mean over images is right as it stands. A term that is none, such as TPCIL's
+        correlation, needs its sums over the whole batch: it takes them by `fastil.ranks.total`, in every process alike.
+        """
         return None
 
     def ranking_arguments(self, batch: Batch) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class Experiment:
         if plan.step > 0:
             positions = torch.from_numpy(self.rehearsal.positions_of(held_out)).to(self.device)
             self.method.after_training(student, self.extractor, held_out, positions)
-            ranks.copy_from_first([v for v in self.method.state_dict().values() if isinstance(v, torch.Tensor)])
+            self.agree()
         self.directory.write_exemplars(plan.step, self.rehearsal.update(plan.step))
         if plan.memory_visits:
             self.progress.begin(f"step {plan.step}, exemplars", plan.memory_visits, 0)
@@ -211,10 +211,17 @@ class Experiment:
             lambda epoch: self.trainer.batches(self.phases.training_epoch(plan.step, ids, None, epoch)),
         )  # fmt: skip
         pixels = self.method.after_memory(student, memory)
+        self.agree()
         ranks.copy_from_first(list(pixels.values()))
         self.loaders.overlay(pixels)
         self.progress.end()
         ranks.check_same("exemplars and weights", self.digest)
+
+    def agree(self) -> None:
+        """Give the methods of all processes the state of the first one's, which each has computed for itself."""
+        state = ranks.from_first(self.method.state_dict)
+        if not ranks.first():
+            self.method.load_state_dict(state)
 
     def digest(self) -> str:
         """What all processes must agree in after a step."""
@@ -299,8 +306,6 @@ class Experiment:
 
     def compile(self) -> None:
         """Compile training and evaluation, each where the run repays it."""
-        if self.recipe.train.bn == "sync" and ranks.count() > 1:
-            return  # its exchanges would break the graph at every layer
         test_counts = np.bincount(self.dataset.val.labels)[self.protocol.order]
         frozen = self.flops * step_plan.frozen_visits(self.steps, test_counts)
         compiling.compile_run(

@@ -103,14 +103,19 @@ class Trainer:
         self.waiting = Waiting(loader)
 
     def compile(self) -> str | None:
-        """Compile both networks for full batches. Returns None, or in one line why that failed."""
+        """Compile both networks for full batches, the student unless its layers exchange something. Returns None, or in
+        one line why that failed."""
         size = (self.loader.transform.height, self.loader.transform.width)
         example = torch.zeros(self.full, 3, *size, dtype=self.pixels, device=self.device)
         example = example.to(memory_format=torch.channels_last)
+        student, why_not = self.fast_student, None
         with multiplying_in(self.precision, self.device):
-            with self.autocast():
-                together = self.precision == "bf16" and not isinstance(self.student.backbone, ExternalBackbone)
-                student, why_not = compile_network(self.student, example, train=True, cast_weights=together)
+            if ranks.count() > 1 and self.config.bn == "sync":
+                self.say("bn=sync: the student runs uncompiled, because it exchanges statistics at every layer")
+            else:
+                with self.autocast():
+                    together = self.precision == "bf16" and not isinstance(self.student.backbone, ExternalBackbone)
+                    student, why_not = compile_network(self.student, example, train=True, cast_weights=together)
             if why_not is None:
                 teacher, why_not = compile_network(self.folded_teacher.plain, example, train=False)
         if why_not is None:
@@ -119,7 +124,7 @@ class Trainer:
 
     @property
     def compiled(self) -> bool:
-        """Whether the networks are compiled."""
+        """Whether the student is compiled."""
         return self.fast_student is not self.student
 
     def autocast(self) -> torch.autocast:
@@ -166,7 +171,8 @@ class Trainer:
                     if stop:
                         raise Stopped
                     saved = time.monotonic()
-                seed_torch(self.config.seed, phase.step, phase.name, epoch, number)
+                of_others = () if ranks.first() else (ranks.rank(),)  # the first draws what one process does
+                seed_torch(self.config.seed, phase.step, phase.name, epoch, number, *of_others)
                 if phase.before_update is not None and (done + number) % phase.before_update.every == 0:
                     self.before_update(phase, phase.before_update, update, inputs, sizes[number], next(held_out))
                 step(inputs, sizes[number])

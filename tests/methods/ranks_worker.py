@@ -1,5 +1,6 @@
 """One of several processes that train runs together, for test_ranks: python ranks_worker.py JOB.json, under torchrun's
-environment variables. It notes the gradients of all updates, and can compute in float64."""
+environment variables. It notes the gradients and seeds of all updates, and the batch of the first one with the network
+before and after; it can compute in float64."""
 
 import json
 import sys
@@ -64,6 +65,23 @@ def noting_gradients(noted):
     Update.apply = watched
 
 
+def noting_steps(seeds, first):
+    """Note what torch is seeded with in each update, and the first one: images and labels, the network's state."""
+    step = trainer.Trainer.train_step
+
+    def watched(self, phase, update, inputs, size):
+        seeds.append(torch.initial_seed())
+        if not first:
+            batch = self.prepared(phase, inputs, size)[0]
+            first.update(images=batch.images, labels=batch.labels)
+            first["before"] = {name: value.clone() for name, value in self.student.state_dict().items()}
+        step(self, phase, update, inputs, size)
+        if "after" not in first:
+            first["after"] = {name: value.clone() for name, value in self.student.state_dict().items()}
+
+    trainer.Trainer.train_step = watched
+
+
 def noting_reads(noted):
     """Note every image that is read from a file."""
     content = Streaming.content
@@ -79,14 +97,15 @@ def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     if job["float64"]:
         in_float64()
-    noted, reads = [], []
+    noted, reads, seeds, first = [], [], [], {}
     noting_gradients(noted)
+    noting_steps(seeds, first)
     noting_reads(reads)
     with ranks.together():
         torch.set_num_threads(1)
         for run in job["runs"]:
-            noted.clear()
-            reads.clear()
+            for kept in (noted, reads, seeds, first):
+                kept.clear()
             recipe = load(run.get("recipe", "digits"), run["settings"], data=run.get("data"))
             experiment = Experiment(recipe, Path(run["out"]), resume=False)
             experiment.directory.draw = lambda: None
@@ -94,9 +113,12 @@ def main():
                 torch.set_default_dtype(torch.float64)
             experiment.run()
             torch.set_default_dtype(torch.float32)
-            (Path(run["out"]) / f"reads_{ranks.rank()}.json").write_text(json.dumps(reads))
+            out = Path(run["out"])
+            (out / f"reads_{ranks.rank()}.json").write_text(json.dumps(reads))
+            (out / f"seeds_{ranks.rank()}.json").write_text(json.dumps(seeds))
             if ranks.first():
-                torch.save(list(noted), Path(run["out"]) / "gradients.pt")
+                torch.save(list(noted), out / "gradients.pt")
+                torch.save(first, out / "first.pt")
 
 
 if __name__ == "__main__":

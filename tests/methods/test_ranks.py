@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SOAK, encoded, environment
+import torch.nn.functional as F
+from conftest import ROOT, SOAK, encoded, environment
 from test_bf16 import COMBINATIONS
 
+from fastil.recipe_file import load
 from fastil.tools.convert import convert, options_of
 from fastil.tools.reporting import Reporter
 
@@ -21,6 +23,8 @@ SETTINGS = [
     "classes=5", "base_classes=4", "increment=1", "base_epochs=1", "epochs=1", "batch_size=191", "lr=0.06",
     "exemplars_per_class=10", "compile=false", "precision=fp32",
 ]  # fmt: skip
+# 178 images in an incremental step: before the update of the last 3 alpha moves by a held-out batch that is shared out.
+COMBINATIONS = COMBINATIONS | {"meta_of_few": ["loss=meta_balanced", "meta_every=1", "batch_size=175"]}
 
 
 def free_port():
@@ -49,7 +53,8 @@ def train(count, names, folder, *, settings=(), float64=True):
     """Train these combinations by `count` processes. Returns the folder of the runs."""
     folder = folder / f"{count}"
     folder.mkdir()
-    runs = [{"settings": [*SETTINGS, *COMBINATIONS[name], *settings], "out": str(folder / name)} for name in names]
+    settings = [*SETTINGS, *settings]
+    runs = [{"settings": [*settings, *COMBINATIONS.get(name, [])], "out": str(folder / name)} for name in names]
     work(count, {"float64": float64, "runs": runs}, folder)
     return folder
 
@@ -137,3 +142,61 @@ def test_in_float32_two_processes_differ_from_one_as_float32_does_from_float64(a
     single = train(1, ["softmax"], tmp_path / "32", float64=False)
     ours, theirs, exact = (torch.load(path / "softmax/gradients.pt")[0] for path in (together, single, alone))
     assert relative(ours, theirs) <= 3 * relative(theirs, exact)
+
+
+# Code from outside, without batch normalisation and without what draws.
+OUTSIDE = """
+from torch import nn
+from fastil.methods import Method
+
+class Grouped(nn.Module):
+    feature_dim = 8
+    def __init__(self):
+        super().__init__()
+        pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Tanh(), *pool)
+    def forward(self, images):
+        return self.layers(images)
+
+class Near(Method):
+    def loss_weights(self, context):
+        return 1.0, 0.5 if context.num_old else 0.0
+    def extra_loss(self, batch, out, teacher_out, ops):
+        return None if teacher_out is None else 3 * (out.features - teacher_out.features).square().mean()
+"""
+
+
+def test_a_network_and_a_method_from_outside_are_trained_by_two_processes_as_by_one(tmp_path):
+    (tmp_path / "own.py").write_text(OUTSIDE)
+    settings = [f"model={tmp_path}/own.py:Grouped", f"method={tmp_path}/own.py:Near", "loss=softmax", "bn=local"]
+    together, single = (train(count, ["own"], tmp_path, settings=settings) / "own" for count in (2, 1))
+    ours, theirs = (torch.load(path / "gradients.pt") for path in (together, single))
+    assert len(ours) == len(theirs) == 5
+    assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-10
+    for file in ("memory/step_0.json", "memory/step_1.json", "results.json"):
+        assert (together / file).read_bytes() == (single / file).read_bytes()
+    seeds = [json.loads(path.read_text()) for path in (single / "seeds_0.json", *together.glob("seeds_*.json"))]
+    assert seeds[0] == json.loads((together / "seeds_0.json").read_text())  # what draws goes on as in one process ...
+    assert set(seeds[0]).isdisjoint(json.loads((together / "seeds_1.json").read_text()))  # ... and elsewhere otherwise
+
+
+@pytest.mark.parametrize("model", ["resnet8", f"{ROOT}/examples/your_own_network.py:backbone"])
+def test_with_local_statistics_an_update_is_that_of_the_parts_by_their_shares(model, tmp_path):
+    settings = [f"model={model}", "loss=softmax", "bn=local"]
+    together, single = (train(count, ["own"], tmp_path, settings=settings) / "own" for count in (3, 1))
+    first, after = torch.load(single / "first.pt"), torch.load(together / "first.pt")["after"]
+    network = load("digits", [*SETTINGS, *settings]).build_network(5, 0).double()
+    gradient, running = 0.0, {}
+    for rank in range(3):
+        network.load_state_dict(first["before"])
+        network.train().zero_grad()
+        images, labels = first["images"][rank::3], first["labels"][rank::3]
+        share = len(images) / len(first["images"])
+        F.cross_entropy(network(images).logits[:, :4], labels).backward()
+        gradient += share * torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        for name, value in network.named_buffers():
+            running[name] = running.get(name, 0) + share * value
+    assert relative(torch.load(together / "gradients.pt")[0], gradient) <= 1e-10
+    assert relative(torch.load(single / "gradients.pt")[0], gradient) > 1e-4  # the statistics are others
+    for name, value in running.items():
+        torch.testing.assert_close(after[name].double(), value.double(), rtol=1e-10, atol=0)

@@ -311,6 +311,19 @@ def test_compiling_leaves_no_trace_and_changes_no_result():
         torch.testing.assert_close(compiled.student.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_where_the_student_exchanges_statistics_only_the_teacher_is_compiled(monkeypatch):
+    compiled, said = [], []
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: compiled.append(network) or network)
+    monkeypatch.setattr("fastil.ranks.count", lambda: 2)
+    config = TrainConfig(batch_size=16, device="cpu", precision="fp32", bn="sync")
+    trainer = make_trainer(images_of(), config, say=said.append)
+    assert trainer.compile() is None
+    assert compiled == [trainer.folded_teacher.plain]
+    assert len(said) == 1
+    assert "student runs uncompiled" in said[0]
+    assert not trainer.compiled
+
+
 def test_a_failed_compilation_falls_back_with_one_line(monkeypatch):
     def broken(network, dynamic):
         def fail(images):
