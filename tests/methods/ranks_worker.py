@@ -18,8 +18,7 @@ from fastil.models.heads import CosineHead
 from fastil.optimiser import Update
 from fastil.recipe import Recipe
 from fastil.recipe_file import load
-from fastil.training import compiling, trainer
-from fastil.training.experiment import Experiment
+from fastil.training import compiling, experiment, trainer
 
 
 def doubled(init):
@@ -38,7 +37,8 @@ def in_float64():
     """Train in float64: what processes add up in another order then differs in the last of 16 digits."""
     build = Recipe.build_network
     Recipe.build_network = lambda self, *arguments: build(self, *arguments).double()
-    compiling.cost_per_image = lambda *arguments: (1, 1)  # it tries float32
+    compiling.cost_per_image = lambda *arguments: (1, 1)  # it tries float32, like the check
+    experiment.check_backbone = lambda *arguments: None
     trainer.pixel_dtype = lambda precision: torch.float64
     batches, whole = trainer.Trainer.batches, Resident.whole
     trainer.Trainer.batches = lambda self, plan: (b._replace(images=b.images.double()) for b in batches(self, plan))
@@ -107,11 +107,11 @@ def main():
             for kept in (noted, reads, seeds, first):
                 kept.clear()
             recipe = load(run.get("recipe", "digits"), run["settings"], data=run.get("data"))
-            experiment = Experiment(recipe, Path(run["out"]), resume=False)
-            experiment.directory.draw = lambda: None
+            running = experiment.Experiment(recipe, Path(run["out"]), resume=False)
+            running.directory.draw = lambda: None
             if job["float64"]:  # what a step computes from counts; the meter, which is float32, has been made
                 torch.set_default_dtype(torch.float64)
-            experiment.run()
+            running.run()
             torch.set_default_dtype(torch.float32)
             out = Path(run["out"])
             (out / f"reads_{ranks.rank()}.json").write_text(json.dumps(reads))
