@@ -14,6 +14,7 @@ from fastil.data.loaders.streaming import Streaming
 from fastil.methods import MetaAlpha, Method
 from fastil.methods.classification_loss import ClassificationLoss
 from fastil.methods.tpcil import Tpcil
+from fastil.models import ExternalBackbone
 from fastil.models.heads import CosineHead
 from fastil.optimiser import Update
 from fastil.recipe import Recipe
@@ -36,7 +37,14 @@ def doubled(init):
 def in_float64():
     """Train in float64: what processes add up in another order then differs in the last of 16 digits."""
     build = Recipe.build_network
-    Recipe.build_network = lambda self, *arguments: build(self, *arguments).double()
+
+    def build_in_float64(self, *arguments):
+        network = build(self, *arguments).double()
+        if isinstance(network.backbone, ExternalBackbone):  # evaluation is by itself, and hands it float32
+            network.backbone.module.register_forward_pre_hook(lambda module, given: (given[0].double(),))
+        return network
+
+    Recipe.build_network = build_in_float64
     compiling.cost_per_image = lambda *arguments: (1, 1)  # it tries float32, like the check
     experiment.check_backbone = lambda *arguments: None
     trainer.pixel_dtype = lambda precision: torch.float64
