@@ -139,6 +139,7 @@ class Trainer:
             drawn_ahead(phase.plan, range(first_epoch, phase.epochs)) as plans,
         ):
             self._fit(phase, first_epoch, first_batch, plans)
+        ranks.copy_from_first(list(self.student.buffers()))  # layers from outside may keep more of their own images
 
     def _fit(self, phase: Phase, first_epoch: int, first_batch: int, plans: Iterator[EpochPlan]) -> None:
         update = self.update(phase)
@@ -253,7 +254,8 @@ class Trainer:
         if phase.bn_mode == "train" and self.config.bn == "local":
             layers = (m for m in self.student.modules() if isinstance(m, _BatchNorm) and m.training)
             running = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-            torch._foreach_mul_(running, share)
+            if running:  # layers from outside may normalise otherwise
+                torch._foreach_mul_(running, share)
         metered = self.metered() / copies
         update.add_up([metered, *running])
         self.sums.add_(metered)
