@@ -144,8 +144,11 @@ def test_in_float32_two_processes_differ_from_one_as_float32_does_from_float64(a
     assert relative(ours, theirs) <= 3 * relative(theirs, exact)
 
 
-# Code from outside, without batch normalisation and without what draws.
+# Code from outside: a network without batch normalisation that keeps something of its images, and a method with a state
+# that would not be the same everywhere, on which its loss depends.
 OUTSIDE = """
+import os
+import torch
 from torch import nn
 from fastil.methods import Method
 
@@ -153,14 +156,25 @@ class Grouped(nn.Module):
     feature_dim = 8
     def __init__(self):
         super().__init__()
+        self.register_buffer("brightness", torch.zeros(()))
         pool = nn.AdaptiveAvgPool2d(1), nn.Flatten()
         self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Tanh(), *pool)
     def forward(self, images):
+        if self.training:
+            self.brightness += images.mean()
         return self.layers(images)
 
 class Near(Method):
+    share = 0.0
+    def after_memory(self, network, memory):
+        self.share = 0.5 + float(os.environ["RANK"])
+        return {}
+    def state_dict(self):
+        return {"share": self.share}
+    def load_state_dict(self, state):
+        self.share = state["share"]
     def loss_weights(self, context):
-        return 1.0, 0.5 if context.num_old else 0.0
+        return 1.0, self.share if context.num_old else 0.0
     def extra_loss(self, batch, out, teacher_out, ops):
         return None if teacher_out is None else 3 * (out.features - teacher_out.features).square().mean()
 """
