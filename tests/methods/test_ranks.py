@@ -94,6 +94,16 @@ def test_in_float64_every_update_is_that_of_one_process(count, alone, tmp_path):
     for name in names:
         for file in ("memory/step_0.json", "memory/step_1.json", "results.json"):
             assert (together / name / file).read_bytes() == (alone / name / file).read_bytes(), (name, file)
+        figures = ("images", "train_top1", "loss")  # the meter is float32
+        ours, theirs = (
+            [
+                json.loads(line)[key]
+                for line in (path / name / "metrics.jsonl").read_text().splitlines()
+                for key in figures
+            ]
+            for path in (together, alone)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-5), name
 
 
 @pytest.fixture(scope="module")
