@@ -1,8 +1,8 @@
 """What a run forgot and kept, computed from its predictions alone, so that any older run has it.
 
-A group is the classes that one step brought. a[k][j] is the accuracy on the test images of group j <= k after step k, in
-percent: among all classes seen by then, and nobody tells the group. Published definitions that speak of tasks are used
-with groups in their place. Steps count from 0, the base step.
+A group is the classes that one step brought. a[k][j] is the accuracy on the test images of group j <= k after step k,
+in percent: among all classes seen by then, and nobody tells the group. Published definitions that speak of tasks are
+used with groups in their place. Steps count from 0, the base step.
 """
 
 from collections.abc import Sequence
