@@ -4,6 +4,7 @@ What it says is collected here as text and numbers. All the markup is in templat
 """
 
 import base64
+import contextlib
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastil.errors import UserError
 from fastil.reporting.chart import WIDTH, Axis, Chart, Series, Style, chart, log_axis
-from fastil.reporting.rows import heading, rows, seed_spread, spread
+from fastil.reporting.rows import MEASURED, heading, measured, rows, seed_spread, spread
 from fastil.reporting.run_files import Timings, read_timings
 from fastil.reporting.runs import Run, alpha_paths, geometric_mean
 from fastil.text import plain
@@ -66,6 +67,15 @@ class Matrix(NamedTuple):
     png: str
 
 
+class Triangle(NamedTuple):
+    """Accuracy of each group of classes, percent, mean over seeds: a row for each step, a cell for each group that has
+    come by then. measures: what stands after each step in the other columns."""
+
+    rows: list[list[float]]
+    header: Sequence[str]
+    measures: list[list[str]]
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What a group of runs was trained on, step by step, and how long it took. plan: None where nothing is known.
@@ -98,6 +108,9 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
         notes=notes,
         datasets=[accuracy(dataset, of_dataset, styles) for dataset, of_dataset in parts.items()],
         alphas=alpha_charts(alphas, styles),
+        measured=MEASURED,
+        measures=Table(*measured(groups)[:2]),
+        triangles={label: found for label, runs in groups.items() if (found := triangle(runs))},
         confusions={label: confusions(runs) for label, runs in groups.items()},
         protocols=[protocol(label, runs) for label, runs in groups.items()],
     )
@@ -139,6 +152,21 @@ def accuracy(dataset: str, groups: dict[str, list[Run]], styles: dict[str, Style
         charts[title] = chart(f"{title}: top-1 after each step", series, x, y)
     table = Table([f"Top-1 (%) at … classes of {dataset}", *map(str, seen)], lines)
     return Accuracy(dataset, {label: styles[label] for label in groups}, charts, table)
+
+
+def triangle(runs: Sequence[Run]) -> Triangle | None:
+    """The groups of the runs whose predictions can be read; None where there are none, or one step only."""
+    found = []
+    for run in runs:
+        with contextlib.suppress(UserError):  # the notes have it
+            found.append(run.measures)
+    steps = min((len(measures.groups) for measures in found), default=0)
+    if steps < 2:
+        return None
+    rows = [np.mean([measures.groups[k] for measures in found], axis=0).tolist() for k in range(steps)]
+    columns = ("average_over_groups", "non_base", "forgetting", "backward_transfer")
+    lines = [[spread([getattr(measures, key)[k] for measures in found]) for key in columns] for k in range(steps)]
+    return Triangle(rows, [key.replace("_", " ") for key in columns], lines)
 
 
 def alpha_charts(

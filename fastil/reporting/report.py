@@ -7,7 +7,7 @@ from fastil.errors import UserError
 from fastil.reporting.fidelity import MODIFIED
 from fastil.reporting.figures import draw_accuracy, draw_last_confusions
 from fastil.reporting.html import page
-from fastil.reporting.rows import heading, paired_gain, rows
+from fastil.reporting.rows import MEASURED, heading, measured, paired_gain, rows
 from fastil.reporting.runs import Run, alpha_paths, group_runs
 from fastil.text import format_table, plain
 
@@ -38,16 +38,10 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> tupl
     runs, twice = distinct(found)
     groups, cut = shortened(group_runs(runs))
     explained = [IMAGES] if any("images=" in text for text in [*groups, *cut]) else []
-    notes = [*cut, *explained, *paired_gain(groups), *twice, *left_out]
-    text = plain(
-        "\n\n".join(
-            [
-                heading(groups),
-                format_table(*rows(groups)),
-                *notes,
-            ]
-        )
-    )
+    header, measures, unmeasured = measured(groups)
+    notes = [*cut, *explained, *paired_gain(groups), *unmeasured, *twice, *left_out]
+    forgotten = [MEASURED, format_table(header, measures)] if measures else []
+    text = plain("\n\n".join([heading(groups), format_table(*rows(groups)), *forgotten, *notes]))
     if out is None:
         return text, whole
     document = ""

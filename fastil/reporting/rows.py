@@ -3,6 +3,8 @@
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 
+from fastil.errors import UserError
+from fastil.reporting.measures import Measures
 from fastil.reporting.runs import Run
 
 HEADER = ("run", "seeds", "average incremental", "paper", "base", "final", "final old", "final new")
@@ -43,6 +45,31 @@ def rows(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str,
             )
         )
     return HEADER, lines
+
+
+MEASURED = (
+    "What was kept and forgotten after the last step, by group of classes that came together; percent, and points "
+    "between two percentages (docs/measures.md)."
+)
+MEASURES = ("run", "average over groups", "classes after the base step", "forgetting", "backward transfer")
+
+
+def measured(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
+    """Header and a row per group of what its runs forgot, after the last step; and a line for each run whose
+    predictions cannot be read, which is left out."""
+    lines: list[tuple[str, ...]] = []
+    left_out: list[str] = []
+    for label, runs in groups.items():
+        found: list[Measures] = []
+        for run in runs:
+            try:
+                found.append(run.measures)
+            except UserError as error:
+                left_out.append(f"measures of {error}")
+        if any(len(measures.groups) > 1 for measures in found):
+            columns = ("average_over_groups", "non_base", "forgetting", "backward_transfer")
+            lines.append((label, *(spread([getattr(measures, key)[-1] for measures in found]) for key in columns)))
+    return MEASURES, lines, left_out
 
 
 def paired_gain(groups: dict[str, list[Run]]) -> list[str]:

@@ -161,6 +161,12 @@ def read_predictions(run: Path, step: int, classes: int) -> NDArray[np.int16]:
     return _array(run / f"predictions/step_{step}.npy", np.dtype(np.int16), (None, 2), classes, AGAIN)
 
 
+def confusion_of(predictions: NDArray[np.int16], classes: int) -> NDArray[np.int64]:
+    """The confusion matrix that such predictions make."""
+    true, predicted = predictions.astype(np.int64).T
+    return np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
 def _array(
     path: Path, dtype: np.dtype[Any], shape: tuple[int | None, int], below: int | None, fix: str
 ) -> NDArray[Any]:

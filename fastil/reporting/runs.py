@@ -17,8 +17,10 @@ from fastil.models import MODELS, find_factory
 from fastil.recipe import Recipe
 from fastil.recipe_file import differences, read_effective, shipped
 from fastil.reporting.fidelity import MODIFIED, had_published, labelled, other_pixels
+from fastil.reporting.measures import Measures, measures_of
 from fastil.reporting.run_files import (
     AGAIN,
+    confusion_of,
     read_confusion,
     read_metrics,
     read_predictions,
@@ -106,7 +108,10 @@ class Run:
         """The confusion matrix of a step, -1 for the last one: int64 [seen, seen], rows are true classes in incremental
         order."""
         step = self._step(step)
-        return read_confusion(self.path, step, self.results.steps[step].classes_seen)
+        classes = self.results.steps[step].classes_seen
+        if not (self.path / f"confusion/step_{step}.npy").exists():  # left out, perhaps, of what was kept of the run
+            return confusion_of(self.predictions(step), classes)
+        return read_confusion(self.path, step, classes)
 
     def predictions(self, step: int) -> NDArray[np.int16]:
         """True and predicted incremental position of each test image of the classes seen after a step, int16 [n, 2]."""
@@ -117,6 +122,12 @@ class Run:
             path = self.path / f"predictions/step_{result.step}.npy"
             raise Damaged(path, f"of another run (top-1 {top1:.2f}, in results.json {result.top1:.2f})", AGAIN)
         return found
+
+    @property
+    def measures(self) -> Measures:
+        """Accuracy of each group of classes, forgetting and backward transfer, computed from the predictions."""
+        steps = self.results.steps
+        return measures_of([self.predictions(step.step) for step in steps], [step.classes_seen for step in steps])
 
     def network(self, step: int = -1) -> "Classifier":
         """The network after a step as a `Classifier` in eval mode, on the CPU: images to probabilities over its

@@ -28,7 +28,8 @@ from fastil.text import format_table
 HEADER = (
     "steps", "row", "seeds", "published average", "average incremental", "minus published", "difference",
     "95 % interval",
-    "base step", "final", "published final", "final base", "published base", "final old", "final new",
+    "base step", "final", "published final", "final base", "published base", "final old", "final new", "final not base",
+    "forgetting",
 )  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
     for entry in table.entries:
         runs, published = found[entry.row, entry.steps], entry.published
         last = [run.results.steps[-1] for run in runs.values()]
+        measures = [run.measures for run in runs.values()]
         averages = [run.results.average_incremental_accuracy for run in runs.values()]
         gain, interval = "-", "-"
         if entry.against is not None:
@@ -70,6 +72,7 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
                 spread([step.top1 for step in last]) or "-", known[1],
                 spread([step.top1_base for step in last]) or "-", known[2],
                 spread([step.top1_old for step in last]) or "-", spread([step.top1_new for step in last]) or "-",
+                spread([m.non_base[-1] for m in measures]) or "-", spread([m.forgetting[-1] for m in measures]) or "-",
             )
         )  # fmt: skip
     return lines, paired
@@ -130,7 +133,8 @@ def notes(
     lines = [
         f'{table.name}: {table.title}. Top-1 in percent, {deviation(runs)}; "average incremental" '
         'takes in the base step, "final" is the last step, over all classes and over those of the base step, of all '
-        "earlier steps and of the last one."
+        'earlier steps, of the last one, and of all but those of the base step; "forgetting" is in points '
+        "(docs/measures.md)."
     ]
     if precision is not None and any(runs):
         lines.append(f"All runs were trained in {precision}.")

@@ -1,7 +1,7 @@
 """A run directory: what is in it, and whose it is.
 
-recipe.yaml, protocol.json, results.json, timings.json, metrics.jsonl, memory/, confusion/, predictions/, checkpoints/,
-figures/.
+recipe.yaml, protocol.json, results.json, measures.json, timings.json, metrics.jsonl, memory/, confusion/,
+predictions/, checkpoints/, figures/.
 """
 
 import contextlib
@@ -29,11 +29,13 @@ from fastil.recipe_file import read_effective
 from fastil.reporting import figures
 from fastil.reporting.checkpoints import FORMAT, Checkpoint, read_checkpoint, sha256_of
 from fastil.reporting.fidelity import labelled
+from fastil.reporting.measures import measures_of
 from fastil.reporting.run_files import (
     DescribedDataset,
     DescribedSplit,
     ProtocolFile,
     Results,
+    confusion_of,
     read_confusion,
     read_predictions,
     read_protocol,
@@ -41,7 +43,7 @@ from fastil.reporting.run_files import (
 from fastil.training.step_plan import StepPlan, names_by_step
 from fastil.training.trainer import Stopped
 
-FILES = ("recipe.yaml", "protocol.json", "metrics.jsonl", "timings.json", "results.json", "lock")
+FILES = ("recipe.yaml", "protocol.json", "metrics.jsonl", "timings.json", "results.json", "measures.json", "lock")
 FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
 
 
@@ -196,9 +198,8 @@ class RunDirectory:
                 read_confusion(self.path, step, classes)
             except UserError:
                 with contextlib.suppress(UserError):
-                    true, predicted = read_predictions(self.path, step, classes).astype(np.int64).T
-                    cells = np.bincount(true * classes + predicted, minlength=classes**2)
-                    self.write_confusion(step, cells.reshape(classes, classes))
+                    predictions = read_predictions(self.path, step, classes)
+                    self.write_confusion(step, confusion_of(predictions, classes))
             names = (f"memory/step_{step}.json", f"confusion/step_{step}.npy", f"predictions/step_{step}.npy")
             missing += [n for n in (*names, f"checkpoints/step_{step}.pt") if not (self.path / n).exists()]
         return missing
@@ -228,7 +229,14 @@ class RunDirectory:
         files.write_json(self.path / "timings.json", content)
 
     def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> None:
+        """Write results.json, and measures.json where the predictions of all steps are there."""
         files.write_json(self.path / "results.json", results_of(recipe, steps).model_dump())
+        seen = [step.classes_seen for step in steps]
+        try:
+            predictions = [read_predictions(self.path, step, classes) for step, classes in enumerate(seen)]
+        except UserError:  # `mend` names what is missing, a report what is damaged
+            return
+        files.write_json(self.path / "measures.json", measures_of(predictions, seen).dump())
 
     def draw(self) -> None:
         """Write the figures."""
