@@ -101,7 +101,7 @@ def together(device: torch.device | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # With NCCL the others would take part in it. With gloo, threads that are left end the interpreter with an abort.
+        # With NCCL the others would take part in it. With gloo, its threads would abort the interpreter's end.
         ours = ours and dist.get_backend() == "gloo"
         raise
     finally:
