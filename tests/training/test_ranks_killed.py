@@ -121,7 +121,7 @@ def test_a_rank_that_died_is_started_again_and_one_that_is_told_to_stop_stops_al
     assert launcher.returncode == 0, errors[-3000:]
     assert "going on at step" in said  # without --resume, for this torchrun has begun it
     assert "--resume goes on" in errors
-    assert "before the stop" not in finish(2, out, "--resume")
+    assert "from here on" not in finish(2, out, "--resume")
     for name in ("results.json", "metrics.jsonl", "memory/step_2.json"):
         assert (out / name).read_bytes() == (undisturbed(2) / name).read_bytes(), name
 
@@ -184,7 +184,7 @@ def agent(number, port, out, *options):
 @pytest.mark.parametrize("lost", [False, True])
 def test_two_machines_train_a_run_and_one_goes_on_alone(lost, undisturbed, tmp_path):
     out, port = tmp_path / "run", free_port()
-    agents = [agent(number, port, out, "--resume") for number in (0, 1)]
+    agents = [agent(number, port, out) for number in (0, 1)]
     if lost:
         while not (out / "checkpoints/last.pt").exists():
             assert agents[0].poll() is None
