@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,10 @@ import typer
 
 from fastil.errors import UserError
 from fastil.text import one_line, plain, say
+
+# Seconds that a process among others waits with what another one may be about to say: torchrun ends all on a machine as
+# soon as one has ended with an error.
+OTHERS_FIRST = 10
 
 app = typer.Typer(
     name="fastil",
@@ -320,11 +325,14 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; train nothing.")] = False,
 ) -> None:
     """Train the runs that a table of the paper needs, and write it."""
+    from fastil import ranks
     from fastil.reproduce import scheduler as reproduction
     from fastil.reproduce import tables
     from fastil.reproduce.preview import preview
     from fastil.reproduce.worklist import WorkList
 
+    if ranks.launched():
+        raise UserError("fastil reproduce starts a process for each run itself; call it without torchrun")
     chosen = tables.table_of(tables.read_tables(), table, scale)
     entries = tables.only(chosen, only or [], steps)
     numbers = reproduction.seeds_of(str(chosen.seeds) if seeds is None else seeds)
@@ -367,7 +375,13 @@ def main() -> None:
         settings = " Settings are written KEY=VALUE, such as epochs=2." if sys.argv[1:2] in (["run"], ["plan"]) else ""
         found = error.format_message().removesuffix(".")  # type: ignore[attr-defined]
         message = f"{found}.{settings} See fastil --help."
+    except RuntimeError:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # an exchange, perhaps, with a process that has ended
+            time.sleep(OTHERS_FIRST)
+        raise
     rank = os.environ.get("RANK", "0")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(OTHERS_FIRST)  # the first process on the machine says what all of them find
     say(f"fastil{'' if rank == '0' else f' (rank {rank})'}: {one_line(message)}", sys.stderr)
     sys.exit(2)
 

@@ -20,9 +20,8 @@ BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # instruction sets that multiply in bf
 
 
 def pick_device(name: str) -> torch.device:
-    if name in ("auto", "cuda") and ranks.count() > 1 and torch.cuda.is_available():
-        name = f"cuda:{ranks.on_this_machine()[0]}"
-    elif name == "auto":
+    """The device of this process. Raises UserError where there is none of this name."""
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -37,7 +36,26 @@ def pick_device(name: str) -> torch.device:
         # Read once, before the first product: what cuBLAS needs to add in the same order every time. As large as the
         # default of recent GPUs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if ranks.launched():
+            return _gpu_of_its_own(device)
     return device
+
+
+def _gpu_of_its_own(device: torch.device) -> torch.device:
+    """The GPU of a process among others."""
+    number, processes = ranks.on_this_machine()
+    if processes > 1 and device.index is not None:
+        raise UserError(
+            f"device={device}: one GPU for {processes} processes; use device=cuda, which gives each its own, and "
+            "CUDA_VISIBLE_DEVICES for a choice of them"
+        )
+    gpus = torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes on this machine see {gpus} GPU{'s' * (gpus > 1)}; start as many as there are "
+            f"(--nproc-per-node {gpus}), or set device=cpu"
+        )
+    return torch.device("cuda", number) if device.index is None else device
 
 
 def device_name(device: torch.device) -> str:

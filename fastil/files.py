@@ -151,11 +151,12 @@ def load_weights(module: "torch.nn.Module", weights: Mapping[str, Any], path: Pa
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run directory for this process; the kernel lets go when the process ends, however it ends."""
+def locked(folder: Path, holder: str = "") -> Iterator[None]:
+    """Hold the run directory for this process; the kernel lets go when the process ends, however it ends. holder: what
+    its lock file says from then on."""
     path = folder / "lock"
     with written(path):
-        file = open(path, "w")  # noqa: SIM115  (held while the run lasts)
+        file = open(path, "a")  # noqa: SIM115  (held while the run lasts)
     with file:
         try:
             free = lock(file.fileno())
@@ -164,6 +165,10 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(f"{path}: cannot be locked ({error.strerror}); choose --out on another disk") from None
         if not free:
             raise UserError(f"{folder}: another process is running there; wait for it or choose another --out")
+        with written(path):
+            file.truncate(0)
+            file.write(holder)
+            file.flush()
         yield
 
 

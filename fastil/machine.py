@@ -24,16 +24,21 @@ def cores() -> int:
         )
         if len(words) == 2 and words[0] > 0 and words[1] > 0:  # "max" and -1 are no limit
             quotas.append(math.ceil(words[0] / words[1]))
-    return max(1, min([allowed, *quotas]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min([allowed, *quotas]) // _sharing())
 
 
 def memory() -> int:
     """Return the bytes of memory that this process may use: the machine's, or the least that a control group allows, as
-    in containers and batch jobs."""
+    in containers and batch jobs. Where torchrun has started several processes, its part of them."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for group in _control_groups("memory"):
         limits += _numbers(group / "memory.max") or _numbers(group / "memory.limit_in_bytes")
-    return min(limits)
+    return min(limits) // _sharing()
+
+
+def _sharing() -> int:
+    """Return how many processes torchrun has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def lacks_for_triton() -> str | None:

@@ -6,10 +6,12 @@ A process that is alone has rank 0 of 1 and exchanges nothing, so the code that 
 import contextlib
 import io
 import os
+import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from fastil.errors import UserError
 
 Result = TypeVar("Result")
+COME_WITHIN = timedelta(minutes=10)  # how long processes wait for each other to start, as torchrun's machines do
 # How long an exchange may take: one process compiles, or writes to a slow disk, while the others wait. torchrun notices
 # a process that has died, not this.
 PATIENCE = timedelta(hours=4)
@@ -27,7 +30,7 @@ PATIENCE = timedelta(hours=4)
 class _Joined:
     """What this process is among the others."""
 
-    rank, count, local_rank, local_count = 0, 1, 0, 1
+    rank, count = 0, 1
     device = torch.device("cpu")
 
 
@@ -49,14 +52,34 @@ def first() -> bool:
     return _joined.rank == 0
 
 
-def on_this_machine() -> tuple[int, int]:
-    """Return the number of this process among those of the run on its machine, and how many they are."""
-    return _joined.local_rank, _joined.local_count
-
-
 def launched() -> bool:
     """Return whether a launcher such as torchrun has started this process among others."""
+    if dist.is_initialized():
+        return dist.get_world_size() > 1
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def on_this_machine() -> tuple[int, int]:
+    """Return the number of this process among those that were launched on its machine, and how many they are."""
+    if not launched():
+        return 0, 1
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", _joined.count))
+
+
+def launchers() -> list[str]:
+    """Return what tells the launchers of this run, one on each machine, from all others: they stay the same while
+    torchrun starts the processes again, in whatever number. Nothing where no torchrun has started this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    began = ""
+    with contextlib.suppress(OSError):  # not Linux. The number of a process may be another one's later
+        began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+    found: list[Any] = [None] * _joined.count
+    if _joined.count == 1:
+        found = [f"{platform.node()} {os.getppid()} {began}"]
+    else:
+        dist.all_gather_object(found, f"{platform.node()} {os.getppid()} {began}")
+    return sorted(set(found))
 
 
 @contextlib.contextmanager
@@ -69,27 +92,37 @@ def together(device: torch.device | None = None) -> Iterator[None]:
     if not launched() or _joined.count > 1:
         yield
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if device is None:
-        device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        device = torch.device("cuda", on_this_machine()[0]) if torch.cuda.is_available() else torch.device("cpu")
     ours = not dist.is_initialized()
     if ours:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        store, rank, count = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))  # type: ignore[attr-defined]
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=_of_this_attempt(store, rank, count), rank=rank, world_size=count, timeout=PATIENCE,
-        )  # fmt: skip
-    _joined.rank, _joined.count = dist.get_rank(), dist.get_world_size()
-    _joined.local_rank, _joined.local_count = local, int(os.environ.get("LOCAL_WORLD_SIZE", _joined.count))
-    _joined.device = device
+        _join(device)
+    _joined.rank, _joined.count, _joined.device = dist.get_rank(), dist.get_world_size(), device
     try:
         yield
+    except BaseException:
+        # With NCCL the others would take part in it. With gloo, its threads would abort the interpreter's end.
+        ours = ours and dist.get_backend() == "gloo"
+        raise
     finally:
         _joined.__dict__.clear()
-    if ours:  # not after an error here alone: with NCCL the others take part in it
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
+
+
+def _join(device: torch.device) -> None:
+    """Make the process group."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        store, rank, count = next(iter(dist.rendezvous("env://", timeout=COME_WITHIN)))  # type: ignore[attr-defined]
+        prefixed = _of_this_attempt(store, rank, count)
+    except dist.DistError as error:
+        raise UserError(f"the processes of this run have not met: {error}") from None
+    store.set_timeout(PATIENCE)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", store=prefixed, rank=rank, world_size=count, timeout=PATIENCE
+    )
 
 
 def _of_this_attempt(store: Any, rank: int, count: int) -> Any:
@@ -98,7 +131,7 @@ def _of_this_attempt(store: Any, rank: int, count: int) -> Any:
 
     A process writes a name that nobody had before it, and the first one answers to that with its own.
     """
-    own = uuid.uuid4().hex
+    own, deadline = uuid.uuid4().hex, time.monotonic() + COME_WITHIN.total_seconds()
     if rank == 0:
         missing = set(range(1, count))
         while missing:
@@ -107,36 +140,52 @@ def _of_this_attempt(store: Any, rank: int, count: int) -> Any:
                     store.set(f"fastil/welcome/{store.get(f'fastil/hello/{other}').decode()}", own)
                 if store.check([f"fastil/joined/{own}/{other}"]):
                     missing.remove(other)
+            if time.monotonic() > deadline:
+                raise UserError(_not_come(sorted(missing), count))
             time.sleep(0.01)
         return dist.PrefixStore(f"fastil/{own}", store)  # type: ignore[attr-defined]
     store.set(f"fastil/hello/{rank}", own)
-    first_one = store.get(f"fastil/welcome/{own}").decode()  # waits for it
+    try:
+        store.wait([f"fastil/welcome/{own}"], COME_WITHIN)
+    except dist.DistStoreError:
+        raise UserError(_not_come([0], count)) from None
+    first_one = store.get(f"fastil/welcome/{own}").decode()
     store.set(f"fastil/joined/{first_one}/{rank}", "")
     return dist.PrefixStore(f"fastil/{first_one}", store)  # type: ignore[attr-defined]
 
 
+def _not_come(missing: Sequence[int], count: int) -> str:
+    names = ", ".join(map(str, missing))
+    return (
+        f"rank{'s' * (len(missing) > 1)} {names} of {count} did not come within "
+        f"{COME_WITHIN.total_seconds() / 60:g} minutes; see what the output of the others says, and start all again"
+    )
+
+
 def from_first(make: Callable[[], Result]) -> Result:
     """Call `make` in the first process, and return what it returned there in all of them, tensors on the device of
-    each. A UserError there is raised in all. The result is pickled."""
+    each. A UserError there is one in all, any other error a RuntimeError in the others. The result is pickled."""
     if _joined.count == 1:
         return make()
+    answer: list[Any] = [None]
     if first():
-        answer: list[bytes | str] = [""]
         try:
-            result = make()
-            content = io.BytesIO()
+            result, content = make(), io.BytesIO()
             torch.save(result, content)
             answer = [content.getvalue()]
             return result
         except UserError as error:
-            answer = [str(error)]
+            answer = [(True, str(error))]
             raise
-        finally:  # the others wait; what is no UserError ends this process, and then torchrun the others
+        except BaseException as error:
+            answer = [(False, f"{type(error).__name__}: {error}")]
+            raise
+        finally:  # the others wait
             dist.broadcast_object_list(answer, device=_joined.device)
-    answer = [""]
     dist.broadcast_object_list(answer, device=_joined.device)
-    if isinstance(answer[0], str):
-        raise UserError(answer[0])
+    if isinstance(answer[0], tuple):
+        users, line = answer[0]
+        raise UserError(line) if users else RuntimeError(f"rank 0: {line}")
     received: Result = torch.load(io.BytesIO(answer[0]), map_location=_joined.device, weights_only=False)
     return received
 

@@ -9,7 +9,6 @@ import yaml
 from conftest import TINY
 
 from fastil import device as devices
-from fastil import ranks
 from fastil.data import Split, make_loader
 from fastil.device import (
     choosing_kernels,
@@ -283,15 +282,38 @@ def test_an_evaluation_that_does_not_compile_says_so_and_training_stays_compiled
     assert step_plan.frozen_visits(experiment.steps, counts) == trained.sum() + counts[:4].sum() + counts.sum()
 
 
+def among_others(monkeypatch, count):
+    """Be one of so many processes on this machine."""
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "line"),
+    [
+        ("cuda:1", 4, r"^device=cuda:1: one GPU for 4 processes; use device=cuda"),
+        ("cuda", 3, r"^4 processes on this machine see 3 GPUs; .*--nproc-per-node 3"),
+        ("auto", 1, r"^4 processes on this machine see 1 GPU; .*--nproc-per-node 1"),
+        ("cuda", 0, r"^device=cuda: 0 such devices are visible; use device=cpu"),
+    ],
+)
+def test_every_process_has_a_gpu_of_its_own(name, gpus, line, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    among_others(monkeypatch, 4)
+    with pytest.raises(UserError, match=line):
+        pick_device(name)
+
+
 @pytest.mark.parametrize(("name", "among", "picked"), [
     ("auto", 1, "cuda"), ("cuda", 1, "cuda"), ("cuda:1", 1, "cuda:1"),
-    ("auto", 4, "cuda:2"), ("cuda", 4, "cuda:2"), ("cuda:1", 4, "cuda:1"), ("cpu", 4, "cpu"),
+    ("auto", 4, "cuda:2"), ("cuda", 4, "cuda:2"), ("cpu", 4, "cpu"),
 ])  # fmt: skip
 def test_a_gpu_is_that_of_the_local_rank_and_cublas_may_be_asked_to_add_in_order(name, among, picked, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(ranks, "count", lambda: among)
-    monkeypatch.setattr(ranks, "on_this_machine", lambda: (2, among))
+    among_others(monkeypatch, among)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     assert str(pick_device(name)) == picked
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == (picked != "cpu")

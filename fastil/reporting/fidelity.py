@@ -12,7 +12,7 @@ from typing import Any
 
 from fastil.data import Dataset
 from fastil.data.published import Published, differences, official_labels, table
-from fastil.recipe import Recipe
+from fastil.recipe import LOCAL_BN, Recipe
 from fastil.recipe_file import differences as differences_of
 from fastil.recipe_file import load, shipped
 from fastil.reporting.run_files import ProtocolFile
@@ -81,6 +81,9 @@ def modifications(recipe: Recipe, protocol: ProtocolFile | None) -> Sequence[str
     if protocol is None:
         return changes
     changes += [f"loader={name}" for name in other_pixels(protocol)]
+    if protocol.bn == "local" and protocol.ranks > 1:
+        share = recipe.train.batch_size // protocol.ranks
+        changes += [f"bn=local of {share} images"] if share < LOCAL_BN else []  # which bn=auto does not choose
     expected = _dataset_of(recipe)
     if expected in table() and not on_published_data(expected, protocol):
         known = protocol.dataset.train.identity and protocol.dataset.val.identity

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastil import files
+from fastil import files, ranks
 from fastil.data import Dataset
 from fastil.errors import UserError
 from fastil.models import Network
@@ -42,7 +42,7 @@ SAME_WITHOUT_OLD = {
 
 def base_identity(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that decide the network after the base step, if the base classes have equally many images."""
-    own = {key for config in recipe.of_methods.values() for key in values_of(config)} | {"code of method"}
+    own = {key for config in recipe.of_methods.values() for key in values_of(config)} | {"code of method", "bn"}
     keys = {k: v for k, v in recipe.identity().items() if k not in LATER | own and not k.startswith(LATER_PARTS)}
     of_method = recipe.procedure.base_step_settings(recipe.keys())
     if recipe.model.weight_transfer:  # methods train other parts of the network with it
@@ -61,12 +61,13 @@ def check(
 ) -> None:
     """Raise UserError, naming the difference, unless the base step of base_run is this run's, bit for bit."""
     other = read_effective(base_run / "recipe.yaml", recipe.code)
-    ours, theirs = base_identity(recipe), base_identity(other)
+    there = read_protocol(base_run, INSTEAD)
+    ours = base_identity(recipe) | {"bn": _statistics(recipe.train.bn, ranks.count())}
+    theirs = base_identity(other) | {"bn": _statistics(there.bn, there.ranks)}
     other_keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
     changed = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other_keys]
     if changed:
         raise UserError(f"--base {base_run}: its base step is another one ({'; '.join(changed)})")
-    there = read_protocol(base_run, INSTEAD)
     here = described(dataset.train)
     if there.dataset.train.same_in_another_order(here):
         raise UserError(
@@ -85,6 +86,11 @@ def check(
     weights = base_run / "checkpoints/step_0.pt"
     if not weights.exists():
         raise UserError(f"{weights}: missing, the base step of --base is not finished; let it run on, or leave it out")
+
+
+def _statistics(bn: str | None, processes: int) -> str:
+    """What batch normalisation goes by."""
+    return f"{bn} in {processes} processes" if processes > 1 and bn == "local" else "by whole batches"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastil import ranks
 from fastil.data.loaders.choose import memory_of
 from fastil.device import pixel_dtype, settle_precision
 from fastil.errors import UserError
@@ -19,13 +20,16 @@ def check_batch(
     size: height and width of an image. handed_on: numbers that are kept of an image (`compiling.cost_per_image`), where
     the network is known.
     """
-    batch, (height, width) = recipe.train.batch_size, size
+    (height, width), processes = size, ranks.count()
+    batch = recipe.train.batch_size
     # The batches of Meta's B_t are always full.
     largest = batch if recipe.loss.loss == "meta_balanced" else max(plan.visits // plan.epochs for plan in steps)
+    shown, trained = (-(-images // processes) for images in (batch, min(batch, largest)))  # by the largest share
     kept = handed_on * pixel_dtype(settle_precision(recipe.train.precision, device)).itemsize
-    needed, there = max(batch * 12 * height * width, min(batch, largest) * kept), memory_of(device)
+    needed, there = max(shown * 12 * height * width, trained * kept), memory_of(device)
     if needed > there:
+        each = "" if processes == 1 else f" in each of {processes} processes"
         raise UserError(
             f"batch_size={batch}: a training step on images of {width}x{height} takes {needed / 2**30:,.0f} GiB at the "
-            f"least, and {device} has {there / 2**30:,.0f}; lower batch_size, or the size of the images"
+            f"least{each}, and {device} has {there / 2**30:,.0f}; lower batch_size, or the size of the images"
         )

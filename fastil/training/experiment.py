@@ -38,7 +38,8 @@ class Experiment:
     """The state of a run. Its directory is made only when everything that can be wrong has been checked."""
 
     def __init__(self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None) -> None:
-        self.resume, self.directory = resume, run_directory.opened(out, resume)
+        self.directory = run_directory.opened(out, resume)
+        self.resume = resume = self.directory.resume
         self.interrupt = Interrupt() if ranks.count() == 1 else SharedInterrupt()
         self.progress, self.clock = StepBar() if ranks.first() else NoBar(), Clock()
         self.device = pick_device(recipe.train.device)

@@ -72,7 +72,7 @@ class SharedInterrupt(Interrupt):
 
     def __exit__(self, *exc: object) -> None:
         self.ended.set()
-        self.thread.join()
+        self.thread.join(GIVE_UP)  # which the store may keep, where its machine is gone
         super().__exit__(*exc)
 
     def _look(self) -> None:
@@ -95,7 +95,8 @@ class SharedInterrupt(Interrupt):
         waiting = time.monotonic()
         while not self.store.check(keys):
             if time.monotonic() - waiting > GIVE_UP:
-                raise RuntimeError("a process of this run does not answer: stopped without a checkpoint")
+                silent = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
+                raise RuntimeError(f"no answer from rank {', '.join(silent)}: stopped without a checkpoint")
             time.sleep(LOOK_EVERY)
         self.number = int(self.store.get(f"{self.key}/signal"))
         return self.calls >= max(int(self.store.get(key)) for key in keys)

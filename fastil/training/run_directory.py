@@ -50,7 +50,10 @@ FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
 class RunDirectory:
     """Paths and files of one run. Nothing is made before `held` is entered."""
 
-    def __init__(self, path: Path, resume: bool) -> None:
+    def __init__(self, path: Path, resume: bool, launchers: Sequence[str] = ()) -> None:
+        """launchers: of this run, which goes on without `resume` where one of them has begun it."""
+        self.holder = "".join(f"{launcher}\n" for launcher in launchers)
+        self.resume = resume = resume or _begun_by(path, launchers)
         empty = path.is_dir() and not any(path.iterdir())
         if path.exists() and not resume and not empty:
             raise UserError(f"{path}: exists already; go on with --resume, or choose another --out")
@@ -68,13 +71,8 @@ class RunDirectory:
         behind of what was made here."""
         fresh = not self.path.exists() or not any(self.path.iterdir())
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
         with contextlib.ExitStack() as stack:
-            stack.callback(_remove_empty, made)  # which they are not where another process is at work
-            stack.enter_context(files.locked(self.path))
+            ranks.from_first(lambda: self._take(stack, made))
             try:
                 yield
             except Stopped:
@@ -86,6 +84,14 @@ class RunDirectory:
                     for name in FILES:
                         (self.path / name).unlink(missing_ok=True)
                 raise
+
+    def _take(self, until: contextlib.ExitStack, made: Sequence[Path]) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
+        until.callback(_remove_empty, made)  # which they are not where another process is at work
+        until.enter_context(files.locked(self.path, self.holder))
 
     def begun(self) -> Recipe | None:
         """The recipe of a run that is here already; None before its recipe.yaml is written."""
@@ -260,12 +266,14 @@ def results_of(recipe: Recipe, steps: Sequence[StepResult]) -> Results:
 class FollowedDirectory(RunDirectory):
     """The run directory in the processes of a run but the first, which hands over what it reads: nothing is written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resume: bool) -> None:
         self.path, self.last, self.metrics = path, path / "checkpoints/last.pt", path / "metrics.jsonl"
+        self.resume = resume
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold nothing."""
+        """Wait for the first process to hold it."""
+        ranks.from_first(lambda: None)
         yield
 
     def save(self, state: dict[str, Any]) -> None: ...
@@ -282,8 +290,17 @@ class FollowedDirectory(RunDirectory):
 
 def opened(path: Path, resume: bool) -> RunDirectory:
     """The run directory of this process, among others or alone."""
-    directory = ranks.from_first(lambda: RunDirectory(path, resume))
-    return directory if ranks.first() else FollowedDirectory(path)
+    launchers = ranks.launchers()
+    directory = ranks.from_first(lambda: RunDirectory(path, resume, launchers))
+    return directory if ranks.first() else FollowedDirectory(path, directory.resume)
+
+
+def _begun_by(path: Path, launchers: Sequence[str]) -> bool:
+    """Return whether one of these launchers held a run directory last."""
+    try:
+        return not set((path / "lock").read_text().splitlines()).isdisjoint(launchers)
+    except (OSError, ValueError):  # there is none, or it is another program's
+        return False
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

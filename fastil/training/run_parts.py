@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastil import ranks
 from fastil.evaluation import StepResult
 from fastil.files import Damaged
 from fastil.methods import MetaAlpha, Method
@@ -53,7 +54,7 @@ class RunParts:
         """What is no setting and can change the last digits of what a run computes."""
         device = self.trainer.device
         ran = versions(device)
-        found = {"loader": self.loaders.train.name, "compiled": self.trainer.compiled}
+        found = {"loader": self.loaders.train.name, "compiled": self.trainer.compiled, "ranks": ranks.count()}
         found |= {"device": ran["machine"]["device"], "torch": str(torch.__version__)}
         if device.type == "cpu":
             found |= {"threads": torch.get_num_threads(), "processor": ran["machine"]["processor"]}

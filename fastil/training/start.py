@@ -6,10 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastil import ranks
-from fastil.device import keep_freed_memory
+from fastil.device import keep_freed_memory, pick_device
 from fastil.errors import UserError
 from fastil.recipe_file import load, run_named
 from fastil.reporting.runs import PathLike, Run
@@ -74,10 +72,8 @@ def train(
         out = run_named(name)
     path = Path("runs") / f"{recipe.name}-s{recipe.train.seed}" if out is None else Path(out)
     keep_freed_memory()
-    # torchrun has started the processes again, after a failure or because others have joined.
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     finished = False
-    with ranks.together(torch.device("cpu") if recipe.train.device == "cpu" else None):
+    with ranks.together(pick_device(recipe.train.device)):
         experiment = Experiment(recipe, path, resume, None if base is None else Path(base))
         try:
             experiment.run()

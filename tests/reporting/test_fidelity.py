@@ -40,7 +40,8 @@ def protocol(dataset="cifar100", **other):
     }
     names = other.get("class_names", expected.class_names)
     dataset = {"name": dataset, "read_by": other.get("read_by", [])} | splits
-    return ProtocolFile(class_order=[], class_names=names, steps=[[]], dataset=dataset)
+    trained = {key: other[key] for key in ("bn", "ranks") if key in other}
+    return ProtocolFile(class_order=[], class_names=names, steps=[[]], dataset=dataset, **trained)
 
 
 # Which recipe a run directory shows
@@ -196,6 +197,18 @@ def test_the_opening_says_what_the_images_are_and_what_was_modified():
     assert opened("folder", ["size=48"]) == ["modified: size=48"]
     assert opening(load("cifar100_balanced_5"), None, None) == [number]
     assert opening(load("cifar100_balanced_5", ["epochs=6"]), None, None) == [f"modified: epochs=6{another}"]
+
+
+@pytest.mark.parametrize(
+    ("bn", "ranks", "changed"),
+    [("local", 1, ""), ("local", 4, ""), ("local", 8, "bn=local of 16 images"), ("sync", 8, ""), (None, 1, "")],
+)
+def test_batch_statistics_of_few_images_are_a_modification(bn, ranks, changed):
+    """Of batches of 128."""
+    wanted = "published: average incremental accuracy 62.22"
+    if changed:
+        wanted = f"modified: {changed}; the paper's number is of another experiment"
+    assert opened("cifar100_balanced_5", bn=bn, ranks=ranks)[1] == wanted
 
 
 def test_cifar10_is_known_by_the_sums_of_its_files_or_by_its_counts(tmp_path):

@@ -1,0 +1,108 @@
+"""Processes that train one run: how they meet, what a failure of one is in the others, and what each may use."""
+
+import json
+import subprocess
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import environment
+from test_machine import PHYSICAL
+from test_ranks_killed import free_port
+
+from fastil import machine, ranks
+from fastil.errors import UserError
+from fastil.recipe_file import load
+from fastil.training import capacity
+
+
+@pytest.mark.parametrize(("rank", "line"), [(0, "ranks 1, 3 of 4 did not come"), (2, "rank 0 of 4 did not come")])
+def test_who_does_not_come_is_named(rank, line, monkeypatch):
+    monkeypatch.setattr(ranks, "COME_WITHIN", timedelta(seconds=0.2))
+    store = dist.HashStore()
+    if rank == 0:  # 2 comes
+        monkeypatch.setattr(ranks.uuid, "uuid4", lambda: SimpleNamespace(hex="first"))
+        store.set("fastil/hello/2", "second")
+        store.set("fastil/joined/first/2", "")
+    with pytest.raises(UserError, match=line):
+        ranks._of_this_attempt(store, rank, 4)
+
+
+def test_a_process_group_of_one_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert not ranks.launched()
+        with ranks.together():
+            assert (ranks.rank(), ranks.count()) == (0, 1)
+            assert ranks.from_first(lambda: 3) == 3
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_part_of_the_machine_and_of_the_batch_is_what_each_process_has_to_do_with(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.memory() == PHYSICAL // 4
+    recipe, steps = load("digits", ["batch_size=1001", "precision=fp32"]), [SimpleNamespace(visits=719, epochs=1)]
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    cpu, least = torch.device("cpu"), max(251 * 12 * 64, 180 * 1000 * 4)
+    monkeypatch.setattr(capacity, "memory_of", lambda device: least)
+    capacity.check_batch(recipe, steps, (8, 8), cpu, handed_on=1000)
+    monkeypatch.setattr(capacity, "memory_of", lambda device: least - 1)
+    with pytest.raises(UserError, match=r"at the least in each of 4 processes"):
+        capacity.check_batch(recipe, steps, (8, 8), cpu, handed_on=1000)
+
+
+WORKER = """
+import fcntl, json, sys
+from pathlib import Path
+from fastil import ranks
+from fastil.errors import UserError
+from fastil.training import run_directory
+
+def fails(error):
+    raise error
+
+found = []
+def note(call):
+    try:
+        call()
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+
+def held(path):
+    with run_directory.opened(path, True).held():
+        found.append("held")
+
+folder = Path(sys.argv[1])
+with ranks.together():
+    note(lambda: ranks.from_first(lambda: fails(UserError("his"))))
+    note(lambda: ranks.from_first(lambda: fails(KeyError("mine"))))
+    note(lambda: held(folder / "new"))
+    with open(folder / "taken/lock", "a") as lock:
+        if ranks.first():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        note(lambda: held(folder / "taken"))
+    found.append(ranks.from_first(lambda: 3))
+    (folder / f"{ranks.rank()}.json").write_text(json.dumps(found))
+"""
+
+
+def test_what_fails_in_the_first_process_fails_in_all(tmp_path):
+    (tmp_path / "taken").mkdir()
+    variables = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path)], env=variables | {"RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in ("0", "1")
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    taken = f"UserError: {tmp_path}/taken: another process is running there; wait for it or choose another --out"
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == ["UserError: his", "KeyError: 'mine'", "held", taken, 3]
+    assert second == ["UserError: his", "RuntimeError: rank 0: KeyError: 'mine'", "held", taken, 3]
