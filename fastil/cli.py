@@ -375,9 +375,9 @@ def main() -> None:
         settings = " Settings are written KEY=VALUE, such as epochs=2." if sys.argv[1:2] in (["run"], ["plan"]) else ""
         found = error.format_message().removesuffix(".")  # type: ignore[attr-defined]
         message = f"{found}.{settings} See fastil --help."
-    except RuntimeError:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # an exchange, perhaps, with a process that has ended
-            time.sleep(OTHERS_FIRST)
+    except RuntimeError as error:
+        if any(name in str(error) for name in ("gloo", "NCCL")):  # another process has ended, and will say why
+            time.sleep(2 * OTHERS_FIRST)
         raise
     rank = os.environ.get("RANK", "0")
     if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch  # otherwise loaded where it is needed: the tools on files do without
 
 RESUME = "go on with --resume"  # once a file can be written
+NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nor wait for the other end of a pipe
+HOLDER = 2**16  # bytes of a lock file that are read
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -151,25 +154,36 @@ def load_weights(module: "torch.nn.Module", weights: Mapping[str, Any], path: Pa
 
 
 @contextlib.contextmanager
-def locked(folder: Path, holder: str = "") -> Iterator[None]:
-    """Hold the run directory for this process; the kernel lets go when the process ends, however it ends. holder: what
-    its lock file says from then on."""
+def locked(folder: Path) -> Iterator[IO[bytes]]:
+    """Hold the run directory for this process, and yield its lock file; the kernel lets go when the process ends,
+    however it ends."""
     path = folder / "lock"
     with written(path):
-        file = open(path, "a")  # noqa: SIM115  (held while the run lasts)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666), "r+b", buffering=0)
     with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path}: not a file; choose another --out")
         try:
             free = lock(file.fileno())
+            free = free and os.path.samestat(os.fstat(file.fileno()), os.lstat(path))  # else it was just removed
+        except FileNotFoundError:
+            free = False
         except OSError as error:
             path.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot be locked ({error.strerror}); choose --out on another disk") from None
         if not free:
             raise UserError(f"{folder}: another process is running there; wait for it or choose another --out")
-        with written(path):
-            file.truncate(0)
-            file.write(holder)
-            file.flush()
-        yield
+        yield file
+
+
+def holder_of(folder: Path) -> str:
+    """Return what the lock file of a run directory says: nothing where there is none, or another program's."""
+    with (
+        contextlib.suppress(OSError, ValueError),
+        os.fdopen(os.open(folder / "lock", os.O_RDONLY | NO_LINK), "rb") as file,
+    ):
+        return file.read(HOLDER).decode() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else ""
+    return ""
 
 
 def lock(descriptor: int) -> bool:

@@ -24,7 +24,7 @@ def cores() -> int:
         )
         if len(words) == 2 and words[0] > 0 and words[1] > 0:  # "max" and -1 are no limit
             quotas.append(math.ceil(words[0] / words[1]))
-    return max(1, min([allowed, *quotas]) // _sharing())
+    return max(1, min([allowed, *quotas]) // sharing())
 
 
 def memory() -> int:
@@ -33,12 +33,12 @@ def memory() -> int:
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for group in _control_groups("memory"):
         limits += _numbers(group / "memory.max") or _numbers(group / "memory.limit_in_bytes")
-    return min(limits) // _sharing()
+    return min(limits) // sharing()
 
 
-def _sharing() -> int:
-    """Return how many processes torchrun has started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def sharing() -> int:
+    """Return how many processes torchrun has started on this machine; 1 where another launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def lacks_for_triton() -> str | None:

@@ -109,9 +109,23 @@ class Update:
         """Forget the momentum, in place."""
         torch._foreach_zero_(self.buffers)
 
-    def add_up(self, others: Sequence[Tensor] = ()) -> None:
-        """Add up the gradients over all processes, and some other tensors with them, in one exchange."""
-        ranks.add_up([*(p.grad for p in self.parameters if p.grad is not None), *others])
+    def add_up(self, others: Sequence[Tensor] = (), alike: bool = True) -> None:
+        """Add up the gradients over all processes, and some other tensors with them, in one exchange.
+
+        alike: whether the same parameters have gradients in all processes. Code from outside may leave out other layers
+        in each: then all gradients are exchanged, and which of them are there, for which the host waits.
+        """
+        if alike:
+            ranks.add_up([*(p.grad for p in self.parameters if p.grad is not None), *others])
+            return
+        there = self.lr.new_tensor([p.grad is not None for p in self.parameters])
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add_up([there, *(p.grad for p in self.parameters if p.grad is not None), *others])
+        for parameter, processes in zip(self.parameters, there.tolist(), strict=True):
+            if not processes:
+                parameter.grad = None
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -129,6 +129,11 @@ class EpochPlan:
         return EpochPlan(self.ids[visits], self.boxes[visits], self.flips[visits], self.batch_size, ends)
 
 
+def share_of(images: int, rank: int, ranks: int) -> int:
+    """How many of a batch of so many images a process reads, see `EpochPlan.of_rank`; the first one reads most."""
+    return images if images < 2 * ranks else (images - rank + ranks - 1) // ranks
+
+
 def num_batches(count: int, batch_size: int) -> int:
     """How many batches `EpochPlan.batches` makes of so many images."""
     full, rest = divmod(count, batch_size)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastil import machine
 from fastil.errors import UserError
 
 Result = TypeVar("Result")
@@ -63,7 +64,7 @@ def on_this_machine() -> tuple[int, int]:
     """Return the number of this process among those that were launched on its machine, and how many they are."""
     if not launched():
         return 0, 1
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", _joined.count))
+    return int(os.environ.get("LOCAL_RANK") or 0), machine.sharing()
 
 
 def launchers() -> list[str]:
@@ -94,6 +95,8 @@ def together(device: torch.device | None = None) -> Iterator[None]:
         return
     if device is None:
         device = torch.device("cuda", on_this_machine()[0]) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # exchanges of objects go by it
     ours = not dist.is_initialized()
     if ours:
         _join(device)
@@ -112,8 +115,6 @@ def together(device: torch.device | None = None) -> Iterator[None]:
 
 def _join(device: torch.device) -> None:
     """Make the process group."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     try:
         store, rank, count = next(iter(dist.rendezvous("env://", timeout=COME_WITHIN)))  # type: ignore[attr-defined]
         prefixed = _of_this_attempt(store, rank, count)

@@ -16,6 +16,8 @@ from fastil.kernels.registration import jitted, register
 from fastil.losses import differentiable_in
 
 COLUMNS = 12  # of a table
+SIDE_LIMIT = 2**24  # pixels that no side may have: float32 counts the places below exactly
+MOST_SHRUNK = 4096  # a box may be so many times as long as what it is resized to, or a pixel would be a sum without end
 Array = TypeVar("Array", NDArray[np.uint8], Tensor)  # uint8 [h, w, 3]
 
 
@@ -28,10 +30,10 @@ def crop_resize(store: Tensor, table: Tensor, frames: Tensor) -> None:
     (top, left, height, width) in pixels of the image, outside which it is black; height and width that the box is
     resized to; top and left of the frame in that, outside which it is black, too; the number of the frame.
 
-    An image that does not lie in the store, has 2**31 bytes or more, or comes with a size below 1, and a frame that is
-    not there, raise IndexError on the CPU; on CUDA, where raising would mean waiting for the device, the frame is black
-    or not written. Shapes and types that do not fit
-    raise ValueError.
+    An image that does not lie in the store or has 2**31 bytes or more, a side that is not from 1 to 2**24 - 1, a box
+    more than 4096 times as long as what it is resized to, and a frame that is not there raise IndexError on the CPU; on
+    CUDA, where raising would mean waiting for the device, the frame is black or not written. Shapes and types that do
+    not fit raise ValueError.
     """
     if store.dtype != torch.uint8 or store.ndim != 1:
         raise ValueError(f"store must be uint8 [bytes], not {store.dtype} {[*store.shape]}")
@@ -49,8 +51,9 @@ def plain(store: Tensor, table: Tensor, frames: Tensor) -> None:
         return store.new_empty(height, width, 3)
 
     for start, height, width, top, left, box_height, box_width, *size, y, x, number in table.tolist():
-        end, sizes = start + height * width * 3, (height, width, box_height, box_width, *size)
-        there = min(sizes) > 0 and start >= 0 and end <= len(store) and end - start < 2**31
+        end, sides = start + height * width * 3, (height, width, box_height, box_width, *size)
+        there = min(sides) > 0 and max(sides) < SIDE_LIMIT and start >= 0 and end <= len(store) and end - start < 2**31
+        there = there and box_height // MOST_SHRUNK <= size[0] and box_width // MOST_SHRUNK <= size[1]
         if not (there and 0 <= number < len(frames)):
             raise IndexError(
                 f"image at {start} of {height}x{width}, box of {box_height}x{box_width} to {size[0]}x{size[1]}, frame "

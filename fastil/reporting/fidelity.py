@@ -12,6 +12,7 @@ from typing import Any
 
 from fastil.data import Dataset
 from fastil.data.published import Published, differences, official_labels, table
+from fastil.plan import share_of
 from fastil.recipe import LOCAL_BN, Recipe
 from fastil.recipe_file import differences as differences_of
 from fastil.recipe_file import load, shipped
@@ -81,9 +82,10 @@ def modifications(recipe: Recipe, protocol: ProtocolFile | None) -> Sequence[str
     if protocol is None:
         return changes
     changes += [f"loader={name}" for name in other_pixels(protocol)]
-    if protocol.bn == "local" and protocol.ranks > 1:
-        share = recipe.train.batch_size // protocol.ranks
-        changes += [f"bn=local of {share} images"] if share < LOCAL_BN else []  # which bn=auto does not choose
+    batch, most = recipe.train.batch_size, max(1, *protocol.all_ranks)
+    share = share_of(batch, most - 1, most)
+    if protocol.bn == "local" and share < min(batch, LOCAL_BN):  # which bn=auto does not choose
+        changes.append(f"bn=local of {share} images")
     expected = _dataset_of(recipe)
     if expected in table() and not on_published_data(expected, protocol):
         known = protocol.dataset.train.identity and protocol.dataset.val.identity

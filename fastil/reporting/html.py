@@ -4,7 +4,6 @@ What it says is collected here as text and numbers. All the markup is in templat
 """
 
 import base64
-import contextlib
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from fastil.errors import UserError
 from fastil.reporting.chart import WIDTH, Axis, Chart, Series, Style, chart, log_axis
-from fastil.reporting.rows import MEASURED, heading, measured, rows, seed_spread, spread
+from fastil.reporting.rows import MEASURED, heading, measured, readable_measures, rows, seed_spread, spread
 from fastil.reporting.run_files import Timings, read_timings
 from fastil.reporting.runs import Run, alpha_paths, geometric_mean
 from fastil.text import plain
@@ -156,10 +155,7 @@ def accuracy(dataset: str, groups: dict[str, list[Run]], styles: dict[str, Style
 
 def triangle(runs: Sequence[Run]) -> Triangle | None:
     """The groups of the runs whose predictions can be read; None where there are none, or one step only."""
-    found = []
-    for run in runs:
-        with contextlib.suppress(UserError):  # the notes have it
-            found.append(run.measures)
+    found, _ = readable_measures(runs)  # the notes have the others
     steps = min((len(measures.groups) for measures in found), default=0)
     if steps < 2:
         return None

@@ -39,7 +39,7 @@ def measures_of(predictions: Sequence[NDArray[np.int16]], seen: Sequence[int]) -
     """Return the measures after each step.
 
     predictions: for each step int [n, 2], the true and the predicted incremental position of every test image of the
-    classes seen. seen: the number of classes after each step. Every group needs an image.
+    classes seen. seen: the number of classes after each step. Raises ValueError for a group without an image.
     """
     groups: list[list[float]] = []
     non_base: list[float | None] = []
@@ -47,6 +47,8 @@ def measures_of(predictions: Sequence[NDArray[np.int16]], seen: Sequence[int]) -
         true, right = pairs[:, 0], pairs[:, 0] == pairs[:, 1]
         group = np.searchsorted(np.asarray(seen[: step + 1]), true, side="right")
         hits, images = (np.bincount(group, weights, minlength=step + 1) for weights in (right, None))
+        if not images.all():
+            raise ValueError(f"step {step}: no image of the classes of step {int(images.argmin())}")
         groups.append((100 * hits / images).tolist())
         non_base.append(100 * float(right[group > 0].mean()) if step else None)
     return Measures(

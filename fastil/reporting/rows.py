@@ -54,18 +54,26 @@ MEASURED = (
 MEASURES = ("run", "average over groups", "classes after the base step", "forgetting", "backward transfer")
 
 
+def readable_measures(runs: Iterable[Run]) -> tuple[list[Measures], list[str]]:
+    """The measures of the runs whose predictions can be read, and a line for each other one."""
+    found: list[Measures] = []
+    left_out: list[str] = []
+    for run in runs:
+        try:
+            found.append(run.measures)
+        except UserError as error:
+            left_out.append(f"measures of {error}")
+    return found, left_out
+
+
 def measured(groups: dict[str, list[Run]]) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
     """Header and a row per group of what its runs forgot, after the last step; and a line for each run whose
     predictions cannot be read, which is left out."""
     lines: list[tuple[str, ...]] = []
     left_out: list[str] = []
     for label, runs in groups.items():
-        found: list[Measures] = []
-        for run in runs:
-            try:
-                found.append(run.measures)
-            except UserError as error:
-                left_out.append(f"measures of {error}")
+        found, unreadable = readable_measures(runs)
+        left_out += unreadable
         if any(len(measures.groups) > 1 for measures in found):
             columns = ("average_over_groups", "non_base", "forgetting", "backward_transfer")
             lines.append((label, *(spread([getattr(measures, key)[-1] for measures in found]) for key in columns)))

@@ -90,6 +90,12 @@ class ProtocolFile(_Content):
     precision: str | None = None  # older runs have none of these
     bn: str | None = None
     ranks: Count = 1  # processes that trained together, the last time it was begun or went on
+    ranks_so_far: list[Count] = []  # all the numbers of them that have trained it; runs without have `ranks` alone
+
+    @property
+    def all_ranks(self) -> list[int]:
+        """The numbers of processes that have trained it, ascending."""
+        return sorted({*self.ranks_so_far, self.ranks})
 
     @pydantic.model_validator(mode="after")
     def named(self) -> "ProtocolFile":

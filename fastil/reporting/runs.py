@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,11 +124,14 @@ class Run:
             raise Damaged(path, f"of another run (top-1 {top1:.2f}, in results.json {result.top1:.2f})", AGAIN)
         return found
 
-    @property
+    @cached_property
     def measures(self) -> Measures:
         """Accuracy of each group of classes, forgetting and backward transfer, computed from the predictions."""
         steps = self.results.steps
-        return measures_of([self.predictions(step.step) for step in steps], [step.classes_seen for step in steps])
+        try:
+            return measures_of([self.predictions(step.step) for step in steps], [step.classes_seen for step in steps])
+        except ValueError as error:
+            raise Damaged(self.path / "predictions", f"damaged ({error})", AGAIN) from None
 
     def network(self, step: int = -1) -> "Classifier":
         """The network after a step as a `Classifier` in eval mode, on the CPU: images to probabilities over its

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastil.device import Precision
 from fastil.errors import UserError
-from fastil.reporting.rows import deviation, spread
+from fastil.reporting.rows import deviation, readable_measures, spread
 from fastil.reporting.runs import Run
 from fastil.reproduce.bootstrap import Predictions, paired_interval
 from fastil.reproduce.table_figures import draw
@@ -54,7 +54,7 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
     for entry in table.entries:
         runs, published = found[entry.row, entry.steps], entry.published
         last = [run.results.steps[-1] for run in runs.values()]
-        measures = [run.measures for run in runs.values()]
+        measures, _ = readable_measures(runs.values())
         averages = [run.results.average_incremental_accuracy for run in runs.values()]
         gain, interval = "-", "-"
         if entry.against is not None:

@@ -4,6 +4,7 @@ of device, in the same precision, with the same number of threads, both compiled
 Methods that differ only in later steps share hours of base training this way, and their differences are paired.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def check(
     """Raise UserError, naming the difference, unless the base step of base_run is this run's, bit for bit."""
     other = read_effective(base_run / "recipe.yaml", recipe.code)
     there = read_protocol(base_run, INSTEAD)
-    ours = base_identity(recipe) | {"bn": _statistics(recipe.train.bn, ranks.count())}
-    theirs = base_identity(other) | {"bn": _statistics(there.bn, there.ranks)}
+    ours = base_identity(recipe) | {"bn": _statistics(recipe.train.bn, [ranks.count()])}
+    theirs = base_identity(other) | {"bn": _statistics(there.bn, there.all_ranks)}
     other_keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
     changed = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other_keys]
     if changed:
@@ -88,9 +89,11 @@ def check(
         raise UserError(f"{weights}: missing, the base step of --base is not finished; let it run on, or leave it out")
 
 
-def _statistics(bn: str | None, processes: int) -> str:
-    """What batch normalisation goes by."""
-    return f"{bn} in {processes} processes" if processes > 1 and bn == "local" else "by whole batches"
+def _statistics(bn: str | None, processes: Sequence[int]) -> str:
+    """What batch normalisation goes by in a run that so many processes trained, one after the other."""
+    if bn != "local" or max(processes) == 1:
+        return "by whole batches"
+    return f"{bn} in {' and '.join(map(str, processes))} processes"
 
 
 @dataclass(frozen=True)

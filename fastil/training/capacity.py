@@ -8,6 +8,7 @@ from fastil import ranks
 from fastil.data.loaders.choose import memory_of
 from fastil.device import pixel_dtype, settle_precision
 from fastil.errors import UserError
+from fastil.plan import share_of
 from fastil.recipe import Recipe
 from fastil.training.step_plan import StepPlan
 
@@ -24,7 +25,7 @@ def check_batch(
     batch = recipe.train.batch_size
     # The batches of Meta's B_t are always full.
     largest = batch if recipe.loss.loss == "meta_balanced" else max(plan.visits // plan.epochs for plan in steps)
-    shown, trained = (-(-images // processes) for images in (batch, min(batch, largest)))  # by the largest share
+    shown, trained = (share_of(images, 0, processes) for images in (batch, min(batch, largest)))
     kept = handed_on * pixel_dtype(settle_precision(recipe.train.precision, device)).itemsize
     needed, there = max(shown * 12 * height * width, trained * kept), memory_of(device)
     if needed > there:

@@ -271,8 +271,11 @@ class Experiment:
         size = transform.height, transform.width
         read_by = [self.loaders.train.name, *(self.shared_base.read_by if self.shared_base else ())]
         protocol = run_directory.protocol_file(self.recipe, self.dataset, self.protocol, self.steps, size, read_by)
-        self.described = protocol = self.directory.check(self.recipe, protocol)
+        protocol = self.directory.check(self.recipe, protocol)
         state = self.parts.resumed(self.directory, self.device, self.progress.say)
+        if state is not None and state.position.step == len(self.steps):  # finished: nothing is trained now
+            protocol = self.directory.described()
+        self.described = protocol
         self.directory.begin(self.recipe, protocol, state)
         path = self.directory.path
         if state is None:

@@ -8,6 +8,7 @@ from fastil import ranks
 from fastil.data import Dataset
 from fastil.device import device_name, precision_note
 from fastil.evaluation import StepResult
+from fastil.plan import share_of
 from fastil.protocol import Protocol
 from fastil.recipe import Recipe
 from fastil.reporting.checkpoints import Position
@@ -53,8 +54,9 @@ def shared(recipe: Recipe) -> str:
     """How many processes train together, and how batch normalisation sees their batch; nothing where one is alone."""
     if ranks.count() == 1:
         return ""
-    share = recipe.train.batch_size / ranks.count()
-    return f", {ranks.count()} processes with {share:.4g} images each of a batch, bn={recipe.train.bn}"
+    shares = {share_of(recipe.train.batch_size, rank, ranks.count()) for rank in (0, ranks.count() - 1)}
+    images = " or ".join(str(share) for share in sorted(shares))
+    return f", {ranks.count()} processes with {images} images each of a batch, bn={recipe.train.bn}"
 
 
 def of_epoch(record: EpochRecord, streamed: bool) -> str:

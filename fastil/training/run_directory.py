@@ -52,8 +52,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, resume: bool, launchers: Sequence[str] = ()) -> None:
         """launchers: of this run, which goes on without `resume` where one of them has begun it."""
-        self.holder = "".join(f"{launcher}\n" for launcher in launchers)
-        self.resume = resume = resume or _begun_by(path, launchers)
+        self.launchers = launchers
+        self.resume = resume = resume or not set(files.holder_of(path).splitlines()).isdisjoint(launchers)
         empty = path.is_dir() and not any(path.iterdir())
         if path.exists() and not resume and not empty:
             raise UserError(f"{path}: exists already; go on with --resume, or choose another --out")
@@ -72,7 +72,7 @@ class RunDirectory:
         fresh = not self.path.exists() or not any(self.path.iterdir())
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with contextlib.ExitStack() as stack:
-            ranks.from_first(lambda: self._take(stack, made))
+            ranks.from_first(lambda: self._take(stack, made, fresh))
             try:
                 yield
             except Stopped:
@@ -85,18 +85,31 @@ class RunDirectory:
                         (self.path / name).unlink(missing_ok=True)
                 raise
 
-    def _take(self, until: contextlib.ExitStack, made: Sequence[Path]) -> None:
+    def _take(self, until: contextlib.ExitStack, made: Sequence[Path], fresh: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from None
         until.callback(_remove_empty, made)  # which they are not where another process is at work
-        until.enter_context(files.locked(self.path, self.holder))
+        self._lock = until.enter_context(files.locked(self.path))
+        if fresh:  # another's is ours once its recipe has been compared
+            self._name_launchers()
+
+    def _name_launchers(self) -> None:
+        """Write into the lock file who goes on with this run without being told to."""
+        with files.written(self.path / "lock"):
+            self._lock.seek(0)
+            self._lock.truncate()
+            self._lock.write("".join(f"{launcher}\n" for launcher in self.launchers).encode())
 
     def begun(self) -> Recipe | None:
         """The recipe of a run that is here already; None before its recipe.yaml is written."""
         path = self.path / "recipe.yaml"
         return read_effective(path) if path.exists() else None
+
+    def described(self) -> ProtocolFile:
+        """Return what its protocol.json says."""
+        return read_protocol(self.path)
 
     def check(self, recipe: Recipe, protocol: ProtocolFile) -> ProtocolFile:
         """Raise UserError for the directory of another recipe, or of other images. Returns what its protocol.json is to
@@ -124,6 +137,7 @@ class RunDirectory:
             return protocol
         before = read_protocol(self.path)
         _check_images(self.path, before, protocol)
+        protocol = protocol.model_copy(update={"ranks_so_far": sorted({*before.all_ranks, protocol.ranks})})
         if not before.dataset.read_by:
             return protocol
         read_by = sorted({*before.dataset.read_by, *protocol.dataset.read_by})
@@ -164,6 +178,7 @@ class RunDirectory:
 
     def begin(self, recipe: Recipe, protocol: ProtocolFile, state: Checkpoint | None) -> None:
         """Write recipe.yaml and protocol.json, and cut metrics.jsonl back to where the run goes on."""
+        self._name_launchers()
         try:
             for name in FOLDERS:
                 (self.path / name).mkdir(exist_ok=True)
@@ -241,6 +256,7 @@ class RunDirectory:
         try:
             predictions = [read_predictions(self.path, step, classes) for step, classes in enumerate(seen)]
         except UserError:  # `mend` names what is missing, a report what is damaged
+            (self.path / "measures.json").unlink(missing_ok=True)
             return
         files.write_json(self.path / "measures.json", measures_of(predictions, seen).dump())
 
@@ -295,14 +311,6 @@ def opened(path: Path, resume: bool) -> RunDirectory:
     return directory if ranks.first() else FollowedDirectory(path, directory.resume)
 
 
-def _begun_by(path: Path, launchers: Sequence[str]) -> bool:
-    """Return whether one of these launchers held a run directory last."""
-    try:
-        return not set((path / "lock").read_text().splitlines()).isdisjoint(launchers)
-    except (OSError, ValueError):  # there is none, or it is another program's
-        return False
-
-
 def _remove_empty(folders: Iterable[Path]) -> None:
     """The innermost first, up to one that is not empty."""
     with contextlib.suppress(OSError):
@@ -347,6 +355,7 @@ def protocol_file(
         precision=recipe.precision,
         bn=recipe.train.bn,
         ranks=ranks.count(),
+        ranks_so_far=[ranks.count()],
     )
 
 

@@ -23,7 +23,7 @@ from fastil.methods import BUILT_IN, Meter
 from fastil.methods.meta import UpdateContext
 from fastil.models import ExternalBackbone, Folded, Network, Output
 from fastil.optimiser import TrainConfig, Update
-from fastil.plan import EpochPlan, drawn_ahead, num_batches
+from fastil.plan import EpochPlan, drawn_ahead, num_batches, share_of
 from fastil.reporting.checkpoints import TrainerState
 from fastil.training.captured import CapturedStep, has_streams, side_stream
 from fastil.training.compiling import compile_network
@@ -84,8 +84,7 @@ class Trainer:
         self.pixels = pixel_dtype(self.precision)
         self.teacher.eval().requires_grad_(False)
         self.fast_student: Callable[[Tensor], Output] = student
-        shared, rest = divmod(config.batch_size, ranks.count())
-        self.full = shared + (ranks.rank() < rest)  # images of a full batch that are here
+        self.full = share_of(config.batch_size, ranks.rank(), ranks.count())  # images of a full batch that are here
         self.folded_teacher = Folded(teacher, self.pixels, self.full)
         self.lr = torch.zeros((), device=self.device)
         # A row more than the batch size, because a rest of one image joins the batch before it. The loss kernel adds
@@ -257,7 +256,8 @@ class Trainer:
             if running:  # layers from outside may normalise otherwise
                 torch._foreach_mul_(running, share)
         metered = self.metered() / copies
-        update.add_up([metered, *running])
+        built_in = phase.method.name in BUILT_IN and not isinstance(self.student.backbone, ExternalBackbone)
+        update.add_up([metered, *running], alike=built_in)
         self.sums.add_(metered)
         for part in self.meter:
             part.zero_()

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastil.kernels.crop_resize import MOST_SHRUNK, SIDE_LIMIT
 from fastil.kernels.jit.launching import launch
 
 BLOCK = 256  # pixels per program; with 4 warps two per thread, so that six loads are on their way at once
+SIDES, SHRUNK = tl.constexpr(SIDE_LIMIT), tl.constexpr(MOST_SHRUNK)
 NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float this large has no fraction, and adding rounds to even
 
 
@@ -22,6 +24,13 @@ def filter_of(at, length, size):
     return center, first, tl.div_rn(tl.full([], 1.0, tl.float32), support), taps
 
 
+@triton.jit
+def side_of(place, sized):
+    """A side in pixels as int32, and whether it and those before it can be one."""
+    side = tl.load(place)
+    return side.to(tl.int32), sized & (side > 0) & (side < SIDES)
+
+
 @triton.jit(do_not_specialize=["size", "count"])
 def crop_and_resize(
     STORE,  # [size] uint8
@@ -35,18 +44,21 @@ def crop_and_resize(
     much, from the caches, and would need room for its first step."""
     table = TABLE + (tl.program_id(0) // PARTS).to(tl.int64) * 12
     start, frame = tl.load(table), tl.load(table + 11)
-    long_height, long_width = tl.load(table + 1), tl.load(table + 2)
-    height, width = long_height.to(tl.int32), long_width.to(tl.int32)
+    sized = True
+    height, sized = side_of(table + 1, sized)
+    width, sized = side_of(table + 2, sized)
     top, left = tl.load(table + 3).to(tl.int32), tl.load(table + 4).to(tl.int32)
-    box_height, box_width = tl.load(table + 5).to(tl.int32), tl.load(table + 6).to(tl.int32)
-    new_height, new_width = tl.load(table + 7).to(tl.int32), tl.load(table + 8).to(tl.int32)
+    box_height, sized = side_of(table + 5, sized)
+    box_width, sized = side_of(table + 6, sized)
+    new_height, sized = side_of(table + 7, sized)
+    new_width, sized = side_of(table + 8, sized)
+    sized = sized & (box_height // SHRUNK <= new_height) & (box_width // SHRUNK <= new_width)
     pixel = (tl.program_id(0) % PARTS) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(table + 9).to(tl.int32) + pixel // W
     x = tl.load(table + 10).to(tl.int32) + pixel % W
     end = tl.where((frame >= 0) & (frame < count), H * W, 0)  # nothing is written of a frame that is not there
-    length = long_height * long_width * 3
-    there = (start >= 0) & (start + length <= size) & (length < 2**31) & (long_height > 0) & (long_width > 0)
-    sized = (box_height > 0) & (box_width > 0) & (new_height > 0) & (new_width > 0)
+    length = height.to(tl.int64) * width * 3
+    there = (start >= 0) & (length < 2**31) & (start <= size - length)
     read = tl.where(there & sized, end, 0)
     shown = (pixel < read) & (y >= 0) & (y < new_height) & (x >= 0) & (x < new_width)
     center_y, first_y, fall_y, taps_y = filter_of(y, box_height, new_height)

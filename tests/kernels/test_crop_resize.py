@@ -166,7 +166,9 @@ def test_an_image_may_begin_beyond_2_gib(form):
 WRONG = {
     "beyond its end": {0: 1}, "before it": {0: -1}, "too high": {1: 13}, "no frame": {11: 4}, "nor this": {11: -1},
     "no height": {1: 0}, "no width": {2: 0}, "both below 0": {1: -12, 2: -12}, "2**32 + 12 high": {1: 2**32 + 12},
-    "product beyond int64": {1: 2**32, 2: 2**32}, "box of no height": {5: 0}, "box below 0": {6: -5},
+    "product beyond int64": {1: 2**32, 2: 2**32}, "product wraps": {1: 2**31 - 1, 2: 2**31 - 1},
+    "end wraps": {0: 2**63 - 100}, "side of 2**24": {5: 2**24}, "shrunk to a column": {6: 8192, 8: 1},
+    "shrunk to a line": {5: 2**23, 7: 1}, "box of no height": {5: 0}, "box below 0": {6: -5},
     "to no height": {7: 0}, "to a width below 0": {8: -1}, "no image and no frame": {1: 0, 11: 4},
 }  # fmt: skip
 

@@ -246,7 +246,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(form, dtype, see
     keys = STEP | {"num_old": seen // 2, "num_seen": seen}
     half = check(form, (logits, target, prior, teacher), limit=HALF[dtype], **keys, device=device)
     full = run(form, logits.float(), target, prior, teacher.float(), **keys, device=device)
-    # Beside a value the launcher leaves float16's gradient in float32, to be rounded once it is scaled.
+    # Next to a value the launcher leaves float16's gradient in float32, to be rounded once it is scaled.
     assert half.gradient.dtype == (torch.float32 if (form, dtype) == ("triton", torch.float16) else dtype)
     assert half.value.dtype == torch.float32
     assert torch.equal(half.value, full.value)

@@ -79,7 +79,7 @@ def run_until_killed(overrides, out, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A method's run by its name, made once: the experiment, its folder and its results. Beside the folder lies what a
+    """A method's run by its name, made once: the experiment, its folder and its results. Next to the folder lies what a
     process that was killed at each of STOPS would have left of it."""
 
     @functools.cache

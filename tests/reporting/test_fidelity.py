@@ -204,7 +204,7 @@ def test_the_opening_says_what_the_images_are_and_what_was_modified():
     [("local", 1, ""), ("local", 4, ""), ("local", 8, "bn=local of 16 images"), ("sync", 8, ""), (None, 1, "")],
 )
 def test_batch_statistics_of_few_images_are_a_modification(bn, ranks, changed):
-    """Of batches of 128."""
+    """The label of a run of batches of 128."""
     wanted = "published: average incremental accuracy 62.22"
     if changed:
         wanted = f"modified: {changed}; the paper's number is of another experiment"

@@ -95,6 +95,20 @@ def test_forgetting_counts_from_the_best_and_transfer_from_the_first():
     assert measures.non_base == [None, 75.0, 37.5]
 
 
+def test_a_group_without_an_image_is_damage(tmp_path):
+    shutil.copytree(RUNS[0], tmp_path / "run")
+    path = tmp_path / "run/predictions/step_1.npy"
+    pairs = np.load(path)
+    pairs[pairs[:, 0] >= 50, 0] = pairs[pairs[:, 0] >= 50, 1] = 0
+    np.save(path, pairs)
+    right = 100 * float((pairs[:, 0] == pairs[:, 1]).mean())
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    results["steps"][1]["top1"] = right
+    (tmp_path / "run/results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="step 1: no image of the classes of step 1"):
+        _ = Run(tmp_path / "run").measures
+
+
 def test_a_report_shows_them_and_says_where_they_cannot_be_had(tmp_path):
     whole, damaged = tmp_path / "whole", tmp_path / "damaged"
     shutil.copytree(RUNS[0], whole)

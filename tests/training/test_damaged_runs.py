@@ -15,6 +15,7 @@ import fastil
 from fastil.errors import UserError
 from fastil.reporting.report import read_whole, write_report
 from fastil.reporting.runs import Run
+from fastil.training.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("without_figures")
 
@@ -489,6 +490,54 @@ def test_a_start_that_fails_keeps_the_directory_of_another_process(tmp_path):
         with pytest.raises(UserError, match="another process is running there"):
             fastil.run("digits", out=tmp_path / "run", resume=True, **SETTINGS)
         assert [path.name for path in tmp_path.rglob("*")] == ["run", "lock"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("kind", ["link", "pipe", "device"])
+def test_a_lock_that_is_no_file_is_neither_read_nor_written(kind, resume, tmp_path):
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("another program's")
+    if kind == "pipe":
+        os.mkfifo(run / "lock")
+    else:
+        (run / "lock").symlink_to(victim if kind == "link" else "/dev/zero")
+    with pytest.raises(UserError, match=r"lock: cannot be written|lock: not a file|exists already"):
+        fastil.run("digits", out=run, resume=resume, **SETTINGS)
+    assert RunDirectory(run, True, ["a launcher"]).resume
+    with pytest.raises(UserError, match="exists already"):
+        RunDirectory(run, False, ["a launcher"])
+    assert victim.read_text() == "another program's"
+
+
+def test_a_refused_resume_leaves_the_run_to_the_launcher_that_began_it(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "lock").write_text("machine 12 3456\n")
+    with pytest.raises(UserError, match="a run of another recipe"):
+        fastil.run("digits", out=run, resume=True, **SETTINGS | {"lr": 0.011})
+    assert RunDirectory(run, False, ["machine 12 3456"]).resume
+    fastil.run("digits", out=run, resume=True, **SETTINGS)
+    with pytest.raises(UserError, match="exists already"):
+        RunDirectory(run, False, ["machine 12 3456"])
+
+
+def test_the_number_of_processes_that_trained_a_run_is_not_forgotten(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    content = json.loads((run / "protocol.json").read_text())
+    assert (content["ranks"], content["ranks_so_far"]) == (1, [1])
+    for so_far, there in (([2], [2]), ([], [2])):  # the first versions had `ranks` alone
+        (run / "protocol.json").write_text(json.dumps(content | {"ranks": 2, "ranks_so_far": so_far}))
+        fastil.run("digits", out=run, resume=True, **SETTINGS)  # finished: nothing is trained
+        assert Run(run).protocol.all_ranks == there
+        with pytest.raises(UserError, match="bn is local in 2 processes there and by whole batches here"):
+            fastil.run("digits", out=tmp_path / "other", base=run, **SETTINGS)
+    for path in ("checkpoints/last.pt", "checkpoints/state_2.pt"):
+        (run / path).unlink()
+    fastil.run("digits", out=run, resume=True, **SETTINGS)
+    assert Run(run).protocol.all_ranks == [1, 2]
+    assert Run(run).protocol.ranks == 1
 
 
 def test_what_differs_and_is_no_setting_is_said_in_a_line_each(whole, tmp_path, capsys):

@@ -14,6 +14,7 @@ from test_machine import PHYSICAL
 from test_ranks_killed import free_port
 
 from fastil import machine, ranks
+from fastil.device import pick_device
 from fastil.errors import UserError
 from fastil.recipe_file import load
 from fastil.training import capacity
@@ -57,10 +58,27 @@ def test_a_part_of_the_machine_and_of_the_batch_is_what_each_process_has_to_do_w
         capacity.check_batch(recipe, steps, (8, 8), cpu, handed_on=1000)
 
 
+def test_a_launcher_that_does_not_say_how_many_are_on_a_machine_has_one_on_each(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for variables in ({}, {"LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""}):
+        for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert pick_device("cuda") == torch.device("cuda", 0)
+        monkeypatch.setattr(ranks._joined, "count", 2, raising=False)
+        assert pick_device("cuda") == torch.device("cuda", 0)
+        monkeypatch.delattr(ranks._joined, "count")
+
+
 WORKER = """
 import fcntl, json, sys
 from pathlib import Path
+import torch
 from fastil import ranks
+from fastil.optimiser import Update
 from fastil.errors import UserError
 from fastil.training import run_directory
 
@@ -88,6 +106,12 @@ with ranks.together():
             fcntl.flock(lock, fcntl.LOCK_EX)
         note(lambda: held(folder / "taken"))
     found.append(ranks.from_first(lambda: 3))
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(4)]
+    for i in ((0, 1), (1, 2))[ranks.rank()]:  # as where each leaves out layers of its own
+        parameters[i].grad = torch.full((2, 3), 1.0 + i + 10 * ranks.rank())
+    sum_of_ranks = torch.full((1,), 1.0 + ranks.rank())
+    Update(parameters, torch.zeros(()), 0.9, 0.0).add_up([sum_of_ranks], alike=False)
+    found.append([None if p.grad is None else p.grad.unique().tolist() for p in parameters] + sum_of_ranks.tolist())
     (folder / f"{ranks.rank()}.json").write_text(json.dumps(found))
 """
 
@@ -103,6 +127,7 @@ def test_what_fails_in_the_first_process_fails_in_all(tmp_path):
     ]
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     taken = f"UserError: {tmp_path}/taken: another process is running there; wait for it or choose another --out"
+    added_up = [[1.0], [2.0 + 12.0], [13.0], None, 3.0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == ["UserError: his", "KeyError: 'mine'", "held", taken, 3]
-    assert second == ["UserError: his", "RuntimeError: rank 0: KeyError: 'mine'", "held", taken, 3]
+    assert first == ["UserError: his", "KeyError: 'mine'", "held", taken, 3, added_up]
+    assert second == ["UserError: his", "RuntimeError: rank 0: KeyError: 'mine'", "held", taken, 3, added_up]
