@@ -128,8 +128,9 @@ class Run:
     def measures(self) -> Measures:
         """Accuracy of each group of classes, forgetting and backward transfer, computed from the predictions."""
         steps = self.results.steps
+        predictions = [self.predictions(step.step) for step in steps]
         try:
-            return measures_of([self.predictions(step.step) for step in steps], [step.classes_seen for step in steps])
+            return measures_of(predictions, [step.classes_seen for step in steps])
         except ValueError as error:
             raise Damaged(self.path / "predictions", f"damaged ({error})", AGAIN) from None
 

@@ -274,7 +274,7 @@ class Experiment:
         protocol = self.directory.check(self.recipe, protocol)
         state = self.parts.resumed(self.directory, self.device, self.progress.say)
         if state is not None and state.position.step == len(self.steps):  # finished: nothing is trained now
-            protocol = self.directory.described()
+            protocol = self.directory.trained_as_before(protocol)
         self.described = protocol
         self.directory.begin(self.recipe, protocol, state)
         path = self.directory.path

@@ -107,9 +107,10 @@ class RunDirectory:
         path = self.path / "recipe.yaml"
         return read_effective(path) if path.exists() else None
 
-    def described(self) -> ProtocolFile:
-        """Return what its protocol.json says."""
-        return read_protocol(self.path)
+    def trained_as_before(self, protocol: ProtocolFile) -> ProtocolFile:
+        """Return what protocol.json is to say where no process of now has trained anything."""
+        before = read_protocol(self.path)
+        return protocol.model_copy(update={"ranks": before.ranks, "ranks_so_far": before.all_ranks})
 
     def check(self, recipe: Recipe, protocol: ProtocolFile) -> ProtocolFile:
         """Raise UserError for the directory of another recipe, or of other images. Returns what its protocol.json is to
