@@ -5,8 +5,8 @@ python -m bench.carry pack --classes N [--recipe NAME] DATA FOLDER
                                                        the same of the first N classes of a data set alone
 python -m bench.carry unpack FOLDER TO                 the files, into the folder TO
 
-Needs nothing but Python, --classes all of fastil. Parts may arrive one after the other; `unpack` names those that are
-missing or damaged and writes no file before all of it is right.
+Needs nothing but Python, --classes an installed fastil. Parts may arrive one after the other; `unpack` names those that
+are missing or damaged and writes no file before all of it is right.
 
 --classes takes the classes that the recipe NAME (cifar100_balanced_5) learns first, as a tar, and adds a recipe that
 trains on them what NAME trains on all of it with classes=N: in the same order, and in the same steps if N is enough for
@@ -146,13 +146,18 @@ def problems(folder: Path, entries: list[dict[str, Any]]) -> list[str]:
     return found
 
 
-def unpack(folder: Path, to: Path) -> list[Path]:
-    """Put the files together in the folder `to`. Returns them. Raises ValueError that names every part to carry
-    again."""
+def check(folder: Path) -> list[dict[str, Any]]:
+    """Return the manifest's entries. Raises ValueError that names every part to carry again."""
     entries = read_manifest(folder)
     wrong = problems(folder, entries)
     if wrong:
         raise ValueError(f"{folder}: {', '.join(wrong)}; carry {'it' if len(wrong) == 1 else 'them'} again")
+    return entries
+
+
+def unpack(folder: Path, to: Path) -> list[Path]:
+    """Put the files together in the folder `to`. Returns them. Raises ValueError where the parts are not right."""
+    entries = check(folder)
     to.mkdir(parents=True, exist_ok=True)
     made = []
     for entry in entries:
@@ -180,14 +185,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack")
-    packing.add_argument("--classes", type=int, help="of one data set, the first so many")
-    packing.add_argument("--recipe", default="cifar100_balanced_5", help="whose order and classes these are")
-    packing.add_argument("files", nargs="+", type=Path)
-    packing.add_argument("folder", type=Path)
-    unpacking = commands.add_parser("unpack")
-    unpacking.add_argument("folder", type=Path)
-    unpacking.add_argument("to", type=Path)
+    packing = commands.add_parser("pack", help="make parts of files")
+    packing.add_argument("--classes", type=int, metavar="N", help="only the first N classes of one data set")
+    packing.add_argument(
+        "--recipe", default="cifar100_balanced_5", help="whose class order says which are first (%(default)s)"
+    )
+    packing.add_argument("files", nargs="+", type=Path, help="to carry; with --classes one data set, file or folder")
+    packing.add_argument("folder", type=Path, help="for the parts and the manifest: a new one, or empty")
+    unpacking = commands.add_parser("unpack", help="put the files together and check them")
+    unpacking.add_argument("folder", type=Path, help="with the parts and the manifest")
+    unpacking.add_argument("to", type=Path, help="the folder for the files")
     given = parser.parse_args(arguments)
     try:
         if given.command == "unpack":
@@ -200,6 +207,9 @@ def main(arguments: list[str] | None = None) -> None:
             check_empty(given.folder)  # before minutes of work
             with tempfile.TemporaryDirectory() as name:
                 made = pack(first_classes(given.files[0], given.classes, given.recipe, Path(name)), given.folder)
+    except ImportError as error:
+        print(f"--classes needs fastil and what it requires ({error}): pip install -e .", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

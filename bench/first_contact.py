@@ -5,69 +5,79 @@ python -m bench.first_contact [--only STAGE,...] [--device cpu] [--out FOLDER]  
 Every stage is a process with a share of the ten minutes, to which the time is added that those before it left over. Its
 log, its figures and what became of it are written at once: what fails or hangs costs itself only. Results go to
 bench/results/gpu_NAME, without a GPU to build/first_contact. --device cpu runs all of it on the CPU, on small sizes.
-What this Python lacks is taken from build/wheels, which `make wheels` fills on a machine with a registry. This file and
-bench.wheels need nothing but Python.
+What this Python lacks is taken from build/wheels, which `make wheels` fills on a machine with a package registry. What
+was carried is checked first. This file, bench.wheels, bench.carry and bench.claims need nothing but Python.
 """
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.wheels import (
-    ALONE,
-    NEEDED,
-    PEERS,
-    PYTHON,
-    ROOT,
-    SITE,
-    WHEELS,
-    WITH_REQUIREMENTS,
-    environment,
-    missing,
-    unzip,
-    wheels_for,
-)
+from bench import carry
+from bench.claims import aligned, verdicts
+from bench.wheels import ROOT, complete, environment, scratch, shown
 
 ALTOGETHER = 590.0  # seconds, from the start of this process to its last line
 SLOWER = 4  # a CPU may take longer by this factor
 # How a stage ends (bench.stages), besides 0 and whatever means that it failed.
 SKIPPED, NO_DEVICE = 77, 78
 ENDED = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (.+)$")  # a line of pytest -vv with xdist
+CARRIED = ROOT / "build/carried"  # CIFAR-100 in parts, by bench.carry
 TAIL = 60  # lines of the log that the result file holds
 
 
 @dataclass(frozen=True)
 class Stage:
-    """share: seconds of ALTOGETHER. shows: what it is for."""
+    """share: seconds of ALTOGETHER. shows: what it is for. writes: its figures, besides log and result."""
 
     name: str
     share: float
     shows: str
+    writes: tuple[str, ...] = ()
 
 
 STAGES = (
     Stage("machine", 25, "versions, compilers, and what fastil chooses here"),
     Stage("kernel_tests", 150, "the tests of the kernels"),
     Stage("trainer_tests", 105, "every method in bf16; captured, compiled, resumed, streamed"),
-    Stage("step", 110, "a training step eager, compiled and captured; launches; idle share"),
-    Stage("streaming", 50, "the loaders to the GPU, alone and while training"),
-    Stage("cifar100", 80, "a short row of CIFAR-100"),
+    Stage("step", 110, "a training step eager, compiled and captured; launches; idle share", ("train_step.json",)),
+    Stage("streaming", 50, "the loaders to the GPU, alone and while training", ("loaders.json", "streamed.json")),
+    Stage("cifar100", 80, "a short row of CIFAR-100", ("run",)),
     Stage("sanitizer", 30, "compute-sanitizer's memcheck on a launch of each kernel"),
-    Stage("kernel_times", 40, "the incremental loss against its peers, the other kernels against plain torch"),
-)
+    Stage(
+        "kernel_times", 40, "the incremental loss against its peers, the other kernels against plain torch",
+        ("kernels.json", "kernels.csv", "kernels.png", "other_kernels"),
+    ),
+)  # fmt: skip
+
+
+class Interrupted(BaseException):
+    """This process was told to end, by a signal of this number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise Interrupted: the handler of a signal."""
+    raise Interrupted(number)
 
 
 def ends(stages: Sequence[Stage], total: float) -> list[float]:
@@ -88,7 +98,7 @@ def run_stage(command: Sequence[str], env: dict[str, str], log: Path, limit: flo
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = None
-        finally:  # also what it left behind, and after Ctrl-C
+        finally:  # also what it left behind, and when interrupted
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs keeps even a killed process
@@ -139,14 +149,24 @@ def summary_of(name: str, result: str, lines: list[str], tests: dict[str, Any] |
     return lines[-1][:110] if lines and (result != "passed" or name in ("step", "cifar100")) else ""
 
 
-def name_of_device() -> str | None:
-    """Return the name of the GPU that torch sees, if there is one."""
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+DEVICE = """
+import torch
+if torch.cuda.is_available():
+    print(torch.cuda.get_device_name())
+elif torch.version.cuda is None:
+    raise SystemExit(f"torch {torch.__version__} is built without CUDA")
+else:
+    torch.cuda.init()  # raises with the reason
+"""
+
+
+def name_of_device() -> tuple[str | None, str]:
+    """Return the name of the GPU that torch sees, or None and the reason."""
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        return None
-    return done.stdout.strip() or None
+        return None, "torch did not answer within 60 s"
+    return done.stdout.strip() or None, (done.stderr.strip() or "torch does not say why").splitlines()[-1]
 
 
 def gpu_folder(name: str) -> str:
@@ -154,91 +174,126 @@ def gpu_folder(name: str) -> str:
     return "gpu_" + re.sub(r"[^A-Za-z0-9]+", "_", name)
 
 
-def lacking(path: str) -> str | None:
-    """Return in lines what this Python lacks and what to do about it; None where nothing is."""
-    names = missing(path)
-    if not names:
-        return None
-    carried = sorted({*NEEDED.values()} & {*names})
-    lines = [f"this Python ({sys.executable}) lacks {', '.join(names)}"]
-    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if carried:
-        every = ", ".join([*WITH_REQUIREMENTS.values(), *ALONE.values(), *PEERS.values()])
-        command = "make wheels" if here == PYTHON else f'make wheels ARGS="--python {here}"'
-        if wheels_for() not in (None, here):
-            lines.append(f"the wheels in {WHEELS.relative_to(ROOT)} are for Python {wheels_for()}")
-        lines.append(
-            f"`{command}` on a machine with a registry puts {every} into {WHEELS.relative_to(ROOT)}: carry it here"
-        )
-    if set(names) - set(carried):
-        lines.append("the others are expected on a GPU machine: use a python3 that has them (make gpu PYTHON=...)")
-    return "\n".join(lines)
+def lines_of(log: Path) -> list[str]:
+    """Return what a terminal would show of a log: the lines that are not blank, a progress bar in its last state."""
+    lines = log.read_bytes().decode(errors="replace").split("\n")
+    return [line for line in (line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines) if line.strip()]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def one_row(stage: Stage, limit: float, out: Path, env: dict[str, str]) -> tuple[str, str, str, str]:
     """Run a stage for at most `limit` seconds and write its result file. Returns its row of the table."""
-    log, report = out / f"{stage.name}.log", out / f"{stage.name}.xml"
-    report.unlink(missing_ok=True)
+    log, report, written = (out / f"{stage.name}.{kind}" for kind in ("log", "xml", "result.json"))
+    for old in (log, report, *(out / name for name in stage.writes)):
+        remove(old)
+    content: dict[str, Any] = {"stage": stage.name, "result": "interrupted", "limit": round(limit, 1)}
+    written.write_text(json.dumps(content) + "\n")  # until it has ended
     status, seconds, result, lines = None, 0.0, "not started", ["no time left"]
     if limit > 1:
         print(f"{stage.name}: {stage.shows} (at most {limit:.0f} s) ...", flush=True)
         status, seconds = run_stage([sys.executable, "-m", "bench.stages", stage.name], env, log, limit)
-        result = outcome(status)
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        result, lines = outcome(status), lines_of(log)
     tests = counts_of(report) or counts_in_log(lines)
-    content = {
-        "stage": stage.name, "result": result, "exit_status": status, "seconds": round(seconds, 1),
-        "limit": round(limit, 1), "tests": tests, "log_tail": lines[-TAIL:],
-    }  # fmt: skip
-    (out / f"{stage.name}.result.json").write_text(json.dumps(content, indent=1) + "\n")
+    content |= {"result": result, "exit_status": status, "seconds": round(seconds, 1), "tests": tests}
+    written.write_text(json.dumps(content | {"log_tail": lines[-TAIL:]}, indent=1) + "\n")
     return stage.name, result, f"{seconds:.0f} s", summary_of(stage.name, result, lines, tests)
 
 
-def main() -> None:
-    """Run the stages. Exits with 1 if any of them failed, 2 if none can run."""
-    began = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", help=f"some of {','.join(stage.name for stage in STAGES)}")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. Raises ValueError if another one does."""
+    with (folder / "first_contact.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{shown(folder)}: another `make gpu` is running here; wait for it") from None
+        yield
+
+
+def chosen(only: str | None, parser: argparse.ArgumentParser) -> list[Stage]:
+    """Return the stages that --only names, all without it."""
     names = [stage.name for stage in STAGES]
-    wanted = arguments.only.split(",") if arguments.only else names
+    wanted = names if only is None else only.split(",")
     unknown = [name for name in wanted if name not in names]
     if unknown:
         parser.error(f"--only {','.join(unknown)}: no such stage; there are {', '.join(names)}")
+    return [stage for stage in STAGES if stage.name in wanted]
 
-    path = str(ROOT)
-    if missing(path):  # else the machine's own packages, whatever the wheels are
-        unzip()
-        path = f"{SITE}{os.pathsep}{ROOT}"
-    problem = lacking(path)
-    if problem is not None:
-        print(problem, file=sys.stderr)
-        raise SystemExit(2)
-    device = name_of_device() if arguments.device == "cuda" else None
-    folder = "build/first_contact" if device is None else f"bench/results/{gpu_folder(device)}"
-    out: Path = (arguments.out or ROOT / folder).absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    env = environment(path) | {"FASTIL_DEVICE": arguments.device, "FASTIL_RESULTS": str(out)}
-    if arguments.device == "cpu":
-        env["CUDA_VISIBLE_DEVICES"] = ""
-        env.setdefault("OMP_NUM_THREADS", "1")  # several wait for each other where another program has a core
-    print(f"{device or ('CPU' if arguments.device == 'cpu' else 'no CUDA device')}; results in {out}", flush=True)
 
-    total = ALTOGETHER * (SLOWER if arguments.device == "cpu" else 1)
-    stages = [stage for stage in STAGES if stage.name in wanted]
-    rows = []
-    for stage, end in zip(stages, ends(stages, total), strict=True):
-        rows.append(one_row(stage, end - (time.monotonic() - began), out, env))
-        print("  " + "  ".join(rows[-1][1:]), flush=True)
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    print()
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip())
-    print(f"{time.monotonic() - began:.0f} s in all; logs and figures in {out}")
-    raise SystemExit(int(any(row[1] not in ("passed", "skipped") for row in rows)))
+def run(stages: Sequence[Stage], on_cpu: bool, out: Path | None, began: float) -> int:
+    """Run the stages. Returns the exit status. Raises ValueError or OSError where they cannot be run."""
+    device, reason = (None, "") if on_cpu else name_of_device()
+    default = "build/first_contact" if device is None else f"bench/results/{gpu_folder(device)}"
+    out = (out or ROOT / default).absolute()
+    summary = out / "summary.txt"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        summary.touch()
+    except OSError as error:
+        raise ValueError(f'{out}: {error.strerror}; make gpu ARGS="--out FOLDER" takes another folder') from None
+    what = device or ("CPU" if on_cpu else f'no CUDA device: {reason} (on the CPU: make gpu ARGS="--device cpu")')
+    print(f"{what}; results in {shown(out)}", flush=True)
+    site = scratch(out) / "site"
+    with alone(site.parent):
+        if any(stage.name == "cifar100" for stage in stages) and CARRIED.is_dir() and any(CARRIED.iterdir()):
+            try:
+                carry.check(CARRIED)
+            except ValueError as error:
+                others = ",".join(stage.name for stage in STAGES if stage.name != "cifar100")
+                raise ValueError(f'{error}\nwithout it: make gpu ARGS="--only {others}"') from None
+        path = complete(site)
+        env = environment(path) | {"FASTIL_DEVICE": "cpu" if on_cpu else "cuda", "FASTIL_RESULTS": str(out)}
+        if on_cpu:
+            env["CUDA_VISIBLE_DEVICES"] = ""
+            env.setdefault("OMP_NUM_THREADS", "1")  # several wait for each other where another program has a core
+        rows, code = [], 0
+        try:
+            for stage, end in zip(stages, ends(stages, ALTOGETHER * (SLOWER if on_cpu else 1)), strict=True):
+                rows.append(one_row(stage, end - (time.monotonic() - began), out, env))
+                print("  " + "  ".join(rows[-1][1:]), flush=True)
+                code |= rows[-1][1] not in ("passed", "skipped")
+        except Interrupted as error:
+            rows.append((stage.name, "interrupted", "", ""))
+            code = 128 + error.number
+        lines = ["", aligned(rows)]
+        claims = verdicts(out)
+        if any(measured for _, _, measured, _ in claims):
+            lines += ["", aligned([("docs/performance.md", "H100 SXM", "measured", ""), *claims])]
+        lines += ["", f"{time.monotonic() - began:.0f} s in all; logs, figures and this table are in {shown(out)}"]
+        if path != str(ROOT):
+            lines.append(f"a bench by itself: PYTHONPATH={shown(site)}:. {sys.executable} -m bench.train_step")
+        summary.write_text("\n".join([what, *lines, ""]))
+        print("\n".join(lines))
+    return code
+
+
+def main() -> None:
+    """Run the stages. Exits with 1 if any of them failed, 2 if none can run, as a signal does if it ends them."""
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", metavar="STAGE,...", help=f"some of {','.join(stage.name for stage in STAGES)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results")
+    arguments = parser.parse_args()
+    try:
+        code = run(chosen(arguments.only, parser), arguments.device == "cpu", arguments.out, began)
+    except Interrupted as error:  # before the first stage
+        code = 128 + error.number
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        code = 2
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
     main()

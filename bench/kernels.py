@@ -220,7 +220,7 @@ def select(arguments: argparse.Namespace) -> tuple[list[Case], tuple[str, ...]]:
     here = peers_here()
     peers = chosen("--peer", arguments.peer or here, PEERS)
     if LIGER in peers and LIGER not in here:
-        raise UserError(f"--peer {LIGER}: it is not installed; pip install liger-kernel")
+        raise UserError(f"--peer {LIGER}: it is not installed; pip install liger-kernel, or carry it (make wheels)")
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: must be at least 1")
     shapes = [read_shape(text) for text in arguments.shape or ()]

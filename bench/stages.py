@@ -5,6 +5,7 @@ on the CPU, on small sizes. Figures go to the folder FASTIL_RESULTS.
 """
 
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -13,11 +14,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.first_contact import NO_DEVICE, SKIPPED
-from bench.wheels import ROOT
+from bench.first_contact import CARRIED, NO_DEVICE, SKIPPED
+from bench.wheels import ROOT, scratch, shown
 
 OUT = Path(os.environ.get("FASTIL_RESULTS", ROOT / "build/first_contact"))
-CARRIED = ROOT / "build/carried"  # CIFAR-100 in parts, by bench.carry
 KERNEL_TESTS = ["tests/kernels"]
 TRAINER_TESTS = ["tests/methods/test_methods_on_gpu.py", "tests/data/loaders/test_loaders_on_gpu.py"]
 LAUNCHES = ["tests/kernels/test_sanitized.py", "tests/kernels/test_registration.py"]  # a launch of each kernel
@@ -94,10 +94,8 @@ def streaming(small: bool) -> None:
 
 def cifar100(small: bool) -> None:
     """Train a short row of CIFAR-100 where it was carried, of digits where not."""
-    out = OUT / "run"
-    shutil.rmtree(out, ignore_errors=True)
-    folder = ROOT / "build/cifar100"
-    if (CARRIED / "manifest.json").exists():
+    out, folder = OUT / "run", scratch(OUT) / "cifar100"
+    if CARRIED.is_dir() and any(CARRIED.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)  # of what was carried before
         python("-m", "bench.carry", "unpack", str(CARRIED), str(folder))
     if folder.is_dir():
@@ -111,11 +109,17 @@ def cifar100(small: bool) -> None:
     else:
         print(
             "CIFAR-100 is not here, so this is digits. To carry it: python -m bench.carry pack "
-            f"data/cifar-100-python/* {CARRIED.relative_to(ROOT)}"
+            f"data/cifar-100-python/* {shown(CARRIED)}"
         )
         recipe = ["digits", *(["epochs=2", "base_epochs=2"] if small else [])]
     python("-m", "fastil", "run", *recipe, "--out", str(out))
     python("-m", "fastil", "report", str(out))
+    results, timings = (json.loads((out / f"{name}.json").read_text()) for name in ("results", "timings"))
+    average, final = results["average_incremental_accuracy"], results["final_top1"]
+    rate = [*timings["steps"].values()][-1]["images_per_second"]
+    print(
+        f"{Path(recipe[0]).stem}: average incremental {average:.2f}, final {final:.2f}, {rate:,.0f} img/s in its last step"
+    )
 
 
 def sanitizer(small: bool) -> None:

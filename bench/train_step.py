@@ -1,6 +1,6 @@
 """Training throughput of fastil's loop, of its ceiling and of the usual loop, in float32 and in bfloat16.
 
-python -m bench.train_step [--rounds N] [--steps N] [--precision fp32 --precision bf16]
+python -m bench.train_step [--rounds N] [--steps N] [--precision fp32 --precision bf16] [--model resnet18]
 
 (a) fastil: resident loader, compiled channels-last network, folded teacher, one read per epoch.
 (b) ceiling: the same compiled network and loss on one batch that is already there, and nothing else in the loop.
@@ -12,12 +12,14 @@ turn in it is one batch.
 
 On a GPU, instead (bench.gpu_step): the loop eager and compiled, each uncaptured and captured in a CUDA graph, the
 kernels that a step launches, the share of the time in which the GPU is idle, and as the ceiling the captured step's
-kernels back to back; in bf16 unless --precision says otherwise.
+kernels back to back; in bf16 unless --precision says otherwise. --model resnet18 is the same at 224x224, without (c),
+into train_step_resnet18.json; for a GPU only.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -43,6 +45,7 @@ from fastil.training.trainer import Trainer
 
 BATCH, STEPS, CLASSES, NUM_OLD = 128, 8, 60, 50
 TRANSFORM = Transform(32, 32, pad=4, flip=True, mean=(0.5071, 0.4866, 0.4409), std=(0.2009, 0.1984, 0.2023))
+SIZES = {"resnet32": 32, "resnet18": 224}
 PRECISIONS: tuple[Precision, ...] = ("fp32", "tf32", "bf16")
 COUNTS = np.array([20] * NUM_OLD + [500] * (CLASSES - NUM_OLD) + [0] * 4)
 
@@ -69,6 +72,12 @@ class PilDataset(Dataset[tuple[Tensor, int]]):
         return (tensor - self.mean) / self.std, int(self.split.labels[self.plan.ids[row]])
 
 
+def transform_of(split: Split) -> Transform:
+    """Return TRANSFORM at the size of the images."""
+    height, width = split.images.shape[1:3]
+    return replace(TRANSFORM, height=height, width=width)
+
+
 def plain_trainer(
     student: Network,
     teacher: Network,
@@ -82,7 +91,7 @@ def plain_trainer(
         TrainConfig(batch_size=BATCH, epochs=1, precision=precision, bn=bn),
         student,
         teacher,
-        make_loader(split, "auto", TRANSFORM, device),
+        make_loader(split, "auto", transform_of(split), device),
         torch.arange(CLASSES, device=device),
         save=lambda phase, epoch, batch: None,
         report=lambda record: None,
@@ -110,10 +119,11 @@ def build(
     loss: LossConfig | None = None,
     precision: Precision = "fp32",
     make: Callable[..., Trainer] = compiled_trainer,
+    model: str = "resnet32",
 ) -> tuple[Trainer, ILBaseline, Phase, Phase]:
     """Return a trainer in the middle of an incremental step, its method, its phase with a teacher and the one
     without."""
-    student, teacher = (build_network(ModelConfig("resnet32"), CLASSES, seed).to(device) for seed in (0, 1))
+    student, teacher = (build_network(ModelConfig(model), CLASSES, seed).to(device) for seed in (0, 1))
     trainer = make(student, teacher, split, device, precision)
     method = ILBaseline(MethodConfig(), loss or LossConfig(), student.width, device)
     method.begin_step(StepContext(1, NUM_OLD, CLASSES, COUNTS))
@@ -123,7 +133,7 @@ def build(
             name="train",
             step=1,
             parameters=list(student.parameters()),
-            plan=lambda epoch: training_plan(np.arange(images), Key(0, 1), TRANSFORM, BATCH),
+            plan=lambda epoch: training_plan(np.arange(images), Key(0, 1), transform_of(split), BATCH),
             epochs=1,
             schedule=lambda epoch: 0.01,
             method=method,
@@ -215,23 +225,26 @@ class Contestant:
         return BATCH * self.steps / (time.perf_counter() - began)
 
 
-def on_gpu(device: torch.device, precisions: list[Precision], rounds: int) -> None:
+def on_gpu(device: torch.device, model: str, precisions: list[Precision], rounds: int) -> None:
     """Measure all modes on a GPU, and write the result file after each."""
     images = BATCH * STEPS
-    split = digits_at(32, images)
-    content: dict[str, Any] = {"rounds": rounds, "batch": BATCH, "model": "resnet32", "results": {}}
+    split = digits_at(SIZES[model], images)
+    name = "train_step" if model == "resnet32" else f"train_step_{model}"
+    content: dict[str, Any] = {"rounds": rounds, "batch": BATCH, "model": model, "results": {}}
     for precision in precisions:
-        trainer, _, *phases = build(split, device, images, precision=precision)
+        trainer, _, *phases = build(split, device, images, precision=precision, model=model)
         for phase in phases:
             label = f"{precision}, {'with' if phase.teacher else 'without'} a teacher"
             print(label, flush=True)
             content["results"][label] = gpu_step.measure(trainer, phase, BATCH, rounds)
-            save("train_step", device, content)
+            save(name, device, content)
+    if model != "resnet32":
+        return
     plan = training_plan(np.tile(np.arange(images), rounds + 1), Key(0, 2), TRANSFORM, BATCH)
     usual = UsualLoop(split, plan, device, True)
     content["usual loop, fp32, with a teacher"] = rates = spread([usual.images_per_second() for _ in range(rounds)])
     show("usual loop, fp32, with a teacher", rates, "img/s")
-    print(f"written to {save('train_step', device, content)}")
+    print(f"written to {save(name, device, content)}")
 
 
 def main() -> None:
@@ -240,11 +253,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", action="append", choices=PRECISIONS, help="default: all that the device has")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a turn, on a CPU")
+    parser.add_argument("--model", default="resnet32", choices=[*SIZES], help="on a GPU")
     arguments = parser.parse_args()
     rounds, steps, device = arguments.rounds, arguments.steps, pick_device("auto")
     if device.type == "cuda":
-        on_gpu(device, arguments.precision or ["bf16"], rounds)
+        on_gpu(device, arguments.model, arguments.precision or ["bf16"], rounds)
         return
+    if arguments.model != "resnet32":
+        parser.error(f"--model {arguments.model}: for a GPU only")
     precisions = arguments.precision or [p for p in PRECISIONS if p != "tf32"]
     images = BATCH * steps
     split = digits_at(32, images)

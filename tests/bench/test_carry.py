@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import yaml
 from conftest import TINY, make_folder
 
 from bench.carry import main, pack, unpack
+from bench.wheels import ROOT
 from fastil import recipe_file
 from fastil.data import load_dataset
 
@@ -180,3 +184,15 @@ def test_classes_that_cannot_be_packed_are_one_line(tmp_path, capsys, words, err
     assert error in said
     assert said.count("\n") == 1
     assert not (tmp_path / "parts").exists()
+
+
+def test_classes_without_fastil_say_what_to_install(carried, tmp_path):
+    """By a Python that has no packages."""
+    words = ["pack", "--classes", "3", str(carried), str(tmp_path / "new")]
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "bench.carry", *words], cwd=ROOT, capture_output=True, text=True, env={}
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"--classes needs fastil and what it requires \(No module named .*\): pip install -e \.\n", done.stderr
+    )

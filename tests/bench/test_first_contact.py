@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -9,8 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import first_contact, gpu_step, stages, wheels
-from bench.first_contact import ALTOGETHER, NO_DEVICE, SKIPPED, STAGES, Stage, counts_of, ends, outcome, run_stage
+from bench import carry, first_contact, gpu_step, stages, wheels
+from bench.first_contact import (
+    ALTOGETHER,
+    NO_DEVICE,
+    SKIPPED,
+    STAGES,
+    Interrupted,
+    Stage,
+    counts_of,
+    ends,
+    outcome,
+    run_stage,
+)
 
 
 def is_running(pid):
@@ -50,6 +63,13 @@ def test_how_a_stage_ended_is_told_by_its_status(tmp_path, status, result):
     assert outcome(found) == result
 
 
+def alone_in(folder, monkeypatch):
+    """Nothing is missing, nothing was carried, and what is unzipped goes to that folder."""
+    monkeypatch.setattr(first_contact, "complete", lambda site: str(wheels.ROOT))
+    monkeypatch.setattr(first_contact, "scratch", lambda out: folder)
+    monkeypatch.setattr(first_contact, "CARRIED", folder / "carried")
+
+
 @pytest.fixture
 def contact(monkeypatch, tmp_path, capsys):
     """Run stages that only pretend: exit status by name; others pass. Returns exit status, results and output."""
@@ -61,8 +81,8 @@ def contact(monkeypatch, tmp_path, capsys):
             log.write_text(f"first line\nlast line of {name}\n\n")
             return statuses.get(name, 0), 1.0
 
-        monkeypatch.setattr(first_contact, "missing", lambda path: [])
-        monkeypatch.setattr(first_contact, "name_of_device", lambda: "NVIDIA H100 80GB HBM3")
+        alone_in(tmp_path, monkeypatch)
+        monkeypatch.setattr(first_contact, "name_of_device", lambda: ("NVIDIA H100 80GB HBM3", ""))
         monkeypatch.setattr(first_contact, "run_stage", pretend)
         monkeypatch.setattr(sys, "argv", ["first_contact", "--out", str(tmp_path), *arguments])
         with pytest.raises(SystemExit) as stopped:
@@ -91,6 +111,110 @@ def test_a_skipped_stage_is_no_failure_and_only_chooses(contact):
     code, _, output = contact({}, "--only", "machine,speed")
     assert code == 2
     assert "--only speed: no such stage; there are machine, kernel_tests" in output.err
+    code, results, output = contact({}, "--only=")
+    assert code == 2
+    assert "no such stage" in output.err
+    assert set(results) == {"machine", "sanitizer"}  # of before
+
+
+def test_of_a_stage_that_is_begun_nothing_old_is_left(contact, tmp_path):
+    (tmp_path / "other_kernels").mkdir()
+    old = ["step.xml", "train_step.json", "kernels.json", "other_kernels/kernels.json", "streaming.xml"]
+    for name in old:
+        (tmp_path / name).touch()
+    there = {}
+
+    def took(name, limit):
+        there[name] = [path for path in old if (tmp_path / path).exists()]
+        assert json.loads((tmp_path / f"{name}.result.json").read_text())["result"] == "interrupted"
+
+    contact({}, "--only", "step,kernel_times", took=took)
+    assert there == {"step": old[2:], "kernel_times": ["streaming.xml"]}
+    contact({"step": 1}, "--only", "step")
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "H100" in summary
+    assert "step  failed" in summary
+    assert "kernel_times" not in summary
+
+
+def test_two_at_once_do_not_share_their_files(contact, tmp_path):
+    with first_contact.alone(tmp_path):
+        code, results, output = contact({})
+    assert (code, results) == (2, {})
+    assert output.err == f"{tmp_path}: another `make gpu` is running here; wait for it\n"
+
+
+def test_results_that_cannot_be_written_are_one_line(contact, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, output = contact({}, "--out", str(tmp_path / "file/folder"))
+    assert code == 2
+    assert output.err.startswith(f"{tmp_path}/file/folder: ")
+    assert output.err.count("\n") == 1
+
+
+def test_what_was_carried_is_checked_before_the_first_stage(contact, tmp_path):
+    (tmp_path / "x.tar").write_bytes(bytes(1000))
+    carry.pack([tmp_path / "x.tar"], tmp_path / "carried", 600)
+    assert contact({})[0] == 0
+    (tmp_path / "carried/x.tar.001").unlink()
+    for path, text in (("x.tar.001", "x.tar.001 is missing; carry it again"), ("manifest.json", "missing; carry it")):
+        (tmp_path / "carried" / path).unlink(missing_ok=True)
+        code, _, output = contact({})
+        assert code == 2
+        assert text in output.err
+        assert "step: " not in output.out
+        without = output.err.split('ARGS="')[1].split('"')[0].split()
+        assert contact({}, *without)[0] == 0
+
+
+def test_why_there_is_no_gpu_is_the_first_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "torch.py").write_text(
+        "class cuda:\n    is_available = staticmethod(lambda: False)\n"
+        "class version: cuda = None\n__version__ = '9.9+cpu'"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert first_contact.name_of_device() == (None, "torch 9.9+cpu is built without CUDA")
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open')")
+    assert first_contact.name_of_device() == (None, "OSError: libcudart.so.13: cannot open")
+    alone_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(first_contact, "run_stage", lambda *words: (NO_DEVICE, 0.0) if words[2].touch() is None else 0)
+    monkeypatch.setattr(sys, "argv", ["first_contact", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        first_contact.main()
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("no CUDA device: OSError: libcudart.so.13: cannot open (on the CPU: make gpu ARGS=")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_stage_too_and_leaves_a_table(tmp_path, number):
+    """As a process, on a checkout that is a folder of links, with a stage that hangs and ignores signals."""
+    for name in ("bench", "fastil"):
+        (tmp_path / name).mkdir()
+    for name in ("__init__", "first_contact", "wheels", "carry", "claims"):
+        (tmp_path / f"bench/{name}.py").write_bytes((wheels.ROOT / f"bench/{name}.py").read_bytes())
+    (tmp_path / "bench/stages.py").write_text(
+        "import os, signal, sys, time\n"
+        "if sys.argv[1] == 'machine': raise SystemExit(0)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.first_contact", "--device", "cpu", "--out", "out"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    log = tmp_path / "out/kernel_tests.log"
+    while process.poll() is None and not (log.exists() and log.read_text().endswith("\n")):
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (128 + number, "")
+    assert not is_running(int(log.read_text()))
+    summary = (tmp_path / "out/summary.txt").read_text()
+    assert summary.split("\n\n")[1] in out
+    rows = [line.split()[:2] for line in summary.split("\n\n")[1].splitlines()]
+    assert rows == [["machine", "passed"], ["kernel_tests", "interrupted"]]
+    assert json.loads((tmp_path / "out/kernel_tests.result.json").read_text())["result"] == "interrupted"
 
 
 def test_without_a_gpu_every_stage_says_so(contact):
@@ -150,20 +274,21 @@ def test_a_stage_that_hangs_costs_its_share_and_the_results_of_the_others_are_th
 
     def run(command, env, log, limit):
         if command[-1] == "stops":
-            raise KeyboardInterrupt
+            raise Interrupted(signal.SIGINT)
         return real([sys.executable, "-S", "-c", codes[command[-1]]], env, log, limit)
 
     monkeypatch.setattr(first_contact, "STAGES", stages)
     monkeypatch.setattr(first_contact, "ALTOGETHER", 9.0)
-    monkeypatch.setattr(first_contact, "missing", lambda path: [])
-    monkeypatch.setattr(first_contact, "name_of_device", lambda: None)
+    alone_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(first_contact, "name_of_device", lambda: (None, "none is there"))
     monkeypatch.setattr(first_contact, "run_stage", run)
     monkeypatch.setattr(sys, "argv", ["first_contact", "--out", str(tmp_path)])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         first_contact.main()
+    assert stopped.value.code == 130
     results = {path.name.split(".")[0]: json.loads(path.read_text()) for path in tmp_path.glob("*.result.json")}
     assert {name: found["result"] for name, found in results.items()} == {
-        "hangs": "timed out", "killed": "failed", "passes": "passed",
+        "hangs": "timed out", "killed": "failed", "passes": "passed", "stops": "interrupted",
     }  # fmt: skip
     assert results["hangs"]["log_tail"] == ["begun"]
 
@@ -174,11 +299,31 @@ def test_the_table_of_stages_is_whole():
         assert all((wheels.ROOT / need).exists() for need in needs if need.startswith("tests/"))
 
 
+def test_the_row_of_cifar100_refuses_parts_without_a_manifest(tmp_path):
+    """Which it once took for none, and trained on digits."""
+    (tmp_path / "build/carried").mkdir(parents=True)
+    (tmp_path / "build/carried/first30.tar.000").touch()
+    code = (
+        "from pathlib import Path; from bench import stages\n"
+        f"stages.CARRIED = Path({str(tmp_path / 'build/carried')!r})\n"
+        f"stages.scratch = lambda out: Path({str(tmp_path)!r})\n"
+        "stages.cifar100(small=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=wheels.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"{tmp_path}/build/carried/manifest.json: missing; carry it with the parts\n"
+
+
 @pytest.mark.parametrize("carried", ["nothing", "all of it", "the first classes"])
 def test_the_row_of_cifar100_trains_on_what_was_carried(carried, tmp_path, monkeypatch, capsys):
     commands = []
+    results = {"average_incremental_accuracy": 71.234, "final_top1": 60.5}
+    timings = {"steps": {"0": {"images_per_second": 1.0}, "1": {"images_per_second": 51234.5}}}
+    (tmp_path / "out/run").mkdir(parents=True)
+    for name, content in (("results", results), ("timings", timings)):
+        (tmp_path / f"out/run/{name}.json").write_text(json.dumps(content))
     monkeypatch.setattr(stages, "python", lambda *words: commands.append(words))
-    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    monkeypatch.setattr(stages, "scratch", lambda out: tmp_path / "build")
     monkeypatch.setattr(stages, "OUT", tmp_path / "out")
     folder = tmp_path / "build/cifar100"
     names = {"nothing": [], "all of it": ["x.val.beton", "x.beton"], "the first classes": ["first9.tar", "first9.yaml"]}
@@ -188,38 +333,15 @@ def test_the_row_of_cifar100_trains_on_what_was_carried(carried, tmp_path, monke
         (folder / name).touch()
     monkeypatch.setattr(stages, "CARRIED", tmp_path / "build/carried")
     stages.cifar100(small=True)
-    run = commands[0][3:]
+    run, out = commands[0][3:], capsys.readouterr().out
+    assert out.endswith(": average incremental 71.23, final 60.50, 51,234 img/s in its last step\n")
     if carried == "nothing":
         assert run[0] == "digits"
-        assert "CIFAR-100 is not here" in capsys.readouterr().out
+        assert "CIFAR-100 is not here" in out
     else:
         whole = carried == "all of it"
         recipe, source = ("cifar100_balanced_5", "x.beton") if whole else (str(folder / "first9.yaml"), "first9.tar")
         assert run[:5] == (recipe, "base_epochs=1", "epochs=1", "--data", str(folder / source))
-
-
-def test_what_is_missing_is_named_with_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(wheels, "WHEELS", tmp_path)  # where there are none
-    monkeypatch.setattr(first_contact, "missing", lambda path: ["pydantic", "isal", "scikit-learn"])
-    text = first_contact.lacking("")
-    assert "lacks pydantic, isal, scikit-learn" in text
-    version = f"3.{sys.version_info[1]}"
-    words = "" if version == wheels.PYTHON else f' ARGS="--python {version}"'
-    assert f"`make wheels{words}` on a machine with a registry puts pydantic, " in text
-    assert "the others are expected on a GPU machine" in text
-    for name in ("isal-1.9.1-cp39-cp39-manylinux2014_x86_64.whl", "typing_extensions-4.16.0-py3-none-any.whl"):
-        (tmp_path / name).touch()
-    text = first_contact.lacking("")
-    assert "the wheels in build/wheels are for Python 3.9\n`make wheels" in text
-    monkeypatch.setattr(first_contact, "missing", lambda path: [])
-    assert first_contact.lacking("") is None
-
-
-def test_missing_is_what_cannot_be_imported(monkeypatch, tmp_path):
-    (tmp_path / "isal.py").write_text("raise ImportError('built for another Python')")
-    monkeypatch.setattr(wheels, "EXPECTED", {"json": "json", "no_such_module": "no-such-package"})
-    monkeypatch.setattr(wheels, "NEEDED", {"isal": "isal", "string": "string"})
-    assert wheels.missing(str(tmp_path)) == ["no-such-package", "isal"]
 
 
 def test_a_report_of_tests_is_counted(tmp_path):
@@ -245,6 +367,11 @@ def test_tests_that_were_cut_off_are_counted_by_their_lines():
     expected = {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "failed": {"tests/a.py::other": "see the log"}}
     assert first_contact.counts_in_log(lines) == expected
     assert first_contact.counts_in_log(["no CUDA device"]) is None
+
+
+def test_of_a_progress_bar_the_last_state_counts(tmp_path):
+    (tmp_path / "log").write_bytes(b"one\r\n\n10 %\r20 %\r      \rdone\n 30 %\r 40 %\r\n50 %\r60 %\r")
+    assert first_contact.lines_of(tmp_path / "log") == ["one", "done", " 40 %", "60 %"]
 
 
 def test_the_idle_share_is_that_of_every_microsecond():
