@@ -117,9 +117,8 @@ def cifar100(small: bool) -> None:
     results, timings = (json.loads((out / f"{name}.json").read_text()) for name in ("results", "timings"))
     average, final = results["average_incremental_accuracy"], results["final_top1"]
     rate = [*timings["steps"].values()][-1]["images_per_second"]
-    print(
-        f"{Path(recipe[0]).stem}: average incremental {average:.2f}, final {final:.2f}, {rate:,.0f} img/s in its last step"
-    )
+    name = Path(recipe[0]).stem
+    print(f"{name}: average incremental {average:.2f}, final {final:.2f}, {rate:,.0f} img/s in its last step")
 
 
 def sanitizer(small: bool) -> None:
