@@ -255,8 +255,10 @@ def run(stages: Sequence[Stage], on_cpu: bool, out: Path | None, began: float) -
             env.setdefault("OMP_NUM_THREADS", "1")  # several wait for each other where another program has a core
         rows, code = [], 0
         try:
-            for stage, end in zip(stages, ends(stages, ALTOGETHER * (SLOWER if on_cpu else 1)), strict=True):
-                rows.append(one_row(stage, end - (time.monotonic() - began), out, env))
+            ready = time.monotonic()
+            total = ALTOGETHER * (SLOWER if on_cpu else 1) - (ready - began)
+            for stage, end in zip(stages, ends(stages, total), strict=True):
+                rows.append(one_row(stage, end - (time.monotonic() - ready), out, env))
                 print("  " + "  ".join(rows[-1][1:]), flush=True)
                 code |= rows[-1][1] not in ("passed", "skipped")
         except Interrupted as error:
