@@ -5,7 +5,8 @@
 #              (as root, by apt-get); where not, one line says so and its tests skip. The same goes for DALI, by pip
 # make soak    the same, hours long (FASTIL_SOAK=1): full counts of kills, damaged files and drawn examples, and all
 #              tests and GPUs with the oldest Triton, too
-# make wheels  on a machine with the package registry: what a GPU machine without it lacks, into build/wheels (5 MB)
+# make wheels  on a machine with a package registry: what a GPU machine without it lacks, into build/wheels (5 MB; with
+#              ARGS=--all, for a Python that has torch, Triton and numpy alone, 80 MB)
 # make gpu     on a machine with an NVIDIA GPU, in ten minutes and without network: tests of kernels and training, the step's
 #              rate and launches, loaders, a short row of CIFAR-100, compute-sanitizer; results in bench/results/gpu_NAME
 
@@ -47,7 +48,7 @@ $(OLDEST)/done:
 
 # Runs with the torch and the Triton of $(PYTHON) and installs nothing, and needs no network: what that Python lacks comes from
 # build/wheels, which `make wheels` fills elsewhere. ARGS: such as --only step,cifar100 or --device cpu (bench/first_contact.py);
-# for wheels --python 3.11.
+# for wheels --all, --python 3.11.
 gpu:
 	@PYTHONPATH=. $(PYTHON) -m bench.first_contact $(ARGS)
 

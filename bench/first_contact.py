@@ -146,7 +146,7 @@ def summary_of(name: str, result: str, lines: list[str], tests: dict[str, Any] |
     if tests is not None and tests["tests"]:
         bad = tests["failures"] + tests["errors"]
         return f"{tests['tests'] - bad - tests['skipped']} tests passed, {bad} failed, {tests['skipped']} skipped"
-    return lines[-1][:110] if lines and (result != "passed" or name in ("step", "cifar100")) else ""
+    return lines[-1][:110] if lines and (result != "passed" or name == "cifar100") else ""
 
 
 DEVICE = """
