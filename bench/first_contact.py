@@ -227,6 +227,25 @@ def chosen(only: str | None, parser: argparse.ArgumentParser) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in wanted]
 
 
+def ready(stages: Sequence[Stage], site: Path) -> str:
+    """Check what was carried and unzip the wheels. Returns the PYTHONPATH of the stages. Raises ValueError that names all
+    that is missing or damaged."""
+    path, wrong = "", []
+    try:
+        path = complete(site)
+    except ValueError as error:
+        wrong.append(str(error))
+    try:
+        if any(stage.name == "cifar100" for stage in stages) and CARRIED.is_dir() and any(CARRIED.iterdir()):
+            carry.check(CARRIED)
+    except ValueError as error:
+        others = ",".join(stage.name for stage in STAGES if stage.name != "cifar100")
+        wrong.append(f'{error}\nwithout it: make gpu ARGS="--only {others}"')
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return path
+
+
 def run(stages: Sequence[Stage], on_cpu: bool, out: Path | None, began: float) -> int:
     """Run the stages. Returns the exit status. Raises ValueError or OSError where they cannot be run."""
     device, reason = (None, "") if on_cpu else name_of_device()
@@ -242,23 +261,17 @@ def run(stages: Sequence[Stage], on_cpu: bool, out: Path | None, began: float) -
     print(f"{what}; results in {shown(out)}", flush=True)
     site = scratch(out) / "site"
     with alone(site.parent):
-        if any(stage.name == "cifar100" for stage in stages) and CARRIED.is_dir() and any(CARRIED.iterdir()):
-            try:
-                carry.check(CARRIED)
-            except ValueError as error:
-                others = ",".join(stage.name for stage in STAGES if stage.name != "cifar100")
-                raise ValueError(f'{error}\nwithout it: make gpu ARGS="--only {others}"') from None
-        path = complete(site)
+        path = ready(stages, site)
         env = environment(path) | {"FASTIL_DEVICE": "cpu" if on_cpu else "cuda", "FASTIL_RESULTS": str(out)}
         if on_cpu:
             env["CUDA_VISIBLE_DEVICES"] = ""
             env.setdefault("OMP_NUM_THREADS", "1")  # several wait for each other where another program has a core
         rows, code = [], 0
         try:
-            ready = time.monotonic()
-            total = ALTOGETHER * (SLOWER if on_cpu else 1) - (ready - began)
+            prepared = time.monotonic()
+            total = ALTOGETHER * (SLOWER if on_cpu else 1) - (prepared - began)
             for stage, end in zip(stages, ends(stages, total), strict=True):
-                rows.append(one_row(stage, end - (time.monotonic() - ready), out, env))
+                rows.append(one_row(stage, end - (time.monotonic() - prepared), out, env))
                 print("  " + "  ".join(rows[-1][1:]), flush=True)
                 code |= rows[-1][1] not in ("passed", "skipped")
         except Interrupted as error:
