@@ -228,8 +228,8 @@ def chosen(only: str | None, parser: argparse.ArgumentParser) -> list[Stage]:
 
 
 def ready(stages: Sequence[Stage], site: Path) -> str:
-    """Check what was carried and unzip the wheels. Returns the PYTHONPATH of the stages. Raises ValueError that names all
-    that is missing or damaged."""
+    """Unzip the wheels and check the parts. Returns the PYTHONPATH of the stages. Raises ValueError that names all that
+    is missing or damaged."""
     path, wrong = "", []
     try:
         path = complete(site)
