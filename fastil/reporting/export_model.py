@@ -40,8 +40,10 @@ def export_model(run: Run, file: Path, step: int = -1) -> None:
     config = config_of(run, step, network)
     others = _others(file, config)
     content = outside.imported(f"{file}: this network cannot be written so", partial(write, network, as_json(config)))
-    with files.written(file, AGAIN):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file}: its folder cannot be made ({error.strerror}); give another file") from None
     if not others:
         text = card(run, config, file.stem, torch.__version__.partition("+")[0])
         _write(file.with_name(CONFIG), as_json(config).encode())

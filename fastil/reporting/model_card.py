@@ -15,7 +15,12 @@ from fastil.reporting.runs import Run
 from fastil.text import format_table, one_line, plain
 from fastil.version import __version__
 
-BY_MEANS = "nearest class mean"
+BY_HEAD, BY_MEANS = "head", "nearest class mean"
+ENDS = {  # of the code for weights alone
+    BY_HEAD: 'probabilities = out.scaled_logits[:, : config["num_labels"]].softmax(1)',
+    BY_MEANS: 'probabilities = (out.features @ weights["predictor.means"].T).softmax(1)',
+}
+CORRECTED = "logits = out.scaled_logits  # not corrected yet: the method's `predict` does it, by predictor.* in weights"
 USE = {
     ".pt2": (
         "torch.export; needs torch {torch} or later, and nothing else",
@@ -45,7 +50,8 @@ network = build_network(ModelConfig(**config["model"]), config["num_classes"], s
 weights = load_file("{stem}.safetensors")
 network.load_state_dict({{k: v for k, v in weights.items() if not k.startswith("predictor.")}})
 mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
-logits = network((images - mean) / std).scaled_logits[:, : config["num_labels"]]""",
+out = network((images - mean) / std)
+{end}""",
     ),
 }
 
@@ -53,7 +59,7 @@ logits = network((images - mean) / std).scaled_logits[:, : config["num_labels"]]
 def config_of(run: Run, step: int, network: Classifier) -> dict[str, Any]:
     """The content of config.json. run, step: which network it is; two files that agree in it hold the same one."""
     names, transform, result = network.class_names, network.transform, run.results.steps[step]
-    predictor = "head" if network.method is None else f"head, corrected by method={run.results.method}"
+    predictor = BY_HEAD if network.method is None else f"head, corrected by method={run.results.method}"
     weights = read(run.path / f"checkpoints/step_{result.step}.pt", AGAIN)
     return {
         "library_name": "fastil",
@@ -103,8 +109,9 @@ def card(run: Run, config: dict[str, Any], stem: str, torch_version: str) -> str
     for r in results:
         shown = ("" if percent is None else f"{percent:.2f}" for percent in (r.top1, r.top1_base, r.top1_old))
         rows.append((str(r.step), str(r.classes_seen), *shown))
+    end = ENDS.get(config["predictor"], CORRECTED)
     uses = [
-        f"`{stem}{suffix}` ({what.format(torch=torch_version)}):\n\n```python\n{code.format(stem=stem)}\n```"
+        f"`{stem}{suffix}` ({what.format(torch=torch_version)}):\n\n```python\n{code.format(stem=stem, end=end)}\n```"
         for suffix, (what, code) in USE.items()
     ]
     parts = [
