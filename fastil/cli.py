@@ -278,6 +278,51 @@ def report(
     raise typer.Exit(0 if whole else 1)
 
 
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
+Step = Annotated[int, typer.Option(help="By the network after this step.", show_default="the last one")]
+OwnMethod = Annotated[
+    str | None, typer.Option(help="module:Class, where the run's method is your own.", show_default=False)
+]
+OwnModel = Annotated[
+    str | None, typer.Option(help="module:factory, where the run's network is your own.", show_default=False)
+]
+
+
+@app.command()
+def predict(
+    run: RunDir,
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Image files, and folders of any depth.")
+    ],
+    step: Step = -1,
+    method: OwnMethod = None,
+    model: OwnModel = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name the five likeliest classes of images, by the network of a run; exit status 1 if one cannot be read."""
+    from fastil.reporting.prediction import write_predictions
+    from fastil.reporting.runs import Run
+
+    network = Run(run, method=method, model=model).network(step)
+    raise typer.Exit(0 if write_predictions(network, images, as_json) else 1)
+
+
+@app.command()
+def export_model(
+    run: RunDir,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Ends in .pt2 (torch.export), .onnx or .safetensors.")],
+    step: Step = -1,
+    method: OwnMethod = None,
+    model: OwnModel = None,
+) -> None:
+    """Write the network of a run for programs without fastil, with a model card next to it."""
+    from fastil.reporting import export_model as exporting
+    from fastil.reporting.runs import Run
+
+    exporting.export_model(Run(run, method=method, model=model), file, step)
+    say(f"{file}, and next to it {exporting.CONFIG} and {exporting.CARD}")
+
+
 @app.command()
 def reproduce(
     table: Annotated[str, typer.Argument(metavar="TABLE", help="table1, table2, table3 or table4.")],

@@ -20,6 +20,8 @@ REQUIRED = (
 OPTIONAL = {
     "pyarrow": ("parquet files", "pip install pyarrow"),
     "pillow-heif": ("HEIC photos", "pip install pillow-heif"),
+    "onnx": ("fastil export-model FILE.onnx", "pip install onnx onnxscript onnxruntime"),
+    "safetensors": ("fastil export-model FILE.safetensors", "pip install safetensors"),
     "triton": ("fused kernels on NVIDIA GPUs", "pip install triton"),
     "ffcv": (
         "loader=ffcv, FFCV's pixels; on two cores as fast as loader=threads",

@@ -9,6 +9,19 @@ from PIL import Image
 from fastil.data.formats.detect import open_source
 from fastil.errors import UserError
 
+# Runs of digits in three steps, in a second or two: each kind of network and of predictor.
+THREE_STEPS = {"epochs": 2, "base_epochs": 2, "batch_size": 64, "classes": 6, "base_classes": 2, "increment": 2,
+               "precision": "fp32", "loss": "softmax"}  # fmt: skip
+COSINE = {"head": "cosine", "last_relu": False}
+PREDICTORS = {
+    "il_baseline": {},
+    "lucir": COSINE | {"method": "lucir"},
+    "podnet": COSINE | {"method": "podnet", "head": "proxies", "proxies": 3, "loss": "nca"},
+    "bic": {"method": "bic", "exemplars_per_class": 10},
+    "icarl, cnn": {"method": "icarl"},
+    "icarl, nme": {"method": "icarl", "predictor": "nme"},
+}
+
 
 def png(number, size=8):
     """A PNG of one colour that tells it apart."""

@@ -64,7 +64,8 @@ class CosineHead(nn.Module):
         if not self.formula:
             return cosine_head(features, self.weight, self.factor, self.cosine_factor), self.scale
         cosines = F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).flatten(0, -2).T
-        s = cosines.reshape(len(features), len(self.weight), cosines.shape[1] // len(self.weight))
+        # No len() of features: it would fix their number in an export.
+        s = cosines.reshape(features.shape[0], len(self.weight), cosines.shape[1] // len(self.weight))
         return self.cosine_factor * (torch.softmax(self.cosine_factor * s, 2) * s).sum(2), self.scale
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ class ExternalBackbone(nn.Module):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):  # its weights stay in float32
             out = self.module(images)
         features, maps = out if isinstance(out, tuple) else (out, [])
-        if features.shape != (len(images), self.feature_dim):
+        if features.shape != (images.shape[0], self.feature_dim):  # len() would fix it in an export
             raise UserError(
                 f"model={self.name}: features are {[*features.shape]}, not {[len(images), self.feature_dim]}; pool and "
                 "flatten them"

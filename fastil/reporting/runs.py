@@ -143,16 +143,14 @@ class Run:
 
     def predict(self, paths: PathLike | Iterable[PathLike], step: int = -1) -> list[dict[str, float]]:
         """For each image file the probability of each class seen, the likeliest first."""
-        if isinstance(paths, str | os.PathLike):
-            paths = [paths]
-        import torch
+        from fastil.reporting.prediction import predictions
 
-        network, found = self.network(step), []
-        for path in paths:
-            with torch.no_grad():
-                (row,) = network(torch.from_numpy(network.image(Path(path)).copy())[None]).tolist()
-            order = sorted(range(len(row)), key=lambda c: -row[c])
-            found.append({network.class_names[c]: row[c] for c in order})
+        given = [paths] if isinstance(paths, str | os.PathLike) else paths
+        found = []
+        for one in predictions(self.network(step), map(Path, given)):
+            if one.problem is not None:
+                raise one.problem
+            found.append(one.probabilities)
         return found
 
     def _step(self, step: int) -> int:

@@ -111,7 +111,7 @@ def test_images_of_a_folder_are_classified_as_the_test_images_were(folder, tmp_p
     predicted = [names.index(next(iter(probabilities))) for probabilities in found]
     assert sorted(predicted) == sorted(np.load(run.path / "predictions/step_1.npy")[:, 1].tolist())
     assert all(list(p.values()) == sorted(p.values(), reverse=True) for p in found)
-    assert run.predict(str(files[0])) == run.predict([files[0]]) == found[:1]
+    assert run.predict(str(files[0])) == run.predict([files[0]]) == [pytest.approx(found[0])]  # a batch of another size
     with pytest.raises(UserError, match=r"nowhere\.png: cannot be read \(No such file.*give an image file"):
         run.predict([folder / "nowhere.png"])
     (tmp_path / "text.png").write_text("no image")
