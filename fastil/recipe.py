@@ -161,10 +161,18 @@ class Recipe:
         return self.in_precision(before) if precision == "auto" else self
 
     def shared_by(self, processes: int, before: "Recipe | None" = None) -> "Recipe":
-        """The recipe with what `bn=auto` means for so many processes, or in a run that has begun: `before`."""
+        """The recipe with what `bn=auto` means for so many processes, or in a run that has begun: `before`. One process
+        has whole batches, and a run that it began keeps to them, but for layers from outside. Raises UserError for
+        batches that are too small to be shared out."""
+        batch = self.train.batch_size
+        if batch < 2 * processes and processes > 1:
+            raise UserError(
+                f"batch_size={batch}: too few images for {processes} processes; start at most {max(1, batch // 2)}, or "
+                f"raise batch_size"
+            )
         if self.train.bn != "auto":
             return self
-        enough = processes == 1 or self.train.batch_size // processes >= LOCAL_BN
+        enough = ":" in self.model.model if processes == 1 else batch // processes >= LOCAL_BN
         bn: Literal["auto", "local", "sync"] = "local" if enough else "sync"
         if before is not None and before.train.bn != "auto":
             bn = before.train.bn
@@ -193,7 +201,7 @@ class Recipe:
         """The keys that decide what is trained; None for those that nothing reads with the others as they are."""
         ignored = RUNTIME_KEYS if seed else RUNTIME_KEYS | {"seed"}
         keys = {key: value for key, value in self.keys().items() if key not in ignored}
-        keys |= {"bn": "local"} if keys["bn"] == "auto" else {}  # as one process has it
+        keys |= {"bn": "sync"} if keys["bn"] == "auto" else {}  # as one process has it
         code = {f"code of {key}": value[:12] for key, value in self.sources.items() if value is not None}
         return {key: None if self.reader(key) else value for key, value in keys.items()} | code
 

@@ -94,8 +94,8 @@ class ProtocolFile(_Content):
 
     @property
     def all_ranks(self) -> list[int]:
-        """The numbers of processes that have trained it, ascending."""
-        return sorted({*self.ranks_so_far, self.ranks})
+        """The numbers of processes that have trained it, each once, in the order in which they came."""
+        return list(dict.fromkeys([*self.ranks_so_far, self.ranks]))
 
     @pydantic.model_validator(mode="after")
     def named(self) -> "ProtocolFile":

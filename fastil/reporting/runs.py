@@ -204,6 +204,8 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         run.recipe.identity(seed=False)
         | {"images": f"{run.dataset_name} (sha256 {run.image_hashes[0][:6]})"}
         | {"loader": " and ".join(other_pixels(run.protocol)) or None}
+        | {"processes": " and ".join(map(str, run.protocol.all_ranks))}  # another computation, or at least rounding
+        | {"bn": "local" if run.protocol.bn == "local" and max(run.protocol.all_ranks) > 1 else None}
         for run in runs
     ]
     for run, identity in zip(runs, identities, strict=True):

@@ -138,7 +138,8 @@ class RunDirectory:
             return protocol
         before = read_protocol(self.path)
         _check_images(self.path, before, protocol)
-        protocol = protocol.model_copy(update={"ranks_so_far": sorted({*before.all_ranks, protocol.ranks})})
+        so_far = list(dict.fromkeys([*before.all_ranks, protocol.ranks]))
+        protocol = protocol.model_copy(update={"ranks_so_far": so_far})
         if not before.dataset.read_by:
             return protocol
         read_by = sorted({*before.dataset.read_by, *protocol.dataset.read_by})

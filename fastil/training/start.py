@@ -11,6 +11,7 @@ from fastil.device import keep_freed_memory, pick_device
 from fastil.errors import UserError
 from fastil.recipe_file import load, run_named
 from fastil.reporting.runs import PathLike, Run
+from fastil.text import say
 from fastil.training.experiment import Experiment
 from fastil.training.trainer import Stopped
 
@@ -51,7 +52,7 @@ def run(
         data = None if data is None else os.fspath(data)
         return train(os.fspath(recipe), settings, out, resume, base, data=data)
     except UserError as error:
-        raise UserError(_in_python(str(error))) from error
+        raise UserError(_in_python(str(error))) from None
     except Interrupted as error:
         error.args = (_in_python(str(error)),)
         raise
@@ -74,6 +75,8 @@ def train(
     keep_freed_memory()
     finished = False
     with ranks.together(pick_device(recipe.train.device)):
+        if not ranks.first() and ranks.on_this_machine()[0] == 0:  # else this machine would show nothing
+            say(f"rank {ranks.rank()} of {ranks.count()}; what there is to say is said by rank 0")
         experiment = Experiment(recipe, path, resume, None if base is None else Path(base))
         try:
             experiment.run()

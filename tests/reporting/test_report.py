@@ -53,6 +53,15 @@ def test_two_runs_of_one_seed_that_came_to_different_results_are_refused(tmp_pat
         write_report(runs, None, False)
 
 
+def test_runs_of_other_numbers_of_processes_stand_apart(tmp_path):
+    runs = [make_run(tmp_path / name, top1, "loss=softmax") for name, top1 in (("one", 50.0), ("two", 60.0))]
+    path = runs[1] / "protocol.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ranks": 2, "ranks_so_far": [1, 2], "bn": "sync"}))
+    text = write_report(runs, None, False)[0]
+    assert "| digits, softmax, processes=1 " in text, text
+    assert "| digits, softmax, processes=1 and 2 " in text, text
+
+
 def test_a_difference_of_one_seed_has_no_deviation(tmp_path):
     runs = [
         make_run(tmp_path / f"{loss}{seed}", top1 + seed, f"loss={loss}", f"seed={seed}")

@@ -526,7 +526,9 @@ def test_the_number_of_processes_that_trained_a_run_is_not_forgotten(whole, tmp_
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     content = json.loads((run / "protocol.json").read_text())
-    assert (content["ranks"], content["ranks_so_far"]) == (1, [1])
+    assert (content["bn"], content["ranks"], content["ranks_so_far"]) == ("sync", 1, [1])
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("bn: sync", "bn: local"))
     for so_far, there in (([2], [2]), ([], [2])):  # the first versions had `ranks` alone
         (run / "protocol.json").write_text(json.dumps(content | {"ranks": 2, "ranks_so_far": so_far}))
         fastil.run("digits", out=run, resume=True, **SETTINGS)  # finished: nothing is trained
@@ -536,7 +538,7 @@ def test_the_number_of_processes_that_trained_a_run_is_not_forgotten(whole, tmp_
     for path in ("checkpoints/last.pt", "checkpoints/state_2.pt"):
         (run / path).unlink()
     fastil.run("digits", out=run, resume=True, **SETTINGS)
-    assert Run(run).protocol.all_ranks == [1, 2]
+    assert Run(run).protocol.all_ranks == [2, 1]
     assert Run(run).protocol.ranks == 1
 
 

@@ -58,6 +58,14 @@ def test_a_part_of_the_machine_and_of_the_batch_is_what_each_process_has_to_do_w
         capacity.check_batch(recipe, steps, (8, 8), cpu, handed_on=1000)
 
 
+def test_batches_that_cannot_be_shared_out_are_refused_and_one_process_keeps_to_whole_ones():
+    recipe = load("digits", ["batch_size=64"])
+    assert [recipe.shared_by(n).train.bn for n in (1, 2, 3, 32)] == ["sync", "local", "sync", "sync"]
+    with pytest.raises(UserError, match="batch_size=64: too few images for 33 processes; start at most 32, or raise"):
+        recipe.shared_by(33)
+    assert recipe.shared_by(2, before=recipe.shared_by(1)).train.bn == "sync"
+
+
 def test_a_launcher_that_does_not_say_how_many_are_on_a_machine_has_one_on_each(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
