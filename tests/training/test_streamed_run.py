@@ -173,7 +173,8 @@ def test_a_run_tells_every_loader_that_has_read_its_images_over_resumes(file, tm
     for now in (elsewhere, before):  # there, and back again
         directory = RunDirectory(out, resume=True)
         state = directory.read(directory.last, torch.device("cpu"))
-        directory.begin(recipe, directory.check(recipe, now), state)
+        with directory.held():
+            directory.begin(recipe, directory.check(recipe, now), state)
         assert read_protocol(out).dataset.read_by == ["dali", "threads"]
         assert "loader=dali" in read_effective(out / "recipe.yaml").fidelity
     counts = np.bincount(Beton(file).labels).tolist()
