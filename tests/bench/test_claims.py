@@ -44,3 +44,9 @@ def test_what_failed_there_is_not_measured(tmp_path):
     missing = "not measured: train_step.json"
     assert found(tmp_path)[:8] == ["holds", "holds", *[missing] * 6]
     assert set(found(tmp_path)[8:]) == {"not measured: train_step_resnet18.json", "not measured: streamed.json"}
+
+
+def test_a_cpu_proves_and_refutes_nothing(tmp_path):
+    content = figures(68_000.0, 43_000.0, 33_000.0, 70_000.0) | {"machine": {"device": "CPU (1 threads)"}}
+    (tmp_path / "train_step.json").write_text(json.dumps(content))
+    assert {verdict.partition(":")[0] for verdict in found(tmp_path)} == {"not measured"}
