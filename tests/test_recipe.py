@@ -212,7 +212,7 @@ WRONG = [
     "meta_bounds=[2, 3]", "temperature=1e30", "alpha=1e-50",
     "mean=[1, 2]", "mean=0.5", "mean=[a, b, c]", "std=[1, 1, 0]", "std=[1, 1, -1]", "data=5", "data=[a]",
     "order=5", "order=[true]", "order=[[1]]", "order={a: 1}", "base_classes=half", "increment=2.5",
-    "exemplars_per_class=0", "exemplars_per_class=many", "exemplar_selection=best", "memory_budget=-5",
+    "exemplars_per_class=-1", "exemplars_per_class=many", "exemplar_selection=best", "memory_budget=-5",
     "model=resnet50", "last_relu=3", "method=lucir2", "loss=balansed", "loss=[softmax,\n balanced]",
     "alpha=0", "alpha=-1", "alpha=big", "temperature=0", "epochs=0", "epochs=-1", "epochs=2.5", "epochs=1e1",
     "epochs=[3]", "epochs=", "base_epochs=0", "batch_size=1", "batch_size=0", "lr=0", "lr=-0.1", "lr=fast", "lr=",
