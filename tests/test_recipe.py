@@ -513,6 +513,10 @@ READ = {
     "nca_variant=released": ([["loss=balanced"]], [NCA]),
     "meta_lr=0.5": ([["loss=balanced"]], [["loss=meta_balanced"]]),
     "finetune_epochs=3": ([["correction=none"]], [["correction=balanced_finetuning"]]),
+    "exemplar_selection=random": (
+        [["loss=softmax", "exemplars_per_class=0"]],
+        [["exemplars_per_class=1"], ["exemplars_per_class=null", "memory_budget=10"]],
+    ),
     "nme_mirrored=false": ([["predictor=cnn"]], [["predictor=nme"]]),
     "proxies=3": ([["head=linear"], COSINE], [["head=proxies"]]),
     "milestones=[0.5]": ([["schedule=cosine"]], [["schedule=multistep"]]),
