@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from fastil import kernels
@@ -23,9 +23,9 @@ GRAM_BYTES = 64 * 2**20  # Gram matrices of as many classes as fit in this are b
 class MemoryConfig:
     """Size and choice of the rehearsal memory (section 3.1; its size is varied in section 4.3.1, Table 3)."""
 
-    exemplars_per_class: Annotated[  # R, growing memory
-        PositiveInt | None,
-        Field(description="an integer above 0, or null if memory_budget is set: all methods rehearse some exemplars"),
+    exemplars_per_class: Annotated[  # R, growing memory; 0: none, for methods that can do without
+        NonNegativeInt | None,
+        Field(description="an integer of at least 0, or null if memory_budget is set"),
     ] = 20
     memory_budget: PositiveInt | None = None  # fixed total instead: budget // classes seen for each class
     exemplar_selection: Literal["herding", "random"] = "herding"

@@ -63,6 +63,7 @@ READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
     "nca_margin": (lambda k: k["loss"] == "nca" and k["nca_variant"] == "paper", "loss=nca nca_variant=paper"),
     "nca_": (lambda k: k["loss"] == "nca", "loss=nca"),
     "meta_": (lambda k: k["loss"] == "meta_balanced", "loss=meta_balanced"),
+    "exemplar_selection": (lambda k: k["exemplars_per_class"] != 0, "exemplars_per_class=20"),
     "finetune_": (lambda k: k["correction"] == "balanced_finetuning", "correction=balanced_finetuning"),
     "nme_": (lambda k: k["predictor"] == "nme", "predictor=nme"),
     "proxies": (lambda k: k["head"] == "proxies", "head=proxies"),

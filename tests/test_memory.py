@@ -121,7 +121,6 @@ def test_a_budget_smaller_than_the_classes_is_one_clear_error():
     [
         ({"exemplars_per_class": 20, "memory_budget": 2000}, "exactly one"),
         ({"exemplars_per_class": None}, "exactly one"),
-        ({"exemplars_per_class": 0}, "exemplars_per_class=0"),
         ({"exemplars_per_class": -3}, "exemplars_per_class=-3"),
         ({"exemplars_per_class": None, "memory_budget": 0}, "memory_budget=0"),
     ],

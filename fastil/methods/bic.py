@@ -54,6 +54,7 @@ class BiC(Method):
     """Distillation, then a bias correction. beta, gamma: [W], 1 and 0 where nothing is corrected."""
 
     name = "bic"
+    needs_exemplars = True
     base_training = CROSS_ENTROPY
     Config = BiCConfig
     config: BiCConfig

@@ -68,7 +68,8 @@ class ClassificationLoss:
         self.num_old.fill_(context.num_old)
         self.num_seen.fill_(context.num_seen)
         self.is_old.copy_(torch.arange(len(counts)) < context.num_old)
-        self.prior_without_alpha.copy_(log_prior(counts if self.config.balanced else (counts > 0).long()))
+        seen = torch.arange(len(counts)) < context.num_seen  # old classes without exemplars among them
+        self.prior_without_alpha.copy_(log_prior(counts if self.config.balanced else seen.long()))
         self.set_log_alpha(torch.full_like(self.log_alpha, math.log(self.config.alpha)))
         if self.config.loss == "rescaled":
             # N / (K n_y): the weights of the training images have mean 1. Equal counts give exactly 1.

@@ -60,6 +60,9 @@ class Method:
     freezes_old_rows: ClassVar[bool] = False  # whether the head's rows of old classes stay as they are in training
     holds_out: ClassVar[bool] = False  # whether images of every class are held out for a stage after training
     clamp: ClassVar[float | None] = None  # the largest magnitude of an element of a gradient
+    uses_teacher: ClassVar[bool] = True  # whether the loss compares with the network of the step before
+    needs_exemplars: ClassVar[bool] = False  # whether it cannot do without a rehearsal memory
+    is_joint: ClassVar[bool] = False  # whether each step trains a new network, on all images of the classes seen
     distils_logits: bool = True
     reads_maps: ClassVar[bool] = False  # whether the loss reads the outputs of the backbone's stages
 

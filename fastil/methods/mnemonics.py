@@ -58,6 +58,7 @@ class Mnemonics(Lucir):
     """LUCIR, or LwF on its head, with exemplars whose pixels are learned after each step."""
 
     name = "mnemonics"
+    needs_exemplars = True
     Config = MnemonicsConfig
     config: MnemonicsConfig
 

@@ -51,6 +51,7 @@ class Tpcil(Lucir):
     edge. vertices: [W, d], of length 1."""
 
     name = "tpcil"
+    needs_exemplars = True
     Config = TpcilConfig
     config: TpcilConfig
 

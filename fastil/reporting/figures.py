@@ -12,6 +12,8 @@ from fastil import files
 from fastil.reporting.runs import Run, alpha_paths, geometric_mean
 from fastil.text import plain
 
+LINES = {"joint": "--", "finetune": ":"}  # of the reference lines
+
 
 def draw_run(path: Path) -> None:
     """The figures of one run directory: accuracy.png, confusion_step_K.png and, where alpha was learned, alpha.png."""
@@ -36,7 +38,10 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path, then: str = files.RE
         classes = [step.classes_seen for step in runs[0].results.steps[:length]]
         mean = curves.mean(axis=0)
         shown = textwrap.fill(f"{label} ({curves.mean():.1f})", 60)  # all that was modified can be long
-        (line,) = axes[0].plot(classes, mean, marker="o", linestyle=("-", "--", ":")[i // 10 % 3], label=shown)
+        look: dict[str, Any] = {"marker": "o", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+        if runs[0].reference is not None:
+            look = {"color": "grey", "marker": ".", "linestyle": LINES[runs[0].reference]}
+        (line,) = axes[0].plot(classes, mean, label=shown, **look)
         if len(runs) > 1:
             deviation = curves.std(axis=0, ddof=1)
             axes[0].fill_between(classes, mean - deviation, mean + deviation, alpha=0.2, color=line.get_color())

@@ -23,6 +23,7 @@ from fastil.text import plain
 
 COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
 DASHES = ("", "7 4", "2 3")  # of the lines beyond the tenth, and beyond the twentieth
+LINES = {"joint": Style("#888888", "9 3"), "finetune": Style("#888888", "2 3")}  # of the reference lines
 CURVES = {"top1": "All classes seen", "top1_old": "Classes of earlier steps", "top1_new": "Classes of this step"}
 
 TEMPLATES = jinja2.Environment(
@@ -96,9 +97,9 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
     table. Raises UserError for a damaged file."""
     parts = by_images(groups)
     styles = {
-        label: Style(COLOURS[i % 10], DASHES[i // 10 % 3])
+        label: LINES.get(runs[0].reference or "", Style(COLOURS[i % 10], DASHES[i // 10 % 3]))
         for of_dataset in parts.values()
-        for i, label in enumerate(of_dataset)
+        for i, (label, runs) in enumerate(of_dataset.items())
     }
     alphas = {label: {run.results.seed: alpha_paths(run) for run in runs} for label, runs in groups.items()}
     document = TEMPLATES.get_template("page.html").render(

@@ -10,7 +10,7 @@ DATASETS = ("cifar100", "subimagenet", "imagenet")
 STEPS = ("5", "10")
 ORDER = (
     "icarl", "icarl_bce", "bic", "lucir", "mnemonics", "podnet", "tpcil", "il_baseline", "balanced", "meta",
-    "lucir_balanced", "podnet_balanced",
+    "lucir_balanced", "podnet_balanced", "finetune", "joint",
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 ROUNDED = 1e-6  # percent
+REFERENCES = ("joint", "finetune")  # methods that are drawn as lines between which the others lie
 ALWAYS_NAMED = ("method", "model")  # in a label, where they are not the recipe's
 PathLike = str | os.PathLike[str]
 
@@ -91,6 +92,12 @@ class Run:
     def curve(self) -> list[float]:
         """Top-1 over all classes seen after each finished step, percent."""
         return [step.top1 for step in self.results.steps]
+
+    @property
+    def reference(self) -> str | None:
+        """The reference line that the run is, "joint" or "finetune"; None for a run of a method."""
+        method = self.recipe.method.method
+        return method if method in REFERENCES else None
 
     @property
     def total_steps(self) -> int:

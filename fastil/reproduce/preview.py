@@ -87,4 +87,4 @@ def _cost(work: WorkList, job: Job, rates: speed.Rates) -> Cost:
     """What is left of a run, at so many images per second without and with a teacher."""
     left = work.left(job)
     of_base = min(left, max(0, job.visits[0] - job.done_visits())) if work.trains_base(job) else 0
-    return of_base / rates.plain, (left - of_base) * (1 + meta_cost(job.recipe)) / rates.distilled
+    return of_base / rates.plain, (left - of_base) * (1 + meta_cost(job.recipe)) / rates.later(job.recipe)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastil.reporting.figures import new_figure, save_figure
+from fastil.reporting.figures import LINES, new_figure, save_figure
 from fastil.reporting.runs import Run
 from fastil.reproduce.tables import Entry, Found, Table, published_of
 
@@ -23,12 +23,18 @@ def draw(table: Table, found: Found, path: Path) -> None:
     figure, axes = new_figure(len(groups))
     theirs = f"published{published_of(table, found)}"
     for axis, steps in zip(axes, groups, strict=True):
-        entries = [entry for entry in table.entries if entry.steps == steps]
-        runs = {entry.row: list(found[entry.row, steps].values()) for entry in entries}
+        of_steps = [entry for entry in table.entries if entry.steps == steps]
+        entries = [entry for entry in of_steps if not entry.reference]
+        runs = {entry.row: list(found[entry.row, steps].values()) for entry in of_steps}
         if table.over is None:
             draw_bars(axis, entries, runs, theirs)
         else:
             draw_curves(axis, entries, runs, theirs, table.over)
+        for entry in of_steps:
+            if entry.reference and runs[entry.row]:
+                draw_line = axis.axvline if table.over is None else axis.axhline
+                mean = statistics.mean(METRICS["average"][1](run) for run in runs[entry.row])
+                draw_line(mean, color="grey", linestyle=LINES[entry.row], label=entry.label)
         axis.plot([], [], color="grey", linewidth=3, alpha=0.5, label="range over seeds")
         axis.set_title(f"{steps} incremental steps")
         axis.grid(alpha=0.3)

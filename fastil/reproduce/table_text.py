@@ -20,6 +20,7 @@ from fastil.reproduce.tables import (
     finished_runs,
     modified,
     on_paper_data,
+    only,
     precision_of,
     published_of,
 )
@@ -79,10 +80,11 @@ def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]
 
 
 def write(table: Table, out: Path, asked: Sequence[Entry] | None = None) -> str:
-    """TABLE-SCALE.md, .csv and .png in `out`; returns the text. asked: the entries that were asked for, all by default;
-    others stand there where they have runs."""
+    """TABLE-SCALE.md, .csv and .png in `out`; returns the text. asked: the entries that were asked for, by default all
+    but the reference lines; others stand there where they have runs."""
     found, precision = finished_runs(table, out), precision_of(table.entries, out)
-    left_out = [e for e in table.entries if asked is not None and e not in asked and not found[e.row, e.steps]]
+    asked = only(table, ()) if asked is None else asked
+    left_out = [e for e in table.entries if e not in asked and not found[e.row, e.steps]]
     table = replace(table, entries=[entry for entry in table.entries if entry not in left_out])
     rows, paired = rows_of(table, found)
     shown = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in rows)]  # no columns of dashes

@@ -35,6 +35,7 @@ class Entry:
     published: dict[str, float]
     scaled: tuple[str, ...] = ()
     quoted: bool = False  # the published numbers are of another protocol
+    reference: bool = False  # a line that is not in the paper; trained only where it is named
     scale_folder: str = ""  # of the runs of its scale, in `out`; older scales have none
 
     def folder(self, out: Path, seed: int) -> Path:
@@ -105,6 +106,14 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
         if lines_of in line.get("scales", [lines_of])
     ]
     head = content["tables"][name]
+    for steps in sorted({entry.steps for entry in entries}):
+        for row, label in content.get("references", {}).items():
+            recipe, overrides = trained(row, steps)
+            scaled = tuple(f"{key}={value}" for key, value in of_scale(row).items())
+            folder = settings.get("folder", "")
+            entries.append(
+                Entry(row, recipe, overrides, steps, label, None, {}, scaled, reference=True, scale_folder=folder)
+            )
     return Table(
         name=name,
         title=head["title"],
@@ -119,8 +128,8 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
 
 
 def only(table: Table, wanted: Sequence[str], steps: int | None = None) -> list[Entry]:
-    """The entries that `wanted` names, with so many incremental steps; all of them where neither is given. A text of
-    `wanted` holds one name (see `_named`) or several with commas."""
+    """The entries that `wanted` names, with so many incremental steps; all but the reference lines where neither is
+    given. A text of `wanted` holds one name (see `_named`) or several with commas."""
     entries = [entry for entry in table.entries if steps in (None, entry.steps)]
     if not entries:
         there = " or ".join(str(number) for number in sorted({entry.steps for entry in table.entries}))
@@ -136,7 +145,7 @@ def only(table: Table, wanted: Sequence[str], steps: int | None = None) -> list[
                 raise UserError(_unknown(table, entries, parts[0].strip()))
             chosen += found
             parts = parts[count:]
-    return [entry for entry in entries if entry in chosen or not wanted]
+    return [entry for entry in entries if entry in chosen or not (wanted or entry.reference)]
 
 
 def seed_of(wanted: Sequence[str]) -> int | None:
@@ -234,6 +243,8 @@ def published_of(table: Table, found: Found) -> str:
 
 def modified(table: Table, entry: Entry, runs: Iterable[Run]) -> str:
     """What sets the runs of a row apart from those that its published number is of; "unchanged" where nothing does."""
+    if entry.reference:
+        return "not in the paper"
     changes = [*entry.scaled, *([] if table.on_paper_data else ["another protocol and schedule"])]
     if not all(on_paper_data(run) for run in runs):
         changes.append("other data")

@@ -76,7 +76,7 @@ def plan_text(recipe: Recipe) -> str:
 
     def seconds(rates: Rates) -> float:
         return sum(
-            (plan.visits * (1 + meta) + plan.finetune_visits + plan.memory_visits) / rates.distilled
+            (plan.visits * (1 + meta) + plan.finetune_visits + plan.memory_visits) / rates.later(recipe)
             if plan.step
             else (plan.visits + plan.memory_visits) / rates.plain
             for plan in steps
@@ -103,7 +103,7 @@ def plan_text(recipe: Recipe) -> str:
     learned = sum(plan.memory_visits for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
     method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
-    slow = precision_note(precision, device)
+    slow, quota = precision_note(precision, device), memory.quota(len(protocol.order))
     lines = [
         f"{recipe.name}: {recipe.description}",
         f"data         {source}, {size[0]}x{size[1]}, {place}",
@@ -121,7 +121,7 @@ def plan_text(recipe: Recipe) -> str:
         f"image visits {sum(plan.visits for plan in steps):,} in {sum(plan.iterations for plan in steps):,} iterations"
         + (f", and {finetuned:,} in balanced finetuning" if finetuned else "")
         + (f", and {learned:,} to learn exemplars" if learned else ""),
-        f"exemplars    {memory.quota(len(protocol.order))} per class at the end, by {memory.exemplar_selection}{kept}",
+        f"exemplars    {f'{quota} per class at the end, by {memory.exemplar_selection}{kept}' if quota else 'none'}",
         f"estimated    {duration(seconds(timed.now))} on {device_name(device)}, {eager}: {timed.now.plain:,.0f} "
         f"images/s, {timed.now.distilled:,.0f} with the teacher, timed now over a few steps{reading}",
         *([] if timed.quiet is None else [busy(timed.others, duration(seconds(timed.quiet)))]),

@@ -146,11 +146,15 @@ class Experiment:
         self.progress.say(messages.of_step(self.parts.results[-1], self.clock.trained(plan.step)))
 
     def open_classes(self, plan: StepPlan) -> Position:
-        """Freeze the teacher and initialise the head's rows of the new classes; a base step may be another run's."""
+        """Freeze the teacher and initialise the head's rows of the new classes; a base step may be another run's. In
+        joint training the network is a new one, with all of its rows."""
         self.trainer.begin_step()
         generator = torch.Generator().manual_seed(init_seed(self.recipe.train.seed, plan.step))
-        student = self.trainer.student
-        self.method.open_classes(student, plan.classes_old, plan.classes_seen, generator, self.extractor)
+        student, first = self.trainer.student, plan.classes_old
+        if self.method.is_joint:
+            fresh, first = self.recipe.build_network(len(self.protocol.order), self.recipe.train.seed), 0
+            student.load_state_dict(fresh.state_dict())
+        self.method.open_classes(student, first, plan.classes_seen, generator, self.extractor)
         if self.shared_base is None or plan.step > 0:
             return Position(plan.step)
         student.load_state_dict(self.shared_base.weights)

@@ -79,7 +79,7 @@ class Phases:
             epochs=epochs,
             schedule=lambda epoch: config.learning_rate(epoch, epochs),
             method=self.method,
-            teacher=step > 0,
+            teacher=step > 0 and self.method.uses_teacher,
             observed=partial(self.observed, step),
             **extra,
         )
@@ -115,4 +115,5 @@ class Phases:
             schedule=correction.learning_rate,
             method=self.method,
             bn_mode=correction.finetune_bn,
+            teacher=self.method.uses_teacher,
         )

@@ -23,6 +23,10 @@ class Rates(NamedTuple):
     plain: float
     distilled: float
 
+    def later(self, recipe: Recipe) -> float:
+        """Return the rate of a recipe's incremental steps."""
+        return self.distilled if recipe.procedure.uses_teacher else self.plain
+
 
 @dataclass(frozen=True)
 class Speeds:

@@ -24,7 +24,7 @@ class StepPlan:
     new_classes: int
     classes_seen: int
     new_images: int
-    exemplars: int  # of old classes, rehearsed in this step
+    exemplars: int  # of old classes, rehearsed in this step; in joint training all of their images
     exemplars_per_class: int  # at most; fewer where a class has fewer images
     held_out: int  # images of both that are held out of training, for Meta's B_t or BiC
     epochs: int
@@ -50,6 +50,8 @@ def effective_steps(
     after days of training.
     """
     smallest = recipe.memory.quota(len(protocol.order))
+    if smallest == 0:
+        check_without_memory(recipe)
     holds_out = recipe.holds_out and len(protocol.steps) > 1
     meta = recipe.loss.loss == "meta_balanced"
     who = f"loss={recipe.loss.loss}" if meta or not holds_out else f"method={recipe.method.method}"
@@ -70,8 +72,9 @@ def effective_steps(
     plans: list[StepPlan] = []
     config, seen = recipe.train, 0
     for step, classes in enumerate(protocol.steps):
-        quota = recipe.memory.quota(seen) if seen else 0
-        exemplars = int(np.minimum(train_counts[protocol.order[:seen]], quota).sum())
+        quota, of_old = recipe.memory.quota(seen) if seen else 0, train_counts[protocol.order[:seen]]
+        rehearsed = int(of_old.max(initial=0)) if recipe.procedure.is_joint else quota
+        exemplars = int(np.minimum(of_old, rehearsed).sum())
         new_images = int(train_counts[classes].sum())
         epochs = config.epochs_of(step)
         per_class = recipe.held_out(quota or recipe.memory.quota(len(classes))) if holds_out else 0
@@ -89,7 +92,7 @@ def effective_steps(
                 classes_seen=seen,
                 new_images=new_images,
                 exemplars=exemplars,
-                exemplars_per_class=quota,
+                exemplars_per_class=rehearsed,
                 held_out=held_out,
                 epochs=epochs,
                 iterations=epochs * batches,
@@ -101,6 +104,26 @@ def effective_steps(
             )
         )
     return plans
+
+
+def check_without_memory(recipe: Recipe) -> None:
+    """Raise UserError for what a recipe with exemplars_per_class=0 has and cannot do without exemplars."""
+    keeps_images = recipe.procedure.is_joint
+    needs = {
+        f"loss={recipe.loss.loss}": recipe.loss.balanced and not keeps_images,  # log 0
+        f"method={recipe.method.method}": recipe.procedure.needs_exemplars,
+        f"sampler={recipe.sampler.sampler}": recipe.sampler.sampler != "uniform" and not keeps_images,
+        f"correction={recipe.correction.correction}": recipe.correction.correction != "none",
+        f"predictor={recipe.evaluation.predictor}": recipe.evaluation.predictor == "nme",
+    }
+    instead = {"loss": "loss=softmax", "method": "another method", "sampler": "sampler=uniform"}
+    instead |= {"correction": "correction=none", "predictor": "predictor=cnn"}
+    for setting in (setting for setting, needed in needs.items() if needed):
+        key = setting.partition("=")[0]
+        raise UserError(
+            f"exemplars_per_class=0 with {setting}: needs images of the old classes; raise exemplars_per_class, or set "
+            f"{instead[key]}"
+        )
 
 
 def run_flops(steps: Sequence[StepPlan], forward: int) -> float:

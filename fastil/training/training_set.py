@@ -46,11 +46,14 @@ class Rehearsal:
         return num_old, num_old + len(self.steps[step])
 
     def training_set(self, step: int) -> tuple[Ids, Ids]:
-        """Return the ids to train on, new classes and exemplars of old ones, and the held-out ids of both (Meta's B_t,
-        BiC's validation images)."""
+        """Return the ids to train on, new classes and exemplars of old ones (in joint training all of their images),
+        and the held-out ids of both (Meta's B_t, BiC's validation images)."""
         num_old, num_seen = self.num_classes(step)
         new = [self.dataset.train.of_class(c) for c in self.steps[step]]
-        ids, held_out = np.concatenate([*new, self.memory.ids()]), np.empty(0, dtype=np.int64)
+        old = [self.memory.ids()]
+        if self.recipe.procedure.is_joint:
+            old = [self.dataset.train.of_class(c) for c in self.protocol.order[:num_old]]
+        ids, held_out = np.concatenate([*new, *old]), np.empty(0, dtype=np.int64)
         if self.recipe.reserves:
             held_out = self.reserved(self.protocol.order[:num_seen], num_old or num_seen)
             ids = ids[~np.isin(ids, held_out)]
@@ -84,7 +87,9 @@ class Rehearsal:
         if self.recipe.reserves:
             reserved = self.reserved(classes, num_old or num_seen)
             ids = [i[~np.isin(i, reserved)] for i in ids]
-        if self.recipe.memory.exemplar_selection == "herding":
+        if quota == 0:
+            chosen = [i[:0] for i in ids]
+        elif self.recipe.memory.exemplar_selection == "herding":
             features = torch.split(self.network.training_features(np.concatenate(ids)), [len(i) for i in ids])
             picked = ranks.from_first(lambda: memory.herd_classes(features, quota))
             chosen = [i[rank] for i, rank in zip(ids, picked, strict=True)]

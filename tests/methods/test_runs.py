@@ -42,6 +42,8 @@ METHODS = {
     "podnet_balanced": ["method=podnet", "loss=balanced", *PROXIES],
     "bic_reserved": ["method=bic", "bic_validation=reserved"],
     "tpcil": ["method=tpcil", "loss=softmax", *COSINE],
+    "finetune": ["method=finetune", "loss=softmax"],
+    "joint": ["method=joint", "loss=softmax"],
     "wa": ["method=wa", "loss=softmax", "epochs=10"],  # scaling helps once the new rows have grown
 }  # fmt: skip
 SHORT = [
@@ -124,7 +126,8 @@ def test_memory_and_head_have_the_right_shapes(finished):
     assert head.shape == ((16, 3, 64) if name.startswith("podnet") else (16, 64))
     assert head[:10].flatten(1).any(1).all()
     assert not head[10:].any()
-    assert ("head.scale" in weights) == (name not in ("icarl", "icarl_bce", "bic", "bic_all", "bic_reserved", "wa"))
+    linear = ("icarl", "icarl_bce", "bic", "bic_all", "bic_reserved", "finetune", "joint", "wa")
+    assert ("head.scale" in weights) == (name not in linear)
 
 
 @pytest.mark.parametrize("turn", range(len(STOPS) if SOAK else 1))

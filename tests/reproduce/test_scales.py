@@ -26,7 +26,7 @@ TABLES = ["table1", "table2", "table3", "table4"]
 
 def pairs(name):
     """The lines of a table at the short scale, next to those at the paper's, with their recipes."""
-    short, paper = (tables.table_of(tables.read_tables(), name, scale).entries for scale in ("short", "paper"))
+    short, paper = (tables.only(tables.table_of(tables.read_tables(), name, s), []) for s in ("short", "paper"))
     loaded = [[recipe_file.load(entry.recipe, entry.overrides) for entry in entries] for entries in (short, paper)]
     return list(zip(short, paper, *loaded, strict=True))
 

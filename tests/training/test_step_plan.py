@@ -52,6 +52,7 @@ def rows(plans):
 EVEN = [30] * 10
 UNEVEN = [31, 2, 17, 40, 1, 9, 23, 5, 12, 8]  # two classes have fewer images than a quota of 3 or more
 MEMORIES = [
+    {"exemplars_per_class": 0, "loss": "softmax"},
     {"exemplars_per_class": 1},
     {"exemplars_per_class": 4},
     {"exemplars_per_class": 100},  # more than any class has
