@@ -95,6 +95,9 @@ def test_recipes_lists_the_published_numbers(fastil):
         assert [cell.strip() for cell in line.group().split("|")][3:9] == numbers
     assert re.search(r"^\| tpcil .* approximation;", process.stdout, re.MULTILINE)
     assert re.search(r"^\| digits ", process.stdout, re.MULTILINE)
+    assert re.search(r"^\| b0_20_r20 +\| from scratch 20 x 5 with R = 20 ", process.stdout, re.MULTILINE)
+    assert re.search(r"^\| wa +\| 72.81 ± 0.28 +\| 69.46 ± 0.29 +\| 67.33 ± 0.15 +\|", process.stdout, re.MULTILINE)
+    assert len(process.stdout.splitlines()) < 60
 
 
 def test_doctor_names_what_is_missing_and_how_to_get_it(fastil):
