@@ -168,7 +168,7 @@ def test_a_published_number_stands_only_beside_the_recipe_it_belongs_to(tmp_path
         (["run", "digits", "method=lucir", "head=cosine", "lucir_rivals=1e30"], ["lucir_rivals=1e+30", "an integer"]),
         (["run", "digits", "lr=12:30:45"], ["lr=12:30:45", "a number above 0"]),
         (["run", "digits", "lr=!!int abc"], ["lr=!!int abc", "tags"]),
-        (["run", "digits", "subset=lucir", "order=lucir"], ["subset and order"]),
+        (["run", "digits", "subset=lucir", "order=natural"], ["subset=lucir with order=natural", "subset=null"]),
         (["run", "digits", "subset=lucir"], ["ImageNet's 1000"]),
         (["run", "digits", "order=icarl"], ["order=icarl", "100 classes"]),
         (["run", "digits", "memory_budget=100"], ["exemplars_per_class", "memory_budget"]),

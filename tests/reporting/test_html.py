@@ -93,7 +93,9 @@ def test_it_shows_what_the_runs_hold(runs, tmp_path):
 def test_seeds_with_an_order_of_their_own_are_told_apart(runs, tmp_path):
     """The classes of one seed were shown for all."""
     shown = [
-        words for words in page_of(sorted(runs.glob("balanced*")), tmp_path / "one")[1].texts if "Classes of" in words
+        words
+        for words in page_of(sorted(runs.glob("balanced*")), tmp_path / "one")[1].texts
+        if "Classes of each step" in words
     ]
     assert shown == ["Classes of each step"]
     steps = json.loads((runs / "balanced-s1/protocol.json").read_text())["steps"][::-1]
