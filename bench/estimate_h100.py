@@ -31,7 +31,6 @@ from fastil.methods.il_baseline import ILBaseline
 from fastil.models import ModelConfig, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import Key, Transform, training_plan
-from fastil.protocol import build_protocol
 from fastil.recipe_file import load
 from fastil.text import duration, format_table, say
 from fastil.training.phases import Phase
@@ -187,7 +186,7 @@ def row_of(name: str) -> Row:
     recipe = load(name)
     known = table()[recipe.data.dataset]
     counts = np.full(known.classes, known.per_class)
-    protocol = build_protocol(recipe.protocol, known.classes, known.class_names)
+    protocol = recipe.build_protocol(known.classes, known.class_names)
     steps = effective_steps(recipe, protocol, counts)
     size, model = known.shape[0], recipe.model.model
     parts = {part: kernels for part, (_, kernels) in generate(model, size, known.classes).items()}

@@ -38,7 +38,6 @@ from fastil.memory import herd_classes
 from fastil.models import Folded, Output
 from fastil.nearest_mean import class_means
 from fastil.plan import EpochPlan, Key, Transform, training_plan
-from fastil.protocol import build_protocol
 from fastil.recipe import Recipe
 from fastil.recipe_file import load
 from fastil.text import format_table, say
@@ -125,7 +124,7 @@ def measured(work: Callable[[], object]) -> tuple[float, float, float]:
 
 def rehearsal_of(recipe: Recipe, dataset: Dataset, step: int) -> Rehearsal:
     """Return the rehearsal of a run before a step: the first images of each class stand for those that are herded."""
-    protocol = build_protocol(recipe.protocol, len(dataset.class_names), dataset.class_names)
+    protocol = recipe.build_protocol(len(dataset.class_names), dataset.class_names)
     network: FrozenNetwork = None  # type: ignore[assignment]
     rehearsal = Rehearsal(recipe, protocol, dataset, network, print)
     for classes in protocol.steps[:step]:
@@ -175,7 +174,7 @@ def works(path: Path) -> dict[str, Callable[[], object]]:
         batches.close()
 
     def protocol() -> None:
-        found = build_protocol(config.protocol, 1000, dataset.class_names)
+        found = config.build_protocol(1000, dataset.class_names)
         effective_steps(config, found, np.bincount(train.labels), dataset.class_names)
 
     def base_step_features() -> None:

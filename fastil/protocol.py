@@ -24,8 +24,11 @@ SEED = 1993
 IMAGENET_CLASSES = 1000
 # The hash of the wnids of each ImageNet-100 subset, sorted: a data set of 100 classes is one of them by its names.
 SUBSET_HASHES = {"lucir": "fce943fa2f5b", "first100": "e685f52fed13"}
-LUCIR_RUNS = {"lucir": 1, "lucir2": 2, "lucir3": 3}
-ORDERS = "lucir, lucir2, lucir3, icarl, alphabetical, natural, seedN, or a list of class ids or names"
+LUCIR_RUNS = 1000  # orders of LUCIR's stream that have a name
+ORDERS = (
+    f"lucir, lucirN (N from 2 to {LUCIR_RUNS}), per_seed, icarl, alphabetical, natural, seedN, or a list of class ids "
+    "or names"
+)
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,31 @@ class ProtocolConfig:
     """How the classes are divided over the steps."""
 
     order: Annotated[str | list[int | str] | None, Field(description=f"null or {ORDERS}")] = None
-    subset: str | None = None  # lucir | first100: one of the two ImageNet-100 subsets, with its own order
+    subset: str | None = None  # lucir | first100: one of the two ImageNet-100 subsets; `order` is that of its classes
     classes: int | None = None  # only the first so many of the order take part; default: all
     base_classes: int | None = None  # of the base step; default: half of them, or what a list of increments leaves
-    # Classes of each further step, the same number or a list; default: what makes five steps.
+    # Classes of each further step, the same number or a list; a list of all classes begins with the base step. Default:
+    # what makes five steps.
     increment: Annotated[
         Annotated[int, Field(ge=0)] | list[PositiveInt] | None,
         Field(description="an integer of at least 0, a list of integers above 0 such as [3, 3, 1], or null"),
     ] = None
 
 
-def class_order(name_or_list: str | Sequence[int | str], num_classes: int, names: Sequence[str] | None = None) -> Ids:
+def class_order(
+    name_or_list: str | Sequence[int | str], num_classes: int, names: Sequence[str] | None = None, seed: int = 0
+) -> Ids:
     """Return data set ids in the order in which they are learned, int64 [num_classes]: position p holds class order[p].
 
-    "lucir": a shuffle of the ids under seed 1993 (LUCIR, Mnemonics, BiC's ImageNet, PODNet's ImageNet). "lucir2" and
-    "lucir3": the next two shuffles of that stream, as in the second and third run of LUCIR's code. "icarl": the order
-    of iCaRL's Theano code for CIFAR-100, which draws from the same seed after shuffling 500 training indices for each
-    of the 100 classes. "seedN": a permutation under seed N, as PyCIL draws it. "alphabetical": 0, 1, 2, ... "natural":
-    by name, with numbers in names by their value (2 before 10). A list names every class once, by its id (an int) or
-    its name.
+    "lucir": a shuffle of the ids under seed 1993 (LUCIR, Mnemonics, BiC's ImageNet, PODNet's ImageNet). "lucir2",
+    "lucir3", ...: the next shuffles of that stream, as in the second, third, ... run of LUCIR's code. "per_seed": an
+    order for each run, as there: "lucir" with seed 0, "lucir2" with seed 1, and so on. "icarl": the order of iCaRL's
+    Theano code for CIFAR-100, which draws from the same seed after shuffling 500 training indices for each of the 100
+    classes. "seedN": a permutation under seed N, as PyCIL draws it. "alphabetical": 0, 1, 2, ... "natural": by name,
+    with numbers in names by their value (2 before 10). A list names every class once, by its id (an int) or its name.
 
-    names: of the classes, by id; "natural" and a list of names need them. Raises UserError for anything else.
+    names: of the classes, by id; "natural" and a list of names need them. seed: of the run; "per_seed" needs it. Raises
+    UserError for anything else.
     """
     if not isinstance(name_or_list, str):
         return _listed(name_or_list, num_classes, names)
@@ -63,21 +70,35 @@ def class_order(name_or_list: str | Sequence[int | str], num_classes: int, names
         if names is None:
             raise UserError("order=natural: the names of the classes are not known without the images; give --data")
         return np.array(sorted(range(num_classes), key=lambda c: natural_key(names[c])), dtype=np.int64)
-    seed = re.fullmatch(r"seed(0|[1-9][0-9]{0,9})", name_or_list)
-    if seed and int(seed[1]) < 2**32:
-        return np.random.RandomState(int(seed[1])).permutation(num_classes).astype(np.int64)
+    drawn = re.fullmatch(r"seed(0|[1-9][0-9]{0,9})", name_or_list)
+    if drawn and int(drawn[1]) < 2**32:
+        return np.random.RandomState(int(drawn[1])).permutation(num_classes).astype(np.int64)
     if name_or_list == "icarl" and num_classes != 100:
         raise UserError(f"order=icarl: exists for 100 classes only, not for {num_classes}; use order=lucir")
-    if name_or_list not in ("icarl", *LUCIR_RUNS):
-        raise UserError(f"order={shown(name_or_list)}: unknown; use {ORDERS}")
+    run = 1 if name_or_list == "icarl" else _lucir_run(name_or_list, seed)
     random = np.random.RandomState(SEED)
     if name_or_list == "icarl":
         for _ in range(100):
             random.shuffle(np.arange(500))
-    for _ in range(LUCIR_RUNS.get(name_or_list, 1)):  # a shuffle for each run, from one stream
+    for _ in range(run):  # a shuffle for each run, from one stream
         order = np.arange(num_classes, dtype=np.int64)
         random.shuffle(order)
     return order
+
+
+def _lucir_run(name: str, seed: int) -> int:
+    """Return the run of LUCIR's code that has this order, from 1. Raises UserError for the name of none."""
+    if name == "per_seed" and seed >= LUCIR_RUNS:
+        raise UserError(
+            f"order=per_seed: seeds 0 to {LUCIR_RUNS - 1} have an order of their own, seed={seed} has none; choose one "
+            f"of those, or order=seed{seed}"
+        )
+    if name in ("lucir", "per_seed"):
+        return 1 if name == "lucir" else seed + 1
+    number = re.fullmatch("lucir([1-9][0-9]{0,3})", name)
+    if number and 2 <= int(number[1]) <= LUCIR_RUNS:
+        return int(number[1])
+    raise UserError(f"order={shown(name)}: unknown; use {ORDERS}")
 
 
 def _listed(wanted: Sequence[int | str], num_classes: int, names: Sequence[str] | None) -> Ids:
@@ -130,12 +151,12 @@ def numbering_note(names: Sequence[str]) -> str | None:
     )
 
 
-def imagenet_subset(name: str) -> Ids:
+def imagenet_subset(name: str, order: str = "lucir", seed: int = 0) -> Ids:
     """Return ids among the 1000 sorted wnids, already in incremental order, int64 [100].
 
     "lucir": the subset of LUCIR and Mnemonics, 100 wnids drawn under seed 1993, sorted, then shuffled under the same
     seed. "first100": the subset of PODNet, BiC and DER, the alphabetically first 100 wnids in LUCIR's order. The two
-    share 9 classes. Raises UserError for another name.
+    share 9 classes. order, seed: of the 100 sorted wnids, as in `class_order`. Raises UserError for another name.
     """
     if name == "lucir":
         members = np.sort(np.random.RandomState(SEED).permutation(IMAGENET_CLASSES)[:100])
@@ -143,7 +164,7 @@ def imagenet_subset(name: str) -> Ids:
         members = np.arange(100)
     else:
         raise UserError(f"subset={name}: unknown; use lucir or first100")
-    return members.astype(np.int64)[class_order("lucir", 100)]
+    return members.astype(np.int64)[class_order(order, 100, seed=seed)]
 
 
 @dataclass(frozen=True)
@@ -215,19 +236,22 @@ def _hash_of(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
 
 
-def build_protocol(config: ProtocolConfig, num_classes: int, names: Sequence[str] | None = None) -> Protocol:
-    """Return the protocol of a recipe on a data set of num_classes classes. names: of the classes, by id, if they are
-    known. Raises UserError if the recipe does not fit the data set."""
-    if config.subset is not None and config.order is not None:
-        raise UserError(
-            f"subset={shown(config.subset)} with order={shown(config.order)}: subset and order were both given, and a "
-            "subset brings its own class order; set one of the two to null"
-        )
+def build_protocol(
+    config: ProtocolConfig, num_classes: int, names: Sequence[str] | None = None, seed: int = 0
+) -> Protocol:
+    """Return the protocol of a run on a data set of num_classes classes. names: of the classes, by id, if they are
+    known. seed: of the run, for order=per_seed. Raises UserError if the recipe does not fit the data set."""
+    wanted = "lucir" if config.order is None else config.order
     if config.subset is not None:
-        order = imagenet_subset(config.subset)
+        if isinstance(wanted, list) or wanted == "natural":
+            raise UserError(
+                f"subset={shown(config.subset)} with order={shown(wanted)}: the classes of a subset are ordered by "
+                "lucir, lucirN, per_seed, icarl, seedN or alphabetical; use one of them, or set subset=null"
+            )
+        order = imagenet_subset(config.subset, wanted, seed)
         found = _subset_of(names or ())
         if found == config.subset:  # the subset alone, such as `convert --classes lucir` writes
-            order = np.argsort(np.array(names))[class_order("lucir", num_classes)]
+            order = np.argsort(np.array(names))[class_order(wanted, num_classes, seed=seed)]
         elif found is not None:
             raise UserError(
                 f"subset={config.subset}: this data set has the 100 classes of the other ImageNet-100, {found}; set "
@@ -239,14 +263,14 @@ def build_protocol(config: ProtocolConfig, num_classes: int, names: Sequence[str
                 f"their wnids; this data set has {num_classes} others, so set subset=null"
             )
     else:
-        order = class_order("lucir" if config.order is None else config.order, num_classes, names)
+        order = class_order(wanted, num_classes, names, seed)
     if config.classes is not None:
         if not 1 <= config.classes <= len(order):
             raise UserError(
                 f"classes={config.classes}: must lie between 1 and the {len(order)} classes of the data set"
             )
         order = order[: config.classes]
-    return Protocol(order, _base(config, len(order)), _increment(config, len(order)))
+    return Protocol(order, *_step_sizes(config, len(order)))
 
 
 def _subset_of(names: Sequence[str]) -> str | None:
@@ -255,33 +279,32 @@ def _subset_of(names: Sequence[str]) -> str | None:
     return next((subset for subset, known in SUBSET_HASHES.items() if known == found), None)
 
 
-def _base(config: ProtocolConfig, total: int) -> int:
-    """Return the classes of the base step. Raises UserError if the increments leave none."""
-    if config.base_classes is not None:
-        return config.base_classes
-    if not isinstance(config.increment, list):
-        return total // 2
-    rest = total - sum(config.increment)
-    if rest < 1:
-        raise UserError(
-            f"increment={shown(config.increment)}: takes {total - rest} classes and leaves none of the {total} for the "
-            "base step; shorten the list, or set base_classes to its first number and leave that out"
-        )
-    return rest
-
-
-def _increment(config: ProtocolConfig, total: int) -> int | list[int]:
-    """Return the classes of each further step: the recipe's, or what makes five steps. Raises UserError if none
-    does."""
-    if config.increment is not None:
-        return config.increment
-    rest = total - _base(config, total)
+def _step_sizes(config: ProtocolConfig, total: int) -> tuple[int, int | list[int]]:
+    """Return the classes of the base step, and those of each further step: the recipe's, or half of the classes and
+    what makes five steps. Raises UserError if that cannot be."""
+    base, increment = config.base_classes, config.increment
+    if isinstance(increment, list):
+        rest = total - sum(increment)
+        if rest == 0 and base in (None, increment[0]):  # it begins with the base step
+            return increment[0], increment[1:]
+        if rest == 0:
+            raise UserError(
+                f"increment={shown(increment)}: takes all {total} classes, so it begins with the base step, and "
+                f"base_classes={base} is another number; set base_classes=null, or shorten the list"
+            )
+        if base is None and rest < 1:
+            raise UserError(f"increment={shown(increment)}: takes {total - rest} of {total} classes; shorten the list")
+        return rest if base is None else base, increment
+    base = total // 2 if base is None else base
+    if increment is not None:
+        return base, increment
+    rest = total - base
     if rest > 0 and rest % 5:
         raise UserError(
             f"increment=null: the {rest} classes after the base step do not make five equal steps; give "
             f"increment={_divisors(rest)}, or a list"
         )
-    return rest // 5
+    return base, rest // 5
 
 
 def _divisors(n: int) -> str:

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from fastil.methods import METHODS, CorrectionConfig, LossConfig, MetaConfig, Me
 from fastil.models import ModelConfig, Network, build_network
 from fastil.optimiser import TrainConfig
 from fastil.plan import SamplerConfig
-from fastil.protocol import ProtocolConfig
+from fastil.protocol import Protocol, ProtocolConfig, build_protocol
 
 PARTS: dict[str, type] = {
     "data": DataConfig,
@@ -133,6 +133,10 @@ class Recipe:
         maps = self._procedure is not None and self._procedure.reads_maps
         factory = self.code.get(self.model.model)
         return build_network(self.model, num_classes, seed, factory=factory, keeps_maps=maps)
+
+    def build_protocol(self, num_classes: int, names: Sequence[str] | None = None) -> Protocol:
+        """The protocol of a run on a data set of so many classes. names: of the classes, by id, if they are known."""
+        return build_protocol(self.protocol, num_classes, names, self.train.seed)
 
     @property
     def holds_out(self) -> bool:

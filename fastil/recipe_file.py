@@ -1,7 +1,8 @@
 """Recipe files, and the recipe.yaml of a run directory.
 
 A recipe is a YAML file of keys with a `base:` parent, `description`, `published` (average incremental accuracy in
-percent) and `fidelity`. Every key of every part is set at the top level, in the file or as KEY=VALUE.
+percent) and `fidelity`. Every key of every part is set at the top level, in the file or as KEY=VALUE. Those that train
+from scratch have no file: recipes/protocols.yaml makes them of others.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from fastil.settings import shown
 
 DEEPEST = 10  # parents of a recipe
 EFFECTIVE = "recipe.yaml"  # in a run directory
+MEMORY_KEYS = ("exemplars_per_class", "memory_budget")
 
 # Keys of PyCIL and mammoth, and what they are here.
 OF_OTHERS = {
@@ -38,11 +41,37 @@ OF_OTHERS = {
 
 def names() -> list[str]:
     """Recipes that come with fastil."""
-    return sorted(
-        f.name.removesuffix(".yaml")
-        for f in resources.files("fastil.recipes").iterdir()
-        if f.name.endswith(".yaml") and f.name != "tables.yaml"
-    )
+    return sorted([*file_names(), *in_protocols()])
+
+
+def file_names() -> list[str]:
+    """Those of them that have a file."""
+    files = resources.files("fastil.recipes").iterdir()
+    found = [f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")]
+    return sorted(set(found) - {"tables", "protocols"})
+
+
+@cache
+def protocols() -> Keys:
+    """The content of protocols.yaml."""
+    return settings.parse_mapping(resources.files("fastil.recipes").joinpath("protocols.yaml").read_text(), "protocols")
+
+
+def in_protocols() -> dict[str, tuple[str, str]]:
+    """The recipe and the protocol that each recipe without a file is made of, by its name."""
+    parents = [name for name in file_names() if name.partition("_")[0] in protocols()["datasets"]]
+    return {
+        f"{name.removesuffix('_5')}_{protocol}": (name, protocol)
+        for name in parents
+        if name.endswith("_5")
+        for protocol in protocols()["protocols"]
+    }
+
+
+def published_elsewhere(name: str) -> str | None:
+    """The average incremental accuracy that others published of a recipe without a file, percent, as text."""
+    found: str | None = protocols()["elsewhere"].get(name)
+    return found
 
 
 def shipped(name: str) -> Recipe | None:
@@ -177,7 +206,8 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{name}: is its own parent; change a base")
     if len(children) > DEEPEST:
         raise UserError(f"{children[0]}: has more than {DEEPEST} parents, {shown(name)} among them; change a base")
-    values = settings.parse_mapping(_text_of(name), name)
+    made_of = in_protocols().get(name)
+    values = settings.parse_mapping(_text_of(name), name) if made_of is None else _in_protocol(*made_of)
     for key, kinds in (("base", (".yaml", ".yml")), ("method", (".py",)), ("model", (".py",))):
         place, colon, attribute = str(values.get(key)).partition(":")
         if place.endswith(kinds) and name not in names():  # a path, from the folder of this file
@@ -190,9 +220,23 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     return {key: value for key, value in _read(parent, (*children, name)).items() if key != "published"} | values
 
 
+def _in_protocol(parent: str, protocol: str) -> Keys:
+    """The keys of a recipe without a file: what sets it apart from the recipe whose method it has."""
+    of_parent, found = _read(parent), protocols()["protocols"][protocol]
+    dataset, _, method = of_parent["description"].partition(", ")
+    own: Keys = found["settings"] | protocols()["datasets"][parent.partition("_")[0]]
+    if of_parent.get("exemplars_per_class") == 0:  # without a memory it is another method
+        own = {key: value for key, value in own.items() if key not in MEMORY_KEYS}
+    return own | {
+        "base": parent,
+        "description": f"{dataset}, {found['what']}, {method.partition(', ')[2]}",
+        "fidelity": f"not in the paper; the settings of {parent}: {of_parent['fidelity']}",
+    }
+
+
 def _text_of(name: str) -> str:
-    """A recipe that comes with fastil, or a file of the user's own."""
-    if name in names():
+    """The file of a recipe that comes with fastil, or of the user's own."""
+    if name in file_names():
         return resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
     if not name.endswith((".yaml", ".yml")):
         if "/" in name:

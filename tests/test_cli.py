@@ -95,6 +95,9 @@ def test_recipes_lists_the_published_numbers(fastil):
         assert [cell.strip() for cell in line.group().split("|")][3:9] == numbers
     assert re.search(r"^\| tpcil .* approximation;", process.stdout, re.MULTILINE)
     assert re.search(r"^\| digits ", process.stdout, re.MULTILINE)
+    assert re.search(r"^\| b0_20_r20 +\| from scratch 20 x 5 with R = 20 ", process.stdout, re.MULTILINE)
+    assert re.search(r"^\| wa +\| 72.81 ± 0.28 +\| 69.46 ± 0.29 +\| 67.33 ± 0.15 +\|", process.stdout, re.MULTILINE)
+    assert len(process.stdout.splitlines()) < 60
 
 
 def test_doctor_names_what_is_missing_and_how_to_get_it(fastil):
@@ -166,7 +169,7 @@ def test_a_published_number_stands_only_beside_the_recipe_it_belongs_to(tmp_path
         (["run", "digits", "method=lucir", "head=cosine", "lucir_rivals=1e30"], ["lucir_rivals=1e+30", "an integer"]),
         (["run", "digits", "lr=12:30:45"], ["lr=12:30:45", "a number above 0"]),
         (["run", "digits", "lr=!!int abc"], ["lr=!!int abc", "tags"]),
-        (["run", "digits", "subset=lucir", "order=lucir"], ["subset and order"]),
+        (["run", "digits", "subset=lucir", "order=natural"], ["subset=lucir with order=natural", "subset=null"]),
         (["run", "digits", "subset=lucir"], ["ImageNet's 1000"]),
         (["run", "digits", "order=icarl"], ["order=icarl", "100 classes"]),
         (["run", "digits", "memory_budget=100"], ["exemplars_per_class", "memory_budget"]),

@@ -59,20 +59,39 @@ def test_lucirs_order_of_1000_classes_starts_as_published_and_names_every_class(
     assert sorted(order.tolist()) == list(range(1000))
 
 
-@pytest.mark.parametrize("classes", [10, 100, 1000])
-def test_lucirs_runs_have_the_orders_that_its_script_draws(classes):
+def shuffles(classes, count):
     """class_incremental_cifar100.py: one seed, then a shuffle of the ids in each of the runs."""
     before = np.random.get_state()
     try:
         np.random.seed(1993)
         drawn = []
-        for _ in range(3):
+        for _ in range(count):
             order = np.arange(classes)
             np.random.shuffle(order)
             drawn.append(order.tolist())
     finally:
         np.random.set_state(before)
-    assert [class_order(name, classes).tolist() for name in ("lucir", "lucir2", "lucir3")] == drawn
+    return drawn
+
+
+@pytest.mark.parametrize("classes", [1, 7, 10, 100, 1000])
+def test_lucirs_runs_have_the_orders_that_its_script_draws(classes):
+    drawn = shuffles(classes, 12)
+    named = ["lucir", *(f"lucir{run}" for run in range(2, 13))]
+    assert [class_order(name, classes).tolist() for name in named] == drawn
+    assert [class_order("per_seed", classes, seed=seed).tolist() for seed in range(12)] == drawn
+
+
+def test_a_thousand_runs_have_an_order():
+    last = shuffles(10, 1000)[-1]
+    assert class_order("lucir1000", 10).tolist() == class_order("per_seed", 10, seed=999).tolist() == last
+    with pytest.raises(UserError, match=r"^order=per_seed: seeds 0 to 999 .*seed=1000 has none; .*order=seed1000$"):
+        class_order("per_seed", 10, seed=1000)
+
+
+@pytest.mark.parametrize("order", ["lucir", "lucir2", "icarl", "seed7", "alphabetical"])
+def test_the_seed_of_a_run_leaves_other_orders_alone(order):
+    assert np.array_equal(class_order(order, 100, seed=5), class_order(order, 100))
 
 
 def test_lucirs_second_and_third_order_begin_as_published():
@@ -93,9 +112,13 @@ def test_an_order_by_seed_is_what_pycil_draws(seed, classes):
     assert (order.tolist(), order.dtype) == (drawn, np.int64)
 
 
-@pytest.mark.parametrize("name", ["seed", "seed-1", "seed07", "seed1.5", f"seed{2**32}", "seedN", "lucir4", "lucir1"])
+@pytest.mark.parametrize(
+    "name",
+    ["seed", "seed-1", "seed07", "seed1.5", f"seed{2**32}", "seedN", "lucir0", "lucir1", "lucir02", "lucir1001",
+     "lucir-2", "lucirN", "per_run"],
+)  # fmt: skip
 def test_an_order_that_is_none_is_refused_with_those_that_are(name):
-    with pytest.raises(UserError, match=r"unknown; use lucir, lucir2, .*natural, seedN, or a list") as error:
+    with pytest.raises(UserError, match=r"unknown; use lucir, lucirN .*per_seed, .*natural, seedN, or a list") as error:
         class_order(name, 100)
     assert str(error.value).startswith(f"order={name}: ")
 
@@ -305,6 +328,10 @@ def test_a_negative_increment_after_a_base_of_all_classes_is_refused_or_harmless
         (ProtocolConfig(base_classes=4, increment=[4, 2]), 10, [4, 4, 2]),
         (ProtocolConfig(classes=7, increment=[2, 2]), 10, [3, 2, 2]),
         (ProtocolConfig(base_classes=10, increment=[]), 10, [10]),
+        (ProtocolConfig(increment=[3, 3, 3, 1]), 10, [3, 3, 3, 1]),  # of all classes: begins with the base step
+        (ProtocolConfig(increment=[10]), 10, [10]),
+        (ProtocolConfig(base_classes=5, increment=[5, 5]), 10, [5, 5]),
+        (ProtocolConfig(classes=7, increment=[4, 3]), 10, [4, 3]),
         (ProtocolConfig(subset="lucir"), 1000, [50] + 5 * [10]),
         (ProtocolConfig(subset="first100", increment=5), 1000, [50] + 10 * [5]),
     ],
@@ -330,7 +357,9 @@ def test_a_recipe_learns_the_classes_in_the_order_it_names(config, num_classes, 
 @pytest.mark.parametrize(
     ("config", "num_classes", "complaint"),
     [
-        (ProtocolConfig(subset="lucir", order="lucir"), 1000, "subset and order.*one of the two to null"),
+        (ProtocolConfig(subset="lucir", order=[*range(100)]), 1000, "subset=lucir with order=.*per_seed.*subset=null"),
+        (ProtocolConfig(subset="first100", order="natural"), 1000, "with order=natural: .*alphabetical.*subset=null"),
+        (ProtocolConfig(subset="lucir", order="lucir1"), 1000, "order=lucir1: unknown"),
         (ProtocolConfig(subset="lucir"), 99, "1000 classes.*this data set has 99 others.*subset=null"),
         (ProtocolConfig(subset="lucir"), 100, "1000 classes.*this data set has 100 others.*subset=null"),
         (ProtocolConfig(subset="last100"), 1000, "subset=last100.*lucir or first100"),
@@ -339,8 +368,9 @@ def test_a_recipe_learns_the_classes_in_the_order_it_names(config, num_classes, 
         (ProtocolConfig(base_classes=106), 100, "base_classes=106"),
         (ProtocolConfig(base_classes=0), 100, "base_classes=0"),
         (ProtocolConfig(increment=7), 100, "increment=7"),
-        (ProtocolConfig(increment=[3, 3, 3, 1]), 10, "takes 10 classes and leaves none of the 10"),
-        (ProtocolConfig(increment=[30]), 10, "takes 30 classes and leaves none of the 10"),
+        (ProtocolConfig(base_classes=4, increment=[3, 3, 3, 1]), 10, "begins with the base step, .*base_classes=null"),
+        (ProtocolConfig(base_classes=0, increment=[5, 5]), 10, "begins with the base step, .*base_classes=null"),
+        (ProtocolConfig(increment=[30]), 10, "takes 30 of 10 classes; shorten the list"),
         (ProtocolConfig(order="icarl"), 10, "icarl.*100 classes only"),
         (ProtocolConfig(order="icarl"), 1000, "icarl.*100 classes only"),
         (ProtocolConfig(order="random"), 10, "order=random: unknown"),
@@ -352,7 +382,34 @@ def test_a_recipe_that_makes_no_protocol_is_one_clear_error(config, num_classes,
         build_protocol(config, num_classes)
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.none() | st.integers(1, 30), st.integers(-9, 9))
+@settings(deadline=None, database=None, derandomize=True)
+def test_a_list_of_steps_means_the_one_thing_that_it_can(increments, base, more):
+    """Against every way to read it: as it follows a base step, or as it begins with one."""
+    total = max(1, sum(increments) + more)
+    after = [base, *increments] if base is not None else [total - sum(increments), *increments]
+    begins = increments if base in (None, increments[0]) else []
+    meant = [steps for steps in (after, begins) if sum(steps) == total and min(steps) > 0]
+    if not meant:
+        with pytest.raises(UserError, match=f"increment=|base_classes={base}"):
+            build_protocol(ProtocolConfig(base_classes=base, increment=increments), total)
+        return
+    protocol = build_protocol(ProtocolConfig(base_classes=base, increment=increments), total)
+    assert [sizes(protocol)] == meant
+    assert np.concatenate(protocol.steps).tolist() == class_order("lucir", total).tolist()
+
+
 WNIDS = list(table()["imagenet"].class_names)
+
+
+@pytest.mark.parametrize("subset", ["lucir", "first100"])
+@pytest.mark.parametrize(("order", "seed", "run"), [("lucir2", 0, 1), ("per_seed", 3, 3), ("per_seed", 0, 0)])
+def test_a_subset_has_the_orders_of_a_data_set_of_100_classes(subset, order, seed, run):
+    members = sorted(imagenet_subset(subset).tolist())
+    wanted = [members[place] for place in shuffles(100, run + 1)[run]]
+    config, names = ProtocolConfig(subset=subset, order=order), [WNIDS[c] for c in members]
+    assert build_protocol(config, 1000, WNIDS, seed).order.tolist() == wanted
+    assert [members[c] for c in build_protocol(config, 100, names, seed).order] == wanted
 
 
 @pytest.mark.parametrize(("subset", "other"), [("lucir", "first100"), ("first100", "lucir")])

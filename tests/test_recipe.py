@@ -12,9 +12,9 @@ from fastil import recipe
 from fastil.errors import UserError
 from fastil.methods import configs_of
 from fastil.protocol import build_protocol
-from fastil.recipe_file import OF_OTHERS, differences, load, names, read_effective
+from fastil.recipe_file import OF_OTHERS, differences, file_names, load, read_effective
 
-SHIPPED = names()
+SHIPPED = file_names()  # those without a file: tests/test_from_scratch.py
 
 
 def write(folder, name, text):

@@ -15,10 +15,11 @@ from fastil.data.published import Published, differences, official_labels, table
 from fastil.plan import share_of
 from fastil.recipe import LOCAL_BN, Recipe
 from fastil.recipe_file import differences as differences_of
-from fastil.recipe_file import load, shipped
+from fastil.recipe_file import load, published_elsewhere, shipped
 from fastil.reporting.run_files import ProtocolFile
 
 MODIFIED = "modified: "
+SOURCES = "docs/protocols.md"
 OTHER_PIXELS = ("ffcv", "dali")  # loaders of streamed images that decode or resize otherwise than Pillow does, visibly
 SIZE_TOLERANCE = 1e-3  # what tar adds to the files of ImageNet is 0.6 % and known to a tenth of it
 
@@ -43,13 +44,16 @@ def opening(recipe: Recipe, dataset: Dataset | None, protocol: ProtocolFile | No
 
 
 def remark_of(shown: Recipe) -> str | None:
-    """A line on the published number of a recipe that `labelled` has returned, or on why there is none. None: nothing
-    was published, and nothing was modified."""
+    """A line on the published number of a recipe that `labelled` has returned, or on why there is none, or on one that
+    stands for orientation only. None: nothing was published, and nothing was modified."""
     if shown.published is not None:
         return f"published: average incremental accuracy {shown.published:.2f}"
     if had_published(shown):
         return f"{shown.fidelity}; the paper's number is of another experiment"
-    return shown.fidelity if shown.fidelity.startswith(MODIFIED) else None
+    if shown.fidelity.startswith(MODIFIED):
+        return shown.fidelity
+    elsewhere = published_elsewhere(shown.name)
+    return None if elsewhere is None else f"published elsewhere: {elsewhere}, another network and schedule ({SOURCES})"
 
 
 def _images_line(name: str, dataset: Dataset, protocol: ProtocolFile) -> str | None:

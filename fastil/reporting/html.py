@@ -79,14 +79,14 @@ class Triangle(NamedTuple):
 @dataclass(frozen=True)
 class Protocol:
     """What a group of runs was trained on, step by step, and how long it took. plan: None where nothing is known.
-    classes: names, by step."""
+    classes: for each class order, the seeds that have it, if there are several, and the names by step."""
 
     label: str
     dataset: str
     class_list_hash: str
     seeds: list[int]
     plan: Table | None
-    classes: list[list[str]]
+    classes: list[tuple[str, list[list[str]]]]
     recipe: str
     timings: Table
     machines: list[str]
@@ -238,17 +238,29 @@ def as_png(matrix: NDArray[np.int64]) -> str:
 
 def protocol(label: str, runs: Sequence[Run]) -> Protocol:
     described = runs[0].protocol
+    orders: dict[tuple[int, ...], list[Run]] = {}  # several with order=per_seed
+    for run in runs:
+        orders.setdefault(tuple(run.protocol.class_order), []).append(run)
     lines = [[shown(value) for value in step.values()] for step in described.effective]
     return Protocol(
         label,
         runs[0].dataset_name,
-        described.class_list_hash,
+        ", ".join(of_order[0].protocol.class_list_hash for of_order in orders.values()),
         [run.results.seed for run in runs],
         Table(headings(described.effective[0]), lines) if lines else None,
-        [[described.class_names[c] for c in members] for members in described.steps],
+        [(_of_seeds(of_order) if len(orders) > 1 else "", _names(of_order[0])) for of_order in orders.values()],
         runs[0].recipe.dump(),
         *timings(runs),
     )
+
+
+def _of_seeds(runs: Sequence[Run]) -> str:
+    return ", ".join(f"seed {run.results.seed}" for run in runs)
+
+
+def _names(run: Run) -> list[list[str]]:
+    """The names of the classes that each step adds."""
+    return [[run.protocol.class_names[c] for c in members] for members in run.protocol.steps]
 
 
 def timings(runs: Sequence[Run]) -> tuple[Table, list[str]]:

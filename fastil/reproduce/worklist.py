@@ -19,7 +19,7 @@ from fastil.data.published import table
 from fastil.data.sources import image_size
 from fastil.device import Precision, fastest_precision, pick_device
 from fastil.errors import UserError
-from fastil.protocol import Protocol, build_protocol
+from fastil.protocol import Protocol
 from fastil.recipe import Recipe
 from fastil.recipe_file import read_effective
 from fastil.reporting.checkpoints import Position
@@ -151,7 +151,7 @@ class WorkList:
         """Fill in what depends on the images."""
         counts, job.size = _shape(job.recipe, dataset)
         names = None if dataset is None else dataset.class_names
-        protocol = build_protocol(job.recipe.protocol, len(counts), names)
+        protocol = job.recipe.build_protocol(len(counts), names)
         steps = step_plan.effective_steps(job.recipe, protocol, counts)
         job.visits = [step.visits + step.finetune_visits + step.memory_visits for step in steps]
         of_base = counts[protocol.steps[0]]

@@ -13,7 +13,7 @@ from fastil.data.sources import Split, image_size, load_dataset
 from fastil.device import device_name, pick_device, precision_note, settle_precision
 from fastil.errors import UserError
 from fastil.models import check_backbone
-from fastil.protocol import Ids, build_protocol
+from fastil.protocol import Ids
 from fastil.recipe import Recipe
 from fastil.reporting.fidelity import opening
 from fastil.text import duration
@@ -63,7 +63,7 @@ def plan_text(recipe: Recipe) -> str:
     dataset, counts, names, size, source, place = _planned(recipe)
     images = None if dataset is None else dataset.train
     notes = () if dataset is None else dataset.notes
-    protocol = build_protocol(recipe.protocol, len(counts), names)
+    protocol = recipe.build_protocol(len(counts), names)
     steps = step_plan.effective_steps(recipe, protocol, counts, names)
     device = pick_device(recipe.train.device)
     check_batch(recipe, steps, size, device)

@@ -17,7 +17,7 @@ from fastil.evaluation import StepResult, evaluate
 from fastil.methods import FeatureExtractor, MemoryContext, MetaAlpha, Method, StepContext
 from fastil.models import check_backbone
 from fastil.nearest_mean import nearest_mean_scores
-from fastil.protocol import Ids, build_protocol
+from fastil.protocol import Ids
 from fastil.recipe import Recipe
 from fastil.reporting.checkpoints import Checkpoint, Position
 from fastil.reporting.run_files import ProtocolFile, Results
@@ -50,7 +50,7 @@ class Experiment:
         for note in self.dataset.notes:
             self.progress.say(note)
         names = self.dataset.class_names
-        self.protocol = build_protocol(recipe.protocol, len(names), names)
+        self.protocol = recipe.build_protocol(len(names), names)
         counts = np.bincount(self.dataset.train.labels, minlength=len(names))
         self.steps = step_plan.effective_steps(recipe, self.protocol, counts, names)
         order, size = self.protocol.order, image_size(recipe.data, self.dataset)

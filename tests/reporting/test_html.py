@@ -90,6 +90,28 @@ def test_it_shows_what_the_runs_hold(runs, tmp_path):
     assert any(words.startswith("step 2: 10 classes") for words in reader.texts)
 
 
+def test_seeds_with_an_order_of_their_own_are_told_apart(runs, tmp_path):
+    """The classes of one seed were shown for all."""
+    shown = [
+        words
+        for words in page_of(sorted(runs.glob("balanced*")), tmp_path / "one")[1].texts
+        if "Classes of each step" in words
+    ]
+    assert shown == ["Classes of each step"]
+    steps = json.loads((runs / "balanced-s1/protocol.json").read_text())["steps"][::-1]
+    steps = [[*steps[0], *steps[1], *steps[2][:2]], steps[2][2:4], steps[2][4:]]
+    changes = {"steps": steps, "class_order": [c for step in steps for c in step], "class_list_hash": "another"}
+    other = copy_of(runs / "balanced-s1", tmp_path / "balanced-s1", protocol=changes)
+    text, reader = page_of([runs / "balanced-s0", other], tmp_path / "two")
+    assert "Classes of each step (seed 0)" in reader.texts
+    assert "Classes of each step (seed 1)" in reader.texts
+    for run in (runs / "balanced-s0", other):
+        protocol = json.loads((run / "protocol.json").read_text())
+        for number, classes in enumerate(protocol["steps"]):
+            assert f"step {number}: {', '.join(map(str, classes))}" in reader.texts
+        assert protocol["class_list_hash"] in text
+
+
 def test_confusion_matrices_have_a_pixel_per_cell(runs, tmp_path):
     _, reader = page_of([runs / "balanced-s0"], tmp_path / "report")
     images = [Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))) for link in reader.links]

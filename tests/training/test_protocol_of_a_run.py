@@ -3,13 +3,18 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import yaml
 from conftest import TINY, assert_user_error, make_folder
 
 from fastil import recipe_file
+from fastil.errors import UserError
 from fastil.recipe_file import load
+from fastil.reporting.report import write_report
+from fastil.reporting.runs import Run
 from fastil.reproduce import tables
+from fastil.reproduce.worklist import WorkList
 from fastil.training.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -92,3 +97,58 @@ def test_a_row_of_a_table_may_have_a_list_of_increments():
     entry = tables.table_of(content, "table2", "cpu").entries[0]
     keys = entry.load(0).keys()
     assert (keys["increment"], keys["milestones"]) == ([4, 4, 2], [0.5, 0.75])
+
+
+@pytest.fixture(scope="module")
+def of_seeds(tmp_path_factory):
+    """Two seeds from scratch, each in an order of its own, with a last step that is smaller."""
+    root = tmp_path_factory.mktemp("seeds")
+    steps = ["base_classes=null", "increment=[4, 4, 2]", "exemplars_per_class=null", "memory_budget=30"]
+    for seed in (0, 1):
+        recipe = load("digits", [*TINY, *steps, "order=per_seed", f"seed={seed}"])
+        Experiment(recipe, root / f"digits/row-s{seed}", resume=False).run()
+    return root
+
+
+def test_each_seed_has_an_order_of_its_own_and_both_are_one_row(of_seeds):
+    paths, random = sorted((of_seeds / "digits").iterdir()), np.random.RandomState(1993)
+    for path in paths:
+        order = np.arange(10)
+        random.shuffle(order)
+        protocol = json.loads((path / "protocol.json").read_text())
+        assert protocol["class_order"] == order.tolist()
+        assert protocol["steps"] == [order[:4].tolist(), order[4:8].tolist(), order[8:].tolist()]
+        assert yaml.safe_load((path / "recipe.yaml").read_text())["order"] == "per_seed"
+        memory = json.loads((path / "memory/step_2.json").read_text())
+        assert {label: len(ids) for label, ids in memory.items()} == {str(c): 3 for c in order}
+        assert Experiment(load(str(path)), path, resume=True).run() == Run(path).results
+    text, _ = write_report(paths, None, False)
+    mean = np.mean([Run(path).results.average_incremental_accuracy for path in paths])
+    assert re.findall(r"^\| (digits.*?) +\| (\d) +\| ([\d.]+) ±", text, re.MULTILINE)[0] == (
+        "digits, balanced", "2", f"{mean:.2f}"
+    )  # fmt: skip
+
+
+def test_a_base_step_is_taken_from_a_run_of_the_same_order_only(of_seeds, tmp_path):
+    row = {"base_classes": 4, "increment": [4, 2], "order": "per_seed", "epochs": 2, "base_epochs": 2, "batch_size": 64}
+    content = {
+        "scales": {"cpu": {"recipes": {5: "digits"}, "seeds": 1, "note": ""}},
+        "rows": {"row": row | {"alpha": 0.5}, "other": row | {"alpha": 0.25}},
+        "tables": {
+            "t": {"title": "", "entries": [{"row": name, "steps": 5, "label": name} for name in ("row", "other")]}
+        },
+    }
+    table = tables.table_of(content, "t", "cpu")
+    settings = [*TINY, *(f"{key}={value}" for key, value in row.items())]
+    for seed in (0, 1):
+        recipe = load("digits", [*settings, "alpha=0.5", f"seed={seed}"])
+        Experiment(recipe, tmp_path / f"digits/row-s{seed}", resume=False).run()
+    work = WorkList(table.entries, [0, 1], tmp_path, None, wanted="fp32")
+    donors = {job.name: work.donor(job) for job in work.missing}
+    assert donors == {f"digits/other-s{seed}": tmp_path / f"digits/row-s{seed}" for seed in (0, 1)}
+    other, base = load("digits", [*settings, "alpha=0.25", "seed=1"]), tmp_path / "digits/row-s1"
+    taken = Experiment(other, tmp_path / "taken", resume=False, base_run=base).run()
+    assert taken.steps[0] == Run(base).results.steps[0]
+    in_one_order = load("digits", [*settings, "alpha=0.25", "seed=1", "order=lucir3"])
+    with pytest.raises(UserError, match="order is per_seed there and lucir3 here"):
+        Experiment(in_one_order, tmp_path / "refused", resume=False, base_run=base)
