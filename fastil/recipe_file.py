@@ -225,11 +225,12 @@ def _in_protocol(parent: str, protocol: str) -> Keys:
     of_parent, found = _read(parent), protocols()["protocols"][protocol]
     dataset, _, method = of_parent["description"].partition(", ")
     own: Keys = found["settings"] | protocols()["datasets"][parent.partition("_")[0]]
-    if of_parent.get("exemplars_per_class") == 0:  # without a memory it is another method
-        own = {key: value for key, value in own.items() if key not in MEMORY_KEYS}
+    what = found["what"]
+    if of_parent.get("exemplars_per_class") == 0:  # with a memory it would be another method
+        own, what = {key: value for key, value in own.items() if key not in MEMORY_KEYS}, what.partition(" with ")[0]
     return own | {
         "base": parent,
-        "description": f"{dataset}, {found['what']}, {method.partition(', ')[2]}",
+        "description": f"{dataset}, {what}, {method.partition(', ')[2]}",
         "fidelity": f"not in the paper; the settings of {parent}: {of_parent['fidelity']}",
     }
 
