@@ -22,6 +22,8 @@ OPTIONAL = {
     "pillow-heif": ("HEIC photos", "pip install pillow-heif"),
     "onnx": ("fastil export-model FILE.onnx", "pip install onnx onnxscript onnxruntime"),
     "safetensors": ("fastil export-model FILE.safetensors", "pip install safetensors"),
+    "tensorboard": ("track=tensorboard", "pip install tensorboard"),
+    "wandb": ("track=wandb", "pip install wandb"),
     "triton": ("fused kernels on NVIDIA GPUs", "pip install triton"),
     "ffcv": (
         "loader=ffcv, FFCV's pixels; on two cores as fast as loader=threads",

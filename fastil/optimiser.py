@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from fastil import ranks
 from fastil.errors import UserError
-from fastil.settings import Share, shown
+from fastil.settings import Share, listed, shown
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class TrainConfig:
     compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
     checkpoint_every: PositiveInt = 10  # epochs between checkpoints within a step, ...
     checkpoint_minutes: PositiveFloat = 10.0  # ... and the longest time between them while it trains, in an epoch too
+    track: Annotated[  # who is told of every epoch and step
+        list[Literal["csv", "tensorboard", "wandb"]],
+        BeforeValidator(listed),
+        Field(description="'csv', 'tensorboard' or 'wandb', several of them with commas, or []"),
+    ] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_milestones("milestones", self.milestones)

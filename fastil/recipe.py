@@ -41,7 +41,7 @@ PARTS: dict[str, type] = {
 # What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
 RUNTIME_KEYS = {
     "data", "val", "verify", "image_column", "label_column", "max_pixels", "loader", "memory", "device", "compile",
-    "checkpoint_every", "checkpoint_minutes",
+    "checkpoint_every", "checkpoint_minutes", "track",
 }  # fmt: skip
 # What the machine or the source decides where it is left alone. A run keeps them, but is no other experiment by them:
 # whether images were left out is told by the data.

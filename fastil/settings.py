@@ -167,6 +167,11 @@ def from_python(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def listed(value: Any) -> Any:
+    """A list that was written as text, with commas; any other value as it is."""
+    return value.split(",") if isinstance(value, str) else value
+
+
 def build(config: type[C], values: Mapping[str, Any]) -> C:
     """A dataclass of settings, each value checked against the type of its field: no text is taken for a number, no
     number for a truth value. Raises UserError, in one line with the key, the value and what is allowed."""

@@ -5,6 +5,7 @@ import hashlib
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from fastil.training.progress import NoBar, StepBar
 from fastil.training.run_loaders import RunLoaders
 from fastil.training.run_parts import RunParts
 from fastil.training.step_plan import StepPlan
+from fastil.training.trackers import Callback
+from fastil.training.tracking import Tracking
 from fastil.training.trainer import EpochRecord, Trainer, seed_torch
 from fastil.training.training_set import Rehearsal
 
@@ -37,11 +40,14 @@ from fastil.training.training_set import Rehearsal
 class Experiment:
     """The state of a run. Its directory is made only when everything that can be wrong has been checked."""
 
-    def __init__(self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None, callback: Callback | None = None
+    ) -> None:
         self.directory = run_directory.opened(out, resume)
         self.resume = resume = self.directory.resume
         self.interrupt = Interrupt() if ranks.count() == 1 else SharedInterrupt()
         self.progress, self.clock = StepBar() if ranks.first() else NoBar(), Clock()
+        self.tracking = Tracking(out, recipe.train.track, callback, self.progress.say)
         self.device = pick_device(recipe.train.device)
         begun = ranks.from_first(self.directory.begun)
         recipe = recipe.settled(self.device, None if begun is None else begun.precision)
@@ -102,18 +108,19 @@ class Experiment:
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with (
-            self.directory.held(), self.interrupt, torch.random.fork_rng(devices),
+            self.directory.held(), self.tracking, self.interrupt, torch.random.fork_rng(devices),
             choosing_kernels(self.recipe.train.deterministic, self.device), multiplying_in("fp32", self.device),
         ):  # fmt: skip
             position = self.restore()
+            if self.described is not None:
+                announcement = messages.announcement(
+                    self.recipe, self.dataset, self.protocol, self.steps, self.loaders, self.directory.path,
+                    self.described,
+                )  # fmt: skip
+                if position.step < len(self.steps):
+                    self.progress.say(announcement)
+                self.tracking.begin(self.recipe, announcement, len(self.parts.results))
             if position.step < len(self.steps):
-                if self.described is not None:
-                    self.progress.say(
-                        messages.announcement(
-                            self.recipe, self.dataset, self.protocol, self.steps, self.loaders, self.directory.path,
-                            self.described,
-                        )
-                    )  # fmt: skip
                 self.compile()
                 for line in messages.of_changes(self.parts.ran_before, self.parts.conditions()):
                     self.progress.say(f"{self.directory.path}: {line}")
@@ -124,6 +131,7 @@ class Experiment:
                 self.directory.write_results(self.recipe, self.parts.results)
                 self.write_timings()
                 self.directory.save(state)  # last: only now is the step never done again
+                self.tracking.step()
             self.directory.write_results(self.recipe, self.parts.results)
             ranks.from_first(self.directory.draw)  # after which all files are there, for all processes
             return run_directory.results_of(self.recipe, self.parts.results)
@@ -159,7 +167,7 @@ class Experiment:
             return Position(plan.step)
         student.load_state_dict(self.shared_base.weights)
         for line in self.shared_base.metrics:
-            self.directory.append_metrics(line)
+            self.append(line)
         self.parts.base_step_of = self.shared_base.source
         self.progress.say(f"base step taken from {self.shared_base.source}")
         return Position(plan.step, "memory")
@@ -309,8 +317,13 @@ class Experiment:
         line = dataclasses.asdict(record)
         measured = [line.pop(name) for name in ("seconds", "data_seconds", "loader_idle")]  # which no rerun reproduces
         self.clock.epoch(record.step, record.phase, record.images, *measured)
-        self.directory.append_metrics(line | line.pop("observed"))
+        self.append(line | line.pop("observed"))
         self.progress.epoch(messages.of_epoch(record, self.loaders.streams), last=record.epoch == record.epochs)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, and tell the trackers."""
+        self.directory.append_metrics(line)
+        self.tracking.epoch(line)
 
     def compile(self) -> None:
         """Compile training and evaluation, each where the run repays it."""

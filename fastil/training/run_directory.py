@@ -1,7 +1,7 @@
 """A run directory: what is in it, and whose it is.
 
 recipe.yaml, protocol.json, results.json, measures.json, timings.json, metrics.jsonl, memory/, confusion/,
-predictions/, checkpoints/, figures/.
+predictions/, checkpoints/, figures/, and what trackers write (docs/tracking.md).
 """
 
 import contextlib
@@ -43,8 +43,12 @@ from fastil.reporting.run_files import (
 from fastil.training.step_plan import StepPlan, names_by_step
 from fastil.training.trainer import Stopped
 
-FILES = ("recipe.yaml", "protocol.json", "metrics.jsonl", "timings.json", "results.json", "measures.json", "lock")
+FILES = (
+    "recipe.yaml", "protocol.json", "metrics.jsonl", "timings.json", "results.json", "measures.json", "lock",
+    "epochs.csv", "steps.csv",
+)  # fmt: skip
 FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
+OF_TRACKERS = ("tensorboard", "wandb")
 
 
 class RunDirectory:
@@ -79,7 +83,7 @@ class RunDirectory:
                 raise
             except BaseException:
                 if fresh and not self.last.exists():
-                    for name in FOLDERS:
+                    for name in (*FOLDERS, *OF_TRACKERS):
                         shutil.rmtree(self.path / name, ignore_errors=True)
                     for name in FILES:
                         (self.path / name).unlink(missing_ok=True)

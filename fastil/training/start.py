@@ -13,6 +13,7 @@ from fastil.recipe_file import load, run_named
 from fastil.reporting.runs import PathLike, Run
 from fastil.text import say
 from fastil.training.experiment import Experiment
+from fastil.training.trackers import Callback
 from fastil.training.trainer import Stopped
 
 IN_PYTHON = {"--resume": "resume=True", "--out": "out", "--data": "data", "--val": "val", "--base": "base"}
@@ -35,12 +36,14 @@ def run(
     resume: bool = False,
     *,
     base: PathLike | None = None,
+    callback: Callback | None = None,
     **settings: Any,
 ) -> Run:
     """Train one recipe and return the run: what `fastil run` does, from Python.
 
     recipe: a name (`fastil recipes` lists them), the path of a YAML file, or a run directory, whose settings are taken.
     data: the data set. out: the run directory, by default runs/RECIPE-sSEED. base: a run to take the base step from.
+    callback: a function that is told of every epoch and step (docs/tracking.md).
     settings: keys of the recipe, such as `epochs=30`; `method` may be a subclass of `fastil.Method` and `model` a
     function that returns a backbone.
 
@@ -50,7 +53,7 @@ def run(
     settings = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in settings.items()}
     try:
         data = None if data is None else os.fspath(data)
-        return train(os.fspath(recipe), settings, out, resume, base, data=data)
+        return train(os.fspath(recipe), settings, out, resume, base, callback, data=data)
     except UserError as error:
         raise UserError(_in_python(str(error))) from None
     except Interrupted as error:
@@ -64,6 +67,7 @@ def train(
     out: PathLike | None = None,
     resume: bool = False,
     base: PathLike | None = None,
+    callback: Callback | None = None,
     **paths: str | None,
 ) -> Run:
     """Train a recipe, or with `resume` go on with it where a run directory stands in its place. settings, paths: as
@@ -77,7 +81,7 @@ def train(
     with ranks.together(pick_device(recipe.train.device)):
         if not ranks.first() and ranks.on_this_machine()[0] == 0:  # else this machine would show nothing
             say(f"rank {ranks.rank()} of {ranks.count()}; what there is to say is said by rank 0")
-        experiment = Experiment(recipe, path, resume, None if base is None else Path(base))
+        experiment = Experiment(recipe, path, resume, None if base is None else Path(base), callback)
         try:
             experiment.run()
             finished = True
