@@ -282,12 +282,12 @@ def test_what_is_missing_goes_on_in_the_precision_of_the_whole_table(tmp_path):
     """Whichever rows were chosen: a table that cannot be written must not be trained for."""
     make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=bf16"])
     table = tables.table_of(CONTENT, "bars", "cpu")
-    work = WorkList(tables.only(table, ["balanced"]), [0], tmp_path, None, table=table.entries)
+    work = WorkList(tables.only(table, ["balanced"]), [0], tmp_path, None, table=table)
     assert [job.entry.row for job in work.missing] == ["balanced"]
     assert all("precision=bf16" in work.command(job) for job in work.missing)
     assert f"as the runs in {tmp_path} have it" in work.why
     chosen = tables.only(table, ["balanced"])
-    assert WorkList(chosen, [0], tmp_path, None, table=table.entries, wanted="bf16").precision == "bf16"
+    assert WorkList(chosen, [0], tmp_path, None, table=table, wanted="bf16").precision == "bf16"
     with pytest.raises(UserError, match=r"--precision fp32: the runs of this table that are in .* are in bf16"):
         WorkList(table.entries, [0], tmp_path, None, wanted="fp32")
 
