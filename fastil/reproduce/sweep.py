@@ -145,7 +145,7 @@ def _checked(entries: Sequence[Entry], data: str | None) -> Recipe:
             refused.append((entry.label, error))
     if refused:
         label, fault = refused[0]
-        if not loaded:  # it is of no combination
+        if not loaded or str(fault).startswith(f"{label}:"):  # it is of no combination
             raise fault
         raise UserError(
             f"{label}: {fault}; every combination is trained, so values that do not go together need a sweep each"
