@@ -158,8 +158,8 @@ def build_network(
         if ":" in name:
             if factory is None:
                 raise UserError(
-                    f"model={name}: code that a run directory names is not loaded; give model= here, too (fastil predict "
-                    f"and export-model: --model)"
+                    f"model={name}: code that a run directory names is not loaded; give model= here, too "
+                    f"(fastil predict and export-model: --model)"
                 )
             torch.default_generator.manual_seed(seed)
             backbone = ExternalBackbone(name, outside.imported(f"model={name}", factory), keeps_maps)
