@@ -110,7 +110,8 @@ class Recipe:
         """The class of the method. UserError where a run directory names code that this command does not."""
         if self._procedure is None:
             raise UserError(
-                f"method={self.method.method}: code that a run directory names is not loaded; give method= here, too"
+                f"method={self.method.method}: code that a run directory names is not loaded; give method= here, too "
+                f"(fastil predict and export-model: --method)"
             )
         return self._procedure
 

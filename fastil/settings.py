@@ -92,6 +92,18 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"{shown(override)}: {_problem(error, '; quote the value')}") from None
 
 
+def split_values(text: str) -> list[str]:
+    """The texts of the values that stand in A,B,C: commas inside brackets and quotes are their own. What is no such
+    list is one value."""
+    try:
+        found = _composed(f"[{text}]").value
+    except (yaml.YAMLError, AttributeError):
+        return [text]
+    places = [(node.start_mark.index - 1, node.end_mark.index - 1) for node in found]
+    whole = places and not text[places[-1][1] :].strip()  # a last comma would be lost, and what stands behind a bracket
+    return [text[begin:end] for begin, end in places] if whole else [text]
+
+
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
     """The keys and values of a recipe file. Raises UserError, with the line, for what is no YAML and no mapping."""
     try:

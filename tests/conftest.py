@@ -23,8 +23,8 @@ FEW = bool(os.environ.get("FASTIL_FEW"))  # a GPU at hand for minutes: few drawn
 SOAK = bool(os.environ.get("FASTIL_SOAK"))  # `make soak`: full counts
 # Files of minutes, which begin first, so that the processes of the suite end together.
 SLOWEST = (
-    "test_runs", "test_reproduce", "test_parts", "test_crash_safety", "test_kill", "test_fuzz", "test_trainer",
-    "test_cli", "test_herd", "test_pod_spatial", "test_convert", "test_incremental_loss", "test_html",
+    "test_runs", "test_reproduce", "test_sweep", "test_parts", "test_crash_safety", "test_kill", "test_fuzz",
+    "test_trainer", "test_cli", "test_herd", "test_pod_spatial", "test_convert", "test_incremental_loss", "test_html",
 )  # fmt: skip
 # Seconds instead of minutes; the digits recipe otherwise. precision: the same arithmetic on every processor.
 TINY = ["epochs=2", "base_epochs=2", "batch_size=64", "precision=fp32"]

@@ -31,6 +31,7 @@ from fastil.settings import (
     parse_mapping,
     parse_override,
     shown,
+    split_values,
 )
 from fastil.text import one_line
 from fastil.training import estimate
@@ -101,6 +102,22 @@ def test_what_would_be_read_as_something_else_is_refused_in_one_short_line(text,
 def test_what_is_nested_as_deep_as_allowed_and_as_long_is_read():
     assert parse_override("x=" + "[" * MOST_DEPTH + "]" * MOST_DEPTH)[1]
     assert len(parse_override(f"x='{'y' * (MOST_TEXT - 2)}'")[1]) == MOST_TEXT - 2
+
+
+@DRAWN
+@given(st.lists(st.recursive(st.none() | st.integers(-9, 9) | st.text("a,' []{}\\\""), st.lists), min_size=1))
+def test_what_json_writes_is_split_at_its_own_commas(values):
+    assert [json.loads(text) for text in split_values(",".join(map(json.dumps, values)))] == values
+    assert [json.loads(text) for text in split_values(" , ".join(map(json.dumps, values)))] == values
+
+
+@pytest.mark.parametrize("text", ["a", "", ",", "a,", "a,,b", "[1,2", "1],[2", "'a,b", "{a", "a # b,c", "/p/[x],y/{z"])
+def test_what_is_no_list_of_values_is_one_value(text):
+    assert split_values(text) == [text]
+
+
+def test_plain_words_are_split_too():
+    assert split_values("own.py:Class, 'it''s',[a, [b,c]],1e-3") == ["own.py:Class", "'it''s'", "[a, [b,c]]", "1e-3"]
 
 
 def test_aliases_within_aliases_are_refused_before_they_multiply():

@@ -157,7 +157,10 @@ def build_network(
     with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator before `initialise`
         if ":" in name:
             if factory is None:
-                raise UserError(f"model={name}: code that a run directory names is not loaded; give model= here, too")
+                raise UserError(
+                    f"model={name}: code that a run directory names is not loaded; give model= here, too "
+                    f"(fastil predict and export-model: --model)"
+                )
             torch.default_generator.manual_seed(seed)
             backbone = ExternalBackbone(name, outside.imported(f"model={name}", factory), keeps_maps)
         elif name == "resnet32_rebuffi":

@@ -1,4 +1,5 @@
-"""`fastil reproduce`: train what a table lacks, run by run, each in a process of its own, and write the table.
+"""`fastil reproduce` and `fastil sweep`: train what a table lacks, run by run, each in a process of its own, and write
+the table.
 
 Every run is `fastil run` with the row's overrides: killed and started again it goes on where its checkpoint is. Rows
 that train the same base step take it from the first run of their group (fastil.training.base_step).
@@ -10,8 +11,9 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
-from fastil import machine
+from fastil import files, machine
 from fastil.device import pick_device, precision_note
 from fastil.errors import UserError
 from fastil.reporting.runs import Run
@@ -33,6 +35,7 @@ class Scheduler(Bar):
     def __init__(self, work: WorkList, at_once: int) -> None:
         super().__init__()
         self.work, self.at_once = work, at_once
+        self.elsewhere: set[Path] = set()  # runs that processes of an earlier command go on with
         self.interrupt = Interrupt()
         self.began = self.last_line = time.monotonic()
         self.total = sum(work.left(job) for job in work.jobs)
@@ -74,6 +77,11 @@ class Scheduler(Bar):
         except OSError as error:
             raise UserError(f"{job.log}: cannot be written ({error.strerror}); choose another --out") from None
         with log:
+            if not _claimed(log):
+                if job.log not in self.elsewhere:
+                    self.say(f"{job.name}: a process of an earlier command goes on with it; waiting for that")
+                self.elsewhere.add(job.log)
+                return
             # A session of its own: Ctrl-C reaches this process, which passes it on once.
             job.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         where = "" if job.gpu is None else f" on {gpus.title(job.gpu)}"
@@ -128,6 +136,15 @@ class Scheduler(Bar):
                 f"{finished} of {len(self.work.jobs)} runs, {self.running()} running{where}, "
                 f"{100 * done / max(1, total):.0f} % of what was missing, {rate:,.0f} img/s{remaining}"
             )
+
+
+def _claimed(log: IO[bytes]) -> bool:
+    """Hold the log of a run for its process, which inherits the lock with its output: where this command is killed, the
+    run keeps it until it ends itself. False: the process of an earlier command has it."""
+    try:
+        return files.lock(log.fileno())
+    except OSError:  # a file system without locks; the run directory has one of its own
+        return True
 
 
 def last_line(log: Path) -> str:
@@ -194,7 +211,14 @@ def reproduce(
 ) -> tuple[str, int]:
     """Train what is missing of some entries and write the table. jobs: runs at once. Returns its text and an exit
     status."""
-    work = WorkList(entries, seeds, out, data, table=table.entries, wanted=precision)
+    work = WorkList(entries, seeds, out, data, table=table, wanted=precision)
+    remarks, status = complete(work, out, jobs)
+    return write(table, out, entries) + remarks, status
+
+
+def complete(work: WorkList, out: Path, jobs: int | None = None) -> tuple[str, int]:
+    """Train what is missing of a work list into `out`, so many runs at once. Returns what to say of runs that failed or
+    were stopped, for the end of a text, and an exit status."""
     usual = usual_jobs(work)
     scheduler = Scheduler(work, jobs or usual)
     if work.missing:
@@ -202,10 +226,8 @@ def reproduce(
         scheduler.say(f"{missing}, {crowd(work, scheduler.at_once, usual)}, into {out}")
         scheduler.say(precision_line(work))
         scheduler.run()
-    text = write(table, out, entries)
     failed = [job for job in work.jobs if job.failure]
-    if failed:
-        text += "\n" + "\n".join(f"failed: {job.folder} ({job.failure}; all of it: {job.log})" for job in failed)
+    remarks = "".join(f"\nfailed: {job.folder} ({job.failure}; all of it: {job.log})" for job in failed)
     if scheduler.interrupt.number is not None:
-        return text + "\n\nstopped; the same command goes on", 128 + scheduler.interrupt.number
-    return text, 1 if failed else 0
+        return remarks + "\n\nstopped; the same command goes on", 128 + scheduler.interrupt.number
+    return remarks, 1 if failed else 0

@@ -1,14 +1,17 @@
-"""A table of the paper as text: rows, paired differences with intervals, what they are compared with."""
+"""A table as text and numbers: rows, paired differences with intervals, what they are compared with."""
 
 import csv
 import io
+import json
 import statistics
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastil.device import Precision
 from fastil.errors import UserError
+from fastil.reporting.figures import draw_accuracy
 from fastil.reporting.rows import deviation, readable_measures, spread
 from fastil.reporting.runs import Run
 from fastil.reproduce.bootstrap import Predictions, paired_interval
@@ -34,91 +37,165 @@ HEADER = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Gain:
+    """What the runs of a row add to those of another one with the same seeds: the mean difference in average
+    incremental accuracy and its interval, in points."""
+
+    mean: float
+    interval: tuple[float, float]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table as numbers. measured: by seed, then by heading, of its finished runs."""
+
+    entry: Entry
+    measured: dict[int, dict[str, float | None]]
+    gain: Gain | None
+
+    def over_seeds(self) -> dict[str, list[float]]:
+        """The values of each heading."""
+        of_seeds = list(self.measured.values())
+        headings = dict.fromkeys(heading for values in of_seeds for heading in values)
+        known = {heading: [values.get(heading) for values in of_seeds] for heading in headings}
+        return {heading: [v for v in values if v is not None] for heading, values in known.items()}
+
+
 def predictions(run: Run) -> Predictions:
     return [run.predictions(step) for step in range(len(run.curve))]
 
 
-def difference(ours: dict[int, Run], theirs: dict[int, Run]) -> tuple[str, str, int]:
-    """Average incremental accuracy of the runs with a counterpart minus theirs, its interval, and how many they are."""
+def difference(ours: dict[int, Run], theirs: dict[int, Run]) -> Gain | None:
+    """What the runs with a counterpart gain over theirs. None: there are no such runs, or their classes come in other
+    steps, so that their test images cannot be paired."""
     pairs = [(ours[s], theirs[s]) for s in ours if s in theirs]
-    if not pairs:
-        return "-", "-", 0
+    if not pairs or any(a.protocol.steps != b.protocol.steps for a, b in pairs):
+        return None
     gains = [a.results.average_incremental_accuracy - b.results.average_incremental_accuracy for a, b in pairs]
-    low, high = paired_interval([predictions(a) for a, _ in pairs], [predictions(b) for _, b in pairs])
-    return f"{statistics.mean(gains):+.2f}", f"{low:+.2f} to {high:+.2f}", len(pairs)
+    interval = paired_interval([predictions(a) for a, _ in pairs], [predictions(b) for _, b in pairs])
+    return Gain(statistics.mean(gains), interval, len(pairs))
 
 
-def rows_of(table: Table, found: Found) -> tuple[list[tuple[str, ...]], set[int]]:
-    """A line per entry, "-" where nothing has run or was published; over how many seeds the intervals are."""
-    lines: list[tuple[str, ...]] = []
-    paired: set[int] = set()
+def measured(run: Run) -> dict[str, float | None]:
+    """What a table says of a run, by heading. Percent, or points."""
+    last = run.results.steps[-1]
+    found = {
+        "average incremental": run.results.average_incremental_accuracy, "base step": run.curve[0],
+        "final": last.top1, "final base": last.top1_base, "final old": last.top1_old, "final new": last.top1_new,
+    }  # fmt: skip
+    for measures in readable_measures([run])[0]:
+        found |= {"final not base": measures.non_base[-1], "forgetting": measures.forgetting[-1]}
+    return found
+
+
+def rows_of(table: Table, found: Found) -> list[Row]:
+    """A row per entry."""
+    rows = []
     for entry in table.entries:
-        runs, published = found[entry.row, entry.steps], entry.published
-        last = [run.results.steps[-1] for run in runs.values()]
-        measures, _ = readable_measures(runs.values())
-        averages = [run.results.average_incremental_accuracy for run in runs.values()]
-        gain, interval = "-", "-"
-        if entry.against is not None:
-            gain, interval, pairs = difference(runs, found[entry.against, entry.steps])
-            paired |= {pairs} - {0}
-        distance = "-"
-        comparable = table.scale == "paper" and all(on_paper_data(run) for run in runs.values())
-        if comparable and averages and "average" in published and not entry.quoted:
-            distance = f"{statistics.mean(averages) - published['average']:+.2f}"
-        known = [f"{published[key]:.2f}" if key in published else "-" for key in ("average", "final", "base")]
-        lines.append(
-            (
-                str(entry.steps), entry.label, str(len(runs) or "-"), known[0], spread(averages) or "-", distance, gain,
-                interval, spread([run.curve[0] for run in runs.values()]) or "-",
-                spread([step.top1 for step in last]) or "-", known[1],
-                spread([step.top1_base for step in last]) or "-", known[2],
-                spread([step.top1_old for step in last]) or "-", spread([step.top1_new for step in last]) or "-",
-                spread([m.non_base[-1] for m in measures]) or "-", spread([m.forgetting[-1] for m in measures]) or "-",
-            )
-        )  # fmt: skip
-    return lines, paired
+        runs = found[entry.row, entry.steps]
+        gain = None if entry.against is None else difference(runs, found[entry.against, entry.steps])
+        rows.append(Row(entry, {seed: measured(run) for seed, run in runs.items()}, gain))
+    return rows
+
+
+def cells_of(row: Row, comparable: bool) -> dict[str, str]:
+    """The cells of a row by heading; "-" where nothing has run or was published. comparable: the published numbers are
+    of the same images and schedule."""
+    published, values = row.entry.published, row.over_seeds()
+    cells = dict.fromkeys(HEADER, "-") | {"row": row.entry.label}
+    cells |= {heading: text for heading, known in values.items() if (text := spread(known))}
+    cells |= {f"published {key}": f"{value:.2f}" for key, value in published.items()}
+    if row.entry.steps:
+        cells["steps"] = str(row.entry.steps)
+    if row.measured:
+        cells["seeds"] = str(len(row.measured))
+    if comparable and row.measured and "average" in published and not row.entry.quoted:
+        cells["minus published"] = f"{statistics.mean(values['average incremental']) - published['average']:+.2f}"
+    if row.gain is not None:
+        cells["difference"] = f"{row.gain.mean:+.2f}"
+        cells["95 % interval"] = "{:+.2f} to {:+.2f}".format(*row.gain.interval)
+    return cells
+
+
+def numbers_of(row: Row) -> dict[str, Any]:
+    """A row for other programs: by heading the value of each seed, mean and standard deviation, not rounded."""
+    values = row.over_seeds()
+    return {
+        "row": row.entry.label,
+        "recipe": row.entry.recipe,
+        "settings": row.entry.overrides,
+        "seeds": row.measured,
+        "mean": {heading: statistics.mean(known) for heading, known in values.items() if known},
+        "deviation": {heading: statistics.stdev(known) for heading, known in values.items() if len(known) > 1},
+        "difference": None if row.gain is None else row.gain.mean,
+        "95 % interval": None if row.gain is None else row.gain.interval,
+    }
 
 
 def write(table: Table, out: Path, asked: Sequence[Entry] | None = None) -> str:
-    """TABLE-SCALE.md, .csv and .png in `out`; returns the text. asked: the entries that were asked for, by default all
-    but the reference lines; others stand there where they have runs."""
+    """The files of a table in `out`: .md, .csv, .json and .png; returns the text. asked: the entries that were asked
+    for, by default all but the reference lines; others stand there where they have runs."""
     found, precision = finished_runs(table, out), precision_of(table.entries, out)
     asked = only(table, ()) if asked is None else asked
     left_out = [e for e in table.entries if e not in asked and not found[e.row, e.steps]]
     table = replace(table, entries=[entry for entry in table.entries if entry not in left_out])
-    rows, paired = rows_of(table, found)
-    shown = [i for i in range(len(HEADER)) if any(row[i] != "-" for row in rows)]  # no columns of dashes
-    of_what = published_of(table, found)
-    headings = [f"{heading}{of_what if heading.startswith('published') else ''}" for heading in HEADER]
-    header, cells = tuple(headings[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
     runs_of = [found[entry.row, entry.steps].values() for entry in table.entries]
-    theirs = all(on_paper_data(run) for runs in runs_of for run in runs)
-    below = (
-        [] if all(runs_of) else ['"-" under seeds: no finished run yet.' if any(runs_of) else "No run is finished yet."]
-    )
+    on_theirs = [all(map(on_paper_data, runs)) for runs in runs_of]
+    rows = rows_of(table, found)
+    texts = [cells_of(row, table.scale == "paper" and same) for row, same in zip(rows, on_theirs, strict=True)]
+    shown = [heading for heading in HEADER if any(text[heading] != "-" for text in texts)]  # no columns of dashes
+    of_what = published_of(table, found)
+    header = tuple(f"{heading}{of_what if heading.startswith('published') else ''}" for heading in shown)
+    cells = [tuple(text[heading] for heading in shown) for text in texts]
+    above = notes(table, {row.gain.seeds for row in rows if row.gain}, all(on_theirs), precision, runs_of)
+    text = "\n\n".join([*above, format_table(header, cells), *remarks(rows, found, left_out)])
+    stem = out / table.stem
+    of_runs = ("precision",) if table.scale is None else ("precision", "fidelity")
+    lines = [(*header, *of_runs)]
+    for entry, runs, line in zip(table.entries, runs_of, cells, strict=True):
+        told = (str(precision), modified(table, entry, runs)) if runs else ("-", "-")
+        lines.append((*line, *told[: len(of_runs)]))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stem.with_suffix(".md").write_text(text + "\n")
+        content = io.StringIO()
+        csv.writer(content, lineterminator="\n").writerows(lines)
+        stem.with_suffix(".csv").write_text(content.getvalue())
+        numbers = {"table": table.title, "precision": precision, "rows": list(map(numbers_of, rows))}
+        stem.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
+    figure = stem.with_suffix(".png")
+    if table.scale is not None:
+        draw(table, found, figure)
+    elif any(runs_of):
+        groups = {row.entry.label: list(runs) for row, runs in zip(rows, runs_of, strict=True) if runs}
+        draw_accuracy(groups, figure, "run the same command again")
+    return text + f"\n\nwritten: {stem}.md, .csv, .json" + (", .png" if figure.exists() else "")
+
+
+def remarks(rows: Sequence[Row], found: Found, left_out: Sequence[Entry]) -> list[str]:
+    """What the cells leave open. left_out: entries without a row."""
+    lines = []
+    if not all(row.measured for row in rows):
+        some = any(row.measured for row in rows)
+        lines.append('"-" under seeds: no finished run yet.' if some else "No run is finished yet.")
     if left_out:
         steps: dict[str, list[str]] = {}
         for entry in left_out:
             steps.setdefault(entry.label, []).append(str(entry.steps))
         names = [f"{label} ({' and '.join(numbers)} steps)" for label, numbers in steps.items()]
-        below.append(f"Not asked for, and without a finished run: {'; '.join(names)}.")
-    text = "\n\n".join([*notes(table, paired, theirs, precision, runs_of), format_table(header, cells), *below])
-    stem = out / f"{table.name}-{table.scale}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stem.with_suffix(".md").write_text(text + "\n")
-        content = io.StringIO()
-        of_rows = [
-            (precision, modified(table, entry, runs)) if runs else ("-", "-")
-            for entry, runs in zip(table.entries, runs_of, strict=True)
-        ]
-        lines = [(*row, *of_row) for row, of_row in zip(cells, of_rows, strict=True)]
-        csv.writer(content, lineterminator="\n").writerows([(*header, "precision", "fidelity"), *lines])
-        stem.with_suffix(".csv").write_text(content.getvalue())
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
-    draw(table, found, stem.with_suffix(".png"))
-    return text + f"\n\nwritten: {stem}.md, .csv, .png"
+        lines.append(f"Not asked for, and without a finished run: {'; '.join(names)}.")
+    unpaired = [
+        row.entry.label
+        for row in rows
+        if row.entry.against and not row.gain and row.measured.keys() & found[row.entry.against, row.entry.steps].keys()
+    ]
+    if unpaired:
+        lines.append(f"No difference where classes come in other steps: {'; '.join(unpaired)}.")
+    return lines
 
 
 def notes(
@@ -131,7 +208,8 @@ def notes(
     """What the columns mean, and what they do not say. paper_data: all runs are on the images of the paper's tables;
     runs: of each row."""
     references = {entry.against for entry in table.entries if entry.against}
-    labels = list(dict.fromkeys(e.label.partition(",")[0] for e in table.entries if e.row in references))
+    labels = list(dict.fromkeys(e.label.partition(", ")[0] for e in table.entries if e.row in references))
+    alike = " (and steps and memory)" if table.scale is not None else ""
     lines = [
         f'{table.name}: {table.title}. Top-1 in percent, {deviation(runs)}; "average incremental" '
         'takes in the base step, "final" is the last step, over all classes and over those of the base step, of all '
@@ -143,14 +221,14 @@ def notes(
     if paired:
         drawn = "test images" if paired == {1} else "seeds and test images"
         lines.append(
-            f'"difference" is the average incremental accuracy minus that of {" / ".join(labels)} with the same seeds '
-            f"(and steps and memory), with a 95 % bootstrap interval over {drawn}. "
+            f'"difference" is the average incremental accuracy minus that of {" / ".join(labels)} with the same seeds'
+            f"{alike}, with a 95 % bootstrap interval over {drawn}. "
             + ("Two or three seeds say little about the spread between seeds." if paired != {1} else "")
             + " All seeds have one class order: how much another order would change is in neither ± nor interval."
             + (" Where there is one seed only test images are drawn: that spread is left out." if 1 in paired else "")
         )
     if table.note is not None:
-        lines.append(f'Scale "{table.scale}": {table.note}')
+        lines.append(table.note if table.scale is None else f'Scale "{table.scale}": {table.note}')
     if not paper_data and table.on_paper_data:
         lines.append(
             "The images are not known to be CIFAR-100 as published: the paper's numbers are of other data and stand "

@@ -1,4 +1,4 @@
-"""The paper's tables as work lists, and the finished runs of their rows."""
+"""Tables of runs as work lists, those of the paper among them, and the finished runs of their rows."""
 
 import difflib
 import re
@@ -23,8 +23,9 @@ RUN = re.compile(r".*-s([0-9]{1,10})")  # a run as a dry run prints it
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a table. published: "average", "base" (final top-1 on the base classes) and "final", percent. scaled:
-    the overrides that are the scale's and not the row's."""
+    """A line of a table. steps: 0 where they are not told. published: "average", "base" (final top-1 on the base
+    classes) and "final", percent. scaled: the overrides that are the scale's and not the row's. place: the folder of
+    its runs inside `out`; those of rows that may share base steps lie in one folder."""
 
     row: str
     recipe: str
@@ -36,10 +37,16 @@ class Entry:
     scaled: tuple[str, ...] = ()
     quoted: bool = False  # the published numbers are of another protocol
     reference: bool = False  # a line that is not in the paper; trained only where it is named
-    scale_folder: str = ""  # of the runs of its scale, in `out`; older scales have none
+    place: str = ""
 
     def folder(self, out: Path, seed: int) -> Path:
-        return out / self.scale_folder / self.recipe / f"{self.row}-s{seed}"
+        return out / self.place / f"{self.row}-s{seed}"
+
+    def folders(self, out: Path) -> dict[int, Path]:
+        """The folders in `out` that are called as its runs are, by seed."""
+        of_seed = re.compile(f"{re.escape(self.row)}-s([0-9]{{1,10}})")
+        named = {path: of_seed.fullmatch(path.name) for path in (out / self.place).glob("*-s*") if path.is_dir()}
+        return {int(seed[1]): path for path, seed in sorted(named.items()) if seed}
 
     def load(self, seed: int, data: str | None = None) -> Recipe:
         return load(self.recipe, [*self.overrides, f"seed={seed}"], data=data)
@@ -49,8 +56,9 @@ class Entry:
 class Table:
     name: str
     title: str
-    scale: str
-    seeds: int  # unless asked for otherwise
+    stem: str  # of its files
+    scale: str | None  # None: of no paper, so that the command takes settings
+    seeds: Sequence[int]  # unless asked for otherwise
     over: str | None  # the key that the figure draws curves over; None: bars
     on_paper_data: bool  # whether this scale is meant to be trained on the images of the paper
     theirs: str | None  # what the published numbers are of, where that is not what this scale trains
@@ -100,7 +108,7 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
             published={key: line[key] for key in ("average", "base", "final") if key in line},
             scaled=tuple(f"{key}={value}" for key, value in of_scale(line["row"]).items()),
             quoted=line.get("quoted", False),
-            scale_folder=settings.get("folder", ""),
+            place=f"{settings.get('folder', '.')}/{trained(line['row'], line['steps'])[0]}",
         )
         for line in content["tables"][name]["entries"]
         if lines_of in line.get("scales", [lines_of])
@@ -110,15 +118,14 @@ def table_of(content: dict[str, Any], name: str, scale: str) -> Table:
         for row, label in content.get("references", {}).items():
             recipe, overrides = trained(row, steps)
             scaled = tuple(f"{key}={value}" for key, value in of_scale(row).items())
-            folder = settings.get("folder", "")
-            entries.append(
-                Entry(row, recipe, overrides, steps, label, None, {}, scaled, reference=True, scale_folder=folder)
-            )
+            place = f"{settings.get('folder', '.')}/{recipe}"
+            entries.append(Entry(row, recipe, overrides, steps, label, None, {}, scaled, reference=True, place=place))
     return Table(
         name=name,
         title=head["title"],
+        stem=f"{name}-{scale}",
         scale=scale,
-        seeds=settings["seeds"],
+        seeds=range(settings["seeds"]),
         over=head.get("over"),
         on_paper_data=lines_of == "paper",
         theirs=settings.get("theirs"),
@@ -199,11 +206,13 @@ def precision_of(entries: Sequence[Entry], out: Path) -> Precision | None:
     do not count, as they do not in the table."""
     found: list[tuple[Path, Precision]] = []
     for entry in entries:
-        for path in sorted(entry.folder(out, 0).parent.glob(f"{entry.row}-s*/recipe.yaml")):
-            loaded = read_effective(path)
+        for folder in entry.folders(out).values():
+            if not (folder / "recipe.yaml").exists():
+                continue
+            loaded = read_effective(folder / "recipe.yaml")
             precision = loaded.precision
             if loaded.identity(seed=False) == entry.load(0).in_precision(precision).identity(seed=False):
-                found.append((path.parent, precision))
+                found.append((folder, precision))
     return one_precision(found, "move one set of runs to another --out")
 
 
@@ -211,12 +220,7 @@ def finished_runs(table: Table, out: Path) -> Found:
     """The finished runs of every entry, by seed."""
     found: Found = {}
     for entry in table.entries:
-        folders = {path.name.rpartition("-s")[2]: path for path in entry.folder(out, 0).parent.glob(f"{entry.row}-s*")}
-        runs = {
-            int(seed): finished_run(path, entry.load(int(seed)))
-            for seed, path in folders.items()
-            if seed.isdecimal() and path.is_dir()
-        }
+        runs = {seed: finished_run(path, entry.load(seed)) for seed, path in entry.folders(out).items()}
         found[entry.row, entry.steps] = {seed: run for seed, run in sorted(runs.items()) if run is not None}
     everything = [run for of_row in found.values() for run in of_row.values()]
     for run in everything:

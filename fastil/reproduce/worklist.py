@@ -26,7 +26,7 @@ from fastil.reporting.checkpoints import Position
 from fastil.reporting.run_files import AGAIN, MetricsLine, read_metrics
 from fastil.reporting.runs import Run
 from fastil.reproduce import tables
-from fastil.reproduce.tables import Entry
+from fastil.reproduce.tables import Entry, Table
 from fastil.training import base_step, step_plan
 
 
@@ -96,9 +96,9 @@ class Job:
 class WorkList:
     """The runs behind some entries of a table, each once, and the command that trains each.
 
-    preview: take the published shape of a data set whose files are not here, instead of raising UserError. table: the
-    entries that these are compared with, whose runs in `out` decide the precision. wanted: the precision that is asked
-    for; UserError where those runs have another one.
+    preview: take the published shape of a data set whose files are not here, instead of raising UserError. table: what
+    these entries are compared in; its runs in `out` decide the precision. wanted: the precision that is asked for;
+    UserError where those runs have another one.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class WorkList:
         out: Path,
         data: str | None,
         preview: bool = False,
-        table: Sequence[Entry] = (),
+        table: Table | None = None,
         wanted: str = "auto",
     ) -> None:
         self.data = data
         self.jobs: list[Job] = []
         self.bases: dict[str, Path] = {}  # by base group, a run of this scale that had the base step before
         asked = _asked(wanted)
-        before = tables.precision_of(table or entries, out)
+        before = tables.precision_of(entries if table is None else table.entries, out)
         if asked is not None and before not in (None, asked):
             raise UserError(
                 f"--precision {asked}: the runs of this table that are in {out} are in {before}, and no table mixes "
@@ -141,8 +141,14 @@ class WorkList:
         for job in self.jobs:
             key = str(job.recipe.data)
             if key not in datasets:
-                datasets[key] = _dataset(job.recipe, preview)
+                datasets[key] = _dataset(job.recipe, preview, table is None or table.scale is None)
             dataset = datasets[key]
+            first = datasets[str(self.jobs[0].recipe.data)]
+            if dataset is not None and first is not None and hashes(dataset) != hashes(first):
+                raise UserError(
+                    f"{job.name} would be trained on other images than {self.jobs[0].name}, and no table holds both; "
+                    f"train them apart"
+                )
             if job.finished and dataset is not None and Run(job.folder).image_hashes != hashes(dataset):
                 raise UserError(f"{job.folder}: was trained on other images than those of --data; choose another --out")
             self._measure(job, dataset)
@@ -158,7 +164,7 @@ class WorkList:
         own_loss = "" if len(set(of_base.tolist())) == 1 else base_step.SAME_WITHOUT_OLD[job.recipe.loss.loss]
         job.base_group = f"{base_step.base_identity(job.recipe)}{protocol.steps[0].tolist()}{own_loss}"
         job.had_base = job.has_base
-        if job.base_group not in self.bases:
+        if job.base_group not in self.bases and job.entry.place:
             of_scale = job.folder.parent.parent
             for found in sorted(of_scale.glob(f"*/*-s{job.seed}/checkpoints/step_0.pt")):
                 if _same_base(found.parent.parent, job.recipe, protocol, dataset, counts):
@@ -255,9 +261,10 @@ def hashes(dataset: Dataset) -> tuple[str, str]:
     return dataset.train.sha256, dataset.val.sha256
 
 
-def _dataset(loaded: Recipe, preview: bool) -> Dataset | None:
-    """None where only its published shape is known, and needed."""
-    if loaded.data.dataset == "folder" and loaded.data.data is None:
+def _dataset(loaded: Recipe, preview: bool, takes_settings: bool) -> Dataset | None:
+    """None where only its published shape is known, and needed. takes_settings: the command takes KEY=VALUE, which
+    `load_dataset` advises."""
+    if loaded.data.dataset == "folder" and loaded.data.data is None and not takes_settings:
         classes = f" of {loaded.protocol.classes} classes" if loaded.protocol.classes else ""
         raise UserError(
             f"{loaded.name} trains on your own images: give --data DIR with train/CLASS and val/CLASS{classes}, as "
@@ -269,7 +276,7 @@ def _dataset(loaded: Recipe, preview: bool) -> Dataset | None:
         if preview and loaded.data.dataset in table() and loaded.data.data is None:
             return None
         fixes = [fix for fix in ("on_corrupt=skip", "verify=false") if fix in str(error)]
-        if fixes:
+        if fixes and not takes_settings:
             command = shlex.join(["fastil", "run", loaded.name, "--data", str(loaded.data.data), *fixes])
             raise UserError(f"{error}, which a table does not take; train on these apart from it: {command}") from None
         raise

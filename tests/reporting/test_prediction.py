@@ -168,7 +168,7 @@ def backbone():
     settings = [f"{key}={value}" for key, value in THREE_STEPS.items()]
     assert fastil("run", "digits", *settings, "model=own.py:backbone", "--out", "run").returncode == 0
     image = next((digits / "4").iterdir())
-    assert_user_error(fastil("predict", "run", image), "own.py:backbone", "give model= here, too")
+    assert_user_error(fastil("predict", "run", image), "own.py:backbone", "give model= here, too", "--model")
     process = fastil("predict", "run", image, "--model", "own.py:backbone", "--json")
     assert process.returncode == 0, process.stderr
     assert len(json.loads(process.stdout)["probabilities"]) == 6

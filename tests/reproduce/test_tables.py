@@ -282,12 +282,12 @@ def test_what_is_missing_goes_on_in_the_precision_of_the_whole_table(tmp_path):
     """Whichever rows were chosen: a table that cannot be written must not be trained for."""
     make_run(tmp_path, "softmax", 0, 0.5, settings=["precision=bf16"])
     table = tables.table_of(CONTENT, "bars", "cpu")
-    work = WorkList(tables.only(table, ["balanced"]), [0], tmp_path, None, table=table.entries)
+    work = WorkList(tables.only(table, ["balanced"]), [0], tmp_path, None, table=table)
     assert [job.entry.row for job in work.missing] == ["balanced"]
     assert all("precision=bf16" in work.command(job) for job in work.missing)
     assert f"as the runs in {tmp_path} have it" in work.why
     chosen = tables.only(table, ["balanced"])
-    assert WorkList(chosen, [0], tmp_path, None, table=table.entries, wanted="bf16").precision == "bf16"
+    assert WorkList(chosen, [0], tmp_path, None, table=table, wanted="bf16").precision == "bf16"
     with pytest.raises(UserError, match=r"--precision fp32: the runs of this table that are in .* are in bf16"):
         WorkList(table.entries, [0], tmp_path, None, wanted="fp32")
 
@@ -304,3 +304,35 @@ def test_a_scale_of_the_papers_data_says_where_the_images_are_others(tmp_path):
     for scale, warned in (("paper", True), ("short", True), ("cpu", False)):
         table = tables.table_of(CONTENT, "bars", scale)
         assert ("not known to be CIFAR-100" in " ".join(table_text.notes(table, set(), paper_data=False))) == warned
+
+
+def test_rows_whose_classes_come_in_other_steps_are_not_paired(tmp_path):
+    """In the first run of a pair, or in the second one only: their test images are others after a step."""
+    for seed in (0, 1):
+        make_run(tmp_path, "softmax", seed, 0.4)
+        make_run(tmp_path, "balanced", seed, 0.6)
+    text, rows = written(tmp_path)
+    assert rows["ours"]["difference"].startswith("+")
+    assert "No difference" not in text
+    path = folder_of(tmp_path, "balanced", 1) / "protocol.json"
+    protocol = json.loads(path.read_text())
+    order = [0, 1, 2, 3, 4, 6, 5, 7, 8, 9]
+    path.write_text(json.dumps(protocol | {"class_order": order, "steps": [order[:5], *([c] for c in order[5:])]}))
+    text, rows = written(tmp_path)
+    assert "difference" not in rows["ours"]
+    assert text.count("No difference where classes come in other steps: ours.") == 1
+    assert "bootstrap" not in text
+
+
+def test_the_numbers_of_a_table_are_also_there_in_full(tmp_path):
+    runs = {seed: make_run(tmp_path, "balanced", seed, 0.6) for seed in (0, 3)}
+    written(tmp_path)
+    plain, ours = json.loads((tmp_path / "bars-cpu.json").read_text())["rows"]
+    assert (plain["row"], plain["seeds"], plain["mean"], plain["difference"]) == ("plain", {}, {}, None)
+    for seed, run in runs.items():
+        values = ours["seeds"][str(seed)]
+        assert values["average incremental"] == run["average_incremental_accuracy"]
+        assert values["final old"] == run["steps"][-1]["top1_old"]
+    finals = [run["final_top1"] for run in runs.values()]
+    assert ours["mean"]["final"] == pytest.approx(np.mean(finals))
+    assert ours["deviation"]["final"] == pytest.approx(np.std(finals, ddof=1))
