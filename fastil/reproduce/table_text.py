@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.reporting.figures import draw_accuracy
@@ -37,6 +39,9 @@ HEADER = (
 )  # fmt: skip
 
 
+ONE_ORDER = " All seeds have one class order: how much another order would change is in neither ± nor interval."
+
+
 @dataclass(frozen=True)
 class Gain:
     """What the runs of a row add to those of another one with the same seeds: the mean difference in average
@@ -63,18 +68,25 @@ class Row:
         return {heading: [v for v in values if v is not None] for heading, values in known.items()}
 
 
-def predictions(run: Run) -> Predictions:
-    return [run.predictions(step) for step in range(len(run.curve))]
+def predictions(run: Run, order: Sequence[int] | None = None) -> Predictions:
+    """The predictions of each step. order: of the classes whose places stand for them, by default the run's own, which
+    may be another one for each seed."""
+    own = run.protocol.class_order
+    places = np.array([(order or own).index(c) for c in own])
+    return [places[run.predictions(step)] for step in range(len(run.curve))]
 
 
 def difference(ours: dict[int, Run], theirs: dict[int, Run]) -> Gain | None:
     """What the runs with a counterpart gain over theirs. None: there are no such runs, or their classes come in other
-    steps, so that their test images cannot be paired."""
+    steps, so that their test images cannot be paired; or each seed has other classes."""
     pairs = [(ours[s], theirs[s]) for s in ours if s in theirs]
     if not pairs or any(a.protocol.steps != b.protocol.steps for a, b in pairs):
         return None
+    order = pairs[0][0].protocol.class_order
+    if any(set(a.protocol.class_order) != set(order) for a, _ in pairs):
+        return None
     gains = [a.results.average_incremental_accuracy - b.results.average_incremental_accuracy for a, b in pairs]
-    interval = paired_interval([predictions(a) for a, _ in pairs], [predictions(b) for _, b in pairs])
+    interval = paired_interval([predictions(a, order) for a, _ in pairs], [predictions(b, order) for _, b in pairs])
     return Gain(statistics.mean(gains), interval, len(pairs))
 
 
@@ -194,7 +206,7 @@ def remarks(rows: Sequence[Row], found: Found, left_out: Sequence[Entry]) -> lis
         if row.entry.against and not row.gain and row.measured.keys() & found[row.entry.against, row.entry.steps].keys()
     ]
     if unpaired:
-        lines.append(f"No difference where classes come in other steps: {'; '.join(unpaired)}.")
+        lines.append(f"No difference where classes are others, or come in other steps: {'; '.join(unpaired)}.")
     return lines
 
 
@@ -209,6 +221,7 @@ def notes(
     runs: of each row."""
     references = {entry.against for entry in table.entries if entry.against}
     labels = list(dict.fromkeys(e.label.partition(", ")[0] for e in table.entries if e.row in references))
+    own_orders = any(len({tuple(run.protocol.class_order) for run in of_row}) > 1 for of_row in runs)
     alike = " (and steps and memory)" if table.scale is not None else ""
     lines = [
         f'{table.name}: {table.title}. Top-1 in percent, {deviation(runs)}; "average incremental" '
@@ -224,7 +237,7 @@ def notes(
             f'"difference" is the average incremental accuracy minus that of {" / ".join(labels)} with the same seeds'
             f"{alike}, with a 95 % bootstrap interval over {drawn}. "
             + ("Two or three seeds say little about the spread between seeds." if paired != {1} else "")
-            + " All seeds have one class order: how much another order would change is in neither ± nor interval."
+            + (" Each seed has a class order of its own, the same in every row." if own_orders else ONE_ORDER)
             + (" Where there is one seed only test images are drawn: that spread is left out." if 1 in paired else "")
         )
     if table.note is not None:

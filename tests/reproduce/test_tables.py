@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from fastil import recipe_file
 from fastil.data import published
 from fastil.errors import UserError
+from fastil.reporting.runs import Run
 from fastil.reproduce import table_figures, table_text, tables
 from fastil.reproduce.worklist import WorkList
 
@@ -306,6 +307,32 @@ def test_a_scale_of_the_papers_data_says_where_the_images_are_others(tmp_path):
         assert ("not known to be CIFAR-100" in " ".join(table_text.notes(table, set(), paper_data=False))) == warned
 
 
+def in_order(folder, order):
+    """Make it a run whose classes come in this order."""
+    protocol = json.loads((folder / "protocol.json").read_text())
+    steps = [order[:5], *([c] for c in order[5:])]
+    (folder / "protocol.json").write_text(json.dumps(protocol | {"class_order": order, "steps": steps}))
+
+
+def test_seeds_with_class_orders_of_their_own_are_paired_by_class(tmp_path):
+    """The images of a class, not of a place in the order, are drawn once for all seeds."""
+    for seed in (0, 1):
+        make_run(tmp_path, "softmax", seed, 0.4)
+        make_run(tmp_path, "balanced", seed, 0.6)
+    one_order = written(tmp_path)
+    assert "All seeds have one class order" in one_order[0]
+    for row in ("softmax", "balanced"):
+        in_order(folder_of(tmp_path, row, 1), [9, 3, 1, 0, 2, 8, 7, 6, 5, 4])
+    text, rows = written(tmp_path)
+    assert "Each seed has a class order of its own, the same in every row." in text
+    assert rows["ours"]["difference"] == one_order[1]["ours"]["difference"]
+    first, other = (Run(folder_of(tmp_path, "balanced", seed)) for seed in (0, 1))
+    order = first.protocol.class_order
+    for step, found in enumerate(table_text.predictions(other, order)):
+        classes = [[other.protocol.class_order[place] for place in pair] for pair in other.predictions(step).tolist()]
+        assert [[order[place] for place in pair] for pair in found.tolist()] == classes
+
+
 def test_rows_whose_classes_come_in_other_steps_are_not_paired(tmp_path):
     """In the first run of a pair, or in the second one only: their test images are others after a step."""
     for seed in (0, 1):
@@ -314,13 +341,10 @@ def test_rows_whose_classes_come_in_other_steps_are_not_paired(tmp_path):
     text, rows = written(tmp_path)
     assert rows["ours"]["difference"].startswith("+")
     assert "No difference" not in text
-    path = folder_of(tmp_path, "balanced", 1) / "protocol.json"
-    protocol = json.loads(path.read_text())
-    order = [0, 1, 2, 3, 4, 6, 5, 7, 8, 9]
-    path.write_text(json.dumps(protocol | {"class_order": order, "steps": [order[:5], *([c] for c in order[5:])]}))
+    in_order(folder_of(tmp_path, "balanced", 1), [0, 1, 2, 3, 4, 6, 5, 7, 8, 9])
     text, rows = written(tmp_path)
     assert "difference" not in rows["ours"]
-    assert text.count("No difference where classes come in other steps: ours.") == 1
+    assert text.count("No difference where classes are others, or come in other steps: ours.") == 1
     assert "bootstrap" not in text
 
 
