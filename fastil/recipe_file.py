@@ -44,6 +44,7 @@ def names() -> list[str]:
     return sorted([*file_names(), *in_protocols()])
 
 
+@cache
 def file_names() -> list[str]:
     """Those of them that have a file."""
     files = resources.files("fastil.recipes").iterdir()
@@ -57,6 +58,7 @@ def protocols() -> Keys:
     return settings.parse_mapping(resources.files("fastil.recipes").joinpath("protocols.yaml").read_text(), "protocols")
 
 
+@cache
 def in_protocols() -> dict[str, tuple[str, str]]:
     """The recipe and the protocol that each recipe without a file is made of, by its name."""
     parents = [name for name in file_names() if name.partition("_")[0] in protocols()["datasets"]]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastil import files
-from fastil.reporting.runs import Run, alpha_paths, geometric_mean
+from fastil.reporting.runs import Run, alpha_paths, geometric_mean, reference_lines
 from fastil.text import plain
 
 LINES = {"joint": "--", "finetune": ":"}  # of the reference lines
@@ -32,6 +32,7 @@ def draw_run(path: Path) -> None:
 def draw_accuracy(groups: dict[str, list[Run]], path: Path, then: str = files.RESUME) -> None:
     """Top-1 over the classes seen, mean over seeds, with a band of one standard deviation."""
     figure, axes = new_figure(1)
+    lines = reference_lines(groups)
     for i, (label, runs) in enumerate(groups.items()):
         length = min(len(run.curve) for run in runs)
         curves = np.array([run.curve[:length] for run in runs])
@@ -39,8 +40,8 @@ def draw_accuracy(groups: dict[str, list[Run]], path: Path, then: str = files.RE
         mean = curves.mean(axis=0)
         shown = textwrap.fill(f"{label} ({curves.mean():.1f})", 60)  # all that was modified can be long
         look: dict[str, Any] = {"marker": "o", "linestyle": ("-", "--", ":")[i // 10 % 3]}
-        if runs[0].reference is not None:
-            look = {"color": "grey", "marker": ".", "linestyle": LINES[runs[0].reference]}
+        if label in lines:
+            look = {"color": "grey", "marker": ".", "linestyle": LINES[lines[label]]}
         (line,) = axes[0].plot(classes, mean, label=shown, **look)
         if len(runs) > 1:
             deviation = curves.std(axis=0, ddof=1)

@@ -18,7 +18,7 @@ from fastil.errors import UserError
 from fastil.reporting.chart import WIDTH, Axis, Chart, Series, Style, chart, log_axis
 from fastil.reporting.rows import MEASURED, heading, measured, readable_measures, rows, seed_spread, spread
 from fastil.reporting.run_files import Timings, read_timings
-from fastil.reporting.runs import Run, alpha_paths, geometric_mean
+from fastil.reporting.runs import Run, alpha_paths, geometric_mean, reference_lines
 from fastil.text import plain
 
 COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
@@ -97,10 +97,12 @@ def page(groups: dict[str, list[Run]], notes: Sequence[str]) -> str:
     table. Raises UserError for a damaged file."""
     parts = by_images(groups)
     styles = {
-        label: LINES.get(runs[0].reference or "", Style(COLOURS[i % 10], DASHES[i // 10 % 3]))
+        label: Style(COLOURS[i % 10], DASHES[i // 10 % 3])
         for of_dataset in parts.values()
-        for i, (label, runs) in enumerate(of_dataset.items())
+        for i, label in enumerate(of_dataset)
     }
+    for of_dataset in parts.values():
+        styles |= {label: LINES[kind] for label, kind in reference_lines(of_dataset).items()}
     alphas = {label: {run.results.seed: alpha_paths(run) for run in runs} for label, runs in groups.items()}
     document = TEMPLATES.get_template("page.html").render(
         heading=heading(groups),

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 
 ROUNDED = 1e-6  # percent
-REFERENCES = ("joint", "finetune")  # methods that are drawn as lines between which the others lie
 ALWAYS_NAMED = ("method", "model")  # in a label, where they are not the recipe's
 PathLike = str | os.PathLike[str]
 
@@ -92,12 +91,6 @@ class Run:
     def curve(self) -> list[float]:
         """Top-1 over all classes seen after each finished step, percent."""
         return [step.top1 for step in self.results.steps]
-
-    @property
-    def reference(self) -> str | None:
-        """The reference line that the run is, "joint" or "finetune"; None for a run of a method."""
-        method = self.recipe.method.method
-        return method if method in REFERENCES else None
 
     @property
     def total_steps(self) -> int:
@@ -198,6 +191,21 @@ def one_precision(found: Iterable[tuple[Path, Precision]], fix: str) -> Precisio
         which = " and ".join(f"{precision} by {', '.join(there)}" for precision, there in paths.items())
         raise UserError(f"runs of several precisions, which one table cannot hold: {which}; {fix}")
     return next(iter(paths), None)
+
+
+def reference_lines(groups: dict[str, list[Run]]) -> dict[str, str]:
+    """The groups drawn as lines between which the others lie, by label: "joint" or "finetune". Each is the only
+    one of its kind, and finetuning one only without a memory."""
+    lines = {
+        label: runs[0].recipe.method.method
+        for label, runs in groups.items()
+        if runs[0].recipe.method.method == "joint"
+        or (runs[0].recipe.method.method == "finetune" and runs[0].recipe.memory.exemplars_per_class == 0)
+    }
+    kinds = list(lines.values())
+    if len(lines) == len(groups):
+        return {}
+    return {label: kind for label, kind in lines.items() if kinds.count(kind) == 1}
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:

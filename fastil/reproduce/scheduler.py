@@ -47,7 +47,8 @@ class Scheduler(Bar):
             try:
                 while not self.interrupt.requested():
                     for job in self.work.jobs:
-                        if self.running() < self.at_once and self.work.ready(job):
+                        free = job.log in self.elsewhere or self.running() < self.at_once
+                        if free and self.work.ready(job):
                             self.start(job)
                     self.collect()
                     if not self.running() and not any(self.work.ready(job) for job in self.work.jobs):
@@ -59,7 +60,7 @@ class Scheduler(Bar):
                 self.end()
 
     def running(self) -> int:
-        return sum(job.running for job in self.work.jobs)
+        return sum(job.running for job in self.work.jobs) + len(self.elsewhere)
 
     def runs_on(self, gpu: str) -> int:
         return sum(job.gpu == gpu and job.running for job in self.work.jobs)
@@ -82,6 +83,7 @@ class Scheduler(Bar):
                     self.say(f"{job.name}: a process of an earlier command goes on with it; waiting for that")
                 self.elsewhere.add(job.log)
                 return
+            self.elsewhere.discard(job.log)
             # A session of its own: Ctrl-C reaches this process, which passes it on once.
             job.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         where = "" if job.gpu is None else f" on {gpus.title(job.gpu)}"

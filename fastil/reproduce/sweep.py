@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastil import settings
 from fastil.errors import UserError
-from fastil.recipe import Recipe
+from fastil.recipe import RUNTIME_KEYS, Recipe
 from fastil.recipe_file import load
 from fastil.reporting.fidelity import remark_of
 from fastil.reporting.rows import spread
@@ -130,7 +130,8 @@ def _values(given: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"{shown(text)}: {BY_OPTION[key]}")
         if key in values:
             raise UserError(f"{shown(text)}: {key} is given twice; write its values in one, {key}=A,B")
-        values[key] = settings.split_values(several)
+        # Rows that differ in how fast they run are none, and these values may have commas: track=csv,wandb.
+        values[key] = [several] if key in RUNTIME_KEYS else settings.split_values(several)
     return values
 
 

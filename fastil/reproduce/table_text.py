@@ -164,6 +164,8 @@ def write(table: Table, out: Path, asked: Sequence[Entry] | None = None) -> str:
     above = notes(table, {row.gain.seeds for row in rows if row.gain}, all(on_theirs), precision, runs_of)
     text = "\n\n".join([*above, format_table(header, cells), *remarks(rows, found, left_out)])
     stem = out / table.stem
+    if not any(runs_of) and stem.with_suffix(".md").exists():  # of runs of other settings, which are worth keeping
+        return text + f"\n\n{stem}.md, .csv, .json stay as they were"
     of_runs = ("precision",) if table.scale is None else ("precision", "fidelity")
     lines = [(*header, *of_runs)]
     for entry, runs, line in zip(table.entries, runs_of, cells, strict=True):

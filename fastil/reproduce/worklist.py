@@ -114,11 +114,11 @@ class WorkList:
         self.data = data
         self.jobs: list[Job] = []
         self.bases: dict[str, Path] = {}  # by base group, a run of this scale that had the base step before
-        asked = _asked(wanted)
+        asked = _asked(wanted) or _in_settings(entries, seeds[0])
         before = tables.precision_of(entries if table is None else table.entries, out)
         if asked is not None and before not in (None, asked):
             raise UserError(
-                f"--precision {asked}: the runs of this table that are in {out} are in {before}, and no table mixes "
+                f"precision {asked}: the runs of this table that are in {out} are in {before}, and no table mixes "
                 f"precisions; leave it out to go on in {before}, or choose another --out"
             )
         for seed in seeds:
@@ -134,7 +134,8 @@ class WorkList:
                     self.jobs.append(job)
         self.device = pick_device(self.jobs[0].recipe.train.device)
         self.precision = self.jobs[0].recipe.precision
-        self.why = _why(self.precision, before, asked, self.device, out)  # that one
+        option = "precision=" if table is None else "--precision"
+        self.why = _why(self.precision, before, asked, self.device, out, option)  # that one
         if not self.missing and data is None:  # then the table can be written again without its images
             return
         datasets: dict[str, Dataset | None] = {}
@@ -226,14 +227,26 @@ def _asked(wanted: str) -> Precision | None:
     return next((precision for precision in known if precision == wanted), None)
 
 
+def _in_settings(entries: Sequence[Entry], seed: int) -> Precision | None:
+    """The precision that the recipes themselves ask for; None where one leaves it open, or they differ."""
+    found = {entry.load(seed).train.precision for entry in entries}
+    only = found.pop()
+    return None if found or only == "auto" else only
+
+
 def _why(
-    precision: Precision, before: Precision | None, asked: Precision | None, device: torch.device, out: Path
+    precision: Precision,
+    before: Precision | None,
+    asked: Precision | None,
+    device: torch.device,
+    out: Path,
+    option: str,
 ) -> str:
-    """What decided the precision."""
+    """What decided the precision. option: that chooses another one."""
     if before is not None:
         usual = fastest_precision(device)
         return f"as the runs in {out} have it" + (f"; this machine would take {usual}" if usual != precision else "")
-    return "auto: what this machine is fast in; --precision chooses another" if asked is None else "as --precision asks"
+    return f"auto: what this machine is fast in; {option} chooses another" if asked is None else "as asked for"
 
 
 def _position(folder: Path) -> Position | None:

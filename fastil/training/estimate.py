@@ -103,6 +103,7 @@ def plan_text(recipe: Recipe) -> str:
     learned = sum(plan.memory_visits for plan in steps)
     parameters = sum(p.numel() for p in student.parameters())
     method, loss, train, memory = recipe.method, recipe.loss, recipe.train, recipe.memory
+    with_teacher = f", {timed.now.distilled:,.0f} with the teacher" if recipe.procedure.uses_teacher else ""
     slow, quota = precision_note(precision, device), memory.quota(len(protocol.order))
     lines = [
         f"{recipe.name}: {recipe.description}",
@@ -123,7 +124,7 @@ def plan_text(recipe: Recipe) -> str:
         + (f", and {learned:,} to learn exemplars" if learned else ""),
         f"exemplars    {f'{quota} per class at the end, by {memory.exemplar_selection}{kept}' if quota else 'none'}",
         f"estimated    {duration(seconds(timed.now))} on {device_name(device)}, {eager}: {timed.now.plain:,.0f} "
-        f"images/s, {timed.now.distilled:,.0f} with the teacher, timed now over a few steps{reading}",
+        f"images/s{with_teacher}, timed now over a few steps{reading}",
         *([] if timed.quiet is None else [busy(timed.others, duration(seconds(timed.quiet)))]),
     ]
     said = [*([] if slow is None else [slow]), *step_plan.notes(recipe, names)]

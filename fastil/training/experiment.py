@@ -329,8 +329,9 @@ class Experiment:
         """Compile training and evaluation, each where the run repays it."""
         test_counts = np.bincount(self.dataset.val.labels)[self.protocol.order]
         frozen = self.flops * step_plan.frozen_visits(self.steps, test_counts)
+        training = step_plan.run_flops(self.steps, self.flops, self.method.uses_teacher)
         compiling.compile_run(
-            self.recipe.train.compile, self.device, self.trainer.compile, step_plan.run_flops(self.steps, self.flops),
+            self.recipe.train.compile, self.device, self.trainer.compile, training,
             self.frozen.compile, frozen, self.progress.say,
         )  # fmt: skip
 

@@ -126,9 +126,11 @@ def check_without_memory(recipe: Recipe) -> None:
         )
 
 
-def run_flops(steps: Sequence[StepPlan], forward: int) -> float:
-    """Return the floating-point operations of training: three times `forward` per visit, four times with a teacher."""
-    visits = ((plan.visits + plan.finetune_visits + plan.memory_visits, 4 if plan.step else 3) for plan in steps)
+def run_flops(steps: Sequence[StepPlan], forward: int, teacher: bool = True) -> float:
+    """Return the floating-point operations of training: three times `forward` per visit, four times with a teacher.
+    teacher: whether incremental steps have one."""
+    later = 4 if teacher else 3
+    visits = ((plan.visits + plan.finetune_visits + plan.memory_visits, later if plan.step else 3) for plan in steps)
     return float(sum(count * forward * cost for count, cost in visits))
 
 
@@ -167,11 +169,19 @@ def notes(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
 
 def as_table(steps: Sequence[StepPlan]) -> str:
     """Return the steps as a table for a terminal."""
+
+    def rehearsed(plan: StepPlan) -> str:
+        """The exemplars, and how many of a class."""
+        if not plan.exemplars:
+            return "0"
+        everything = plan.exemplars == sum(before.new_images for before in steps[: plan.step])
+        return f"{plan.exemplars:,} ({'all' if everything else f'up to {plan.exemplars_per_class}/class'})"
+
     header = ("step", "classes", "new images", "exemplars", "epochs", "lr", "iterations", "image visits")
     rows = [
         (
             str(plan.step), f"+{plan.new_classes} = {plan.classes_seen}", f"{plan.new_images:,}",
-            f"{plan.exemplars:,}" + (f" (up to {plan.exemplars_per_class}/class)" if plan.exemplars else "")
+            rehearsed(plan)
             + (f", {plan.held_out:,} of all held out" if plan.held_out else ""),
             str(plan.epochs), f"{plan.first_lr:g} to {plan.last_lr:.2g}", f"{plan.iterations:,}", f"{plan.visits:,}",
         )

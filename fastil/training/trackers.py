@@ -120,7 +120,8 @@ def built(names: Iterable[str]) -> dict[str, Callback]:
     """Return the trackers of these names, by what a message calls them. Raises UserError where a package is missing."""
     made: dict[str, Callback] = {}
     for name in names:
-        if find_spec(name) is None:
+        found = find_spec(name)
+        if name != "csv" and (found is None or found.origin is None):  # a folder of that name is no package
             raise UserError(f"track={name}: needs {name}; pip install 'fastil[track]', or leave it out")
         made[f"track={name}"] = TRACKERS[name]()
     return made

@@ -93,9 +93,9 @@ class Tracking:
             for record in records:
                 self._tell_all({"index": self.records} | record)
                 self.records += 1
-        except UserError as error:  # of the run's own files
+        except Exception as error:  # of the run's own files; whatever it is, training goes on
             self.told.clear()
-            self.say(f"nothing is tracked any more: {error}")
+            self.say(f"nothing is tracked any more: {one_line(str(error))}")
 
     def _tell_all(self, record: Record) -> None:
         # At the end, when all files of the run are there, a tracker may wait for its server, and Ctrl-C gives that up.

@@ -78,7 +78,9 @@ class Spread:
 
     def end(self, name, status=0):
         self.environment(name)
-        (self.job(name).folder / "end").write_text(str(status))
+        told = self.job(name).folder / "end.part"  # renamed, for the job may look at any moment
+        told.write_text(str(status))
+        told.rename(told.with_name("end"))
         self.job(name).process.wait()
 
     def end_all(self):

@@ -289,7 +289,7 @@ def test_what_is_missing_goes_on_in_the_precision_of_the_whole_table(tmp_path):
     assert f"as the runs in {tmp_path} have it" in work.why
     chosen = tables.only(table, ["balanced"])
     assert WorkList(chosen, [0], tmp_path, None, table=table, wanted="bf16").precision == "bf16"
-    with pytest.raises(UserError, match=r"--precision fp32: the runs of this table that are in .* are in bf16"):
+    with pytest.raises(UserError, match=r"precision fp32: the runs of this table that are in .* are in bf16"):
         WorkList(table.entries, [0], tmp_path, None, wanted="fp32")
 
 
