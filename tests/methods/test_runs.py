@@ -42,7 +42,7 @@ METHODS = {
     "podnet_balanced": ["method=podnet", "loss=balanced", *PROXIES],
     "bic_reserved": ["method=bic", "bic_validation=reserved"],
     "tpcil": ["method=tpcil", "loss=softmax", *COSINE],
-    "finetune": ["method=finetune", "loss=softmax"],
+    "finetune": ["method=finetune", "loss=softmax", "sampler=class_oversampling"],  # else it forgets all old classes
     "joint": ["method=joint", "loss=softmax"],
     "wa": ["method=wa", "loss=softmax", "epochs=10"],  # scaling helps once the new rows have grown
 }  # fmt: skip
