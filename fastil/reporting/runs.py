@@ -196,16 +196,16 @@ def one_precision(found: Iterable[tuple[Path, Precision]], fix: str) -> Precisio
 def reference_lines(groups: dict[str, list[Run]]) -> dict[str, str]:
     """The groups drawn as lines between which the others lie, by label: "joint" or "finetune". Each is the only
     one of its kind, and finetuning one only without a memory."""
+    recipes = {label: runs[0].recipe for label, runs in groups.items()}
+    methods = {label: recipe.method.method for label, recipe in recipes.items()}
     lines = {
-        label: runs[0].recipe.method.method
-        for label, runs in groups.items()
-        if runs[0].recipe.method.method == "joint"
-        or (runs[0].recipe.method.method == "finetune" and runs[0].recipe.memory.exemplars_per_class == 0)
+        label: method
+        for label, method in methods.items()
+        if method == "joint" or (method == "finetune" and recipes[label].memory.exemplars_per_class == 0)
     }
-    kinds = list(lines.values())
     if len(lines) == len(groups):
         return {}
-    return {label: kind for label, kind in lines.items() if kinds.count(kind) == 1}
+    return {label: kind for label, kind in lines.items() if list(lines.values()).count(kind) == 1}
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:

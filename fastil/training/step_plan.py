@@ -163,6 +163,12 @@ def notes(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
             f"loss={loss} with sampler={sampler} corrects the imbalance twice: the loss counts images, and the sampler "
             "evens out how often they are seen; set sampler=uniform, or loss=softmax"
         )
+    exemplars = recipe.memory.exemplars_per_class
+    if recipe.method.method == "finetune" and exemplars != 0:
+        lines.append(
+            "method=finetune with exemplars is rehearsal without distillation; the reference line below all methods is "
+            "exemplars_per_class=0 loss=softmax"
+        )
     numbering = None if names is None or recipe.protocol.order == "natural" else numbering_note(names)
     return lines if numbering is None else [*lines, numbering]
 
@@ -181,8 +187,7 @@ def as_table(steps: Sequence[StepPlan]) -> str:
     rows = [
         (
             str(plan.step), f"+{plan.new_classes} = {plan.classes_seen}", f"{plan.new_images:,}",
-            rehearsed(plan)
-            + (f", {plan.held_out:,} of all held out" if plan.held_out else ""),
+            rehearsed(plan) + (f", {plan.held_out:,} of all held out" if plan.held_out else ""),
             str(plan.epochs), f"{plan.first_lr:g} to {plan.last_lr:.2g}", f"{plan.iterations:,}", f"{plan.visits:,}",
         )
         for plan in steps

@@ -18,7 +18,7 @@ from fastil.reporting import figures
 from fastil.reporting.runs import Run, group_runs
 from fastil.reproduce import tables
 from fastil.training.experiment import Experiment
-from fastil.training.step_plan import effective_steps
+from fastil.training.step_plan import effective_steps, notes
 from fastil.training.trainer import Stopped
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -168,6 +168,20 @@ def test_figures_draw_reference_lines_in_grey(tmp_path, monkeypatch):
     assert looks("il_baseline", "joint", "finetune") == ["", "--", ":"]
     assert looks("replay", "joint") == ["", "--"]
     assert looks("joint", "finetune") == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["method=finetune"], True),  # with the exemplars of the recipe it is no lower line
+        (["method=finetune", "loss=softmax", "exemplars_per_class=null", "memory_budget=20"], True),
+        (["method=finetune", "loss=softmax", "exemplars_per_class=0"], False),
+        (["method=joint"], False),
+    ],
+)
+def test_finetuning_with_exemplars_is_said_to_be_no_reference_line(settings, told):
+    lines = notes(load("digits", settings), None)
+    assert any("exemplars_per_class=0 loss=softmax" in line for line in lines) == told
 
 
 @pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4"])
