@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import typer
 
-from fastil import cli
+from fastil import cli_data
 from fastil.data.formats import download as module
 from fastil.data.formats.cifar import CIFAR10, CIFAR100
 from fastil.data.formats.download import download
@@ -381,7 +381,7 @@ def test_a_stopped_download_says_what_is_kept_and_how_to_go_on(tmp_path, server,
     if moment != "receiving":
         monkeypatch.setattr(module, "pieces", lambda url, start: (piece for piece in [module.Piece(0, len(GOOD), b"")]))
     with pytest.raises(typer.Exit) as stopped:
-        cli.download("cifar10", tmp_path, server.url)
+        cli_data.download("cifar10", tmp_path, server.url)
     assert stopped.value.exit_code == 130
     said = capsys.readouterr().err
     if moment == "receiving":
