@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastil import ranks
 from fastil.errors import UserError
-from fastil.settings import Share, listed, shown
+from fastil.settings import Moment, listed, shown
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainConfig:
     batch_size: Annotated[int, Field(ge=2)] = 128
     lr: PositiveFloat = 0.1
     schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: list[Share] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: drops, as parts of the step
+    milestones: list[Moment] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: drops, as parts of the step
     lr_drop: Annotated[float, Field(gt=0, le=1)] = 0.1  # multistep: what a drop multiplies the learning rate by
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegativeFloat = 2e-4

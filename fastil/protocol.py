@@ -193,10 +193,12 @@ class Protocol:
                     f"step (base_classes={self.base}), not {sum(self.increment)}"
                 )
         elif self.increment < 0 or (rest and (self.increment == 0 or rest % self.increment)):
+            alike = self.increment > 0 and self.base != self.increment and total % self.increment == 0
+            scratch = f"; steps that are all alike: {self._from_scratch}" if alike else ""
             uneven = [self.increment] * (rest // self.increment) + [rest % self.increment] if self.increment > 0 else []
             raise UserError(
                 f"increment={self.increment}: the {rest} classes after the base step do not divide into steps of that "
-                f"size; use {_divisors(rest) or 0}, or a list such as {shown(uneven or [rest])}"
+                f"size; use {_divisors(rest) or 0}, or a list such as {shown(uneven or [rest])}{scratch}"
             )
 
     @property

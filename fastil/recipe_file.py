@@ -7,7 +7,6 @@ from scratch have no file: recipes/protocols.yaml makes them of others.
 
 import contextlib
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from fastil import outside, settings
+from fastil import advice, outside, settings
 from fastil.device import Precision
 from fastil.errors import UserError
 from fastil.files import Damaged
@@ -29,14 +28,6 @@ from fastil.settings import shown
 DEEPEST = 10  # parents of a recipe
 EFFECTIVE = "recipe.yaml"  # in a run directory
 MEMORY_KEYS = ("exemplars_per_class", "memory_budget")
-
-# Keys of PyCIL and mammoth, and what they are here.
-OF_OTHERS = {
-    "memory_size": "memory_budget", "buffer_size": "memory_budget", "memory_per_class": "exemplars_per_class",
-    "init_cls": "base_classes", "convnet_type": "model", "backbone": "model", "init_epoch": "base_epochs",
-    "n_epochs": "epochs", "init_lr": "lr", "lrate": "lr", "lrate_decay": "lr_drop", "optim_wd": "weight_decay",
-    "optim_mom": "momentum", "model_name": "method", "shuffle": "order",
-}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -246,9 +237,7 @@ def _text_of(name: str) -> str:
             raise UserError(
                 f"{shown(name)}: no run directory; give one, a recipe (fastil recipes lists them) or a YAML file"
             )
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "fastil recipes lists them"
-        raise UserError(f"unknown recipe {shown(name)}: {hint}")
+        raise UserError(f"unknown recipe {shown(name)}: {advice.on_recipe(name, names())}")
     try:
         return _file_text(Path(name))
     except (OSError, ValueError) as error:  # ValueError: no text, or a name that no file can have
@@ -280,12 +269,7 @@ def _parts_of(configs: Mapping[str, type]) -> dict[str, str]:
 def _known(key: str, keys: Mapping[str, str]) -> str:
     if key in keys:
         return key
-    near = [k for k in keys if k.startswith(key)] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    near = near or [k for k in keys if key.startswith(k)]
-    if key in OF_OTHERS:
-        near = [OF_OTHERS[key]]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"keys are {', '.join(sorted(keys))}"
-    raise UserError(f"unknown key {shown(key)}: {hint}")
+    raise UserError(f"unknown key {shown(key)}: {advice.on_key(key, keys)}")
 
 
 def _build(name: str, values: Keys, code: Mapping[str, Any], sources: Mapping[str, str | None]) -> Recipe:

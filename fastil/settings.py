@@ -38,6 +38,7 @@ INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Moment = Annotated[float, Field(gt=0, lt=1, description="a part of training above 0 and below 1, such as 0.5")]
 C = TypeVar("C")
 
 
@@ -220,7 +221,7 @@ def _checked(key: str, value: Any, adapter: pydantic.TypeAdapter[Any], words: st
         except (pydantic.ValidationError, TypeError, ValueError):
             scalar = isinstance(value, bool | int | float)
             quote = f"; as text it is quoted: \"{key}='{shown(value)}'\"" if scalar and "text" in words else ""
-            raise UserError(f"{key}={shown(value)}: must be {words}{quote}") from None
+            raise UserError(f"{key}={shown(value)}: must be {words}{quote}{_several(key, value, adapter)}") from None
     if isinstance(found, bool) and not isinstance(value, bool):  # 1 equals True, and so the choices of a Literal
         raise UserError(f"{key}={shown(value)}: must be {words}")
     for part in found if isinstance(found, list | tuple) else [found]:
@@ -228,6 +229,21 @@ def _checked(key: str, value: Any, adapter: pydantic.TypeAdapter[Any], words: st
         if problem:
             raise UserError(f"{key}={shown(value)}: {problem}")
     return found
+
+
+def _several(key: str, value: Any, adapter: pydantic.TypeAdapter[Any]) -> str:
+    """What to do with several values where one is allowed, or nothing."""
+    parts = value if isinstance(value, list) else split_values(value) if isinstance(value, str) else []
+    try:
+        for part in parts:
+            adapter.validate_python(parse_override(f"{key}={shown(part)}")[1], strict=True)
+    except (pydantic.ValidationError, UserError):
+        return ""
+    if len(parts) < 2:
+        return ""
+    listed = ",".join(shown(part) for part in parts)
+    what = f"--seeds {listed}" if key == "seed" else f"`fastil sweep RECIPE {key}={listed}`"
+    return f"; for a run with each of them, {what}"
 
 
 def _no_number(part: Any) -> str | None:

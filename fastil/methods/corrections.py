@@ -13,7 +13,7 @@ from torch import nn
 
 from fastil.models import Network
 from fastil.optimiser import check_milestones, drops
-from fastil.settings import Share
+from fastil.settings import Moment
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CorrectionConfig:
     correction: Literal["none", "balanced_finetuning"] = "none"
     finetune_epochs: PositiveInt = 20  # PODNet and LUCIR; the paper: "few"
     finetune_lr: PositiveFloat = 0.05  # PODNet on CIFAR-100 (its ImageNet runs: 0.01)
-    finetune_milestones: list[Share] = field(default_factory=list)  # lr / 10, as parts of finetuning; LUCIR: [0.5]
+    finetune_milestones: list[Moment] = field(default_factory=list)  # lr / 10, as parts of finetuning; LUCIR: [0.5]
     # Open in the paper. weights: of the classifier, without its learned scale, as both codes do.
     finetune_parameters: Literal["classifier", "weights", "all"] = "classifier"
     finetune_bn: Literal["frozen", "train"] = "frozen"  # batch normalisation; PODNet: train

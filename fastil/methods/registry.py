@@ -4,12 +4,12 @@ A method from outside is a subclass of `Method`. What makes it known: `register`
 group `fastil.methods` in an installed package, `method=module:Class` or `method=path/to/file.py:Class` in a command.
 """
 
-import difflib
 from dataclasses import is_dataclass
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from fastil import outside
+from fastil.advice import on_method
 from fastil.errors import UserError
 from fastil.methods.method import Method
 from fastil.settings import shown
@@ -48,8 +48,7 @@ def find(given: Any) -> type[Method]:
         return known
     if ":" in given:
         return _checked(given, outside.attribute(f"method={given}"))
-    near = difflib.get_close_matches(given.lower(), METHODS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"methods are {', '.join(sorted(METHODS))}"
+    hint = on_method(given, METHODS)
     if given.endswith(".py"):
         hint = f"write {shown(given)}:NAME, with the name of the class"
     raise UserError(f"method={shown(given)}: unknown; {hint}")

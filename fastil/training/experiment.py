@@ -43,7 +43,7 @@ class Experiment:
     def __init__(
         self, recipe: Recipe, out: Path, resume: bool, base_run: Path | None = None, callback: Callback | None = None
     ) -> None:
-        self.directory = run_directory.opened(out, resume)
+        self.directory = run_directory.opened(out, resume, recipe)
         self.resume = resume = self.directory.resume
         self.interrupt = Interrupt() if ranks.count() == 1 else SharedInterrupt()
         self.progress, self.clock = StepBar() if ranks.first() else NoBar(), Clock()

@@ -54,12 +54,16 @@ OF_TRACKERS = ("tensorboard", "wandb")
 class RunDirectory:
     """Paths and files of one run. Nothing is made before `held` is entered."""
 
-    def __init__(self, path: Path, resume: bool, launchers: Sequence[str] = ()) -> None:
-        """launchers: of this run, which goes on without `resume` where one of them has begun it."""
+    def __init__(self, path: Path, resume: bool, launchers: Sequence[str] = (), recipe: Recipe | None = None) -> None:
+        """launchers: of this run, which goes on without `resume` where one of them has begun it. recipe: what is to be
+        trained, so that nobody is told to resume the run of another one."""
         self.launchers = launchers
         self.resume = resume = resume or not set(files.holder_of(path).splitlines()).isdisjoint(launchers)
         empty = path.is_dir() and not any(path.iterdir())
         if path.exists() and not resume and not empty:
+            changed = [] if recipe is None else self._changed(path, recipe)
+            if changed:
+                raise UserError(f"{path}: holds a run of another recipe ({'; '.join(changed)}); choose another --out")
             raise UserError(f"{path}: exists already; go on with --resume, or choose another --out")
         # A run that was killed before it wrote anything has at least its lock.
         ours = any((path / name).exists() for name in ("recipe.yaml", "lock"))
@@ -68,6 +72,17 @@ class RunDirectory:
         self.path = path
         self.last = path / "checkpoints/last.pt"
         self.metrics = path / "metrics.jsonl"
+
+    @staticmethod
+    def _changed(path: Path, recipe: Recipe) -> list[str]:
+        """How a recipe that is not settled yet differs from the run that is here; nothing where none can be read."""
+        try:
+            before = read_effective(path / "recipe.yaml", recipe.code)
+            return _differences(
+                before, recipe.settled(torch.device("cpu"), before.precision).shared_by(ranks.count(), before)
+            )
+        except UserError:
+            return []
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -121,13 +136,8 @@ class RunDirectory:
         say from now on."""
         recipe_path, checkpoints = self.path / "recipe.yaml", self.checkpoints()
         if recipe_path.exists():
-            old, new = read_effective(recipe_path, recipe.code).identity(), recipe.identity()
-            if old["method"] != new["method"]:  # which keys of methods are read differs by that alone
-                of_methods = {key for part in recipe.of_methods.values() for key in values_of(part)}
-                new = {key: value for key, value in new.items() if key not in of_methods}
-            differ = [key for key in new if old.get(key, new[key]) != new[key]]
-            changed = [f"{key} was {old.get(key)}, now {new[key]}" for key in differ]
-            if any(key.startswith("code of ") for key in differ):
+            changed = _differences(read_effective(recipe_path, recipe.code), recipe)
+            if any(setting.startswith("code of ") for setting in changed):
                 raise UserError(
                     f"{self.path}: its code was edited since ({'; '.join(changed)}); undo that, or choose another --out"
                 )
@@ -310,10 +320,10 @@ class FollowedDirectory(RunDirectory):
     def draw(self) -> None: ...
 
 
-def opened(path: Path, resume: bool) -> RunDirectory:
+def opened(path: Path, resume: bool, recipe: Recipe) -> RunDirectory:
     """The run directory of this process, among others or alone."""
     launchers = ranks.launchers()
-    directory = ranks.from_first(lambda: RunDirectory(path, resume, launchers))
+    directory = ranks.from_first(lambda: RunDirectory(path, resume, launchers, recipe))
     return directory if ranks.first() else FollowedDirectory(path, directory.resume)
 
 
@@ -322,6 +332,15 @@ def _remove_empty(folders: Iterable[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
+
+
+def _differences(before: Recipe, now: Recipe) -> list[str]:
+    """The settings that decide what is trained and differ, in words."""
+    old, new = before.identity(), now.identity()
+    if old["method"] != new["method"]:  # which keys of methods are read differs by that alone
+        of_methods = {key for part in now.of_methods.values() for key in values_of(part)}
+        new = {key: value for key, value in new.items() if key not in of_methods}
+    return [f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
 
 
 def _check_images(run: Path, before: ProtocolFile, now: ProtocolFile) -> None:

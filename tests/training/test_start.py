@@ -405,8 +405,10 @@ def test_resume_goes_on_from_a_stop_by_a_signal(tmp_path, monkeypatch):
         fastil.run("digits", out=tmp_path / "part", **SETTINGS)
     part = fastil.run("digits", out=tmp_path / "part", resume=True, **SETTINGS)
     assert part.results == whole.results
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists already; go on with resume=True"):
         fastil.run("digits", out=tmp_path / "part", **SETTINGS)
+    with pytest.raises(UserError, match=r"a run of another recipe \(seed was 0, now 7\); choose another out"):
+        fastil.run("digits", out=tmp_path / "part", **SETTINGS | {"seed": 7})
 
 
 def test_it_runs_in_a_thread(tmp_path):

@@ -1,0 +1,94 @@
+"""What a message suggests for an unknown key, method or recipe: the nearest name, or what people who come from PyCIL,
+mammoth or Avalanche will be looking for.
+"""
+
+import difflib
+from collections.abc import Collection, Sequence
+
+# Settings, by their names elsewhere.
+KEYS = {
+    "memory_size": "memory_budget", "buffer_size": "memory_budget", "mem_size": "memory_budget",
+    "memory_per_class": "exemplars_per_class", "n_exemplars": "exemplars_per_class", "init_cls": "base_classes",
+    "nb_cl_fg": "base_classes", "nb_cl": "increment", "classes_per_task": "increment", "convnet_type": "model",
+    "backbone": "model", "init_epoch": "base_epochs", "n_epochs": "epochs", "train_epochs": "epochs", "init_lr": "lr",
+    "lrate": "lr", "learning_rate": "lr", "lrate_decay": "lr_drop", "lr_scheduler": "schedule",
+    "scheduler": "schedule", "lr_milestones": "milestones", "init_milestones": "milestones",
+    "optim_wd": "weight_decay", "optim_mom": "momentum", "train_mb_size": "batch_size", "minibatch_size": "batch_size",
+    "model_name": "method", "shuffle": "order", "class_order": "order", "fixed_class_order": "order",
+    "custom_class_order": "order", "amp": "precision", "fp16": "precision", "use_amp": "precision", "gpu": "device",
+    "cuda": "device", "augment": "pad", "transform": "pad", "tracker": "track", "logger": "track",
+}  # fmt: skip
+
+_TRACK = "trackers are named by track=tensorboard,wandb,csv"
+_STEPS = "the number of steps follows from base_classes=N and increment=N, the classes of each step"
+_OUT = "the run directory is given by --out"
+_SEVERAL = "several seeds are trained by --seeds"
+# Settings elsewhere that are not a setting here.
+ADVICE = {
+    **dict.fromkeys(("csv", "csv_log", "tensorboard", "wandb", "use_wandb", "nowand", "wandb_project", "log"), _TRACK),
+    **dict.fromkeys(("n_tasks", "num_tasks", "nb_tasks", "tasks", "n_experiences", "n_steps", "num_steps"), _STEPS),
+    **dict.fromkeys(("out", "output", "output_dir", "out_dir", "save_dir", "log_dir", "results_path", "logdir"), _OUT),
+    **dict.fromkeys(("seeds", "n_seeds", "num_seeds"), _SEVERAL),
+    **dict.fromkeys(("gpus", "n_gpus", "num_gpus", "devices", "distributed"), "several GPUs: docs/distributed.md"),
+    **dict.fromkeys(("num_workers", "workers"), "the loaders choose their threads themselves; leave it out"),
+    "resume": "an interrupted run goes on with --resume",
+    "joint": "joint training is method=joint exemplars_per_class=0 loss=softmax",
+    "label_smoothing": "not built in; a dozen lines of a method of your own do it (docs/extending.md)",
+    "optimizer": "training is by SGD (lr, momentum, weight_decay, schedule)",
+    "optim": "training is by SGD (lr, momentum, weight_decay, schedule)",
+}
+
+_REHEARSAL = "plain rehearsal is method=finetune with the recipe's exemplars and loss=softmax"
+_OWN = "a method of your own is a class (docs/extending.md)"
+# Methods elsewhere that are not a method here.
+METHODS = {
+    **dict.fromkeys(("er", "replay", "rehearsal", "experience_replay", "er_ace"), _REHEARSAL),
+    **dict.fromkeys(("sgd", "naive"), "without a memory it is method=finetune exemplars_per_class=0 loss=softmax"),
+    **dict.fromkeys(("cumulative", "joint_training", "upper_bound"), "it is method=joint"),
+    **dict.fromkeys(("balanced", "balancedsce", "meta", "bsce"), "the loss is a key of its own, such as loss=balanced"),
+}
+
+
+_UNKNOWN = (
+    "agem", "co2l", "coda_prompt", "der", "derpp", "dualprompt", "ease", "eeil", "ewc", "ewc_on", "fdr", "foster",
+    "gdumb", "gem", "gss", "hal", "il2m", "l2p", "lwf", "lwf_mc", "mas", "memo", "rmm", "rwalk", "si", "simplecil",
+    "ssil", "xder",
+)  # fmt: skip
+
+
+def on_key(key: str, keys: Collection[str]) -> str:
+    """Return what to write instead of an unknown key. keys: those of the recipe."""
+    if key in ADVICE:
+        return ADVICE[key]
+    near = [k for k in keys if k.startswith(key)] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near = near or [k for k in keys if key.startswith(k)]
+    if key in KEYS:
+        near = [KEYS[key]]
+    return f"did you mean {' or '.join(near)}?" if near else "`fastil recipes RECIPE` prints every key with its value"
+
+
+def on_method(name: str, methods: Collection[str]) -> str:
+    """Return what to write instead of an unknown method. methods: the known ones."""
+    if all(part in methods for part in name.split(",")):
+        return f"several are trained by `fastil sweep RECIPE method={name}`"
+    plain = name.lower().replace("-", "_")
+    if plain in METHODS:
+        return METHODS[plain]
+    if plain in _UNKNOWN:
+        return f"not in fastil; {_OWN}"
+    near = difflib.get_close_matches(plain, methods, n=1)
+    return f"did you mean {near[0]}?" if near else f"methods are {', '.join(sorted(methods))}; {_OWN}"
+
+
+def on_recipe(name: str, recipes: Sequence[str]) -> str:
+    """Return what to write instead of the name of a recipe that there is none of. recipes: the names of all."""
+    plain = name.lower().replace("-", "_").removeprefix("seq_").removeprefix("split_")
+    near = difflib.get_close_matches(plain, recipes, n=1, cutoff=0.8)
+    dataset = plain.partition("_")[0]
+    of_data = [recipe for recipe in recipes if dataset and recipe.startswith(dataset)]
+    if not near and not of_data:
+        return "fastil recipes lists them; the one for images of your own is folder"
+    if near or len(of_data) == 1:
+        return f"did you mean {(near or of_data)[0]}?"
+    example = next((recipe for recipe in of_data if recipe.endswith("_balanced_5")), of_data[0])
+    return f"there are {len(of_data)} of this data set, such as {example}; fastil recipes lists them"
