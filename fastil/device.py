@@ -59,6 +59,7 @@ def _gpu_of_its_own(device: torch.device) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU by name, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"

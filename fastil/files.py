@@ -74,10 +74,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8; the file is whole or stays as it was."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write JSON; the file is whole or stays as it was."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 

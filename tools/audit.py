@@ -51,6 +51,7 @@ class Audit:
 
     @property
     def lossless(self) -> int:
+        """Images in a lossless format."""
         return sum(self.formats[kind] for kind in (*LOSSLESS, "TIFF"))
 
     def page(self, storage: Storage) -> int:
@@ -100,6 +101,7 @@ def all_small_lossless(splits: Iterable[Records], how: Reading) -> bool:
 
 
 def note(found: Audit, number: int, head: Head, storage: Storage) -> None:
+    """Add what the head of image `number` says to what has been found."""
     found.formats[head.format] += 1
     found.sizes[number] = head.size
     if head.problem is not None:
@@ -176,6 +178,7 @@ def chunks(records: Records, ids: NDArray[np.int64], size: int) -> Iterator[list
 
 
 def counts_of(records: Records, classes: int) -> NDArray[np.int64]:
+    """Images of each class, int64 [classes]."""
     return np.bincount(records.labels, minlength=classes)
 
 
@@ -257,4 +260,5 @@ def summary(found: Audit, classes: int) -> dict[str, Any]:
 
 
 def listed(counter: "Counter[str]") -> str:
+    """Return counts as text, the largest first: "JPEG 50,000, PNG 3"."""
     return ", ".join(f"{key} {count:,}" for key, count in counter.most_common())

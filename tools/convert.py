@@ -257,6 +257,7 @@ class Job:
         return not self.finished()
 
     def look(self, pool: Pool, dry_run: bool) -> None:
+        """Audit the images of the split; those of a source that is read from front to back are copied to disk first."""
         records = self.task.records
         if is_sequential(records):
             if dry_run:
@@ -279,6 +280,7 @@ class Job:
         ]
 
     def projected(self) -> int:
+        """Bytes that the file is expected to take."""
         return self.audit.projected if self.audit else 0
 
     def there(self) -> int:
@@ -295,6 +297,7 @@ class Job:
             )
 
     def write(self, pool: Pool) -> None:
+        """Write the file, or go on with it."""
         assert self.audit is not None
         assert self.file is not None
         with files.written(self.task.partial, AGAIN):

@@ -98,12 +98,14 @@ def export(path: Path, folder: Path, classes: Sequence[str], ids: Sequence[int])
 
 
 def as_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Return pixels, uint8 [h, w, 3], as a PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
 def wanted(beton: Beton, classes: Sequence[str], ids: Sequence[int]) -> Ids:
+    """Return the ids of samples of these classes and with these ids, int64. Raises UserError for an unknown one."""
     for i in ids:
         if not 0 <= i < len(beton):
             raise UserError(f"--id {i}: {beton.path} has samples 0 to {len(beton) - 1}")

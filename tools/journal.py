@@ -137,6 +137,7 @@ class Journal:
         return self.crc.to_bytes(CHECKED, "little") + checked
 
     def append(self, record: bytes) -> None:
+        """Append a record and wait until the disk has it."""
         with open(self.path, "ab") as file:
             file.write(record)
             file.flush()

@@ -51,6 +51,7 @@ class Reporter:
             )
 
     def end(self) -> None:
+        """End the bar."""
         self.shown.end()
 
     def say(self, text: str, event: str = "note", **fields: Any) -> None:
@@ -61,4 +62,5 @@ class Reporter:
             self.shown.say(text)
 
     def event(self, event: str, **fields: Any) -> None:
+        """Print an event as a line of JSON."""
         say(json.dumps({"event": event} | fields), flush=True)

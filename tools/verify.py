@@ -103,6 +103,7 @@ def against_manifest(beton: Beton) -> list[str]:
 
 
 def sha256(beton: Beton) -> str:
+    """Return the SHA-256 of the whole file, hex."""
     digest = hashlib.sha256()
     for start in range(0, beton.bytes, READ):
         digest.update(memoryview(beton.map)[start : start + READ])

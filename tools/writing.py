@@ -58,14 +58,17 @@ class Task:
 
     @property
     def partial(self) -> Path:
+        """The file while it is being written."""
         return self.target.with_name(self.target.name + ".partial")
 
     @property
     def journal(self) -> Path:
+        """The journal of what has been written."""
         return self.target.with_name(self.target.name + ".journal")
 
     @property
     def spool(self) -> Path:
+        """The copy of a source that can only be read from front to back."""
         return self.target.with_name(self.target.name + ".spool")
 
     def identity(self, start: int, page: int) -> dict[str, Any]:
@@ -109,6 +112,7 @@ class Writing:
         return ReadBack(self.task.partial, self.progress.entries, beton.front(plan, self.mode, self.page, self.start))
 
     def resume(self) -> None:
+        """Take up what an earlier attempt left on disk, as far as the source is unchanged."""
         task, progress, file = self.task, self.progress, self.file
         if task.journal.exists():
             task.reporter.begin(f"compare {task.split}", len(task.records))
@@ -247,6 +251,7 @@ class Writing:
         )  # fmt: skip
 
     def refuse_empty_classes(self, entries: NDArray[np.void]) -> None:
+        """Raise UserError if all images of a class were left out."""
         source = self.task.source
         counts = np.bincount(entries["label"], minlength=len(source.class_names))
         missing = some([source.class_names[label] for label in np.flatnonzero(counts == 0)])
@@ -257,6 +262,7 @@ class Writing:
             )
 
     def manifest(self, sha256: str, size: int) -> Manifest:
+        """Return the manifest of the finished file."""
         task, progress, source = self.task, self.progress, self.task.source
         left_out = {i for i, _ in progress.skipped}
         ids = [i for i in range(len(task.records)) if i not in left_out]

@@ -61,6 +61,7 @@ class Published:
 
     @property
     def images(self) -> int:
+        """Images of both splits."""
         return self.train.images + self.val.images
 
 

@@ -54,6 +54,7 @@ class Predictor(_State):
 
     @pydantic.model_validator(mode="after")
     def something(self) -> "Predictor":
+        """Raise ValueError if it holds nothing."""
         if self.means is None and self.method is None:
             raise ValueError("neither means nor method")
         return self
@@ -89,6 +90,7 @@ class Checkpoint(_State):
 
     @pydantic.model_validator(mode="after")
     def counted(self) -> "Checkpoint":
+        """Raise ValueError unless the results are those of the finished steps."""
         if [result.step for result in self.results] != list(range(self.position.step)):
             raise ValueError("results: not those of the steps before position")
         return self
@@ -98,10 +100,12 @@ State = TypeVar("State", bound=_State)
 
 
 def read_weights(path: Path, device: torch.device, fix: str = AGAIN) -> Weights:
+    """Return the weights in a step_K.pt. Raises UserError and Damaged as `files.load` does."""
     return _checked(path, Network, {"weights": files.load(path, device, fix)}, fix).weights
 
 
 def read_predictor(path: Path, device: torch.device, fix: str = AGAIN) -> Predictor:
+    """Return what is in a predictor_K.pt. Raises UserError and Damaged as `files.load` does."""
     return _checked(path, Predictor, files.load(path, device, fix), fix)
 
 
@@ -122,6 +126,7 @@ def read_checkpoint(path: Path, device: torch.device, fix: str) -> Checkpoint:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -57,6 +57,7 @@ class Classifier(nn.Module):
         self.register_buffer("means", means, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return probabilities, float32 [n, classes], for images in 0 to 1, float32 [n, 3, h, w]."""
         out = self.network((self.checked(images) - self.mean) / self.std)
         scores: Tensor = out.scaled_logits
         if self.means is not None:

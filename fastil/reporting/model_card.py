@@ -136,4 +136,5 @@ def card(run: Run, config: dict[str, Any], stem: str, torch_version: str) -> str
 
 
 def as_json(config: dict[str, Any]) -> str:
+    """Return the text of config.json."""
     return json.dumps(config, indent=1) + "\n"

@@ -44,6 +44,7 @@ class Results(_Content):
     @pydantic.field_validator("steps")
     @classmethod
     def in_order(cls, steps: list[StepResult]) -> list[StepResult]:
+        """Raise ValueError unless the steps are numbered from 0 on."""
         if [result.step for result in steps] != list(range(len(steps))):
             raise ValueError("not numbered from 0 on")
         return steps
@@ -99,6 +100,7 @@ class ProtocolFile(_Content):
 
     @pydantic.model_validator(mode="after")
     def named(self) -> "ProtocolFile":
+        """Raise ValueError unless every class has a name."""
         learned = [c for classes in self.steps for c in classes]
         for key, classes in (("class_order", self.class_order), ("steps", learned)):
             nameless = {c for c in classes if c >= len(self.class_names)}
@@ -138,14 +140,17 @@ Content = TypeVar("Content", bound=_Content)
 
 
 def read_results(run: Path) -> Results:
+    """Return results.json. Raises UserError if it is missing or damaged."""
     return _read(run / "results.json", Results, "run again with --resume")
 
 
 def read_protocol(run: Path, fix: str = AGAIN) -> ProtocolFile:
+    """Return protocol.json. Raises UserError if it is missing or damaged."""
     return _read(run / "protocol.json", ProtocolFile, fix)
 
 
 def read_timings(run: Path) -> Timings:
+    """Return timings.json. Raises UserError if it is missing or damaged."""
     return _read(run / "timings.json", Timings, "run again with --resume")
 
 

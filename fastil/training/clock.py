@@ -29,6 +29,7 @@ class Clock:
             clock["loader_idle"] += seconds * loader_idle
 
     def set(self, step: int, **seconds: float) -> None:
+        """Set seconds of phases of a step."""
         self.seconds[str(step)].update(seconds)
 
     def trained(self, step: int) -> float:
@@ -50,9 +51,11 @@ class Clock:
         }
 
     def state_dict(self) -> dict[str, dict[str, float]]:
+        """Return what a checkpoint holds."""
         return {step: dict(clock) for step, clock in self.seconds.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Take up what a checkpoint holds."""
         for step, clock in state.items():
             self.seconds[step].update(clock)
 

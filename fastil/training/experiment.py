@@ -310,6 +310,7 @@ class Experiment:
         return state
 
     def save(self, position: Position) -> None:
+        """Write the checkpoint of this position."""
         self.directory.save(self.parts.state_dict(position))
 
     def report(self, record: EpochRecord) -> None:
@@ -336,10 +337,12 @@ class Experiment:
         )  # fmt: skip
 
     def write_timings(self) -> None:
+        """Write timings.json."""
         run = {"base_step_of": self.parts.base_step_of, "compiled": self.trainer.compiled}
         self.directory.write_timings(self.clock.summary() | run | versions(self.device))
 
     def close(self) -> None:
+        """End the threads of the loaders."""
         self.loaders.close()
 
 

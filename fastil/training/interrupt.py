@@ -43,6 +43,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
+        """Whether the run is to stop."""
         return self.number is not None
 
 

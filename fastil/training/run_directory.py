@@ -242,10 +242,12 @@ class RunDirectory:
         return missing
 
     def append_metrics(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
         with files.written(self.metrics), open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def write_exemplars(self, step: int, exemplars: dict[int, NDArray[np.int64]]) -> None:
+        """Write memory/step_K.json: the ids of the exemplars of each class id."""
         content = {str(class_id): ids.tolist() for class_id, ids in exemplars.items()}
         files.write_json(self.path / f"memory/step_{step}.json", content)
 
@@ -254,6 +256,7 @@ class RunDirectory:
         files.save(self.path / f"checkpoints/predictor_{step}.pt", state)
 
     def write_confusion(self, step: int, matrix: NDArray[np.int64]) -> None:
+        """Write confusion/step_K.npy: int64 [seen, seen], rows are true classes."""
         files.write_atomically(self.path / f"confusion/step_{step}.npy", lambda file: np.save(file, matrix))
 
     def write_predictions(self, step: int, true: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
@@ -263,6 +266,7 @@ class RunDirectory:
         files.write_atomically(self.path / f"predictions/step_{step}.npy", lambda file: np.save(file, content))
 
     def write_timings(self, content: dict[str, Any]) -> None:
+        """Write timings.json."""
         files.write_json(self.path / "timings.json", content)
 
     def write_results(self, recipe: Recipe, steps: Sequence[StepResult]) -> None:

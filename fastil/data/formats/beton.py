@@ -214,6 +214,7 @@ class Beton(ByClass):
             raise self.damaged(f"sample {int(off.argmax())} has another size than its pixels")
 
     def damaged(self, what: str) -> UserError:
+        """Return the error for a damaged file. what: the damage."""
         return UserError(f"{self.path}: damaged, {what}; convert it again or fetch another copy")
 
     def __len__(self) -> int:
@@ -227,6 +228,7 @@ class Beton(ByClass):
 
     @property
     def mode(self) -> Literal["jpeg", "raw", "mixed"]:
+        """How its images are stored: all as JPEG, all as pixels, or some of each."""
         if (self.modes == JPEG).all():
             return "jpeg"
         return "raw" if (self.modes == RAW).all() else "mixed"

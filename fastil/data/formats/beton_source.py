@@ -26,12 +26,15 @@ class Stored:
         return len(self.labels)
 
     def name(self, i: int) -> str:
+        """The name of sample i."""
         return self.beton.name(int(self.rows[i]))
 
     def where(self, i: int) -> str:
+        """Where sample i lies, for a message."""
         return f"{self.beton.path}: sample {self.rows[i]}"
 
     def content(self, i: int) -> bytes | NDArray[np.uint8]:
+        """The pixels of sample i, uint8 [h, w, 3], or its JPEG. Raises Unreadable if it was changed."""
         row = int(self.rows[i])
         manifest = self.beton.manifest
         if manifest is not None and crc32(self.beton.view(row)) != manifest.crc32[row]:
@@ -39,9 +42,11 @@ class Stored:
         return self.beton.image(row) if self.beton.modes[row] == RAW else self.beton.encoded(row)
 
     def take(self, ids: Ids) -> "Stored":
+        """The samples `ids`, in that order."""
         return Stored(self.beton, self.rows[ids], self.labels[ids])
 
     def relabelled(self, labels: Ids) -> "Stored":
+        """The same samples with other labels, int64 [n]."""
         return Stored(self.beton, self.rows, labels)
 
 

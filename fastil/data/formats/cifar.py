@@ -22,6 +22,8 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class File(NamedTuple):
+    """A file of the published archive: its name, its MD5 and how many images it holds."""
+
     name: str
     md5: str
     images: int
@@ -142,6 +144,8 @@ STAND_INS: dict[tuple[str, str], Any] = {
 
 
 class RestrictedUnpickler(pickle.Unpickler):
+    """Reads the pickles of CIFAR, and refuses any that ask for other code."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
             return STAND_INS[module, name]

@@ -89,6 +89,7 @@ class Rows:
         return len(self.labels)
 
     def name(self, i: int) -> str:
+        """The name of sample i."""
         return self.names[int(self.rows[i])]
 
     @property
@@ -98,20 +99,24 @@ class Rows:
         return total * len(self) // max(1, sum(group.rows for group in self.reader.groups))
 
     def where(self, i: int) -> str:
+        """The file and row of sample i, for a message."""
         row = int(self.rows[i])
         group = self.reader.groups[self.reader.group_of(row)]
         return f"{group.path}: row {row - group.file_start} ({self.name(i)})"
 
     def content(self, i: int) -> bytes:
+        """The encoded bytes of sample i. Raises Unreadable if the row holds none."""
         found = self.reader.read(int(self.rows[i]))
         if found is None:
             raise Unreadable(self.where(i), "no image bytes in it; write the file again with its images embedded")
         return found
 
     def take(self, ids: Ids) -> "Rows":
+        """The samples `ids`, in that order."""
         return replace(self, labels=self.labels[ids], rows=self.rows[ids])
 
     def relabelled(self, labels: Ids) -> "Rows":
+        """The same samples with other labels, int64 [n]."""
         return replace(self, labels=labels)
 
 

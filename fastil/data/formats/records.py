@@ -202,9 +202,11 @@ class Files:
         return len(self.labels)
 
     def name(self, i: int) -> str:
+        """The name of sample i."""
         return self.names[i if self.rows is None else int(self.rows[i])]
 
     def where(self, i: int) -> str:
+        """Where sample i lies, for a message."""
         if self.archive[i] < 0:
             return os.path.join(self.root, self.name(i))
         return f"{self.archives[self.archive[i]]}: {self.name(i)}"
@@ -216,9 +218,11 @@ class Files:
         return Extent(path, int(self.offset[i]), int(self.size[i]), crc32)
 
     def content(self, i: int) -> bytes:
+        """The encoded bytes of sample i."""
         return self.extent(i).read()
 
     def take(self, ids: Ids) -> "Files":
+        """The samples `ids`, in that order."""
         rows = ids if self.rows is None else self.rows[ids]
         return Files(
             self.root, self.names, self.labels[ids], self.size[ids], self.offset[ids], self.archive[ids],
@@ -226,6 +230,7 @@ class Files:
         )  # fmt: skip
 
     def relabelled(self, labels: Ids) -> "Files":
+        """The same samples with other labels, int64 [n]."""
         return replace(self, labels=labels)
 
 
@@ -242,19 +247,24 @@ class Pixels:
         return len(self.labels)
 
     def name(self, i: int) -> str:
+        """The row of sample i in its source, as text."""
         return f"{i if self.rows is None else int(self.rows[i]):06d}"
 
     def where(self, i: int) -> str:
+        """Where sample i lies, for a message."""
         return f"{self.source}: image {self.name(i)}"
 
     def content(self, i: int) -> NDArray[np.uint8]:
+        """The pixels of sample i, uint8 [h, w, 3]."""
         image: NDArray[np.uint8] = self.images[i]
         return image
 
     def take(self, ids: Ids) -> "Pixels":
+        """The samples `ids`, in that order."""
         return Pixels(self.source, self.images[ids], self.labels[ids], ids if self.rows is None else self.rows[ids])
 
     def relabelled(self, labels: Ids) -> "Pixels":
+        """The same samples with other labels, int64 [n]."""
         return replace(self, labels=labels)
 
 
@@ -358,6 +368,7 @@ class Listing:
         return len(self.labels)
 
     def add(self, name: str, label: int, size: int, archive: str | None = None, offset: int = 0) -> None:
+        """Add a sample. size, offset: bytes; offset: where it begins in `archive`."""
         self.names += os.fsencode(name)
         self.ends.append(len(self.names))
         self.labels.append(label)
@@ -366,6 +377,7 @@ class Listing:
         self.archive.append(-1 if archive is None else self.archives.setdefault(archive, len(self.archives)))
 
     def files(self) -> Files:
+        """All samples added so far."""
         return Files(
             self.root,
             Texts.of_block(bytes(self.names), np.array(self.ends, dtype=np.int64)),

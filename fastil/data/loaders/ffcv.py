@@ -44,6 +44,7 @@ class Ffcv(Threads):
     name = "ffcv"
 
     def decode(self, i: int, content: memoryview) -> NDArray[np.uint8]:
+        """Decode a JPEG by FFCV's decoder, or by Pillow what that one refuses: uint8 [h, w, 3]."""
         try:
             height, width = simplejpeg.decode_jpeg_header(content)[:2]
         except ValueError:
@@ -57,6 +58,7 @@ class Ffcv(Threads):
         return pixels
 
     def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Crop `box` and resize it by FFCV's resizer: uint8 [*size, 3]."""
         top, left, height, width = box
         if (height, width) == size:
             return cut(image, box, new)

@@ -28,6 +28,7 @@ class Reference(Streaming):
             yield torch.from_numpy(np.stack(images))
 
     def image(self, i: int) -> Image.Image:
+        """Image i as Pillow has it."""
         content = self.content(i)
         return Image.fromarray(content) if isinstance(content, np.ndarray) else self.by_pillow(i, content)
 

@@ -200,6 +200,7 @@ class Streaming(ABC):
         return np.array(self.by_pillow(i, content) if isinstance(content, memoryview) else content)
 
     def stored(self, i: int) -> NDArray[np.uint8] | memoryview:
+        """Image i as it lies in memory or in the file: pixels, uint8 [h, w, 3], or a JPEG."""
         if isinstance(self.images, Split):
             pixels: NDArray[np.uint8] = self.images.images[i]
             return pixels
@@ -222,6 +223,7 @@ class Streaming(ABC):
             ) from None
 
     def close(self) -> None:
+        """Let go of held images; the loader cannot be used afterwards."""
         self.closed = True
         self.held = Held(len(self.sizes), self.device)
 

@@ -137,4 +137,5 @@ class Threads(Streaming):
 
 
 def new(height: int, width: int) -> NDArray[np.uint8]:
+    """Return uninitialised pixels, uint8 [height, width, 3]."""
     return np.empty((height, width, 3), np.uint8)
