@@ -58,6 +58,7 @@ def in_protocols() -> dict[str, tuple[str, str]]:
         for name in parents
         if name.endswith("_5")
         for protocol in protocols()["protocols"]
+        if not (protocol.endswith("_r20") and name.split("_")[1] in protocols()["without_memory"])
     }
 
 
