@@ -209,6 +209,13 @@ def test_a_method_in_the_docs_is_the_example_that_runs(example):
     assert code in (ROOT / "docs/extending.md").read_text()
 
 
+def test_the_method_in_the_readme_is_one(tmp_path):
+    (code,) = (b for _, b in FENCE.findall((ROOT / "README.md").read_text()) if "class FixedShare" in b)
+    (tmp_path / "mine.py").write_text(code)
+    method = f"{tmp_path}/mine.py:FixedShare"
+    assert load("digits", [f"method={method}"]).procedure.name == method
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) < 8000
 
