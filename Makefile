@@ -61,6 +61,7 @@ soak: test
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@! grep -rE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/site --include='*.html'
 	@echo "build/site/index.html"
 
 .venv/run: pyproject.toml constraints.txt
