@@ -5,6 +5,7 @@
 #              (as root, by apt-get); where not, one line says so and its tests skip. The same goes for DALI, by pip
 # make soak    the same, hours long (FASTIL_SOAK=1): full counts of kills, damaged files and drawn examples, and all
 #              tests and GPUs with the oldest Triton, too
+# make docs    the site of docs/, with the API, into build/site/index.html; it can be read without a network
 # make wheels  on a machine with a package registry: what a GPU machine without it lacks, into build/wheels (5 MB; with
 #              ARGS=--all, for a Python that has torch, Triton and numpy alone, 80 MB)
 # make gpu     on a machine with an NVIDIA GPU, in ten minutes and without network: tests of kernels and training, the step's
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest-triton soak gpu wheels clean
+.PHONY: demo test test-oldest-triton soak docs gpu wheels clean
 
 demo: .venv/run
 	@rm -rf runs/demo
@@ -58,6 +59,11 @@ wheels:
 soak: export FASTIL_SOAK = 1
 soak: test
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@! grep -rE '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//' build/site --include='*.html'
+	@echo "build/site/index.html"
+
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
@@ -65,6 +71,10 @@ soak: test
 
 .venv/dev: .venv/run
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/docs: .venv/run
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 # FFCV comes as source and needs two libraries that pip does not bring. What goes wrong is in .venv/ffcv.log, and is tried

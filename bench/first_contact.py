@@ -261,7 +261,7 @@ def run(stages: Sequence[Stage], on_cpu: bool, out: Path | None, began: float) -
         raise ValueError(f'{out}: {error.strerror}; make gpu ARGS="--out FOLDER" takes another folder') from None
     what = device or ("CPU" if on_cpu else f'no CUDA device: {reason} (on the CPU: make gpu ARGS="--device cpu")')
     print(f"{what}; results in {shown(out)}", flush=True)
-    site = scratch(out) / "site"
+    site = scratch(out) / "packages"
     with alone(site.parent):
         path = ready(stages, site)
         env = environment(path) | {"FASTIL_DEVICE": "cpu" if on_cpu else "cuda", "FASTIL_RESULTS": str(out)}
