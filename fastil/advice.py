@@ -31,6 +31,7 @@ ADVICE = {
     **dict.fromkeys(("seeds", "n_seeds", "num_seeds"), _SEVERAL),
     **dict.fromkeys(("gpus", "n_gpus", "num_gpus", "devices", "distributed"), "several GPUs: docs/distributed.md"),
     **dict.fromkeys(("num_workers", "workers"), "the loaders choose their threads themselves; leave it out"),
+    "fixed_memory": "a memory of one size is memory_budget=2000 exemplars_per_class=null",
     "resume": "an interrupted run goes on with --resume",
     "joint": "joint training is method=joint exemplars_per_class=0 loss=softmax",
     "label_smoothing": "not built in; a dozen lines of a method of your own do it (docs/extending.md)",
