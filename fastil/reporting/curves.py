@@ -121,6 +121,7 @@ def draw_alpha(axis: Any, alphas: Alphas, colour: str) -> dict[str, list[str]]:
     """Draw alpha (eq. 5) after each epoch of the incremental steps on a logarithmic axis, a line per seed; a dotted
     line where a step begins. With an alpha per class, thin lines and their geometric mean. Return what the marker at
     the end of each step says, by its id."""
+    from matplotlib.collections import LineCollection
     from matplotlib.ticker import LogLocator, NullFormatter
 
     lengths: dict[int, int] = {}  # steps begin at the same epoch for every seed: where the longest path has them
@@ -134,8 +135,9 @@ def draw_alpha(axis: Any, alphas: Alphas, colour: str) -> dict[str, list[str]]:
             kept = sorted({*range(0, len(values), max(1, total // POINTS)), len(values) - 1})
             epochs, means = begins[step] + 1 + np.array(kept), geometric_mean(values)
             if values.shape[1] > 1:
-                opacity = min(0.35, 10 / values.shape[1])
-                axis.plot(epochs, values[kept], color=colour, linewidth=0.6, alpha=opacity, gid="thin")
+                thin = [np.column_stack((epochs, of_class)) for of_class in values[kept].T]
+                opacity, gid = min(0.35, 10 / len(thin)), f"thin{seed}-{step}"
+                axis.add_collection(LineCollection(thin, colors=colour, linewidths=0.6, alpha=opacity, gid=gid))
             axis.plot(epochs, means[kept], color=colour, linewidth=2)
             axis.plot(epochs[-1:], means[-1:], "o", color=colour, markersize=4.5, gid=f"alpha{seed}-{step}")
             titles[f"alpha{seed}-{step}"] = [f"seed {seed}, step {step}, epoch {len(values)}: {means[-1]:.3g}"]

@@ -34,6 +34,7 @@ SETTINGS = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fastil",  # the same bytes for the same figure
     "path.simplify": False,
+    "text.parse_math": False,  # names hold dollar signs
 }
 
 
@@ -109,12 +110,11 @@ def legend_below(figure: Any, handles: Mapping[str, Any], title: str = "", notes
 
 
 def make_plain(figure: Any) -> None:
-    """Make the names that stand in a figure text: no control characters, and no formulas between dollar signs."""
+    """Take the control characters out of the names that stand in a figure. Labels of ticks have none (`text`)."""
     from matplotlib.text import Text
 
     for words in figure.findobj(Text):
         words.set_text("\n".join(text(line) for line in words.get_text().split("\n")))
-        words.set_parse_math(False)
 
 
 def save_figure(figure: Any, path: Path, then: str = files.RESUME) -> None:
@@ -137,7 +137,7 @@ def as_svg(figure: Any, name: str, label: str, titles: Mapping[str, Sequence[str
     with settings():
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(file.getvalue())
-    used = {artist.get_gid() for artist in figure.findobj()} | {*REFERENCE.findall(file.getvalue())}
+    used = {*REFERENCE.findall(file.getvalue()), *(artist.get_gid() for artist in figure.findobj())} - {None}
     for element in [*root.iter()]:
         for child in [child for child in element if _local(child.tag) in ("metadata", "style")]:
             element.remove(child)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastil.reporting.drawing import spaced
+from fastil.reporting.drawing import spaced, text
 from fastil.reporting.rows import readable_measures, spread
 from fastil.reporting.runs import Run
 
@@ -70,7 +70,8 @@ def draw_confusion(axis: Any, confusion: Confusion, most: float) -> None:
         axis.axvline(end - 0.5, color="0.4", linewidth=0.5)
         axis.axhline(end - 0.5, color="0.4", linewidth=0.5)
     if confusion.names is not None and classes <= NAMED:
-        names = [name if len(name) <= LETTERS else name[: LETTERS - 1] + "…" for name in confusion.names]
+        names = [text(name) for name in confusion.names]
+        names = [name if len(name) <= LETTERS else name[: LETTERS - 1] + "…" for name in names]
         size = 8 if classes <= 12 else 6.5
         upright = max(map(len, names)) > 2
         axis.set_xticks(range(classes), names, rotation=90 if upright else 0, fontsize=size)
