@@ -1,5 +1,6 @@
 """Curves of runs, drawn onto the axes of a figure: accuracy over the classes seen, and alpha."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,15 +36,15 @@ def curve_of(runs: Sequence[Run], key: str = "top1") -> Curve:
     return Curve([*values], [m for m, _ in spreads], [b for _, b in spreads], [spread(v) for v in values.values()])
 
 
-def styles_of(groups: dict[str, list[Run]]) -> dict[str, Style]:
-    """How the curves of the groups of one data set look, by label; reference lines are grey."""
-    lines = reference_lines(groups)
+def styles_of(parts: dict[str, dict[str, list[Run]]]) -> dict[str, Style]:
+    """How the curves of all groups look, by label; reference lines are grey. parts: the groups of each data set."""
     kinds: tuple[Line, ...] = ("-", "--", ":")
-    usual = [Style(colour, line) for line in kinds for colour in COLOURS]
-    return {
-        label: Style("grey", LINES[lines[label]]) if label in lines else usual[i % len(usual)]
-        for i, label in enumerate(groups)
-    }
+    usual = itertools.cycle([Style(colour, line) for line in kinds for colour in COLOURS])
+    styles = {}
+    for groups in parts.values():
+        lines = reference_lines(groups)
+        styles |= {label: Style("grey", LINES[lines[label]]) if label in lines else next(usual) for label in groups}
+    return styles
 
 
 def published_of(groups: dict[str, list[Run]]) -> dict[str, float]:

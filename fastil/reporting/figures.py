@@ -45,10 +45,9 @@ def draw_accuracy(
     one scale. notes: lines of text below."""
     parts = by_images(groups)
     figure, axes = new_figure(len(parts), *((6.4, 4.2) if len(parts) == 1 else (WIDTH, HEIGHT)))
-    top = curves.top_of(groups, ["top1"])
+    top, styles = curves.top_of(groups, ["top1"]), curves.styles_of(parts)
     entries: dict[str, Style] = {}
     for axis, (dataset, of_dataset) in zip(axes, parts.items(), strict=True):
-        styles = curves.styles_of(of_dataset)
         curves.draw_accuracy(axis, of_dataset, styles, top)
         axis.set(title=textwrap.fill(dataset, 60))
         entries |= curves.legend_of(of_dataset, styles)

@@ -113,9 +113,10 @@ def svg(figure: Any, name: str, label: str, titles: dict[str, list[str]] | None 
 
 def accuracies(groups: dict[str, list[Run]]) -> list[Accuracy]:
     """Accuracy over the classes seen, of all, earlier and new classes: for each data set, all on one scale."""
-    top, found = curves.top_of(groups, [*CURVES]), []
-    for i, (dataset, of_dataset) in enumerate(by_images(groups).items()):
-        styles, charts, lines = curves.styles_of(of_dataset), {}, []
+    parts, found = by_images(groups), []
+    top, styles = curves.top_of(groups, [*CURVES]), curves.styles_of(parts)
+    for i, (dataset, of_dataset) in enumerate(parts.items()):
+        charts, lines = {}, []
         seen = sorted({step.classes_seen for runs in of_dataset.values() for run in runs for step in run.results.steps})
         for key, title in CURVES.items():
             figure, axes = new_figure(1)

@@ -6,13 +6,14 @@ from collections.abc import Collection, Iterable, Sequence
 from fastil.errors import UserError
 from fastil.reporting.measures import Measures
 from fastil.reporting.runs import Run
+from fastil.text import one_line
 
 HEADER = ("run", "seeds", "average incremental", "paper", "base", "final", "final old", "final new")
 
 
 def heading(groups: dict[str, list[Run]]) -> str:
     """What the numbers of a report are, and of which recipes."""
-    recipes = list(dict.fromkeys(run.recipe.name for runs in groups.values() for run in runs))
+    recipes = list(dict.fromkeys(one_line(run.recipe.name) for runs in groups.values() for run in runs))
     precisions = sorted({run.recipe.precision for runs in groups.values() for run in runs})
     return (
         f"Recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}. "
