@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def styles_of(parts: dict[str, dict[str, list[Run]]]) -> dict[str, Style]:
     """How the curves of all groups look, by label; reference lines are grey. parts: the groups of each data set."""
     kinds: tuple[Line, ...] = ("-", "--", ":")
     usual = itertools.cycle([Style(colour, line) for line in kinds for colour in COLOURS])
-    styles = {}
+    styles: dict[str, Style] = {}
     for groups in parts.values():
         lines = reference_lines(groups)
         styles |= {label: Style("grey", LINES[lines[label]]) if label in lines else next(usual) for label in groups}
@@ -118,12 +118,18 @@ def draw_accuracy(
     return titles
 
 
-def draw_alpha(axis: Any, alphas: Alphas, colour: str) -> dict[str, list[str]]:
+def range_of(groups: Iterable[Alphas]) -> tuple[float, float]:
+    """The lowest and the highest alpha of several groups, with room around them."""
+    everything = [values for alphas in groups for path in alphas.values() for values in path.values()]
+    return min(float(v.min()) for v in everything) / 1.05, max(float(v.max()) for v in everything) * 1.05
+
+
+def draw_alpha(axis: Any, alphas: Alphas, colour: str, limits: tuple[float, float]) -> dict[str, list[str]]:
     """Draw alpha (eq. 5) after each epoch of the incremental steps on a logarithmic axis, a line per seed; a dotted
-    line where a step begins. With an alpha per class, thin lines and their geometric mean. Return what the marker at
-    the end of each step says, by its id."""
+    line where a step begins. With an alpha per class, thin lines and their geometric mean. limits: of the
+    axis. Return what the marker at the end of each step says, by its id."""
     from matplotlib.collections import LineCollection
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     lengths: dict[int, int] = {}  # steps begin at the same epoch for every seed: where the longest path has them
     for path in alphas.values():
@@ -149,8 +155,10 @@ def draw_alpha(axis: Any, alphas: Alphas, colour: str) -> dict[str, list[str]]:
             axis.text(begin + 0.5, 1.01, f"step {step}", transform=axis.get_xaxis_transform(), fontsize=7)
     classes = any(values.shape[1] > 1 for path in alphas.values() for values in path.values())
     label = "alpha: per class, and their geometric mean" if classes else "alpha"
-    axis.set(xlabel="epoch of the incremental steps", ylabel=label, yscale="log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.set(xlabel="epoch of the incremental steps", ylabel=label, yscale="log", ylim=limits)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    wide = limits[1] > 5 * limits[0]
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.3)

@@ -20,12 +20,8 @@ REFERENCE = re.compile(r"""(?:href="|url\()#([^")]+)""")
 FONTS = re.compile(r" ?font-family: [^;]*;?")  # those of the page
 DECIMALS = re.compile(r"(\.\d\d)\d+")
 Line = Literal["-", "--", ":", "-."]
-DASHES: dict[Line, str] = {
-    "-": "",
-    "--": "7.4 3.2",
-    ":": "2 3.3",
-    "-.": "12.8 3.2 2 3.2",
-}  # of a line 2 wide, as matplotlib has them
+# Of a line 2 wide, as matplotlib has them.
+DASHES: dict[Line, str] = {"-": "", "--": "7.4 3.2", ":": "2 3.3", "-.": "12.8 3.2 2 3.2"}
 COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
 LINES: dict[str, Line] = {"joint": "--", "finetune": ":"}  # of the reference lines, which are grey
 SETTINGS = {
@@ -62,7 +58,9 @@ def settings() -> Iterator[None]:
     lacks: these are drawn as boxes."""
     import matplotlib
 
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():  # type: ignore[arg-type]
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()  # whatever the user's own are
+        matplotlib.rcParams.update(SETTINGS)  # type: ignore[arg-type]
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         yield
 
@@ -120,7 +118,6 @@ def make_plain(figure: Any) -> None:
 def save_figure(figure: Any, path: Path, then: str = files.RESUME) -> None:
     """Write it as PNG, with what stands around it. then: what to do once it can be written."""
     make_plain(figure)
-
     look = {"format": "png", "dpi": 120, "bbox_inches": "tight", "pad_inches": 0.08}
     files.write_atomically(path, lambda file: figure.savefig(file, **look), then)
 

@@ -33,7 +33,8 @@ def draw_run(path: Path) -> None:
     alphas = alpha_paths(run)
     if alphas:
         figure, axes = new_figure(1, width=6.4, height=4.2)
-        curves.draw_alpha(axes[0], {run.results.seed: alphas}, COLOURS[0])
+        of_seed = {run.results.seed: alphas}
+        curves.draw_alpha(axes[0], of_seed, COLOURS[0], curves.range_of([of_seed]))
         save_figure(figure, path / "figures/alpha.png")
 
 
@@ -79,7 +80,7 @@ def draw_confusions(
     for axis, (title, confusion) in zip(axes, panels.items(), strict=True):
         draw_confusion(axis, confusion, most)
         axis.set_title(textwrap.fill(title, 56))
-    draw_counts(figure, most, ax=list(axes), shrink=0.8, aspect=30)
+    draw_counts(figure, panels.values(), most, ax=list(axes), shrink=0.8, aspect=30)
     legend_below(figure, {}, notes=notes)
     save_figure(figure, path, then)
 

@@ -1,6 +1,6 @@
 """Matrices of runs, drawn onto the axes of a figure: confusion, and the accuracy of each group of classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -23,12 +23,13 @@ MEASURES = ("average_over_groups", "non_base", "forgetting", "backward_transfer"
 class Confusion:
     """Confusion of a group of runs after a step. images: float64 [seen, seen], mean over seeds, rows are true classes
     in incremental order. ends: classes seen after each step so far. names: of the classes, where all seeds have the
-    same order. top1: as text."""
+    same order. top1: as text. seeds: how many there are."""
 
     images: NDArray[np.float64]
     ends: list[int]
     names: list[str] | None
     top1: str
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def confusion_of(runs: Sequence[Run], step: int) -> Confusion:
         ends=list(accumulate(map(len, members))),
         names=[protocol.class_names[c] for classes in members for c in classes] if len(orders) == 1 else None,
         top1=spread([run.curve[step] for run in runs]),
+        seeds=len(runs),
     )
 
 
@@ -84,8 +86,9 @@ def draw_confusion(axis: Any, confusion: Confusion, most: float) -> None:
         axis.set(xlabel="predicted class, in the order learned", ylabel="true class, in the order learned")
 
 
-def draw_counts(figure: Any, most: float, **place: Any) -> None:
-    """Draw the colour bar of confusion matrices: images, on a logarithmic scale. place: arguments of `colorbar`."""
+def draw_counts(figure: Any, confusions: Iterable[Confusion], most: float, **place: Any) -> None:
+    """Draw the colour bar of confusion matrices: images, on a logarithmic scale that ends at `most`. place: arguments
+    of `colorbar`."""
     from matplotlib.cm import ScalarMappable
 
     ticks = [0, *(10**power for power in range(10) if 10**power <= most)]
@@ -93,7 +96,7 @@ def draw_counts(figure: Any, most: float, **place: Any) -> None:
         ticks.append(most)
     bar = figure.colorbar(
         ScalarMappable(scale_of(most), COLOUR_MAP), ticks=ticks, format="{x:,.0f}",
-        label="test images (mean over seeds)", **place,
+        label="test images, mean over seeds" if any(of.seeds > 1 for of in confusions) else "test images", **place,
     )  # fmt: skip
     bar.ax.minorticks_off()
 

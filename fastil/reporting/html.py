@@ -3,6 +3,7 @@
 What it says is collected here as text and numbers. All the markup is in templates/page.html, which escapes every value.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -149,12 +150,10 @@ def alpha_charts(groups: dict[str, list[Run]]) -> dict[str, Markup]:
     learned = {label: {run.results.seed: alpha_paths(run) for run in runs} for label, runs in groups.items()}
     learned = {label: {seed: path for seed, path in seeds.items() if path} for label, seeds in learned.items()}
     learned = {label: seeds for label, seeds in learned.items() if seeds}
-    everything = [values for seeds in learned.values() for path in seeds.values() for values in path.values()]
     charts = {}
     for i, (label, seeds) in enumerate(learned.items()):
         figure, axes = new_figure(1)
-        titles = curves.draw_alpha(axes[0], seeds, COLOURS[0])
-        axes[0].set_ylim(min(v.min() for v in everything) / 1.1, max(v.max() for v in everything) * 1.1)
+        titles = curves.draw_alpha(axes[0], seeds, COLOURS[0], curves.range_of(learned.values()))
         charts[label] = svg(figure, f"alpha{i}", f"alpha of {label}", titles)
     return charts
 
@@ -176,7 +175,7 @@ def confusions(groups: dict[str, list[Run]]) -> dict[str, Any]:
             chart = svg(figure, f"confusion{i}-{k}", f"confusion matrix of step {k}")
             matrices[label].append(Matrix(len(confusion.images), confusion.top1, chart))
     figure, axes = new_figure(1, height=0.7)
-    heatmaps.draw_counts(figure, most, cax=axes[0], orientation="horizontal")
+    heatmaps.draw_counts(figure, itertools.chain(*found.values()), most, cax=axes[0], orientation="horizontal")
     return {"confusions": matrices, "counts": svg(figure, "counts", "colours of the confusion matrices")}
 
 

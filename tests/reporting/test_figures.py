@@ -108,8 +108,9 @@ def test_a_confusion_matrix_names_its_classes_where_they_fit(classes):
     half = classes // 2
     with settings():
         figure, (axis,) = new_figure(1, height=4.2)
-        draw_confusion(axis, Confusion(matrix, [half, half + 1, classes], names, ""), 150)
-        draw_counts(figure, 150, ax=axis)
+        confusion = Confusion(matrix, [half, half + 1, classes], names, "")
+        draw_confusion(axis, confusion, 150)
+        draw_counts(figure, [confusion], 150, ax=axis)
         figure.draw_without_rendering()
     assert (axis.get_xlabel(), axis.get_ylabel()) != ("", "")
     for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
