@@ -134,7 +134,7 @@ def test_report_groups_seeds_and_pairs_losses(fastil, tmp_path):
     assert (tmp_path / "report/accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report/confusion.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report/report.html").read_text()
-    assert 'src="data:image/png;base64,' in page
+    assert 'href="data:image/png;base64,' in page
     assert "http" not in page
     assert "softmax0: given twice, used once" in fastil("report", "softmax0", "softmax0").stdout
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from fastil.errors import UserError
 from fastil.reporting.fidelity import MODIFIED
-from fastil.reporting.figures import draw_accuracy, draw_last_confusions
+from fastil.reporting.figures import draw_accuracy, draw_last_confusions, draw_triangles
+from fastil.reporting.heatmaps import triangle_of
 from fastil.reporting.html import page
 from fastil.reporting.rows import MEASURED, heading, measured, paired_gain, rows
 from fastil.reporting.runs import Run, alpha_paths, group_runs
 from fastil.text import format_table, plain
 
-LONGEST = 60  # characters of a label in tables and figures
+LONGEST = 80  # characters of a label in tables and figures
 IMAGES = (
     "images=...: the data set, and the first six digits of the sha256 of its training images; runs with other digits "
     "were trained on other images."
@@ -44,20 +45,22 @@ def write_report(paths: Sequence[Path], out: Path | None, as_html: bool) -> tupl
     text = plain("\n\n".join([heading(groups), format_table(*rows(groups)), *forgotten, *notes]))
     if out is None:
         return text, whole
-    document = ""
-    if as_html:
-        document = page(groups, notes)
+    document = page(groups, notes) if as_html else ""
+    triangles = {label: triangle for label, runs in groups.items() if (triangle := triangle_of(runs))}
+    figures = ["accuracy.png", "confusion.png", *(["groups.png"] if triangles else [])]
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.md").write_text(text + "\n", encoding="utf-8")
-        draw_accuracy(groups, out / "accuracy.png", AGAIN)
-        draw_last_confusions(groups, out / "confusion.png", AGAIN)
+        draw_accuracy(groups, out / "accuracy.png", AGAIN, cut)
+        draw_last_confusions(groups, out / "confusion.png", AGAIN, cut)
+        if triangles:
+            draw_triangles(triangles, out / "groups.png", AGAIN, cut)
         if document:
             (out / "report.html").write_text(document, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     html = f"\npage: {out}/report.html" if as_html else ""
-    text += f"\n\nfigures: {out}/accuracy.png, {out}/confusion.png{html}"
+    text += f"\n\nfigures: {', '.join(f'{out}/{name}' for name in figures)}{html}"
     return text, whole
 
 
@@ -100,9 +103,9 @@ def shortened(groups: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], list[
         if len(label) > LONGEST:
             lines.append(f"[{len(lines) + 1}] {label}")
             parts = label.split(", ")
-            while len(parts) > 1 and len(", ".join(parts)) > LONGEST:
+            while len(parts) > 2 and len(", ".join(parts)) > LONGEST:
                 parts.pop()
-            kept = ", ".join(parts)[:LONGEST]
+            kept = ", ".join(parts)  # method and loss at least
             if MODIFIED in label and MODIFIED not in kept:
                 kept += f", {MODIFIED.rstrip()}"
             label = f"{kept}, … [{len(lines)}]"

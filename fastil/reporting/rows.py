@@ -6,14 +6,17 @@ from collections.abc import Collection, Iterable, Sequence
 from fastil.errors import UserError
 from fastil.reporting.measures import Measures
 from fastil.reporting.runs import Run
+from fastil.text import one_line
 
 HEADER = ("run", "seeds", "average incremental", "paper", "base", "final", "final old", "final new")
 
 
 def heading(groups: dict[str, list[Run]]) -> str:
-    """What the numbers of a report are."""
+    """What the numbers of a report are, and of which recipes."""
+    recipes = list(dict.fromkeys(one_line(run.recipe.name) for runs in groups.values() for run in runs))
     precisions = sorted({run.recipe.precision for runs in groups.values() for run in runs})
     return (
+        f"Recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}. "
         f"Top-1 in percent over all classes seen; {deviation(groups.values())}. "
         f"All runs were trained in {' and '.join(precisions)}."
     )

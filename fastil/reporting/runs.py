@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 
 ROUNDED = 1e-6  # percent
-ALWAYS_NAMED = ("method", "model")  # in a label, where they are not the recipe's
+IN_FRONT = ("method", "loss")  # of every label
+ALWAYS_NAMED = ("model",)  # in a label, where it is not the recipe's
 PathLike = str | os.PathLike[str]
 
 
@@ -209,12 +210,13 @@ def reference_lines(groups: dict[str, list[Run]]) -> dict[str, str]:
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but the seed, under a label that says what sets the group apart: all that was
-    modified, if a number was published for the recipe, and otherwise method, model and the keys in which runs of a
-    recipe differ, where they are not as the recipe has them. UserError for a run that is there twice, and where runs
-    of several precisions would stand side by side."""
+    """Runs that differ in nothing but the seed, under a label: method, loss, the recipe where there are several, and
+    what sets the group apart. That is all that was modified, if a number was published for the recipe, and otherwise
+    the model and the keys in which runs of a recipe differ, where they are not as the recipe has them. UserError for a
+    run that is there twice, and where runs of several precisions would stand side by side."""
     one_precision([(run.path, run.recipe.precision) for run in runs], "report them apart")
     groups: dict[str, list[Run]] = {}
+    recipes = {run.recipe.name for run in runs}
     identities = [
         run.recipe.identity(seed=False)
         | {"images": f"{run.dataset_name} (sha256 {run.image_hashes[0][:6]})"}
@@ -230,12 +232,14 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
         differing = [
             key
             for key, value in identity.items()
-            if key != "loss"
+            if key not in IN_FRONT
             and value is not None
             and (key in ALWAYS_NAMED or any(i.get(key) != value for i in same_recipe))
             and (key not in usual or usual[key] != value)
         ]
-        parts = [run.recipe.name, run.results.loss]
+        parts = [run.recipe.method.method, run.results.loss]
+        if len(recipes) > 1:
+            parts.append(run.recipe.name)
         if run.recipe.fidelity.startswith(MODIFIED) and had_published(run.recipe):
             parts.append(run.recipe.fidelity)
             differing = [key for key in differing if key not in {*(differences(run.recipe) or ()), "loader"}]
@@ -248,3 +252,16 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
             )
         group.append(run)
     return groups
+
+
+def by_images(groups: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
+    """The groups apart by what they were run on, by the name of the data set: accuracies on other images have no place
+    in one chart."""
+    found: dict[tuple[str, ...], dict[str, list[Run]]] = {}
+    for label, runs in groups.items():
+        found.setdefault(runs[0].image_hashes, {})[label] = runs
+    names = [next(iter(part.values()))[0].dataset_name for part in found.values()]
+    return {
+        name if names.count(name) == 1 else f"{name} (sha256 of its images {images[0][:6]}, {images[1][:6]})": part
+        for name, (images, part) in zip(names, found.items(), strict=True)
+    }

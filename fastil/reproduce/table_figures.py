@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastil.reporting.figures import LINES, new_figure, save_figure
+from fastil.reporting.drawing import LINES, legend_below, new_figure, save_figure, settings
 from fastil.reporting.runs import Run
 from fastil.reproduce.tables import Entry, Found, Table, published_of
 
@@ -17,10 +17,12 @@ METRICS: dict[str, tuple[str, Callable[[Run], float]]] = {
 }
 
 
+@settings()
 def draw(table: Table, found: Found, path: Path) -> None:
     """Ours, the mean over seeds with their range, next to the published numbers; a panel per number of steps."""
     groups = sorted({entry.steps for entry in table.entries})
-    figure, axes = new_figure(len(groups))
+    figure, axes = new_figure(len(groups), width=5.2, height=4.4)
+    legend: dict[str, Any] = {}
     theirs = f"published{published_of(table, found)}"
     for axis, steps in zip(axes, groups, strict=True):
         of_steps = [entry for entry in table.entries if entry.steps == steps]
@@ -38,7 +40,14 @@ def draw(table: Table, found: Found, path: Path) -> None:
         axis.plot([], [], color="grey", linewidth=3, alpha=0.5, label="range over seeds")
         axis.set_title(f"{steps} incremental steps")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="best")
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= dict(zip(labels, handles, strict=True))
+    for axis in axes:  # one scale
+        if table.over is None:
+            axis.set_xlim(0, max(other.get_xlim()[1] for other in axes))
+        else:
+            axis.set_ylim(min(o.get_ylim()[0] for o in axes), max(o.get_ylim()[1] for o in axes))
+    legend_below(figure, legend)
     save_figure(figure, path, "run the same command again")
 
 
@@ -51,6 +60,7 @@ def draw_bars(axis: Any, entries: list[Entry], runs: dict[str, list[Run]], their
             axis.plot([min(values), max(values)], [place, place], color="black", linewidth=3, alpha=0.5)
         if "average" in entry.published:
             axis.plot(entry.published["average"], place, "D", color="tab:orange")
+    axis.plot([], [], "s", color="tab:blue", alpha=0.8, label="ours, mean over seeds")
     axis.plot([], [], "D", color="tab:orange", label=theirs)
     axis.set_yticks(range(len(entries)), [entry.label for entry in reversed(entries)])
     axis.set(xlabel="average incremental accuracy (%)", xlim=(0, None))

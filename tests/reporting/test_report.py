@@ -58,8 +58,8 @@ def test_runs_of_other_numbers_of_processes_stand_apart(tmp_path):
     path = runs[1] / "protocol.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ranks": 2, "ranks_so_far": [1, 2], "bn": "sync"}))
     text = write_report(runs, None, False)[0]
-    assert "| digits, softmax, processes=1 " in text, text
-    assert "| digits, softmax, processes=1 and 2 " in text, text
+    assert "| il_baseline, softmax, processes=1 " in text, text
+    assert "| il_baseline, softmax, processes=1 and 2 " in text, text
 
 
 def test_a_difference_of_one_seed_has_no_deviation(tmp_path):
@@ -72,11 +72,16 @@ def test_a_difference_of_one_seed_has_no_deviation(tmp_path):
     assert (
         "Top-1 in percent over all classes seen; one seed each, so no deviation. All runs were trained in fp32." in text
     )
-    assert "digits, balanced minus digits, softmax: +20.00 points with the same seed (one seed, no deviation)" in text
+    assert (
+        "il_baseline, balanced minus il_baseline, softmax: +20.00 points with the same seed (one seed, no deviation)"
+        in text
+    )
     assert "±" not in text
     text = write_report(runs, None, False)[0]
     assert "mean ± standard deviation over seeds" in text
-    assert "digits, balanced minus digits, softmax: +20.00 ± 0.00 points on average, paired over seeds" in text
+    assert (
+        "il_baseline, balanced minus il_baseline, softmax: +20.00 ± 0.00 points on average, paired over seeds" in text
+    )
 
 
 def test_a_long_label_is_cut_and_told_whole_below_the_table(tmp_path):
@@ -86,7 +91,7 @@ def test_a_long_label_is_cut_and_told_whole_below_the_table(tmp_path):
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert max(len(line.split("|")[1].strip()) for line in table) <= LONGEST + len(", … [1]")
     assert table[-1].split("|")[1].strip().endswith(", … [1]")
-    whole = next(line for line in text.splitlines() if line.startswith("[1] digits, "))
+    whole = next(line for line in text.splitlines() if line.startswith("[1] il_baseline, balanced, "))
     for setting in ("epochs=3", "base_epochs=4", "lr=0.01", "momentum=0.8", "exemplars_per_class=9", "temperature=3.0"):
         assert setting in whole
 

@@ -341,7 +341,7 @@ def test_a_report_leaves_out_what_it_cannot_read_and_says_so(whole, tmp_path, ca
     assert f"left out: {tmp_path}/damaged/confusion/step_1.npy: damaged (not int64 [5, 5]" in text
     assert f"{tmp_path}/begun: no results yet, left out" in text
     assert f"left out: {tmp_path}/nowhere: no such run directory" in text
-    assert text.count("| digits, balanced") == 2  # a line of each table
+    assert text.count("| bic, balanced") == 2  # a line of each table
     page = (tmp_path / "report/report.html").read_text()
     assert "damaged/confusion/step_1.npy" in page
     for chosen, status in ((paths, 1), (paths[1:3], 0), (paths[2:3], 2)):

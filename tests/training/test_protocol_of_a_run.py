@@ -48,7 +48,7 @@ def test_uneven_steps_of_classes_by_name_are_planned_trained_resumed_and_reporte
     assert_user_error(fastil(*run, "increment=[3, 1, 1]", "--resume"), "increment was [1, 3, 1], now [3, 1, 1]")
     report = fastil("report", "run")
     assert report.returncode == 0, report.stderr
-    assert "| folder, balanced, model=resnet8 | 1 " in report.stdout
+    assert "| il_baseline, balanced, model=resnet8 | 1 " in report.stdout
 
 
 def test_the_natural_order_of_a_folder_takes_numbers_in_names_by_their_value(fastil, tmp_path):
@@ -124,8 +124,8 @@ def test_each_seed_has_an_order_of_its_own_and_both_are_one_row(of_seeds):
         assert Experiment(load(str(path)), path, resume=True).run() == Run(path).results
     text, _ = write_report(paths, None, False)
     mean = np.mean([Run(path).results.average_incremental_accuracy for path in paths])
-    assert re.findall(r"^\| (digits.*?) +\| (\d) +\| ([\d.]+) ±", text, re.MULTILINE)[0] == (
-        "digits, balanced", "2", f"{mean:.2f}"
+    assert re.findall(r"^\| (il_baseline.*?) +\| (\d) +\| ([\d.]+) ±", text, re.MULTILINE)[0] == (
+        "il_baseline, balanced", "2", f"{mean:.2f}"
     )  # fmt: skip
 
 
