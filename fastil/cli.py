@@ -12,11 +12,12 @@ import typer
 from fastil import cli_data, cli_tables
 from fastil.cli_options import AsJson, Data, Jobs, Overrides, RecipeName, Val, seeds_option
 from fastil.errors import UserError
-from fastil.text import one_line, say
+from fastil.text import one_line, passing, say
 
 # Seconds that a process among others waits with what another one may be about to say: torchrun ends all on a machine as
 # soon as one has ended with an error.
 OTHERS_FIRST = 10
+LOADING = "loading PyTorch"
 
 app = typer.Typer(
     name="fastil",
@@ -75,10 +76,14 @@ def run(
         return
     if jobs is not None:
         raise UserError(f"--jobs {jobs}: one run is trained; several are given by --seeds, such as --seeds 3")
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        passing(LOADING)
     from fastil.reporting.fidelity import remark_of
     from fastil.training.start import Interrupted, train
 
-    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        passing("reading the recipe and the images")
     try:
         done = train(recipe, overrides or [], out, resume, base, data=data, val=val)
     except Interrupted as stop:
@@ -98,20 +103,30 @@ def run(
 
 def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val: Val = None) -> None:
     """Print what a recipe would do, without training."""
+    passing(LOADING)
     from fastil.recipe_file import load
     from fastil.training.estimate import plan_text
 
     loaded = load(recipe, overrides or [], data=data, val=val)
-    if sys.stderr.isatty():
-        say("reading the images and timing a few steps", sys.stderr)
+    passing("reading the images and timing a few steps")
     say(plan_text(loaded))
 
 
-def recipes() -> None:
-    """List the recipes with the published accuracy and how faithful they are."""
-    from fastil.reporting.recipe_list import catalogue
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A recipe, a YAML file or a run directory: print all its keys instead, as a YAML file.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """List the recipes: data sets, methods, published accuracy, fidelity."""
+    passing(LOADING)
+    from fastil.reporting.recipe_list import all_keys, catalogue
 
-    say(catalogue())
+    say(catalogue() if name is None else all_keys(name))
 
 
 def report(

@@ -77,8 +77,9 @@ def test_plan_without_the_files_uses_the_published_shape(fastil, tmp_path):
     # Section 4.1.1: 50 base classes of 500 images, then five steps of 10; section 4.1.3: 250 epochs of 128.
     visits = 250 * (25_000 + sum(5_000 + 20 * old for old in range(50, 100, 10)))
     assert f"{visits:,}" in process.stdout
-    assert re.search(r"\| 0 +\| \+50 = 50 +\| 25,000 +\| 0 +\| 250 +\| 0.1 to 0.0001 +\| 49,000 ", process.stdout)
-    assert re.search(r"\| 5 +\| \+10 = 100 +\| 5,000 +\| 1,800 \(up to 20/class\) ", process.stdout)
+    assert re.search(r"^ +0  \+50 = 50 +25,000  0 +250 +49,000  6,250,000$", process.stdout, re.MULTILINE)
+    assert re.search(r"^ +5  \+10 = 100 +5,000  1,800 \(20/class\) +250 ", process.stdout, re.MULTILINE)
+    assert re.search(r"^lr 0.1 to 0.0001$", process.stdout, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 

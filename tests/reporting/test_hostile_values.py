@@ -82,7 +82,7 @@ def test_bars_tables_and_lines_are_plain(monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "stderr", Terminal())
     bar = StepBar()
     bar.begin(name, 100)
-    bar.epoch(name, last=True)
+    bar.epoch(name, 1, 1)
     bar.bar.refresh()
     bar.advance(50)
     bar.say(name)

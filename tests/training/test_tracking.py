@@ -187,7 +187,7 @@ def test_after_a_kill_and_a_resume_trackers_hold_everything_once_and_the_run_is_
     (text,) = events.Tensors("settings/text_summary")
     assert b"loss: balanced" in text.tensor_proto.string_val[0]
     (text,) = events.Tensors("protocol/text_summary")
-    assert b"| step | classes | new images |" in text.tensor_proto.string_val[0]
+    assert b"step  classes  new images " in text.tensor_proto.string_val[0]
 
     points, about = of_wandb(run)
     assert not first.exists()
