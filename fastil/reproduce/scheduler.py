@@ -255,6 +255,6 @@ def complete(work: WorkList, out: Path, jobs: int | None = None) -> tuple[str, i
     remarks = "".join(f"\nfailed: {job.folder} ({job.failure}; all of it: {job.log})" for job in failed)
     if scheduler.interrupt.number is not None:
         finished = len(work.jobs) - len(work.missing)
-        kept = f"{finished} of {len(work.jobs)} runs are finished, the others keep what they have trained, in {out}"
+        kept = f"{out} keeps {finished} finished of {len(work.jobs)} runs, and of the others what they have trained"
         return f"{remarks}\n\n{kept}\nstopped; the same command goes on", 128 + scheduler.interrupt.number
     return remarks, 1 if failed else 0
