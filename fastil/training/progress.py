@@ -31,11 +31,12 @@ class StepBar(Bar):
         work = self.work[step]
         names = list(work.phases)
         before = sum(work.phases[name] for name in names[: names.index(phase)])
+        earlier = self._recent() if step != self.step else self.before
         self.at = before + done * work.visit
         self.phase = f"step {step}, {LABELS[phase]}"
         label = self.phase + (f"epoch {epoch}/{epochs}" if epochs else "")
         if step != self.step:
-            self.before, self.first, self.began, self.step = self._recent(), self.at, time.monotonic(), step
+            self.before, self.first, self.began, self.step = earlier, self.at, time.monotonic(), step
             self.begin(label, work.total, self.at, remark=self.left)
         elif self.bar is not None:
             self.bar.n = self.at
@@ -62,7 +63,9 @@ class StepBar(Bar):
         return self.before[0] + self.at - self.first, self.before[1] + time.monotonic() - self.began
 
     def _recent(self) -> tuple[float, float]:
-        """The same as the next step takes it over."""
+        """The same as the next step takes it over, when this one is over."""
+        if self.step >= 0:
+            self.at = self.work[self.step].total
         done, seconds = self._spent()
         share = min(1.0, RECENT / max(seconds, RECENT)) if done else 0.0
         return done * share, seconds * share
