@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from fastil import cli_data, cli_tables
-from fastil.cli_options import AsJson, Data, Jobs, Overrides, RecipeName, Val, seeds_option
+from fastil.cli_options import LOADING, AsJson, Data, Jobs, Overrides, RecipeName, Val, seeds_option
 from fastil.errors import UserError
-from fastil.text import one_line, say
+from fastil.text import one_line, passing, say
 
 # Seconds that a process among others waits with what another one may be about to say: torchrun ends all on a machine as
 # soon as one has ended with an error.
@@ -67,7 +67,7 @@ def run(
     seeds: Annotated[str | None, seeds_option("the recipe's own seed")] = None,
     jobs: Jobs = None,
 ) -> None:
-    """Train one recipe, or with --seeds several runs of it that differ in nothing else."""
+    """Train one recipe. With --seeds several runs of it that differ in nothing else."""
     if seeds is not None:
         if base is not None:
             raise UserError("--base and --seeds: a base step is of one seed; leave one of them out")
@@ -75,10 +75,14 @@ def run(
         return
     if jobs is not None:
         raise UserError(f"--jobs {jobs}: one run is trained; several are given by --seeds, such as --seeds 3")
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        passing(LOADING)
     from fastil.reporting.fidelity import remark_of
     from fastil.training.start import Interrupted, train
 
-    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        passing("reading the recipe and the images")
     try:
         done = train(recipe, overrides or [], out, resume, base, data=data, val=val)
     except Interrupted as stop:
@@ -98,29 +102,39 @@ def run(
 
 def plan(recipe: RecipeName, overrides: Overrides = None, data: Data = None, val: Val = None) -> None:
     """Print what a recipe would do, without training."""
+    passing(LOADING)
     from fastil.recipe_file import load
     from fastil.training.estimate import plan_text
 
     loaded = load(recipe, overrides or [], data=data, val=val)
-    if sys.stderr.isatty():
-        say("reading the images and timing a few steps", sys.stderr)
+    passing("reading the images and timing a few steps")
     say(plan_text(loaded))
 
 
-def recipes() -> None:
-    """List the recipes with the published accuracy and how faithful they are."""
-    from fastil.reporting.recipe_list import catalogue
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A recipe, a YAML file or a run directory: print all its keys instead, as a YAML file.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """List the recipes, or print all keys of one."""
+    passing(LOADING)
+    from fastil.reporting.recipe_list import all_keys, catalogue
 
-    say(catalogue())
+    say(catalogue() if name is None else all_keys(name))
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Run directories.")],
     out: Annotated[Path | None, typer.Option(help="Folder for report.md and the figures.", show_default=False)] = None,
     html: Annotated[bool, typer.Option("--html", help="Also one self-contained page, report.html, in --out.")] = False,
 ) -> None:
-    """Put runs side by side, with the published numbers where a recipe has them; exit status 1 if a run cannot be read
-    and is left out."""
+    """Put runs side by side, and next to published numbers. Those stand where a recipe has them. Exit status 1 if a run
+    cannot be read and is left out."""
     from fastil.reporting.report import write_report
 
     text, whole = write_report(runs, out, html)
@@ -141,14 +155,14 @@ OwnModel = Annotated[
 def predict(
     run: RunDir,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Image files, and folders of any depth.")
+        list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Image files, and folders of any depth.")
     ],
     step: Step = -1,
     method: OwnMethod = None,
     model: OwnModel = None,
     as_json: AsJson = False,
 ) -> None:
-    """Name the five likeliest classes of images, by the network of a run; exit status 1 if one cannot be read."""
+    """Name the likeliest classes of images, by a run's network. Five of each; exit status 1 if one cannot be read."""
     from fastil.reporting.prediction import write_predictions
     from fastil.reporting.runs import Run
 
@@ -163,7 +177,7 @@ def export_model(
     method: OwnMethod = None,
     model: OwnModel = None,
 ) -> None:
-    """Write the network of a run for programs without fastil, with a model card next to it."""
+    """Write a run's network for programs without fastil. A model card goes next to it."""
     from fastil.reporting import export_model as exporting
     from fastil.reporting.runs import Run
 
@@ -172,7 +186,7 @@ def export_model(
 
 
 def doctor() -> None:
-    """Say what is installed, what is missing, and the command that installs it."""
+    """Say what is installed and missing, and how to install it."""
     from fastil.doctor import diagnose
 
     say(diagnose())

@@ -86,7 +86,7 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a data set as .beton files with manifests; after a stop the same command goes on."""
+    """Write a data set as .beton files with manifests. After a stop the same command goes on."""
     try:
         from fastil.tools.convert import convert as convert_source
         from fastil.tools.convert import options_of
@@ -104,16 +104,14 @@ def convert(
 
 
 def verify(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="FILE.beton ...", help="Data set files, by fastil or by FFCV.")
-    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="FILE.beton", help="Data set files, by fastil or by FFCV.")],
     sample: Annotated[
         int | None, typer.Option(help="Look into so many images only; no checksum of the file.", show_default="all")
     ] = None,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check structure, checksums, images and counts of data set files; exit status 1 if anything is wrong."""
+    """Check structure, checksums and images of data set files. Exit status 1 if anything is wrong."""
     from fastil import machine
     from fastil.tools.reporting import Reporter
     from fastil.tools.verify import verify as verify_file
@@ -148,7 +146,7 @@ def export(
     of_class: Annotated[list[str] | None, typer.Option("--class", help="Only this class (repeatable).")] = None,
     ids: Annotated[list[int] | None, typer.Option("--id", help="Only this sample (repeatable).")] = None,
 ) -> None:
-    """Write images of a data set file back out: JPEGs byte for byte, pixels as PNG."""
+    """Write images of a data set file back out. JPEGs byte for byte, pixels as PNG."""
     from fastil.tools.export import export as export_images
 
     say(f"{export_images(path, folder, of_class or [], ids or [])} images in {folder}")

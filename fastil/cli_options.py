@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+LOADING = "loading PyTorch"  # which takes seconds
+
 RecipeName = Annotated[
     str,
     typer.Argument(
@@ -11,9 +13,7 @@ RecipeName = Annotated[
         help="Name of a recipe (see `fastil recipes`), path of a YAML file, or a run directory: the same settings.",
     ),
 ]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the recipe's.")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's.")]
 Data = Annotated[str | None, typer.Option(help="Path of the data set.", show_default=False)]
 Val = Annotated[
     str | None, typer.Option(help="Path of the test images of a folder, if not DATA/val.", show_default=False)

@@ -1,16 +1,15 @@
 """The commands that train several runs and compare them in a table."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastil.cli_options import Data, DryRun, Jobs, Precision, RecipeName, seeds_option
+from fastil.cli_options import LOADING, Data, DryRun, Jobs, Precision, RecipeName, seeds_option
 from fastil.errors import UserError
-from fastil.text import say
+from fastil.text import passing, say
 
 if TYPE_CHECKING:
     from fastil.reproduce.tables import Entry, Table
@@ -36,8 +35,8 @@ def sweep(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a recipe with every combination of some values, and compare them in a table; after a stop the same command
-    goes on."""
+    """Train a recipe with every combination of some values. The runs are compared in a table; after a stop the same
+    command goes on."""
     alone("fastil sweep")
     from fastil.reproduce import sweep as sweeping
     from fastil.reproduce.scheduler import seeds_of
@@ -74,7 +73,7 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Where runs and tables go.")] = Path("runs/tables"),
     dry_run: DryRun = False,
 ) -> None:
-    """Train the runs that a table of the paper needs, and write it."""
+    """Train the runs that a table of the paper needs. Then write the table; after a stop the same command goes on."""
     alone("fastil reproduce")
     from fastil.reproduce import tables
     from fastil.reproduce.scheduler import seeds_of
@@ -100,8 +99,7 @@ def train(
     from fastil.reproduce.worklist import WorkList
 
     if dry_run:
-        if sys.stderr.isatty():
-            say("reading the images and timing a few steps", sys.stderr)
+        passing("reading the images and timing a few steps")
         work = WorkList(entries, seeds, out, data, preview=True, table=table, wanted=precision)
         say(preview(work, jobs))
         return
@@ -125,7 +123,8 @@ def run_seeds(
 
 
 def alone(command: str) -> None:
-    """Raise UserError where torchrun has started this process."""
+    """Raise UserError where torchrun has started this process. What comes next is PyTorch's import."""
+    passing(LOADING)
     from fastil import ranks
 
     if ranks.launched():

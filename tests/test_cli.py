@@ -77,27 +77,78 @@ def test_plan_without_the_files_uses_the_published_shape(fastil, tmp_path):
     # Section 4.1.1: 50 base classes of 500 images, then five steps of 10; section 4.1.3: 250 epochs of 128.
     visits = 250 * (25_000 + sum(5_000 + 20 * old for old in range(50, 100, 10)))
     assert f"{visits:,}" in process.stdout
-    assert re.search(r"\| 0 +\| \+50 = 50 +\| 25,000 +\| 0 +\| 250 +\| 0.1 to 0.0001 +\| 49,000 ", process.stdout)
-    assert re.search(r"\| 5 +\| \+10 = 100 +\| 5,000 +\| 1,800 \(up to 20/class\) ", process.stdout)
+    assert re.search(r"^ +0  \+50 = 50 +25,000  0 +250 +49,000  6,250,000$", process.stdout, re.MULTILINE)
+    assert re.search(r"^ +5  \+10 = 100 +5,000  1,800 \(20/class\) +250 ", process.stdout, re.MULTILINE)
+    assert re.search(r"^lr 0.1 to 0.0001$", process.stdout, re.MULTILINE)
     assert not list(tmp_path.iterdir())
 
 
 def test_recipes_lists_the_published_numbers(fastil):
     process = fastil("recipes")
     assert process.returncode == 0
+    above, header = re.search("^(.*cifar100 .*)\n(METHOD .*)$", process.stdout, re.MULTILINE).groups()
+    ends = [match.end() for match in re.finditer(r" (5|10)\b", header)]
+    assert [above[end - len("57.17") :].split()[0] for end in ends[::2]] == ["cifar100", "subimagenet", "imagenet"]
     for name, numbers in (
         ("il_baseline", ["43.80", "37.00", "51.52", "42.22", "43.23", "36.70"]),
         ("podnet_balanced", ["67.67", "66.63", "76.08", "74.93", "69.67", "68.65"]),
         ("icarl_bce", ["-", "-", "", "", "", ""]),
     ):
-        line = re.search(rf"^\| {name} .*$", process.stdout, re.MULTILINE)
+        line = re.search(rf"^{name} .*$", process.stdout, re.MULTILINE)
         assert line
-        assert [cell.strip() for cell in line.group().split("|")][3:9] == numbers
-    assert re.search(r"^\| tpcil .* approximation;", process.stdout, re.MULTILINE)
-    assert re.search(r"^\| digits ", process.stdout, re.MULTILINE)
-    assert re.search(r"^\| b0_20_r20 +\| from scratch 20 x 5 with R = 20 ", process.stdout, re.MULTILINE)
-    assert re.search(r"^\| wa +\| 72.81 ± 0.28 +\| 69.46 ± 0.29 +\| 67.33 ± 0.15 +\|", process.stdout, re.MULTILINE)
-    assert len(process.stdout.splitlines()) < 60
+        assert [line.group()[end - 5 : end].strip() for end in ends] == numbers
+    assert re.search(r"^tpcil .* approximation$", process.stdout, re.MULTILINE)
+    assert re.search(r"^digits ", process.stdout, re.MULTILINE)
+    assert re.search(r"^b0_20_r20 +from scratch 20 x 5 with R = 20$", process.stdout, re.MULTILINE)
+    assert re.search(r"^wa +72.81 ± 0.28 +69.46 ± 0.29 +67.33 ± 0.15 +", process.stdout, re.MULTILINE)
+    lines = process.stdout.splitlines()
+    assert len(lines) < 60
+    assert max(map(len, lines)) <= 80
+
+
+def test_recipes_prints_all_keys_of_one_which_run_reads_again(fastil, tmp_path):
+    from fastil.recipe_file import load
+
+    process = fastil("recipes", "cifar100_lucir_b0_10")
+    assert process.returncode == 0, process.stderr
+    (tmp_path / "again.yaml").write_text(process.stdout)
+    recipe, again = load("cifar100_lucir_b0_10"), load(str(tmp_path / "again.yaml"))
+    assert again.keys() == recipe.keys()
+    assert (again.description, again.fidelity) == (recipe.description, recipe.fidelity)
+    assert again.published is None  # of the recipe, not of a file made of it
+    assert "# published: 63.37 " in fastil("recipes", "cifar100_lucir_5").stdout
+    read, _, unread = process.stdout.partition("# Nothing reads these")
+    assert {"lucir_lambda", "memory_budget", "milestones"} <= yaml.safe_load(read).keys()
+    assert re.search(r"^icarl_beta: 0.25  # with method=icarl$", unread, re.MULTILINE)
+    assert_user_error(fastil("recipes", "cifar100_lucri_5"), "unknown recipe", "cifar100_lucir_5")
+
+
+def test_recipes_prints_the_keys_of_a_run_and_of_a_method_from_outside(tmp_path, monkeypatch):
+    """A run's own code is not needed for it, nor imported."""
+    from fastil.recipe_file import load
+    from fastil.reporting.recipe_list import all_keys
+
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nimport fastil\n@dataclass(frozen=True)\nclass Config:\n    spice: int = 3\n"
+        "class Mine(fastil.Method):\n    Config = Config\n"
+        "    def loss_weights(self, context):\n        return 1.0, 0.0\n"
+    )
+    (tmp_path / "own.yaml").write_text("base: digits\nmethod: mine.py:Mine\nspice: 5\n")
+    monkeypatch.chdir(tmp_path)
+    text = all_keys("own.yaml")
+    assert {"spice: 5", "model: resnet8"} <= set(text.splitlines())
+    (tmp_path / "run").mkdir()
+    recipe = load("own.yaml")
+    (tmp_path / "run/recipe.yaml").write_text(recipe.in_precision("fp32").dump())
+    (tmp_path / "run/protocol.json").touch()
+    (tmp_path / "mine.py").unlink()
+    assert {"spice: 5", "precision: fp32"} <= set(all_keys("run").splitlines())
+
+
+def test_help_names_every_command_in_one_whole_line(fastil):
+    lines = fastil("--help").stdout.partition("Commands:")[2].splitlines()
+    assert len([line for line in lines if line]) == 14
+    assert all(line.endswith(".") and not line.endswith("...") and len(line) <= 80 for line in lines if line)
 
 
 def test_doctor_names_what_is_missing_and_how_to_get_it(fastil):

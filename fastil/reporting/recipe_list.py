@@ -1,11 +1,12 @@
-"""`fastil recipes`: Table 1 of the paper as recipes, and the others."""
+"""`fastil recipes`: what can be trained, as data sets and methods, and all keys of one recipe."""
 
 import re
 
+from fastil import settings
 from fastil.recipe import Recipe
-from fastil.recipe_file import file_names, load, protocols, published_elsewhere
+from fastil.recipe_file import EFFECTIVE, file_names, load, protocols, published_elsewhere, read_effective, run_named
 from fastil.reporting.fidelity import SOURCES
-from fastil.text import format_table
+from fastil.text import columns, paragraph
 
 DATASETS = ("cifar100", "subimagenet", "imagenet")
 STEPS = ("5", "10")
@@ -16,46 +17,105 @@ ORDER = (
 
 
 def catalogue() -> str:
-    """Every recipe, its published average incremental accuracy and how faithful it is."""
+    """Return the recipes with their published average incremental accuracy and how faithful they are, in the columns of
+    a terminal."""
     recipes = {name: load(name) for name in file_names()}
-    columns = [f"{dataset}_{{}}_{steps}" for dataset in DATASETS for steps in STEPS]
-    header = ("METHOD", "what", *(f"{dataset} {steps}" for dataset in DATASETS for steps in STEPS), "fidelity")
-    rows = []
+    places = [f"{dataset}_{{}}_{steps}" for dataset in DATASETS for steps in STEPS]
+    rows, named = [], []
     for method in ORDER:
-        first = recipes[columns[0].format(method)]
-        known = (published(recipes.get(column.format(method))) for column in columns)
-        rows.append((method, first.description.rpartition(", ")[2], *known, first.fidelity))
+        first = recipes[places[0].format(method)]
+        numbers = (published(recipes.get(place.format(method))) for place in places)
+        rows.append((method, *numbers, in_short(first)))
+        what = first.description.rpartition(", ")[2]
+        named += [] if what.lower() == method else [f"{method}: {what}"]
+    header = ("METHOD", *(steps for _ in DATASETS for steps in STEPS), "fidelity")
+    table = columns(header, rows, right=range(1, 7))
     of_table = re.compile(rf"({'|'.join(DATASETS)})_({'|'.join(ORDER)})_({'|'.join(STEPS)})")
-    others = [(r.name, r.description, r.fidelity) for name, r in recipes.items() if not of_table.fullmatch(name)]
-    return (
-        "Table 1 of the paper, average incremental accuracy in percent as published; a recipe is called "
-        f"DATASET_METHOD_STEPS, such as {columns[0].format('lucir')}; `-` is a recipe without a published number:\n\n"
-        f"{format_table(header, rows)}\n\n{from_scratch()}\n\n"
-        f"Others:\n\n{format_table(('recipe', 'what', 'fidelity'), others)}"
-    )
+    others = [name for name in recipes if not of_table.fullmatch(name)]
+    return "\n\n".join((
+        paragraph(
+            f"DATASET_METHOD_STEPS, such as {places[0].format('lucir')}: Table 1 of the paper, average incremental "
+            "accuracy in percent as published (`-`: not in the paper)"
+        ) + f"\n{_above(table)}\n{table}",
+        paragraph("; ".join(named)),
+        from_scratch(),
+        "Others:\n" + "\n".join(_about(recipes[name], max(map(len, others))) for name in others),
+        paragraph(
+            "`fastil recipes NAME` prints all keys of a recipe, and its fidelity in full; `fastil plan NAME` says what "
+            "it would train"
+        ),
+    ))  # fmt: skip
+
+
+def in_short(recipe: Recipe) -> str:
+    """Return the first words of a recipe's fidelity."""
+    return re.split("[;,]", recipe.fidelity)[0]
+
+
+def _above(table: str) -> str:
+    """The line above the header: each data set above its two columns."""
+    line = ""
+    for dataset, last in zip(DATASETS, re.finditer(f" {STEPS[-1]}", table.partition("\n")[0]), strict=True):
+        line = line.ljust(last.end() - len("57.17  52.57")) + dataset
+    return line
+
+
+def _about(recipe: Recipe, width: int) -> str:
+    """The lines of a recipe that is of no table. width: of its name."""
+    return f"{recipe.name.ljust(width)}  {recipe.description}\n{' ' * width}  {in_short(recipe)}"
 
 
 def from_scratch() -> str:
-    """The protocols without a base of half the classes, and what others published of methods in them."""
+    """Return the protocols without a base of half the classes, and what others published of methods in them."""
     datasets = protocols()["datasets"]
     listed = [(name, protocol["what"]) for name, protocol in protocols()["protocols"].items()]
-    columns = [(dataset, name) for dataset in datasets for name, _ in listed]
+    places = [(dataset, name) for dataset in datasets for name, _ in listed]
     numbers = {
-        method: [published_elsewhere(f"{dataset}_{method}_{name}") or "" for dataset, name in columns]
+        method: [published_elsewhere(f"{dataset}_{method}_{name}") or "" for dataset, name in places]
         for method in ORDER
     }
-    used = [i for i in range(len(columns)) if any(of_method[i] for of_method in numbers.values())]
-    header = ("METHOD", *(" ".join(columns[i]) for i in used))
+    used = [i for i in range(len(places)) if any(of_method[i] for of_method in numbers.values())]
+    header = ("METHOD", *(" ".join(places[i]) for i in used))
     rows = [(method, *(cells[i] for i in used)) for method, cells in numbers.items() if any(cells)]
-    return (
-        f"From scratch, with any METHOD above: DATASET_METHOD_PROTOCOL, such as cifar100_icarl_b0_10, on "
-        f"{' and '.join(datasets)}:\n\n{format_table(('PROTOCOL', 'what'), listed)}\n\n"
-        f"Published elsewhere, by other networks and schedules ({SOURCES} has the sources):\n\n"
-        f"{format_table(header, rows)}"
+    pattern = paragraph(
+        f"DATASET_METHOD_PROTOCOL, such as cifar100_icarl_b0_10: from scratch, with any METHOD above, on "
+        f"{' and '.join(datasets)}"
     )
+    elsewhere = paragraph(f"Published elsewhere, with other networks and schedules ({SOURCES}):")
+    return f"{pattern}\n{columns(('PROTOCOL', 'what'), listed)}\n\n{elsewhere}\n{columns(header, rows)}"
 
 
 def published(recipe: Recipe | None) -> str:
+    """Return the published number of a recipe as a cell; nothing where there is no such recipe."""
     if recipe is None:
         return ""
     return "-" if recipe.published is None else f"{recipe.published:.2f}"
+
+
+def all_keys(name: str) -> str:
+    """Return all keys of a recipe, those of its parents and the defaults included, as a recipe file that trains the
+    same. Keys that nothing reads with the others as they are stand at the end, with what would make them read.
+
+    name: as `load` takes it. The method of a run directory need not be there. The published number is a comment, as it
+    belongs to the recipe and not to a file that is made of it. Raises UserError as `load` does.
+    """
+    run = run_named(name)
+    recipe = load(name) if run is None else read_effective(run / EFFECTIVE)
+    number = "none" if recipe.published is None else f"{recipe.published:.2f} average incremental accuracy, percent"
+    keys = recipe.keys()
+    readers = {key: recipe.reader(key) for key in keys}
+    unread = "".join(
+        _with_remark(settings.dump({key: keys[key]}), f"with {reader}") for key, reader in readers.items() if reader
+    )
+    return "".join((
+        f"# fastil run {name}\n# published: {number}\n",
+        settings.dump({"description": recipe.description, "fidelity": recipe.fidelity}),
+        settings.dump({key: value for key, value in keys.items() if not readers[key]}),
+        f"# Nothing reads these, unless the settings behind them are made.\n{unread}" if unread else "",
+    )).rstrip("\n")  # fmt: skip
+
+
+def _with_remark(lines: str, remark: str) -> str:
+    """The YAML of one key, with a comment in its first line."""
+    first, _, rest = lines.partition("\n")
+    return f"{first}  # {remark}\n{rest}"

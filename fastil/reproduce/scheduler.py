@@ -21,7 +21,7 @@ from fastil.reproduce import gpus
 from fastil.reproduce.table_text import write
 from fastil.reproduce.tables import Entry, Table
 from fastil.reproduce.worklist import Job, WorkList
-from fastil.text import Bar, duration
+from fastil.text import Bar, estimate
 from fastil.training.interrupt import Interrupt
 
 POLL = 1.0  # seconds
@@ -37,9 +37,9 @@ class Scheduler(Bar):
         self.work, self.at_once = work, at_once
         self.elsewhere: set[Path] = set()  # runs that processes of an earlier command go on with
         self.interrupt = Interrupt()
-        self.began = self.last_line = time.monotonic()
-        self.total = sum(work.left(job) for job in work.jobs)
-        self.begin(None, self.total)
+        self.last_line = time.monotonic()
+        self.total = sum(work.work_left(job) for job in work.jobs)
+        self.begin(self.of_runs(), self.total, remark=self.left)
 
     def run(self) -> None:
         """Until nothing is left or a signal came; a run that fails does not stop the others."""
@@ -85,6 +85,7 @@ class Scheduler(Bar):
                 return
             self.elsewhere.discard(job.log)
             # A session of its own: Ctrl-C reaches this process, which passes it on once.
+            job.started, job.work = time.monotonic(), self.work.work_left(job)
             job.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         where = "" if job.gpu is None else f" on {gpus.title(job.gpu)}"
         self.say(f"{job.name}: {'goes on' if '--resume' in command else 'started'}{where}")
@@ -94,6 +95,7 @@ class Scheduler(Bar):
             if job.process is None or job.failure or job.running:
                 continue
             status = job.process.returncode
+            job.seconds = time.monotonic() - job.started
             job.finished = status == 0
             if job.finished:
                 try:
@@ -116,28 +118,47 @@ class Scheduler(Bar):
             process.wait()
         self.collect()
 
+    def of_runs(self) -> str:
+        """How many runs are finished."""
+        return f"{len(self.work.jobs) - len(self.work.missing)} of {len(self.work.jobs)} runs"
+
     def show(self) -> None:
+        """Bring the bar up to date, or say from time to time how far it is."""
         if self.bar is None and time.monotonic() - self.last_line < LINE_EVERY:
             return
         # A run that failed is neither done nor to be done.
-        total = self.total - sum(self.work.left(job) for job in self.work.jobs if job.failure)
-        left = sum(self.work.left(job) for job in self.work.jobs if not job.failure)
-        done = max(0, total - left)
-        finished = len(self.work.jobs) - len(self.work.missing)
+        total = self.total - sum(self.work.work_left(job) for job in self.work.jobs if job.failure)
+        left = sum(self.work.work_left(job) for job in self.work.jobs if not job.failure)
+        done = max(0.0, total - left)
         if self.bar is not None:
-            self.bar.set_description(f"{finished} of {len(self.work.jobs)} runs")
-            self.bar.total = total
-            self.advance(int(done - self.bar.n))
+            self.bar.set_description_str(self.of_runs(), refresh=False)
+            self.bar.total, self.bar.n = total, done
+            self.bar.refresh()
         else:
             self.last_line = time.monotonic()
-            rate = done / (time.monotonic() - self.began)
-            remaining = f", about {duration(left / rate)} left" if done else ""
             on = [f"{job.name} on {gpus.title(job.gpu)}" for job in self.work.jobs if job.running and job.gpu]
             where = f" ({', '.join(on)})" if on else ""
+            percent, remaining = int(100 * done // max(1.0, total)), self.left()
             self.say(
-                f"{finished} of {len(self.work.jobs)} runs, {self.running()} running{where}, "
-                f"{100 * done / max(1, total):.0f} % of what was missing, {rate:,.0f} img/s{remaining}"
+                f"{self.of_runs()}, {self.running()} running{where}, {percent} % of what was missing"
+                + (f", {remaining}" if remaining else "")
             )
+
+    def left(self) -> str:
+        """Return the time until all runs are done, as text; nothing before it can be known.
+
+        The pace is that of whole runs, with what a process takes to start and to draw its figures, once one is done.
+        """
+        ended = [job for job in self.work.jobs if job.finished and job.seconds]
+        begun = [job for job in self.work.jobs if job.running]
+        work = sum(job.work for job in ended) or sum(job.work - self.work.work_left(job) for job in begun)
+        if work <= 0:
+            return ""
+        seconds = sum(job.seconds for job in ended) or sum(time.monotonic() - job.started for job in begun)
+        to_do = [self.work.work_left(job) * seconds / work for job in self.work.missing if not job.failure]
+        if not to_do:
+            return ""
+        return f"{estimate(max(*to_do, sum(to_do) / min(self.at_once, len(to_do))))} left"
 
 
 def _claimed(log: IO[bytes]) -> bool:
@@ -215,6 +236,8 @@ def reproduce(
     status."""
     work = WorkList(entries, seeds, out, data, table=table, wanted=precision)
     remarks, status = complete(work, out, jobs)
+    if status and len(work.missing) == len(work.jobs):  # a table without a number in it
+        return remarks.strip(), status
     return write(table, out, entries) + remarks, status
 
 
@@ -231,5 +254,7 @@ def complete(work: WorkList, out: Path, jobs: int | None = None) -> tuple[str, i
     failed = [job for job in work.jobs if job.failure]
     remarks = "".join(f"\nfailed: {job.folder} ({job.failure}; all of it: {job.log})" for job in failed)
     if scheduler.interrupt.number is not None:
-        return remarks + "\n\nstopped; the same command goes on", 128 + scheduler.interrupt.number
+        finished = len(work.jobs) - len(work.missing)
+        kept = f"{out} keeps {finished} finished of {len(work.jobs)} runs, and of the others what they have trained"
+        return f"{remarks}\n\n{kept}\nstopped; the same command goes on", 128 + scheduler.interrupt.number
     return remarks, 1 if failed else 0

@@ -68,10 +68,13 @@ def table_of(recipe: str, given: Sequence[str], data: str | None = None) -> Tabl
 
 
 def default_out(table: Table, given: Sequence[str]) -> Path:
-    """Where a sweep goes unless told otherwise: the same folder for the same keys, so that it can be resumed, and go on
-    with more values."""
-    parts = [key if len(texts) > 1 else canonical(key, texts[0]) for key, texts in _values(given).items()]
-    return Path("runs") / file_name(f"sweep-{table.entries[0].place}-{','.join(parts)}")
+    """Where a sweep goes unless told otherwise: a folder called by the recipe and the keys with several values, so that
+    it can be resumed, and go on with more values. A hash keeps sweeps apart whose keys with one value differ."""
+    values = _values(given)
+    swept = [key for key, texts in values.items() if len(texts) > 1]
+    fixed = sorted(canonical(key, values[key][0]) for key in values if key not in RUNTIME_KEYS and key not in swept)
+    apart = f"-{_hash(' '.join(fixed))}" if fixed else ""
+    return Path("runs") / file_name(f"sweep-{table.entries[0].place}-{','.join(swept)}{apart}")
 
 
 def run_seeds(
@@ -116,7 +119,12 @@ def file_name(text: str) -> str:
     name = re.sub(r"[^\w.=,+-]+", "_", text, flags=re.ASCII)
     if name == text and len(name) <= LONGEST:
         return name
-    return f"{name[:LONGEST]}-{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()[:6]}"
+    return f"{name[:LONGEST]}-{_hash(text)}"
+
+
+def _hash(text: str) -> str:
+    """A few characters that are the same for the same text only, but for chance."""
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:6]
 
 
 def _values(given: Sequence[str]) -> dict[str, list[str]]:
@@ -146,14 +154,20 @@ def _checked(entries: Sequence[Entry], data: str | None) -> Recipe:
             refused.append((entry.label, error))
     if refused:
         label, fault = refused[0]
-        if not loaded or str(fault).startswith(f"{label}:"):  # it is of no combination
+        named, _, reason = str(fault).partition(": ")
+        if not loaded or named == label:  # it is of no combination
             raise fault
+        reason = reason if named in label.split() else str(fault)  # which the label names already
         raise UserError(
-            f"{label}: {fault}; every combination is trained, so values that do not go together need a sweep each"
+            f"{label}: {reason}; every combination is trained, so values that do not go together need a sweep each"
         )
     first: dict[str, Entry] = {}
     for entry, recipe in loaded:
         twin = first.setdefault(repr(recipe.identity()), entry)
         if twin is not entry:
-            raise UserError(f"{twin.label} and {entry.label} are the same experiment; leave one of them out")
+            one, other = (  # as they were written
+                " ".join(text for text in e.overrides if any(text not in row.overrides for row in entries))
+                for e in (twin, entry)
+            )
+            raise UserError(f"{one} and {other} are the same experiment; leave one of them out")
     return loaded[0][1]

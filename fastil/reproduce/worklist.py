@@ -28,6 +28,7 @@ from fastil.reporting.runs import Run
 from fastil.reproduce import tables
 from fastil.reproduce.tables import Entry, Table
 from fastil.training import base_step, step_plan
+from fastil.training.step_plan import StepWork
 
 
 @dataclass
@@ -43,9 +44,13 @@ class Job:
     size: tuple[int, int] = (0, 0)  # of the images
     base_group: str = ""  # equal where the base steps are the same
     visits: list[int] = field(default_factory=list)  # images seen in training and finetuning, of each step
+    steps: list[StepWork] = field(default_factory=list)
     begun: Position | None = None  # where its checkpoint is, before anything was started
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     gpu: str | None = None  # that it was started on, see gpus.choice
+    started: float = 0.0  # when, by time.monotonic
+    work: float = 0.0  # that was left then, see WorkList.work_left
+    seconds: float = 0.0  # that its process took, once it has ended
     failure: str = ""  # why, where it failed
 
     @property
@@ -76,16 +81,29 @@ class Job:
         except UserError:
             return []
 
-    def done_visits(self) -> int:
-        """Images that it need not see again: what it says, and before it is started what its checkpoint holds."""
+    def place(self) -> tuple[int, int]:
+        """The step that it is in and the images of that step that it need not see again: what it says, and before it is
+        started what its checkpoint holds."""
         lines, of_epoch = self.lines(), 0
         step = lines[-1].step if lines else 0
         if self.process is None:
             if self.begun is None:
-                return 0
+                return 0, 0
             step, of_epoch = self.begun.step, self.begun.batch * self.recipe.train.batch_size
             lines = [line for line in lines if _holds(self.begun, line)]
-        return sum(self.visits[:step]) + sum(line.images for line in lines if line.step == step) + of_epoch
+        return step, sum(line.images for line in lines if line.step == step) + of_epoch
+
+    def done_visits(self) -> int:
+        """Images that it need not see again."""
+        step, images = self.place()
+        return sum(self.visits[:step]) + images
+
+    def done_work(self) -> float:
+        """The work that is behind it; of a step's exemplars and evaluation only when the next step is trained."""
+        step, images = self.place()
+        return sum(work.total for work in self.steps[:step]) + sum(
+            images * w.visit for w in self.steps[step : step + 1]
+        )
 
     def state(self) -> str:
         if self.finished:
@@ -161,6 +179,9 @@ class WorkList:
         protocol = job.recipe.build_protocol(len(counts), names)
         steps = step_plan.effective_steps(job.recipe, protocol, counts)
         job.visits = [step.visits + step.finetune_visits + step.memory_visits for step in steps]
+        if dataset is not None:
+            test_counts = np.bincount(dataset.val.labels, minlength=len(counts))[protocol.order]
+            job.steps = step_plan.run_work(job.recipe, steps, test_counts)
         of_base = counts[protocol.steps[0]]
         own_loss = "" if len(set(of_base.tolist())) == 1 else base_step.SAME_WITHOUT_OLD[job.recipe.loss.loss]
         job.base_group = f"{base_step.base_identity(job.recipe)}{protocol.steps[0].tolist()}{own_loss}"
@@ -202,6 +223,14 @@ class WorkList:
             return 0
         shared = 0 if job.has_base or self.trains_base(job) else job.visits[0]
         return max(0, sum(job.visits) - max(shared, job.done_visits()))
+
+    def work_left(self, job: Job) -> float:
+        """What this run still computes, in forward passes of an image."""
+        if job.finished:
+            return 0.0
+        base = job.steps[0].phases
+        shared = 0.0 if job.has_base or self.trains_base(job) else base["train"] + base["correct"]
+        return max(0.0, sum(work.total for work in job.steps) - max(shared, job.done_work()))
 
     def command(self, job: Job) -> list[str]:
         command = [sys.executable, "-m", "fastil.cli", "run", job.entry.recipe, *job.entry.overrides]

@@ -22,6 +22,7 @@ from fastil.protocol import Ids
 from fastil.recipe import Recipe
 from fastil.reporting.checkpoints import Checkpoint, Position
 from fastil.reporting.run_files import ProtocolFile, Results
+from fastil.text import passing
 from fastil.training import base_step, capacity, compiling, messages, run_directory, step_plan
 from fastil.training.clock import Clock, versions
 from fastil.training.frozen import FrozenNetwork
@@ -59,6 +60,8 @@ class Experiment:
         self.protocol = recipe.build_protocol(len(names), names)
         counts = np.bincount(self.dataset.train.labels, minlength=len(names))
         self.steps = step_plan.effective_steps(recipe, self.protocol, counts, names)
+        self.test_counts = np.bincount(self.dataset.val.labels, minlength=len(names))[self.protocol.order]
+        self.progress.work = step_plan.run_work(recipe, self.steps, self.test_counts)
         order, size = self.protocol.order, image_size(recipe.data, self.dataset)
         capacity.check_batch(recipe, self.steps, size, self.device)
         student, teacher = (recipe.build_network(len(order), recipe.train.seed).to(self.device) for _ in range(2))
@@ -133,6 +136,8 @@ class Experiment:
                 self.directory.save(state)  # last: only now is the step never done again
                 self.tracking.step()
             self.directory.write_results(self.recipe, self.parts.results)
+            if ranks.first():
+                passing("drawing the figures")
             ranks.from_first(self.directory.draw)  # after which all files are there, for all processes
             return run_directory.results_of(self.recipe, self.parts.results)
 
@@ -147,10 +152,13 @@ class Experiment:
         if position.phase == "correct":
             self.finetune(plan, position)
         began = time.perf_counter()
+        self.progress.begin_phase(plan.step, "memory")
         self.select_exemplars(plan)
         selected = time.perf_counter()
+        self.progress.begin_phase(plan.step, "evaluate")
         self.parts.results.append(self.evaluate(plan))
         self.clock.set(plan.step, memory=selected - began, evaluate=time.perf_counter() - selected)
+        self.progress.end()
         self.progress.say(messages.of_step(self.parts.results[-1], self.clock.trained(plan.step)))
 
     def open_classes(self, plan: StepPlan) -> Position:
@@ -180,9 +188,8 @@ class Experiment:
         phase = self.phases.training(plan.step, ids, probabilities, held_out)
         self.loaders.keep(self.rehearsal.memory.ids())
         done = position.epoch * len(ids) + position.batch * self.recipe.train.batch_size
-        self.progress.begin(f"step {plan.step}", plan.visits, done)
+        self.progress.begin_phase(plan.step, "train", position.epoch + 1, phase.epochs, done)
         self.trainer.fit(phase, position.epoch, position.batch)
-        self.progress.end()
         position = Position(plan.step, "memory")
         if self.recipe.correction.epochs_of(plan.step):
             self.rehearsal.select_finetuning_set(plan.step)
@@ -195,7 +202,10 @@ class Experiment:
         ids = self.rehearsal.finetuning_set
         self.begin(plan, ids, fresh=position.epoch == position.batch == 0)
         self.loaders.keep(self.rehearsal.memory.ids())
-        self.trainer.fit(self.phases.finetuning(plan.step, ids), position.epoch, position.batch)
+        phase = self.phases.finetuning(plan.step, ids)
+        done = position.epoch * len(ids) + position.batch * self.recipe.train.batch_size
+        self.progress.begin_phase(plan.step, "correct", position.epoch + 1, phase.epochs, done)
+        self.trainer.fit(phase, position.epoch, position.batch)
         self.save(Position(plan.step, "memory"))
 
     def begin(self, plan: StepPlan, ids: Ids, *, fresh: bool) -> None:
@@ -216,8 +226,6 @@ class Experiment:
             self.method.after_training(student, self.extractor, held_out, positions)
             self.agree()
         self.directory.write_exemplars(plan.step, self.rehearsal.update(plan.step))
-        if plan.memory_visits:
-            self.progress.begin(f"step {plan.step}, exemplars", plan.memory_visits, 0)
         kept = self.rehearsal.memory.ids()
         memory = MemoryContext(
             kept, self.rehearsal.positions_of(kept), self.extractor, self.loaders.plain,
@@ -227,7 +235,6 @@ class Experiment:
         self.agree()
         ranks.copy_from_first(list(pixels.values()))
         self.loaders.overlay(pixels)
-        self.progress.end()
         ranks.check_same("exemplars and weights", self.digest)
 
     def agree(self) -> None:
@@ -319,7 +326,7 @@ class Experiment:
         measured = [line.pop(name) for name in ("seconds", "data_seconds", "loader_idle")]  # which no rerun reproduces
         self.clock.epoch(record.step, record.phase, record.images, *measured)
         self.append(line | line.pop("observed"))
-        self.progress.epoch(messages.of_epoch(record, self.loaders.streams), last=record.epoch == record.epochs)
+        self.progress.epoch(messages.of_epoch(record, self.loaders.streams), record.epoch, record.epochs)
 
     def append(self, line: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl, and tell the trackers."""
@@ -328,8 +335,7 @@ class Experiment:
 
     def compile(self) -> None:
         """Compile training and evaluation, each where the run repays it."""
-        test_counts = np.bincount(self.dataset.val.labels)[self.protocol.order]
-        frozen = self.flops * step_plan.frozen_visits(self.steps, test_counts)
+        frozen = self.flops * step_plan.frozen_visits(self.steps, self.test_counts)
         training = step_plan.run_flops(self.steps, self.flops, self.method.uses_teacher)
         compiling.compile_run(
             self.recipe.train.compile, self.device, self.trainer.compile, training,
@@ -342,7 +348,8 @@ class Experiment:
         self.directory.write_timings(self.clock.summary() | run | versions(self.device))
 
     def close(self) -> None:
-        """End the threads of the loaders."""
+        """Remove the bar, before the caller says how the run ended, and end the threads of the loaders."""
+        self.progress.end()
         self.loaders.close()
 
 

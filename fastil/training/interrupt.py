@@ -11,7 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from fastil import ranks
+from fastil.text import CLEAR_LINE
 
+STOPPING = "fastil: stopping after the batch in hand; a second signal ends it at once"
 LOOK_EVERY, GIVE_UP = 0.2, 30.0  # seconds between looks at what others have announced, and until they are given up
 
 
@@ -35,8 +37,10 @@ class Interrupt:
         signal.signal(number, self.previous[number])
         if not ranks.first():
             return
-        with contextlib.suppress(OSError):  # print may be in the middle of a line, and is not to be called here
-            os.write(2, b"\nfastil: stopping after the batch in hand; a second signal ends it at once\n")
+        with contextlib.suppress(OSError):  # print is not to be called here
+            # A terminal has a bar there, and the ^C behind it.
+            start = CLEAR_LINE if os.isatty(2) else ""
+            os.write(2, f"{start}{STOPPING}\n".encode())
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.previous.items():

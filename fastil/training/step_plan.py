@@ -1,7 +1,8 @@
 """The effective protocol: what a run will do, step by step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from fastil.plan import num_batches
 from fastil.protocol import Protocol, numbering_note
 from fastil.recipe import Recipe
 from fastil.settings import shown
-from fastil.text import format_table
+from fastil.text import columns, paragraph
 
 COUNTED = ("balanced", "meta_balanced", "rescaled")  # losses that correct for the number of images of each class
 
@@ -126,12 +127,49 @@ def check_without_memory(recipe: Recipe) -> None:
         )
 
 
+@dataclass(frozen=True)
+class StepWork:
+    """What a step computes, in forward passes of an image. phases: in their order, by the name of each. visit: of an
+    image in training."""
+
+    phases: dict[str, float]
+    visit: float
+
+    @property
+    def total(self) -> float:
+        """That of all phases."""
+        return sum(self.phases.values())
+
+
+def run_work(recipe: Recipe, steps: Sequence[StepPlan], test_counts: NDArray[np.int64]) -> list[StepWork]:
+    """Return the work of each step. test_counts: test images of each class, in incremental order."""
+    teacher, seen = recipe.procedure.uses_teacher, test_counts.cumsum()
+    work = []
+    for plan in steps:
+        visit = visit_cost(plan, teacher)
+        phases = {
+            "train": plan.visits * visit,
+            "correct": plan.finetune_visits * visit,
+            "memory": plan.memory_visits * visit + plan.new_images,
+            "evaluate": float(seen[plan.classes_seen - 1]),
+        }
+        work.append(StepWork(phases, visit))
+    return work
+
+
+def visit_cost(plan: StepPlan, teacher: bool) -> float:
+    """Return the forward passes that a training step on an image is worth: three, or four with a teacher. teacher:
+    whether incremental steps have one."""
+    return 4.0 if plan.step and teacher else 3.0
+
+
 def run_flops(steps: Sequence[StepPlan], forward: int, teacher: bool = True) -> float:
-    """Return the floating-point operations of training: three times `forward` per visit, four times with a teacher.
-    teacher: whether incremental steps have one."""
-    later = 4 if teacher else 3
-    visits = ((plan.visits + plan.finetune_visits + plan.memory_visits, later if plan.step else 3) for plan in steps)
-    return float(sum(count * forward * cost for count, cost in visits))
+    """Return the floating-point operations of training. forward: those of a forward pass. teacher: whether incremental
+    steps have one."""
+    return sum(
+        (plan.visits + plan.finetune_visits + plan.memory_visits) * forward * visit_cost(plan, teacher)
+        for plan in steps
+    )
 
 
 def frozen_visits(steps: Sequence[StepPlan], test_counts: NDArray[np.int64]) -> int:
@@ -174,22 +212,38 @@ def notes(recipe: Recipe, names: Sequence[str] | None) -> list[str]:
 
 
 def as_table(steps: Sequence[StepPlan]) -> str:
-    """Return the steps as a table for a terminal."""
+    """Return the steps as a table for a terminal, and below it what is the same in many of them."""
 
     def rehearsed(plan: StepPlan) -> str:
         """The exemplars, and how many of a class."""
         if not plan.exemplars:
             return "0"
-        everything = plan.exemplars == sum(before.new_images for before in steps[: plan.step])
-        return f"{plan.exemplars:,} ({'all' if everything else f'up to {plan.exemplars_per_class}/class'})"
+        if plan.exemplars == sum(before.new_images for before in steps[: plan.step]):
+            return f"{plan.exemplars:,} (all)"
+        most = "" if plan.exemplars == plan.exemplars_per_class * plan.classes_old else "max "
+        return f"{plan.exemplars:,} ({most}{plan.exemplars_per_class}/class)"
 
-    header = ("step", "classes", "new images", "exemplars", "epochs", "lr", "iterations", "image visits")
+    header = ("step", "classes", "new images", "exemplars", "epochs", "iterations", "visits")
     rows = [
         (
-            str(plan.step), f"+{plan.new_classes} = {plan.classes_seen}", f"{plan.new_images:,}",
-            rehearsed(plan) + (f", {plan.held_out:,} of all held out" if plan.held_out else ""),
-            str(plan.epochs), f"{plan.first_lr:g} to {plan.last_lr:.2g}", f"{plan.iterations:,}", f"{plan.visits:,}",
+            str(plan.step), f"+{plan.new_classes} = {plan.classes_seen}", f"{plan.new_images:,}", rehearsed(plan),
+            str(plan.epochs), f"{plan.iterations:,}", f"{plan.visits:,}",
         )
         for plan in steps
     ]  # fmt: skip
-    return format_table(header, rows)
+    rates = _by_step(steps, lambda plan: f"{plan.first_lr:g} to {plan.last_lr:.2g}")
+    lines = [columns(header, rows, right=(0, 2, 4, 5, 6)), paragraph(f"lr {rates}", "   ")]
+    if any(plan.held_out for plan in steps):
+        held_out = _by_step(steps, lambda plan: f"{plan.held_out:,}")
+        lines.append(paragraph(f"held out of new images and exemplars {held_out}", "   "))
+    return "\n".join(lines)
+
+
+def _by_step(steps: Sequence[StepPlan], value: Callable[[StepPlan], str]) -> str:
+    """What may change from step to step, as text: "0.1 to 0.01 in step 0, 0.1 to 0.001 in steps 1 to 5"."""
+    groups = [(text, [plan.step for plan in plans]) for text, plans in groupby(steps, value)]
+    if len(groups) == 1:
+        return groups[0][0]
+    return ", ".join(
+        f"{text} in step {of[0]}" if len(of) == 1 else f"{text} in steps {of[0]} to {of[-1]}" for text, of in groups
+    )

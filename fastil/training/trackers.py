@@ -18,6 +18,7 @@ from fastil.errors import UserError
 Record = dict[str, Any]
 Callback = Callable[[Record], object]
 AXES = {"train": "run_epoch", "correct": "run_epoch", "test": "classes_seen"}  # by phase
+PLACES = {"step", "epoch", "epochs", "images"}  # scalars that say where a record stands; as curves they show nothing
 
 
 class Csv:
@@ -68,8 +69,10 @@ class TensorBoard:
                 self.writer.add_image(f"figures/{name}", _pixels(path), 0, dataformats="HWC")
             self.writer.close()
         else:
-            for name, value in _named(record).items():
-                self.writer.add_scalar(name, value, record["x"])
+            axis = f"{record['phase']}/{AXES[record['phase']]}"  # which is the writer's step
+            for name, value in _curves(record).items():
+                if name != axis:
+                    self.writer.add_scalar(name, value, record["x"])
 
 
 class WeightsAndBiases:
@@ -85,7 +88,7 @@ class WeightsAndBiases:
         if kind == "begin":
             self._begin(record)
             return
-        content = _named(record) if kind != "end" else {
+        content = _curves(record) if kind != "end" else {
             f"figures/{name}": wandb.Image(path) for name, path in record["figures"].items()
         }  # fmt: skip
         if content and index >= self.run.starting_step:
@@ -127,9 +130,9 @@ def built(names: Iterable[str]) -> dict[str, Callback]:
     return made
 
 
-def _named(record: Record) -> dict[str, float]:
-    """The scalars of an epoch or a step, each under its phase: train/loss, test/top1."""
-    return {f"{record['phase']}/{name}": value for name, value in record["scalars"].items()}
+def _curves(record: Record) -> dict[str, float]:
+    """The scalars of an epoch or a step that are worth a curve, each under its phase: train/loss, test/top1."""
+    return {f"{record['phase']}/{name}": value for name, value in record["scalars"].items() if name not in PLACES}
 
 
 def _pixels(path: str) -> NDArray[np.uint8]:

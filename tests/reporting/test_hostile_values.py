@@ -26,6 +26,7 @@ from fastil.reporting.runs import Run, group_runs
 from fastil.text import Bar, format_table, one_line, plain, say
 from fastil.training.experiment import Experiment
 from fastil.training.progress import StepBar
+from fastil.training.step_plan import StepWork
 
 HOSTILE = (
     '"><script>alert(1)</script>',
@@ -81,10 +82,12 @@ def test_bars_tables_and_lines_are_plain(monkeypatch, capsys, name):
 
     monkeypatch.setattr(sys, "stderr", Terminal())
     bar = StepBar()
-    bar.begin(name, 100)
-    bar.epoch(name, last=True)
-    bar.bar.refresh()
+    bar.work = [StepWork({"train": 100.0}, 1.0)]
+    bar.begin_phase(0, "train", 1, 2)
+    bar.epoch(name, 1, 2)
     bar.advance(50)
+    bar.begin(name, 100)
+    bar.bar.refresh()
     bar.say(name)
     written = sys.stderr.getvalue()
     bar.end()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from fastil.reproduce import tables, worklist
 from fastil.reproduce.preview import preview
 from fastil.reproduce.scheduler import precision_line
 from fastil.reproduce.worklist import WorkList
+from fastil.text import duration
 
 SHORT = {"base_classes": 8, "increment": 1, "epochs": 2, "base_epochs": 2, "batch_size": 64, "compile": False}
 CONTENT = {
@@ -225,7 +227,9 @@ def test_a_stopped_table_goes_on_to_the_same_results(trained, tmp_path, number):
     process.send_signal(number)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, said
-    assert "the same command goes on" in said
+    kept = f"{tmp_path} keeps 0 finished of 3 runs, and of the others what they have trained"
+    assert said.splitlines()[-2:] == [kept, "stopped; the same command goes on"]
+    assert "|" not in said  # no table where no run is finished
     assert "Traceback" not in said
     _, table, _, _ = trained
     assert reproduce.reproduce(table, table.entries, [0], tmp_path, None)[1] == 0
@@ -268,6 +272,43 @@ def test_a_killed_run_is_named_and_no_progress_is_counted_for_it(tmp_path, monke
     capsys.readouterr()
     show()
     assert "1 of 2 runs, 0 running, 100 % of what was missing" in capsys.readouterr().out
+
+
+def test_progress_counts_what_comes_after_training_and_the_pace_of_whole_runs(trained, tmp_path, monkeypatch, capsys):
+    """A run that has trained everything still selects the last exemplars and evaluates the last step."""
+    out, table, _, _ = trained
+    now = [100.0]
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(reproduce, "LINE_EVERY", 0)
+    work = WorkList(table.entries[:2], range(1), tmp_path, None)
+    scheduler, (first, second) = reproduce.Scheduler(work, 2), work.jobs
+    of_run, total = work.work_left(first), scheduler.total
+    for job in work.jobs:
+        job.process, job.started, job.work = SimpleNamespace(poll=lambda: None), now[0], work.work_left(job)
+    first.folder.mkdir(parents=True)
+    shutil.copy(out / "digits/softmax-s0/metrics.jsonl", first.folder)
+    counts = np.bincount(load_digits().target)
+    tests = counts // 5
+    last = class_order("lucir", 10)[-1]
+    assert work.work_left(first) == (counts - tests)[last] + tests.sum()
+    now[0] += 60
+    scheduler.show()
+    said = capsys.readouterr().out
+    done = total - work.work_left(first) - work.work_left(second)
+    assert (
+        f"0 of 2 runs, 2 running, {100 * done // total:.0f} % of what was missing, {estimate_of(120, done, total)} left"
+        in said
+    )
+    first.finished, first.seconds = True, 90.0  # start and figures included
+    first.process.poll = lambda: 0
+    scheduler.show()
+    assert f"1 of 2 runs, 1 running, {100 * of_run // total:.0f} % of" in (said := capsys.readouterr().out)
+    assert f"{90 * work.work_left(second) / of_run:.0f} s left" in said
+
+
+def estimate_of(seconds, done, total):
+    """The time that a run of two takes for which nothing is done yet, at the pace of both together."""
+    return duration(seconds / done * total / 2)
 
 
 def test_no_run_outlives_the_command(tmp_path, monkeypatch):

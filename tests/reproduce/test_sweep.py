@@ -186,11 +186,11 @@ def test_run_takes_several_seeds(tmp_path, monkeypatch, capsys):
         ("sweep", ["lr=0.1", "order=[1,0,2,3,4,5,6,7,8,9]"], "nothing to sweep"),
         ("sweep", ["lr=0.1,"], "nothing to sweep"),
         ("sweep", ["loss=softmax,balanced", "alpha=0.5"], "loss=softmax: alpha=0.5: only loss=balanced reads it"),
-        ("sweep", ["loss=balanced,softmax", "alpha=0.5,1"], "loss=softmax alpha=0.5: alpha=0.5: only loss=balanced"),
+        ("sweep", ["loss=balanced,softmax", "alpha=0.5,1"], "loss=softmax alpha=0.5: only loss=balanced"),
         ("sweep", ["lr=0.1,fast"], "lr=fast: must be a number above 0"),
         ("sweep", ["lr=slow,fast"], "lr=slow: must be a number above 0"),
         ("sweep", ["lr=0.1,0.2", "precision=bf16"], "precision=bf16: give --precision instead"),
-        ("sweep", ["lr=0.1,1e-1"], "lr=0.1 and lr=0.1 are the same experiment; leave one of them out"),
+        ("sweep", ["lr=0.1,1e-1"], "lr=0.1 and lr=1e-1 are the same experiment; leave one of them out"),
         ("sweep", ["lr=0.1,0.2", "compile=true,false"], "compile=true,false: must be"),
         ("sweep", ["track=csv,tensorboard"], "nothing to sweep"),
         ("sweep", ["seed=0,1"], "seed=0,1: the seeds are given by --seeds"),
@@ -213,7 +213,7 @@ def test_a_mistake_is_one_line(name, arguments, line, capsys, monkeypatch, tmp_p
     said = capsys.readouterr().err
     assert line in said
     assert said.count("\n") == 1
-    assert said.count("lr=fast") <= 1  # named once, not once more as a row
+    assert all(said.count(text) <= 1 for text in ("lr=fast", "alpha=0.5"))  # named once, not once more as a row
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,8 +247,20 @@ def test_values_may_be_lists_and_rows_are_called_alike_however_they_are_written(
     again = sweep.table_of("digits", ["increment=[3, 1, 1],[1,4]", "lr=0.1,0.03", "classes=10"])
     assert [e.row for e in again.entries] == [e.row for e in table.entries]
     assert [e.against for e in table.entries] == [None, *[table.entries[0].row] * 3]
-    places = {sweep.default_out(table, [f"lr={values}", "classes=10"]) for values in ("0.1,0.2", "0.1,0.2,0.3")}
-    assert places == {Path("runs/sweep-digits-lr,classes=10")}
+
+
+def test_a_sweep_goes_where_the_same_keys_and_settings_went_before_and_nowhere_else():
+    table = sweep.table_of("digits", ["lr=0.1,0.2"])
+    assert sweep.default_out(table, ["lr=0.1,0.2", "compile=false"]) == Path("runs/sweep-digits-lr")
+
+    def place(*given):
+        return sweep.default_out(table, given).name
+
+    alone = place("lr=0.1,0.2", "classes=10", "epochs=3")
+    assert re.fullmatch("sweep-digits-lr-[0-9a-f]{6}", alone)
+    assert alone == place("epochs=3", "lr=0.1,0.2,0.3", "classes=10")  # more values, another order
+    others = [place("lr=0.1,0.2", *more) for more in ([], ["classes=10"], ["classes=10", "epochs=30"], ["epochs=3"])]
+    assert len({alone, *others, place("lr=0.1,0.2", "epochs=3,4", "classes=10")}) == 6
 
 
 @given(st.text(), st.text())

@@ -1,5 +1,6 @@
 """The effective protocol against a simulation of the run: what is kept, listed and cut into batches at each step."""
 
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -161,20 +162,38 @@ def test_mnemonics_visits_the_training_set_of_each_step_again_for_its_exemplars(
     assert not any(p.memory_visits for p in others)
 
 
-def test_the_table_shows_every_step_and_lines_up():
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("images", [EVEN, UNEVEN, [1300] * 10], ids=["even", "uneven", "many"])
+def test_the_table_shows_every_step_and_lines_up(memory, images):
     protocol = Protocol(class_order("lucir", 10), 5, 1)
-    plans = effective_steps(recipe_of(exemplars_per_class=2), protocol, np.array([1234] * 10))
-    lines = as_table(plans).splitlines()
-    assert len(lines) == 2 + 6
-    assert len({len(line) for line in lines}) == 1
-    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1
-    for plan, line in zip(plans, lines[2:], strict=True):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[0] == str(plan.step)
-        assert cells[1] == f"+{plan.new_classes} = {plan.classes_seen}"
-        assert cells[2] == f"{plan.new_images:,}"
-        assert cells[3] == ("0" if plan.step == 0 else f"{plan.exemplars} (up to 2/class)")
-        assert cells[6:] == [f"{plan.iterations:,}", f"{plan.visits:,}"]
+    plans = effective_steps(recipe_of(epochs=90, base_epochs=120, lr=0.1, **memory), protocol, np.array(images))
+    table, rates = as_table(plans).rsplit("\n", 1)
+    header, *lines = table.splitlines()
+    assert len(lines) == 6
+    bounds = {match.end() for match in re.finditer(r"step|new images|epochs|iterations|visits", header)}
+    for plan, line in zip(plans, lines, strict=True):
+        assert len(line) <= 80
+        assert all(line[end - 1].isdigit() for end in bounds)  # numbers end below the end of their heading
+        cells = re.split("  +", line.strip())
+        assert cells[:3] == [str(plan.step), f"+{plan.new_classes} = {plan.classes_seen}", f"{plan.new_images:,}"]
+        assert cells[4:] == [str(plan.epochs), f"{plan.iterations:,}", f"{plan.visits:,}"]
+        number, _, of_class = cells[3].partition(" ")
+        assert number == f"{plan.exemplars:,}"
+        exact = plan.exemplars == plan.exemplars_per_class * plan.classes_old
+        everything = plan.exemplars == sum(before.new_images for before in plans[: plan.step])
+        known = "all" if everything else f"{'' if exact else 'max '}{plan.exemplars_per_class}/class"
+        assert of_class == (f"({known})" if plan.exemplars else "")
+    assert rates == f"lr 0.1 to {plans[0].last_lr:.2g} in step 0, 0.1 to {plans[1].last_lr:.2g} in steps 1 to 5"
+
+
+def test_the_largest_table_of_the_paper_fits_a_terminal():
+    """ImageNet in ten steps, with as many images in each class as the largest have."""
+    recipe = recipes.load("imagenet_meta_10", ["order=natural"])
+    protocol = Protocol(np.arange(1000), 500, 50)
+    table = as_table(effective_steps(recipe, protocol, np.full(1000, 1300)))
+    assert max(map(len, table.splitlines())) <= 80
+    words = " ".join(table.split())
+    assert "held out of new images and exemplars 0 in step 0, 1,100 in step 1, 1,200 in step 2, " in words
 
 
 def test_a_markdown_table_is_as_wide_as_its_longest_cells():
