@@ -220,6 +220,8 @@ def main() -> None:
         if any(name in str(error) for name in ("gloo", "NCCL")):  # another process has ended, and will say why
             time.sleep(2 * OTHERS_FIRST)
         raise
+    finally:
+        passing("")  # Ctrl-C while PyTorch loads
     rank = os.environ.get("RANK", "0")
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(OTHERS_FIRST)  # the first process on the machine says what all of them find
