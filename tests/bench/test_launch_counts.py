@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import SOAK
 
+from bench import contestants
 from bench.cases import Case
 from bench.contestants import AUTOGRAD, COMPILED, EAGER, FASTIL, KERNELS, LIGER, LOSS, entrants, peers_here
 from bench.kernel_results import must_move
@@ -22,6 +23,13 @@ SMALL = {"augment": (6, 9, 9), "herd": (3, 30, 30), "pod_spatial": (4, 8, 8), "s
 def small(kernel, dtype, batch=None):
     rows, *rest = SMALL.get(kernel, (6, 24, 20))
     return Case(batch or rows, *rest, dtype, kernel)
+
+
+@pytest.fixture(autouse=True)
+def small_photos(monkeypatch):
+    """Triton's interpreter takes minutes for photos of ImageNet's size."""
+    monkeypatch.setattr(contestants, "PHOTO", (53, 61))
+    monkeypatch.setattr(contestants, "BOX", 40)
 
 
 @pytest.fixture

@@ -291,7 +291,7 @@ def first(images, tmp_path_factory):
 
 def test_a_run_says_before_it_trains_what_it_is_labelled_with_and_why(first):
     lines = first.with_name("printed").read_text().splitlines()
-    before = lines[: next(i for i, line in enumerate(lines) if line.startswith("| step"))]
+    before = lines[: next(i for i, line in enumerate(lines) if line.startswith("step "))]
     assert [
         line for line in before if line.startswith("OTHER DATA: not CIFAR-100 as published: it has 10 classes inst")
     ]

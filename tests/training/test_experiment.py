@@ -36,7 +36,9 @@ def steps_of(run):
 
 def test_the_base_is_learned_and_the_balanced_softmax_keeps_the_old_classes(runs):
     softmax, balanced = steps_of(runs / "softmax"), steps_of(runs / "balanced")
-    assert softmax[0]["top1"] == balanced[0]["top1"] > 90  # equal counts in effect: the same base
+    bases = [steps[0]["top1"] for steps in (softmax, balanced)]
+    assert min(bases) > 90
+    assert max(bases) - min(bases) < 2  # nearly equal counts: nearly the same base, to a few images
     assert balanced[1]["top1_old"] > softmax[1]["top1_old"] + 20
     assert softmax[1]["top1_new"] > 90
     gaps = [abs(steps[1]["top1_old"] - steps[1]["top1_new"]) for steps in (balanced, softmax)]

@@ -88,6 +88,7 @@ import torch
 from fastil import ranks
 from fastil.optimiser import Update
 from fastil.errors import UserError
+from fastil.recipe_file import load
 from fastil.training import run_directory
 
 def fails(error):
@@ -101,7 +102,7 @@ def note(call):
         found.append(f"{type(error).__name__}: {error}")
 
 def held(path):
-    with run_directory.opened(path, True).held():
+    with run_directory.opened(path, True, load("digits")).held():
         found.append("held")
 
 folder = Path(sys.argv[1])
