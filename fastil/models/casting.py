@@ -30,6 +30,7 @@ class CastWeights(nn.Module):
         ]
 
     def forward(self, weights: list[Tensor], images: Tensor) -> Output:
+        """Return what the network returns for images [B, 3, H, W], computed with weights from `cast`."""
         found: Output = functional_call(self.network, dict(zip(self.names, weights, strict=True)), (images,))
         return found
 

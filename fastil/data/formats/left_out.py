@@ -42,11 +42,11 @@ class LeftOut:
     problems: dict[str, str] = field(default_factory=dict)
 
     def count(self, split: str, name: str, suffix: str, count: int = 1) -> None:
-        """Count so many files of a class with this ending as left out."""
+        """Note that this many files of a class, with this ending, are left out."""
         self.by_suffix[suffix][_called(split, name)] += count
 
     def count_deeper(self, split: str, name: str, file: str) -> None:
-        """Count a file in a folder below its class's folder as left out."""
+        """Note that a file in a folder below its class's folder is left out."""
         if is_image(file):
             self.deeper[_called(split, name)] += 1
         else:

@@ -65,6 +65,7 @@ class _Reader:
 
     @property
     def at_end(self) -> bool:
+        """Whether all elements are read."""
         return self.position >= len(self.content)
 
     def element(self) -> tuple[int, bytes]:
@@ -86,6 +87,7 @@ class _Reader:
         return kind, self.content[start:end]
 
     def numbers(self) -> Any:
+        """Return the next element, which must be numbers, as a flat array."""
         kind, part = self.element()
         if kind not in NUMBERS or len(part) % np.dtype(NUMBERS[kind]).itemsize:
             raise ValueError(f"an element of type {kind} where numbers should be")

@@ -59,9 +59,11 @@ class _Reader:
         self.starts = np.array([group.start for group in self.groups], dtype=np.int64)
 
     def group_of(self, row: int) -> int:
+        """Return the number of the row group that holds this row of the split."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def read(self, row: int) -> bytes | None:
+        """Return the bytes of an image, reading its row group if it is not held. None: the row has none."""
         number = self.group_of(row)
         held = self.held
         if held[0] != number:

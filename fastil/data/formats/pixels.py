@@ -103,7 +103,7 @@ def advice(suffix: str) -> str:
 
 
 def content_of(item: Item, how: Reading = DEFAULT) -> bytes | NDArray[np.uint8]:
-    """Return the bytes of an image file, or pixels [h, w, 3]. Raises Unreadable if they cannot be had, and ValueError
+    """Return the bytes of an image file, or pixels [h, w, 3]. Raises Unreadable if they cannot be read, and ValueError
     for a file that is too large to be an image.
     """
     if isinstance(item, Unreadable):

@@ -26,7 +26,7 @@ MOST_TEXT = 1 << 28  # bytes of a text file with a list
 
 
 class Unreadable(UserError):
-    """A sample that cannot be had. reason: why, without where it lies."""
+    """A sample that cannot be read. reason: why, without where it is."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")

@@ -160,6 +160,7 @@ class _Fed:
         return self.held[-1]
 
     def run(self) -> Any:
+        """Return the next batch of frames."""
         (output,) = self.pipeline.run()
         return output
 
