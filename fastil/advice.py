@@ -1,11 +1,11 @@
-"""What a message suggests for an unknown key, method or recipe: the nearest name, or what people who come from PyCIL,
-mammoth or Avalanche will be looking for.
+"""Suggestions for an unknown key, method or recipe: the nearest name, or what it is called here for people who come
+from PyCIL, mammoth or Avalanche.
 """
 
 import difflib
 from collections.abc import Collection, Sequence
 
-# Settings, by their names elsewhere.
+# Settings by the names that they have in other toolboxes.
 KEYS = {
     "memory_size": "memory_budget", "buffer_size": "memory_budget", "mem_size": "memory_budget",
     "memory_per_class": "exemplars_per_class", "n_exemplars": "exemplars_per_class", "init_cls": "base_classes",
@@ -23,7 +23,7 @@ _TRACK = "trackers are named by track=tensorboard,wandb,csv"
 _STEPS = "the number of steps follows from base_classes=N and increment=N, the classes of each step"
 _OUT = "the run directory is given by --out"
 _SEVERAL = "several seeds are trained by --seeds"
-# Settings elsewhere that are not a setting here.
+# Settings of other toolboxes that are something else here.
 ADVICE = {
     **dict.fromkeys(("csv", "csv_log", "tensorboard", "wandb", "use_wandb", "nowand", "wandb_project", "log"), _TRACK),
     **dict.fromkeys(("n_tasks", "num_tasks", "nb_tasks", "tasks", "n_experiences", "n_steps", "num_steps"), _STEPS),
@@ -41,7 +41,7 @@ ADVICE = {
 
 _REHEARSAL = "plain rehearsal is method=finetune with the recipe's exemplars and loss=softmax"
 _OWN = "a method of your own is a class (docs/extending.md)"
-# Methods elsewhere that are not a method here.
+# Methods of other toolboxes that are something else here.
 METHODS = {
     **dict.fromkeys(("er", "replay", "rehearsal", "experience_replay", "er_ace"), _REHEARSAL),
     **dict.fromkeys(("sgd", "naive"), "without a memory it is method=finetune exemplars_per_class=0 loss=softmax"),
@@ -82,7 +82,7 @@ def on_method(name: str, methods: Collection[str]) -> str:
 
 
 def on_recipe(name: str, recipes: Sequence[str]) -> str:
-    """Return what to write instead of the name of a recipe that there is none of. recipes: the names of all."""
+    """Return what to write instead of an unknown recipe. recipes: the names of all."""
     plain = name.lower().replace("-", "_").removeprefix("seq_").removeprefix("split_")
     near = difflib.get_close_matches(plain, recipes, n=1, cutoff=0.8)
     dataset = plain.partition("_")[0]

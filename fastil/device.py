@@ -20,7 +20,7 @@ BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # instruction sets that multiply in bf
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process. Raises UserError where there is none of this name."""
+    """Return the device of this process. Raises UserError if there is none of this name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -33,8 +33,8 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= visible:
         raise UserError(f"device={name}: {visible} such devices are visible; use device={'cuda' if visible else 'cpu'}")
     if device.type == "cuda":
-        # Read once, before the first product: what cuBLAS needs to add in the same order every time. As large as the
-        # default of recent GPUs.
+        # cuBLAS needs this to add in the same order every time, and reads it once, before its first product. The size
+        # is the default of recent GPUs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if ranks.launched():
             return _gpu_of_its_own(device)
@@ -42,7 +42,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def _gpu_of_its_own(device: torch.device) -> torch.device:
-    """The GPU of a process among others."""
+    """Return the GPU of one of several processes."""
     number, processes = ranks.on_this_machine()
     if processes > 1 and device.index is not None:
         raise UserError(
@@ -59,44 +59,46 @@ def _gpu_of_its_own(device: torch.device) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU by name, or the CPU with its number of threads."""
+    """Return the GPU's name, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.get_num_threads()} threads)"
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library hold on to what is freed, for a training step on a CPU asks for the same again; given back to
-    the system it is mapped and cleared again, page by page (python -m bench.cpu). For the whole process; False where
-    the library is not glibc."""
+    """Make the C library keep freed memory for the whole process. Returns False if it is not glibc.
+
+    A training step on a CPU frees memory and asks for it again. Memory that went back to the system has to be mapped
+    and cleared again, page by page (python -m bench.cpu).
+    """
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
-    # Old versions take 32 MiB at most. Setting the other first would stop glibc from raising this one by itself.
+    # Old versions accept 32 MiB at most. If the other were set first, glibc would no longer raise this one by itself.
     if not (set_option(mmap_threshold, 2**30) or set_option(mmap_threshold, 2**25)):
         return False
     return bool(set_option(trim_threshold, 2**31 - 1))
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What torch knows of the processor: instruction sets as booleans ("amx_bf16"), and its "cpu_name"."""
+    """Return what torch knows of the processor: instruction sets as booleans ("amx_bf16"), and its "cpu_name"."""
     try:
         return dict(torch.cpu.get_capabilities())
-    except AttributeError:  # an older torch, which tells a few of them only
+    except AttributeError:  # an older torch, which knows only a few of them
         return {"amx_bf16": torch.cpu._is_amx_tile_supported()}
 
 
 def processor_name() -> str:
-    """The processor and what it has for bfloat16, such as "AMD EPYC (no bfloat16)"."""
+    """Return the processor and its bfloat16 instructions, such as "AMD EPYC (no bfloat16)"."""
     found = cpu_capabilities()
     flags = [flag for flag in BF16_FLAGS if found.get(flag)]
     return f"{found.get('cpu_name') or platform.machine()} ({', '.join(flags) or 'no bfloat16'})"
 
 
 def multiplies_in_bf16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 products of its own, so that bf16 trains faster than float32 (bench.cpu)."""
+    """Return whether the device has bfloat16 products, so that bf16 trains faster than float32 (bench.cpu)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = cpu_capabilities()
@@ -104,15 +106,15 @@ def multiplies_in_bf16(device: torch.device) -> bool:
 
 
 def fastest_precision(device: torch.device) -> Precision:
-    """What `precision=auto` means: bf16 where the device multiplies in it, otherwise fp32.
+    """Return what `precision=auto` means: bf16 if the device multiplies in it, otherwise fp32.
 
-    Told by what the device is, never by timing it, so that the same machine always trains the same.
+    The device's capabilities decide, never a timing, so that the same machine always trains the same.
     """
     return "bf16" if multiplies_in_bf16(device) else "fp32"
 
 
 def settle_precision(wanted: Literal["auto", "fp32", "tf32", "bf16"], device: torch.device) -> Precision:
-    """The precision of a run that starts on this device. Raises UserError where the device has no such thing."""
+    """Return the precision of a run that starts on this device. Raises UserError if the device does not have it."""
     if wanted == "auto":
         return fastest_precision(device)
     if wanted == "tf32" and device.type != "cuda":
@@ -121,7 +123,9 @@ def settle_precision(wanted: Literal["auto", "fp32", "tf32", "bf16"], device: to
 
 
 def precision_note(precision: Precision, device: torch.device) -> str | None:
-    """A line for the user where this device is slow in the precision, or lacks it (a run may be resumed anywhere)."""
+    """Return a line for the user if this device, on which a run may be resumed, is slow in the precision or lacks
+    it.
+    """
     if precision == "tf32" and device.type != "cuda":
         return "precision=tf32: this device has none and computes in float32"
     if precision != "bf16" or multiplies_in_bf16(device):
@@ -134,19 +138,20 @@ def precision_note(precision: Precision, device: torch.device) -> str | None:
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """The autocast context of training in this precision: on in bf16, otherwise without effect."""
+    """Return the autocast context of training in this precision: on in bf16, otherwise without effect."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def pixel_dtype(precision: Precision) -> torch.dtype:
-    """What the network takes in training and the loaders write: in bf16 a float32 image would only be cast again."""
+    """Return the dtype of training images: bfloat16 in bf16, because a float32 image would only be cast again."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 @contextlib.contextmanager
 def choosing_kernels(deterministic: bool, device: torch.device) -> Iterator[None]:
     """Set how CUDA chooses among kernels that compute the same: the fastest, found by trying each shape once, or only
-    those that add in the same order every time. Nothing changes on a CPU, where torch does so anyway."""
+    those that always add in the same order. Does nothing on a CPU, which always does so.
+    """
     if device.type != "cuda":
         yield
         return
@@ -160,7 +165,7 @@ def choosing_kernels(deterministic: bool, device: torch.device) -> Iterator[None
         torch.set_deterministic_debug_mode(debug_mode)
 
     try:
-        # Warn (1) instead of raising: code from outside may call what has no such form.
+        # Warn (1), do not raise: code from outside may call operators that have no such form.
         set_to(not deterministic, deterministic, False, 1 if deterministic else mode)
         yield
     finally:
@@ -169,9 +174,9 @@ def choosing_kernels(deterministic: bool, device: torch.device) -> Iterator[None
 
 @contextlib.contextmanager
 def multiplying_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Set how CUDA multiplies float32 tensors inside: in TF32 where that is the precision, otherwise as IEEE says.
+    """Set how CUDA multiplies float32 tensors: in TF32 if that is the precision, otherwise as IEEE says.
 
-    Torch itself takes TF32 for convolutions. Nothing changes on a CPU.
+    By default torch uses TF32 for convolutions. Does nothing on a CPU.
     """
     if device.type != "cuda":
         yield
@@ -181,7 +186,7 @@ def multiplying_in(precision: Precision, device: torch.device) -> Iterator[None]
     places = cudnn.conv, cudnn.rnn, products
 
     def set_to(precisions: Sequence[str]) -> None:
-        # First the older switches: torch.compile reads them, which raises where they do not agree with the newer ones.
+        # The older switches come first: torch.compile reads them, and raises if they disagree with the newer ones.
         cudnn.allow_tf32, products.allow_tf32 = precisions[0] == "tf32", precisions[-1] == "tf32"
         for place, value in zip(places, precisions, strict=True):
             place.fp32_precision = value

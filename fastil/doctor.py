@@ -38,7 +38,7 @@ OPTIONAL = {
 
 
 def diagnose() -> str:
-    """One line per part: what it is, its version or "missing", and the fix."""
+    """Return one line per part: what it is, its version or "missing", and the fix."""
     import torch
 
     lines = [f"python {platform.python_version()}, {platform.platform()}"]
@@ -63,7 +63,7 @@ def _line(name: str, use: str, fix: str) -> str:
 
 
 def _gpu() -> list[str]:
-    """The GPUs, their driver, and what the kernels need."""
+    """Return lines on the GPUs, their driver, and what the kernels need."""
     import torch
 
     from fastil.machine import lacks_for_triton
@@ -88,7 +88,7 @@ def _gpu() -> list[str]:
 
 
 def _driver() -> str | None:
-    """The version of the NVIDIA driver."""
+    """Return the version of the NVIDIA driver."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -99,7 +99,7 @@ def _driver() -> str | None:
 
 
 def _step() -> list[str]:
-    """Whether compile=auto compiles here and whether a step is captured, and why."""
+    """Say whether compile=auto compiles here and whether a step is captured, and why."""
     from fastil.device import pick_device
     from fastil.models import ModelConfig, build_network
     from fastil.training.captured import has_streams
@@ -116,7 +116,7 @@ def _step() -> list[str]:
 
 
 def _precision() -> list[str]:
-    """What precision=auto takes here, and why."""
+    """Say what precision=auto means here, and why."""
     import torch
 
     from fastil.device import fastest_precision, pick_device, precision_note, processor_name
@@ -133,7 +133,7 @@ def _precision() -> list[str]:
 
 
 def _streaming(gpu: bool) -> list[str]:
-    """How fast these cores read images from a .beton, and what would be faster."""
+    """Say how fast these cores read images from a .beton, and what would be faster."""
     import torch
 
     from fastil import machine
@@ -163,7 +163,7 @@ def _streaming(gpu: bool) -> list[str]:
 
 
 def photo(height: int, width: int, seed: int = 0) -> bytes:
-    """A JPEG of noise with the bytes per pixel of ImageNet's."""
+    """Return a JPEG of noise with as many bytes per pixel as ImageNet's."""
     noise = np.random.default_rng(seed).normal(128, 40, (height // 4, width // 4, 3)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)

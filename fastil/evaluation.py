@@ -16,8 +16,8 @@ from fastil.errors import UserError
 from fastil.models import Folded, Output
 from fastil.plan import sequential_plan
 
-BATCH = 256  # images of a forward without gradients
-# Checked where a result is read again, by fastil.reporting.run_files.
+BATCH = 256  # images of a forward pass without gradients
+# fastil.reporting.run_files checks it when a result is read again.
 Count = Annotated[int, Field(strict=True, ge=0)]
 Percent = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 
@@ -32,7 +32,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Accuracies after one step, percent, over the test images of every class seen so far; an entry of results.json."""
+    """Accuracies after one step, in percent of the test images of every class seen so far: an entry of results.json."""
 
     step: Count
     classes_seen: Count
@@ -47,12 +47,14 @@ class StepResult:
 def forward(
     network: Folded, loader: Loader, ids: NDArray[np.int64], *, mirrored: bool = False, keeps_logits: bool = True
 ) -> Output:
-    """Return features and logits of the images `ids`, in that order, by the test-time transform; no maps. mirrored: of
-    their mirror images. keeps_logits: if not, they have no columns, for those of ImageNet's base step take 2.6 GB.
+    """Return features and logits of the images `ids`, in that order, under the test-time transform; no maps.
 
-    network: in float32; it takes over the current weights first. Whatever the precision of training, this is IEEE
-    float32: exemplars, class means and accuracies depend on the weights alone. Rows are float32 on the loader's device.
-    Several processes read a part each, and have all rows afterwards.
+    network: in float32; it takes over the current weights first. mirrored: take the images' mirror images.
+    keeps_logits: if not, the logits have no columns, because those of ImageNet's base step take 2.6 GB.
+
+    Whatever the precision of training, this is IEEE float32: exemplars, class means and accuracies depend on the
+    weights alone. Rows are float32 on the loader's device. Several processes read a part each, and all have every row
+    afterwards.
     """
     network.refresh()
     here = ids[ranks.part_of(len(ids))]
@@ -61,7 +63,7 @@ def forward(
     with torch.no_grad(), multiplying_in("fp32", loader.device):
         for batch in loader.batches(sequential_plan(here, loader.transform, BATCH, mirrored, loader.sizes)):
             out = network(batch.images)
-            if row == 0:  # room for all rows at once: batches put together at the end would be there twice
+            if row == 0:  # allocated once: joining batches at the end would hold them twice
                 features = out.features.new_empty(len(here), out.features.shape[1])
                 logits = out.logits.new_empty(len(here), out.logits.shape[1] if keeps_logits else 0)
             part = slice(row, row := row + len(batch.images))
@@ -82,8 +84,8 @@ def evaluate(
     [n]. Raises UserError for logits that are not finite.
     """
     seen = logits[:, :num_seen]
-    ends = torch.stack(torch.aminmax(seen))  # both NaN if one logit is; a mask would take as much memory as all of them
-    if not bool(torch.isfinite(ends).all()):  # what argmax makes of NaN is an accident
+    ends = torch.stack(torch.aminmax(seen))  # both NaN if one logit is; a mask would take as much memory again
+    if not bool(torch.isfinite(ends).all()):  # argmax over NaN is arbitrary
         raise UserError(f"logits that are not numbers in step {step}: training diverged; lower lr")
     ranked = seen.topk(min(5, num_seen), dim=1).indices
     cells = positions * num_seen + ranked[:, 0]

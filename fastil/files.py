@@ -1,4 +1,4 @@
-"""Files that are whole or absent, files that cannot be read, locks, and full disks: of runs, and of conversions."""
+"""Files of runs and conversions: written whole or not at all, read with clear errors, locked; full disks."""
 
 import contextlib
 import errno
@@ -15,16 +15,16 @@ from fastil.errors import UserError
 from fastil.text import one_line
 
 if TYPE_CHECKING:
-    import torch  # otherwise loaded where it is needed: the tools on files do without
+    import torch  # loaded when needed, because the tools on files do without
 
 RESUME = "go on with --resume"  # once a file can be written
-NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # nor wait for the other end of a pipe
-HOLDER = 2**16  # bytes of a lock file that are read
+NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # and do not wait for the other end of a pipe
+HOLDER = 2**16  # bytes to read of a lock file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Damaged(UserError):
-    """A file that can be read, and holds something else than it should. found: the message without the fix."""
+    """A file that can be read but does not hold what it should. found: the message without the fix."""
 
     def __init__(self, path: Path, reason: str, fix: str) -> None:
         self.found = one_line(f"{path}: {' '.join(reason.split())}")
@@ -33,11 +33,12 @@ class Damaged(UserError):
 
 @contextlib.contextmanager
 def written(path: Path, then: str = RESUME) -> Iterator[None]:
-    """Turn a failed write of this file into a UserError, and a failed read of another one that it is made of. then:
-    what to do once it can be done."""
+    """Turn a failed write of this file, or a failed read of another that goes into it, into a UserError. then: what to
+    do once the cause is gone.
+    """
     try:
         yield
-    except BrokenPipeError:  # whoever reads what is shown has gone
+    except BrokenPipeError:  # nobody reads the output any more
         raise
     except OSError as error:
         if error.errno in FULL:
@@ -49,7 +50,7 @@ def written(path: Path, then: str = RESUME) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object], then: str = RESUME) -> None:
-    """Write next to the target, sync, rename: after a crash the path holds the old content or the new, never a part."""
+    """Write next to the target, sync, rename. After a crash the path holds the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
     with written(path, then):
         try:
@@ -65,7 +66,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], then: str
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in it last."""
+    """Make a rename in it outlast a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,7 +85,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read(path: Path, fix: str) -> bytes:
-    """Return the bytes of a file. Raises UserError where it is missing or cannot be read. fix: what to do then."""
+    """Return the bytes of a file. Raises UserError if it is missing or cannot be read. fix: what to do then."""
     with readable(path, fix):
         return path.read_bytes()
 
@@ -93,7 +94,7 @@ def read(path: Path, fix: str) -> bytes:
 def readable(path: Path, fix: str) -> Iterator[None]:
     """Turn a failed read of this file into a UserError with this fix."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise OSError(None, "not a file")
         yield
     except FileNotFoundError:
@@ -103,13 +104,13 @@ def readable(path: Path, fix: str) -> Iterator[None]:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """A checkpoint: tensors and plain containers only, so that loading it runs no code."""
+    """Save a checkpoint of tensors and plain containers only, so that loading it runs no code."""
     import torch
 
     def write(file: IO[bytes]) -> None:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # so torch reports a failed write
+        except RuntimeError as error:  # how torch reports a failed write
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -118,15 +119,16 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path, device: "torch.device", fix: str) -> dict[Any, Any]:
-    """Return what `save` has written, on this device. Raises UserError where it is missing or cannot be read, and
-    Damaged where it holds something else. fix: what to do then."""
+    """Return what `save` wrote, on this device. Raises UserError if it is missing or cannot be read, and Damaged if it
+    holds something else. fix: what to do then.
+    """
     import torch
 
     with readable(path, fix), warnings.catch_warnings(action="ignore"):  # torch warns of some foreign pickles
         try:
             state: Any = torch.load(path, map_location=device, weights_only=True)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # so torch fails on some files that were cut short
+            if error.errno != errno.EINVAL:  # how torch fails on some files that were cut short
                 raise
             raise Damaged(path, "not a whole checkpoint", fix) from None
         except (MemoryError, torch.OutOfMemoryError):
@@ -135,7 +137,7 @@ def load(path: Path, device: "torch.device", fix: str) -> dict[Any, Any]:
             reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
             if reason.startswith("PytorchStreamReader"):
                 reason = "cut short, or damaged"
-            if reason.startswith("Weights only"):  # what follows advises to trust the file
+            if reason.startswith("Weights only"):  # the rest advises to trust the file
                 reason = "it is damaged, or holds other things than tensors and numbers"
             raise Damaged(path, f"not a whole checkpoint ({reason})", fix) from None
     if not isinstance(state, dict):
@@ -144,7 +146,7 @@ def load(path: Path, device: "torch.device", fix: str) -> dict[Any, Any]:
 
 
 def load_weights(module: "torch.nn.Module", weights: Mapping[str, Any], path: Path, fix: str) -> None:
-    """Put the weights of a file into a network. Raises Damaged where they are of another one, or no numbers."""
+    """Put the weights of a file into a network. Raises Damaged if they belong to another network or are not numbers."""
     try:
         module.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -157,8 +159,9 @@ def load_weights(module: "torch.nn.Module", weights: Mapping[str, Any], path: Pa
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[IO[bytes]]:
-    """Hold the run directory for this process, and yield its lock file; the kernel lets go when the process ends,
-    however it ends."""
+    """Hold the run directory for this process and yield its lock file. The kernel releases it when the process ends,
+    however it ends.
+    """
     path = folder / "lock"
     with written(path):
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666), "r+b", buffering=0)
@@ -179,7 +182,7 @@ def locked(folder: Path) -> Iterator[IO[bytes]]:
 
 
 def holder_of(folder: Path) -> str:
-    """Return what the lock file of a run directory says: nothing where there is none, or another program's."""
+    """Return the content of a run directory's lock file: empty if there is none or another program wrote it."""
     with (
         contextlib.suppress(OSError, ValueError),
         os.fdopen(os.open(folder / "lock", os.O_RDONLY | NO_LINK), "rb") as file,

@@ -1,5 +1,6 @@
-"""Names of a package that are imported when they are asked for: torch takes seconds, which
-`fastil --help` should not."""
+"""Names of a package that are imported when somebody asks for them: torch takes seconds, which `fastil --help` should
+not.
+"""
 
 import importlib
 import importlib.util
@@ -9,8 +10,9 @@ from typing import Any
 
 
 def names_from(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package. homes: the module of each name, within the package. Modules of the
-    package need not be imported either."""
+    """Return `__getattr__` and `__dir__` for a package. homes: the module of each name, within the package. The
+    package's modules need not be imported either.
+    """
 
     def find(name: str) -> Any:
         if name in homes:

@@ -43,11 +43,11 @@ SHORTEST = 1e-12  # length below which a vector is not normalised: the eps of F.
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x in float32, or in float64 if it is that."""
+    """Return x in float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-# What formulas and kernels ask of their arguments. Only what the host knows is checked: reading a tensor would mean
+# Checks of arguments, for formulas and kernels. Only what the host knows is checked: reading a tensor would mean
 # waiting for its device.
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -56,9 +56,11 @@ R = TypeVar("R")
 
 
 def differentiable_in(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator for a function whose result has a derivative in the arguments `names` only: it raises
-    RuntimeError if another argument requires a gradient, as torch's own functions do, instead of silently giving that
-    one none. Under torch.no_grad() no argument gets one, and nothing is raised."""
+    """Return a decorator for a function whose result has a derivative in the arguments `names` only.
+
+    It raises RuntimeError if another argument requires a gradient, as torch's own functions do, because that one would
+    silently get none. Under torch.no_grad() no argument gets one, and nothing is raised.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         code = function.__code__
@@ -88,8 +90,9 @@ def _requires_gradient(value: Any) -> bool:
 
 
 def check_scalar(name: str, value: float | Tensor, *, positive: bool = False) -> None:
-    """Raise ValueError unless the value is a 0-d tensor, or a number that is finite in float32, in which all losses are
-    computed, and above 0 if it must be positive."""
+    """Raise ValueError unless the value is a 0-d tensor or a number that is finite in float32, the type of all losses,
+    and above 0 if it must be positive.
+    """
     if isinstance(value, Tensor):
         if value.ndim:
             raise ValueError(f"{name} must be a number or a 0-d tensor, not {[*value.shape]}")
@@ -114,8 +117,9 @@ def check_classes(num_old: int | Tensor, num_seen: int | Tensor, width: int) -> 
 
 
 def check_counts(counts: Tensor) -> None:
-    """Raise ValueError unless the counts are [W], numbers of images of each class: none negative, infinite or NaN, not
-    all 0. The values are not read if the tensor is on a device, or is a stand-in while code is traced."""
+    """Raise ValueError unless the counts are [W], the images of each class: none negative, infinite or NaN, and not all
+    0. The values are not read if the tensor is on a device or a stand-in while code is traced.
+    """
     if counts.ndim != 1 or counts.dtype == torch.bool or counts.is_complex():
         raise ValueError(f"counts must be [W], numbers of images of each class, not {counts.dtype} {[*counts.shape]}")
     real = type(counts) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
@@ -138,12 +142,12 @@ def check_integers(target: Tensor) -> None:
 def labels(target: Tensor, num_classes: int | Tensor) -> tuple[Tensor, Tensor]:
     """Return the column of each row's class, int64 [B], and a factor for the row's term, float32 [B].
 
-    target: int [B]. num_classes: the first columns, in which a class may lie. The factor is 1; 0 for the labels -1 and
-    -100 (torch's own), which say that the row has no class; NaN for any other label, which is a mistake. The column is
-    0 where there is no class. Nothing waits for the device.
+    target: int [B]. num_classes: how many of the first columns are classes. The factor is 1 for a class, 0 for the
+    labels -1 and -100 (torch's own: the row has no class), and NaN for any other label, which is a mistake. The column
+    is 0 where there is no class. Nothing waits for the device.
     """
     check_integers(target)
-    y = target.long()  # the smaller types have no -100, or wrap around to it
+    y = target.long()  # smaller types cannot hold -100, or wrap around to it
     inside = (y >= 0) & (y < num_classes)
     factor = inside.float().masked_fill_(~(inside | (y == -1) | (y == -100)), torch.nan)
     return y * inside, factor
@@ -153,7 +157,8 @@ def labels(target: Tensor, num_classes: int | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_prior(counts: Tensor, num_old: int | Tensor = 0, alpha: float | Tensor = 1.0) -> Tensor:
-    """Return the logarithm of the class weights lambda of eq. 5, up to a constant that no softmax sees: float32 [W].
+    """Return the logarithm of the class weights lambda of eq. 5, up to a constant, which no softmax notices: float32
+    [W].
 
     counts: [W], training images per class of this step, 0 for a class not seen. num_old: classes of earlier steps.
     alpha: scalar or [W], the weight of the old classes; 1 gives eq. 3. The result is log(n / max n), plus log alpha on
@@ -192,7 +197,7 @@ def _cross_entropy(logits: Tensor, target: Tensor, num_classes: int | Tensor) ->
 
 
 def _nan_if_any(factor: Tensor) -> Tensor:
-    """Return NaN if a row's factor is NaN, else 1, which changes no bit."""
+    """Return NaN if a row's factor is NaN, else 1, which changes no bit of what it multiplies."""
     return 1 + (0 * factor).sum()
 
 
@@ -214,8 +219,8 @@ def distillation(logits: Tensor, teacher_logits: Tensor, num_old: int | Tensor, 
 
 
 def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tensor, num_seen: int | Tensor) -> Tensor:
-    """Return the cross-entropy of the Separated Softmax (SS-IL, arXiv 2003.13947; section 4.3.3), 0-d, the mean over
-    the batch: one softmax over the old classes and one over the new, a row only in that of its target.
+    """Return the cross-entropy of the Separated Softmax (SS-IL, arXiv 2003.13947; section 4.3.3), 0-d: the mean over
+    the batch. There is one softmax over the old classes and one over the new; a row is in that of its target.
 
     logits [B, W], target int64 [B] (-1 or -100: the row adds nothing).
     """
@@ -229,8 +234,9 @@ def separated_cross_entropy(logits: Tensor, target: Tensor, num_old: int | Tenso
 def hardest_new(
     cosines: Tensor, target: Tensor, num_old: int | Tensor, num_seen: int | Tensor, k: int, margin: float
 ) -> tuple[Tensor, Tensor]:
-    """Return how far each of the k new classes with the highest cosine comes within the margin of the target's, at
-    least 0, and its column; both [B, k]. The first is 0 where the target is not old or there is no such class."""
+    """Return two [B, k] tensors: how far each of the k new classes with the highest cosine comes within the margin of
+    the target's (at least 0), and its column. The first is 0 if the target is not old or there is no such class.
+    """
     column = torch.arange(cosines.shape[1], device=cosines.device)
     new = (column >= num_old) & (column < num_seen)
     highest, rival = torch.where(new, wide(cosines), -torch.inf).topk(min(k, cosines.shape[1]), dim=1)
@@ -248,9 +254,9 @@ def margin_ranking(
     k: int = 2,
     margin: float = 0.5,
 ) -> Tensor:
-    """Return LUCIR's margin ranking loss (its eq. 8), 0-d: in rows of old classes the target's cosine is kept a margin
-    above the k highest of the new classes. The mean over k and over the batch (the released code divides by the rows of
-    old classes instead).
+    """Return LUCIR's margin ranking loss (its eq. 8), 0-d. In rows of old classes it keeps the target's cosine a margin
+    above the k highest of the new classes. It is the mean over k and over the batch (the released code divides by the
+    rows of old classes instead).
 
     cosines [B, W], not scaled; target int64 [B] (-1 or -100: the row adds nothing).
     """
@@ -263,11 +269,11 @@ def margin_ranking(
 
 @differentiable_in("features")
 def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Return LUCIR's less-forget constraint (Hou et al., CVPR 2019), 0-d: the mean over the batch of
-    1 - cos(features, teacher's).
+    """Return LUCIR's less-forget constraint (Hou et al., CVPR 2019), 0-d: the mean over the batch of 1 - cos(features,
+    teacher's).
 
     features, teacher_features: [B, d], not normalised. A teacher that requires a gradient raises RuntimeError. A vector
-    shorter than 1e-12 has no direction: its row counts 1 and has no gradient.
+    shorter than 1e-12 has no direction, so its row counts 1 and has no gradient.
     """
     student, teacher = _unit(wide(features)), _unit(wide(teacher_features))
     # 1 - cos of unit vectors is half their squared distance, which does not cancel where they are nearly equal.
@@ -289,7 +295,7 @@ def pod_flat(features: Tensor, teacher_features: Tensor) -> Tensor:
 def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
     """Return PODNet's spatial distillation (arXiv 2004.13513) as the released code computes it, 0-d. The squares of a
     map are summed over its width and over its height, concatenated and L2-normalised. The loss is the Euclidean
-    distance to the teacher's, not squared, the mean over the batch and over the layers.
+    distance to the teacher's vector, not squared, averaged over the batch and the layers.
 
     maps, teacher_maps: for each layer [B, C, H, W]. A teacher that requires a gradient raises RuntimeError.
     """
@@ -319,8 +325,8 @@ def nca(
     paper: max(0, -log(exp(scale (y_t - margin)) / sum_{j != t} exp(scale y_j))). released: what the released code
     computes. It subtracts the margin from every class and then the largest similarity m from all, so the margin
     cancels; it sets the target's term in the sum to exp(0) instead of leaving it out; and its hinge is off. With s =
-    scale y that is (m - s_t) + log(1 + sum_{j != t} exp(s_j - m)): the softmax cross-entropy where the target is the
-    largest, and slightly more elsewhere. PODNet's published numbers are made with it.
+    scale y this gives (m - s_t) + log(1 + sum_{j != t} exp(s_j - m)): the softmax cross-entropy where the target is the
+    largest, and slightly more elsewhere. PODNet's published numbers come from it.
 
     similarities [B, W], target int64 [B] (-1 or -100: the row adds nothing).
     """
@@ -352,12 +358,12 @@ def icarl_cross_entropy(
     num_outputs: int,
 ) -> Tensor:
     """Return iCaRL's loss as published in 2017 (its Algorithm 3), 0-d: binary cross-entropy of each class's sigmoid.
-    On new classes its target is the label, on old ones the teacher's sigmoid, for exemplars too.
+    The target is the label on new classes and the teacher's sigmoid on old ones, for exemplars too.
 
-    The mean over the batch and over num_outputs: the released code divides by all classes of the run. (It also trains
-    the outputs of classes not seen yet towards 0; here they do not exist yet.) logits, teacher_logits [B, W], target
-    int64 [B] (-1 or -100: the row has the teacher's targets only). A teacher that requires a gradient raises
-    RuntimeError.
+    It is the mean over the batch and over num_outputs, because the released code divides by all classes of the run.
+    (That code also trains the outputs of classes not seen yet towards 0; here they do not exist yet.) logits,
+    teacher_logits [B, W], target int64 [B] (-1 or -100: the row has only the teacher's targets). A teacher that
+    requires a gradient raises RuntimeError.
     """
     check_classes(num_old, num_seen, logits.shape[1])
     check_integer("num_outputs", num_outputs, least=1)
@@ -381,8 +387,8 @@ def topology(
     Pearson's correlation, over the edges of a graph, of the student's edge weights with the teacher's.
 
     similarities, teacher_similarities: float [B, V], of images and vertices; edges: bool [B, V], which of them count.
-    total: sums a tensor, over the batches of all processes where several share one. A teacher that requires a gradient
-    raises RuntimeError. The loss is 0 without two edges that differ.
+    total: sums a tensor, over all processes if several share a batch. A teacher that requires a gradient raises
+    RuntimeError. The loss is 0 without two edges that differ.
     """
     student, teacher = wide(similarities), wide(teacher_similarities)
     weight = edges.to(student.dtype)

@@ -16,14 +16,14 @@ from fastil.plan import Key, counter_hash
 from fastil.protocol import Ids
 from fastil.settings import shown
 
-GRAM_BYTES = 64 * 2**20  # Gram matrices of as many classes as fit in this are built at once; more are no faster
+GRAM_BYTES = 64 * 2**20  # Gram matrices are built for as many classes at once as fit in this; more is no faster
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
     """Size and choice of the rehearsal memory (section 3.1; its size is varied in section 4.3.1, Table 3)."""
 
-    exemplars_per_class: Annotated[  # R, growing memory; 0: none, for methods that can do without
+    exemplars_per_class: Annotated[  # R, growing memory; 0: no exemplars, for methods that need none
         NonNegativeInt | None,
         Field(description="an integer of at least 0, or null if memory_budget is set"),
     ] = 20
@@ -38,8 +38,7 @@ class MemoryConfig:
             )
 
     def quota(self, classes_seen: int) -> int:
-        """Return the exemplars per class once classes_seen classes share the memory. Raises UserError if there are
-        none."""
+        """Return the exemplars per class once classes_seen classes share the memory. Raises UserError if that is 0."""
         if self.memory_budget is None:
             assert self.exemplars_per_class is not None
             return self.exemplars_per_class
@@ -50,8 +49,7 @@ class MemoryConfig:
         return self.memory_budget // classes_seen
 
     def total(self, counts: Ids) -> int:
-        """Return the number of exemplars once all classes are seen. counts: int64 [classes], training images of
-        each."""
+        """Return the number of exemplars once all classes are seen. counts: int64 [classes], their training images."""
         return int(np.minimum(counts, self.quota(len(counts))).sum())
 
 
@@ -75,14 +73,14 @@ class RehearsalMemory:
 
 
 def herd_classes(features: Sequence[Tensor], m: int) -> list[Ids]:
-    """Return `herd` of many classes: int64 arrays of min(m, n_g) positions. features[g]: float [n_g, d].
+    """Run `herd` on many classes: returns int64 arrays of min(m, n_g) positions. features[g]: float [n_g, d].
 
     Features are normalised and multiplied in float64, so that the picks do not depend on the order of summation. A Gram
     matrix takes 8 n^2 bytes: 14 MB for ImageNet's largest classes, 288 MB for Fashion-MNIST's 6,000 images.
     """
     picks: list[Ids] = []
     largest = max(len(f) for f in features)
-    m = min(m, largest)  # R may be any number; the ranks are as many columns
+    m = min(m, largest)  # R may be any number, and each rank is a column
     group = max(1, GRAM_BYTES // (8 * largest**2))
     for start in range(0, len(features), group):
         chunk = [torch.nn.functional.normalize(f.detach().double(), dim=1) for f in features[start : start + group]]
@@ -96,7 +94,7 @@ def herd_classes(features: Sequence[Tensor], m: int) -> list[Ids]:
 def herd(features: Tensor | NDArray[np.floating], m: int) -> Ids:
     """Return the positions of one class's exemplars in herding rank, int64 [min(m, n)]. features: float [n, d].
 
-    iCaRL's released loop on L2-normalised features, as in the codes of LUCIR and PODNet: a repeat moves the target and
+    iCaRL's released loop on L2-normalised features, as in the codes of LUCIR and PODNet: a repeat moves the target but
     is not picked again (see `fastil.kernels.herd`).
     """
     features = torch.as_tensor(features)

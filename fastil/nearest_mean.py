@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def class_means(exemplars: Tensor, mirrored: Tensor, positions: Tensor) -> Tensor:
-    """Return the mean of each class's exemplars, float [classes, d], of length 1.
+    """Return the mean of each class's exemplars, normalised to length 1: float [classes, d].
 
     exemplars, mirrored: [m, d], features of the exemplars and of their mirror images. positions: int64 [m], incremental
-    positions, every class from 0 on among them. Each feature is L2-normalised and averaged per class; the two means are
+    positions; every class from 0 on must occur. Each feature is L2-normalised and averaged per class; the two means are
     averaged and normalised again.
     """
     means = exemplars.new_zeros(int(positions.max()) + 1, exemplars.shape[1])
@@ -17,6 +17,9 @@ def class_means(exemplars: Tensor, mirrored: Tensor, positions: Tensor) -> Tenso
 
 
 def nearest_mean_scores(features: Tensor, means: Tensor) -> Tensor:
-    """Return scores of the classes, [n, classes]: the highest is the nearest mean. features: [n, d]. means: [classes,
-    d], of length 1, so the smallest distance is the largest product, and the length of a feature does not matter."""
+    """Return scores of the classes, [n, classes]: the highest is the nearest mean.
+
+    features: [n, d]. means: [classes, d], of length 1. So the smallest distance is the largest product, and the length
+    of a feature does not matter.
+    """
     return features @ means.T

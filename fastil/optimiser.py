@@ -1,7 +1,7 @@
 """Optimisation: milestones and learning rates of a step, and SGD with momentum, decay, clamping and frozen rows.
 
-The update stands here once, because Meta BalancedS-CE differentiates through it: it needs the update itself (a step
-that is taken back), its derivative and, for the unrolled reference, the update as a formula.
+The update is written once, here, because Meta BalancedS-CE differentiates through it. It needs the update itself (a
+step that is taken back), its derivative and, for the unrolled reference, the update as a formula.
 """
 
 import contextlib
@@ -29,22 +29,22 @@ class TrainConfig:
     batch_size: Annotated[int, Field(ge=2)] = 128
     lr: PositiveFloat = 0.1
     schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: list[Moment] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: drops, as parts of the step
-    lr_drop: Annotated[float, Field(gt=0, le=1)] = 0.1  # multistep: what a drop multiplies the learning rate by
+    milestones: list[Moment] = field(default_factory=lambda: [0.4, 0.6, 0.8])  # multistep: drops, in parts of a step
+    lr_drop: Annotated[float, Field(gt=0, le=1)] = 0.1  # multistep: factor of a drop
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegativeFloat = 2e-4
-    # For initialisation, shuffling, crops and flips; the class order is set by `order`.
+    # Decides initialisation, shuffling, crops and flips; `order` sets the class order.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 where the device is faster in it
-    # Batch normalisation where several processes share a batch: by the statistics of each one's images, or by those of
-    # the whole batch, as one process has them. auto: local where each has at least 32 images.
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: bf16 if the device is faster in it
+    # Batch normalisation if several processes share a batch: by the statistics of each process's images, or by those
+    # of the whole batch, as in one process. auto: local if each has at least 32 images.
     bn: Literal["auto", "local", "sync"] = "auto"
-    deterministic: bool = False  # on CUDA: reruns and resumes end in the same bits, at some cost; a CPU does so anyway
-    compile: Literal["auto", True, False] = "auto"  # auto: where there is a C++ compiler and enough work to repay it
+    deterministic: bool = False  # CUDA: reruns and resumes end in the same bits, at some cost; a CPU always does
+    compile: Literal["auto", True, False] = "auto"  # auto: if there is a C++ compiler and enough work to repay it
     checkpoint_every: PositiveInt = 10  # epochs between checkpoints within a step, ...
-    checkpoint_minutes: PositiveFloat = 10.0  # ... and the longest time between them while it trains, in an epoch too
-    track: Annotated[  # who is told of every epoch and step
+    checkpoint_minutes: PositiveFloat = 10.0  # ... and the longest time between them, within an epoch too
+    track: Annotated[  # trackers that receive every epoch and step
         list[Literal["csv", "tensorboard", "wandb"]],
         BeforeValidator(listed),
         Field(description="'csv', 'tensorboard' or 'wandb', several of them with commas, or []"),
@@ -65,7 +65,7 @@ class TrainConfig:
 
 
 def check_milestones(key: str, milestones: list[float]) -> None:
-    """Raise UserError unless these milestones, as parts of training, rise."""
+    """Raise UserError unless these milestones, as fractions of training, rise."""
     if sorted(milestones) != milestones:
         raise UserError(f"{key}={shown(milestones)}: must rise, such as [0.4, 0.6, 0.8]")
 
@@ -79,8 +79,8 @@ def drops(milestones: list[float], epoch: int, epochs: int) -> int:
 class Update:
     """SGD with momentum (no dampening, no Nesterov) on some parameters.
 
-    lr: 0-d tensor, read at each step, so that a captured step stays valid. trainable: for a parameter that moves in
-    part, a bool tensor of its shape; where it is False, neither gradient, momentum nor decay moves the parameter.
+    lr: 0-d tensor, read at each step, so that a captured step stays valid. trainable: bool tensors of the shape of
+    those parameters that move in part; elements that are False are moved by neither gradient, momentum nor decay.
     clamp: the largest magnitude of an element of a gradient.
     """
 
@@ -99,14 +99,14 @@ class Update:
         self.optimizer = torch.optim.SGD(
             self.parameters, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True
         )
-        self.optimizer.param_groups[0]["lr"] = lr  # set afterwards: the constructor would read its value
+        self.optimizer.param_groups[0]["lr"] = lr  # set afterwards, because the constructor would read its value
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
         for parameter, buffer in zip(self.parameters, self.buffers, strict=True):
-            # Allocated now, so that a step only ever overwrites.
+            # Allocated now, so that a step only overwrites.
             self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """Set the weight decay of the updates to come."""
+        """Set the weight decay of the coming updates."""
         self.weight_decay = weight_decay
         self.optimizer.param_groups[0]["weight_decay"] = weight_decay
 
@@ -117,8 +117,8 @@ class Update:
     def add_up(self, others: Sequence[Tensor] = (), alike: bool = True) -> None:
         """Add up the gradients over all processes, and some other tensors with them, in one exchange.
 
-        alike: whether the same parameters have gradients in all processes. Code from outside may leave out other layers
-        in each: then all gradients are exchanged, and which of them are there, for which the host waits.
+        alike: whether the same parameters have gradients in all processes. Code from outside may leave out different
+        layers in each. Then all gradients are exchanged, and also which of them exist, and the host waits for that.
         """
         if alike:
             ranks.add_up([*(p.grad for p in self.parameters if p.grad is not None), *others])
@@ -134,7 +134,7 @@ class Update:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Make one step along the gradients that are in the parameters."""
+        """Make one step along the gradients of the parameters."""
         if self.clamp is not None:  # PODNet
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             torch._foreach_clamp_min_(gradients, -self.clamp)
@@ -159,8 +159,7 @@ class Update:
                 parameter.grad = None
 
     def moving(self) -> list[Tensor | None]:
-        """Return bool masks, one for each parameter, of the elements that the present gradients will move; None:
-        all."""
+        """Return a bool mask for each parameter of the elements that the present gradients will move; None: all."""
         masks = []
         for parameter in self.parameters:
             mask = self.trainable.get(parameter)
@@ -173,9 +172,10 @@ class Update:
         return masks
 
     def passed_through(self, moving: Sequence[Tensor | None], vectors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return J^T v for each parameter, J the derivative of the update in the gradients: -lr v, and 0 on elements
-        that do not move. Momentum and decay add to the update but not to its derivative. A vector that is None counts
-        as 0."""
+        """Return J^T v for each parameter, where J is the derivative of the update in the gradients: -lr v, and 0 on
+        elements that do not move. Momentum and decay add to the update but not to its derivative. A vector that is None
+        counts as 0.
+        """
         pairs = zip(self.parameters, vectors, strict=True)
         moved = [torch.zeros_like(p) if v is None else -self.lr * v for p, v in pairs]
         return [v if mask is None else torch.where(mask, v, 0.0) for v, mask in zip(moved, moving, strict=True)]

@@ -1,4 +1,6 @@
-"""Code from outside the package: module:NAME or path/to/file.py:NAME in a command, or an object in one's own script."""
+"""Code from outside the package: module:NAME or path/to/file.py:NAME in a command, or an object in the user's
+script.
+"""
 
 import ast
 import hashlib
@@ -21,7 +23,7 @@ from fastil.settings import shown
 
 T = TypeVar("T")
 
-# Code that lies here is not the user's own.
+# Code in these places is not the user's own.
 LIBRARIES = (
     *{f"{sysconfig.get_path(kind)}{os.sep}" for kind in ("stdlib", "platstdlib", "purelib", "platlib")},
     f"{Path(__file__).parent}{os.sep}",
@@ -30,8 +32,11 @@ LIBRARIES = (
 
 
 def attribute(setting: str) -> Any:
-    """What a setting KEY=module:NAME or KEY=path/to/file.py:NAME names; its module is imported, and a file is read
-    again once it has changed. Raises UserError for what is not there and for whatever the code raises."""
+    """Return what a setting KEY=module:NAME or KEY=path/to/file.py:NAME names.
+
+    Its module is imported; a file that has changed is read again. Raises UserError if it does not exist, and for any
+    error that the code raises.
+    """
     key, _, written = setting.partition("=")
     place, _, name = written.rpartition(":")
     if not name.isidentifier() or not (place.endswith(".py") or all(map(str.isidentifier, place.split(".")))):
@@ -53,7 +58,7 @@ def attribute(setting: str) -> Any:
 
 
 def imported(setting: str, load: Callable[[], T]) -> T:
-    """What `load` returns. Whatever the user's code raises becomes one line, with the last place in that code."""
+    """Return what `load` returns. An error in the user's code becomes one line with the last place in that code."""
     try:
         return load()
     except UserError:
@@ -70,7 +75,7 @@ def imported(setting: str, load: Callable[[], T]) -> T:
 def _module(place: str) -> ModuleType:
     if not place.endswith(".py"):
         here = str(Path.cwd())
-        if here not in sys.path and "" not in sys.path:  # as `python -m` has it, for the `fastil` script
+        if here not in sys.path and "" not in sys.path:  # `python -m` does this, the `fastil` script does not
             sys.path.append(here)
         return importlib.import_module(place)
     path = Path(place).resolve()
@@ -78,7 +83,7 @@ def _module(place: str) -> ModuleType:
     name = f"fastil_outside_{path.stem}_{hashlib.sha256(bytes(path) + content).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
-    module = sys.modules[name] = ModuleType(name)  # dataclasses look their module up there
+    module = sys.modules[name] = ModuleType(name)  # dataclasses look up their module there
     module.__file__ = str(path)
     try:
         exec(compile(content, path, "exec"), vars(module))
@@ -89,8 +94,9 @@ def _module(place: str) -> ModuleType:
 
 
 def source_hash(thing: Any) -> str | None:
-    """sha256 of the source of a class or function, and of the user's functions, classes and constants that it names,
-    so that a run knows the code that it was made with. None where there is no source, as in `python -c`."""
+    """Return the sha256 of the source of a class or function, and of the user's functions, classes and constants that
+    it names, so that a run knows the code that made it. None if there is no source, as with `python -c`.
+    """
     found: dict[str, str] = {}
     if isinstance(thing, partial):
         found["arguments"], thing = repr((thing.args, thing.keywords)), thing.func

@@ -1,7 +1,7 @@
 """What one epoch visits: sample ids, crop boxes, flips, batches (numpy only).
 
 All randomness is a counter: a hash of (seed, step, phase, epoch, sample id, occurrence) decides order, crop and flip.
-So a plan depends on nothing that happened before it: not on the backend, the workers, or where a run was resumed.
+So a plan depends on nothing that happened before it, on no backend or worker, and not on where a run was resumed.
 """
 
 import contextlib
@@ -15,23 +15,24 @@ from numpy.typing import NDArray
 
 PHASES = ("train", "correct", "memory", "evaluate", "meta")
 STREAMS = ("order", "top", "left", "flip", "select", "draw", "area", "ratio")
-AREA, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of a random resized crop; torchvision's
+AREA, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10  # torchvision's, for a random resized crop
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """How often the images of an incremental step are visited (section 4.3.3, Table 4); the base step has no memory.
 
-    uniform: each once per epoch. Otherwise as many visits, drawn with replacement. memory_oversampling: "each training
-    mini-batch theoretically contains the same number of sample from new and old classes" (LUCIR's rs_ratio = 0.5).
-    class_oversampling: "each class has the same probability of appearing in each training mini-batch".
+    uniform: each once per epoch. The others make as many visits, drawn with replacement. memory_oversampling: "each
+    training mini-batch theoretically contains the same number of sample from new and old classes" (LUCIR's rs_ratio =
+    0.5). class_oversampling: "each class has the same probability of appearing in each training mini-batch".
     """
 
     sampler: Literal["uniform", "memory_oversampling", "class_oversampling"] = "uniform"
 
     def probabilities(self, positions: NDArray[np.int64], num_old: int) -> NDArray[np.float64] | None:
-        """The probability that a visit is of an image, [n]; None where each is visited once. positions: int64 [n], of
-        its class."""
+        """Return the probability that a visit is of each image, [n]; None if each is visited once. positions: int64
+        [n], the images' classes.
+        """
         if self.sampler == "uniform" or num_old == 0:
             return None
         group = positions if self.sampler == "class_oversampling" else (positions < num_old).astype(np.int64)
@@ -42,10 +43,10 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class Transform:
-    """Output of a loader and how training images are augmented.
+    """The output of a loader, and how training images are augmented.
 
-    A box of a plan whose size is not that of the output is resized to it (bilinear, antialiased), or, with `resize`,
-    until its short side has so many pixels, of which the central ones are taken.
+    A box of a plan that has another size than the output is resized to it (bilinear, antialiased). With `resize`, it is
+    resized until its short side has that many pixels, and the centre is taken.
     """
 
     height: int
@@ -54,12 +55,12 @@ class Transform:
     flip: bool  # random mirror, left to right
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resized: bool = False  # train on random resized crops (Szegedy et al. 2015), which ImageNet's recipes have
+    resized: bool = False  # train on random resized crops (Szegedy et al. 2015), as ImageNet's recipes do
     resize: int | None = None  # short side, before the central crop
 
 
 class Key(NamedTuple):
-    """Where in the run a random decision is made."""
+    """The place in the run at which a random decision is made."""
 
     seed: int
     step: int
@@ -69,21 +70,22 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One pass over some samples, in the order of visit."""
+    """One pass over some samples, in the order of the visits."""
 
     ids: NDArray[np.int64]  # [n]
     boxes: NDArray[np.int32]  # [n, 4] top, left, height, width in source pixels; outside the image is black
     flips: NDArray[np.bool_]  # [n]
     batch_size: int
-    ends: NDArray[np.int64] | None = None  # of the batches, where they are those of a larger plan
+    ends: NDArray[np.int64] | None = None  # of the batches, if this is a part of a larger plan
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 2")
 
     def batches(self) -> Iterator[slice]:
-        """Slices of the plan: full batches, then the rest; a rest of one joins the batch before it, for batch
-        normalisation cannot train on a single image."""
+        """Yield slices of the plan: full batches, then the rest. A rest of one image joins the batch before it, because
+        batch normalisation cannot train on a single image.
+        """
         start = 0
         for end in self._ends().tolist():
             yield slice(start, end)
@@ -98,25 +100,27 @@ class EpochPlan:
         return ends
 
     def sizes(self) -> NDArray[np.int64]:
-        """The number of images of each batch, int64 [batches]."""
+        """Return the number of images of each batch, int64 [batches]."""
         return np.diff(self._ends(), prepend=0)
 
     def only(self, taken: NDArray[np.bool_]) -> "EpochPlan":
-        """These visits, in as many batches as before, of which some may be empty. taken: bool [n]."""
+        """Return these visits, in as many batches as before, some of which may be empty. taken: bool [n]."""
         counted = np.concatenate([[0], np.cumsum(taken)])
         return self._part(taken, counted[self._ends()])
 
     def of_rank(self, rank: int, ranks: int) -> "EpochPlan":
-        """What one of several processes reads: every batch is shared out, to within one image, and none is visited
-        twice to make shares equal. Nobody gets a single image, on which batch normalisation cannot train, or none: a
-        batch of fewer than two images for each is whole for everybody. Crops and flips are those of the whole plan,
-        however many processes there are."""
+        """Return what one of several processes reads.
+
+        Every batch is shared out, to within one image, and no image is visited twice to make shares equal. No process
+        gets a single image, on which batch normalisation cannot train, or none: a batch of fewer than two images per
+        process is whole in all of them. Crops and flips are those of the whole plan, for any number of processes.
+        """
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks}: must lie in [0, {ranks})")
         if ranks == 1:
             return self
         sizes = self.sizes()
-        # Every steps-th visit of each batch from the first on; a mask would be over the visits of all.
+        # Every steps-th visit of each batch from the first on; a mask would cover the visits of all processes.
         steps = np.where(sizes < 2 * ranks, 1, ranks)
         first = rank % steps
         counts = (sizes - first + steps - 1) // steps
@@ -130,20 +134,20 @@ class EpochPlan:
 
 
 def share_of(images: int, rank: int, ranks: int) -> int:
-    """How many of a batch of so many images a process reads, see `EpochPlan.of_rank`; the first one reads most."""
+    """Return how many images of a batch a process reads, see `EpochPlan.of_rank`; the first one reads most."""
     return images if images < 2 * ranks else (images - rank + ranks - 1) // ranks
 
 
 def num_batches(count: int, batch_size: int) -> int:
-    """How many batches `EpochPlan.batches` makes of so many images."""
+    """Return how many batches `EpochPlan.batches` makes of this many images."""
     full, rest = divmod(count, batch_size)
     return full + (rest > 1 or count == 1)
 
 
 def counter_hash(key: Key, stream: str, ids: NDArray[np.int64], occurrence: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Uniform uint64 [n] from the counter of each sample (SplitMix64's finaliser, chained over the words)."""
+    """Return uniform uint64 [n] from the counter of each sample (SplitMix64's finaliser, chained over the words)."""
     words = (key.seed, key.step, PHASES.index(key.phase), key.epoch, STREAMS.index(stream), ids, occurrence)
-    state = np.zeros(1, dtype=np.uint64)  # one for all samples, as long as the words are
+    state = np.zeros(1, dtype=np.uint64)  # one for all samples until a word differs between them
     for word in words:
         state = state + np.atleast_1d(word).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -153,7 +157,7 @@ def counter_hash(key: Key, stream: str, ids: NDArray[np.int64], occurrence: NDAr
 
 
 def occurrences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many times each id stood in the list before: 0 for the first. int64 [n]."""
+    """Return how often each id came earlier in the list, 0 for the first time: int64 [n]."""
     order = np.argsort(ids, kind="stable")
     ordered = ids[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -164,7 +168,7 @@ def occurrences(ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def draw(ids: NDArray[np.int64], probabilities: NDArray[np.float64], key: Key) -> NDArray[np.int64]:
-    """As many ids as there are, drawn independently and with replacement. int64 [n]."""
+    """Return as many ids, drawn independently and with replacement: int64 [n]."""
     slots = np.arange(len(ids), dtype=np.int64)
     uniform = counter_hash(key, "draw", slots, np.zeros_like(slots)) / 2.0**64
     return ids[np.searchsorted(np.cumsum(probabilities)[:-1], uniform, side="right")]
@@ -173,9 +177,10 @@ def draw(ids: NDArray[np.int64], probabilities: NDArray[np.float64], key: Key) -
 def training_plan(
     ids: NDArray[np.int64], key: Key, transform: Transform, batch_size: int, sizes: NDArray[np.int32] | None = None
 ) -> EpochPlan:
-    """Every entry of ids once, shuffled, each with its own crop and flip (an id listed twice is cropped twice).
+    """Return a plan of every entry of ids once, shuffled, each with its own crop and flip (an id listed twice is
+    cropped twice).
 
-    sizes: int32 [N, 2], height and width of every image of the split, or None where all have the transform's.
+    sizes: int32 [N, 2], height and width of every image of the split, or None if all have the transform's.
     """
     if len(ids) == 0:
         raise ValueError("a training plan needs at least one sample")
@@ -197,8 +202,9 @@ def training_plan(
 
 @contextlib.contextmanager
 def drawn_ahead(plan: Callable[[int], EpochPlan], epochs: Sequence[int]) -> Iterator[Iterator[EpochPlan]]:
-    """The plans of these epochs in turn, each drawn by a thread while the one before it is trained on: half a second
-    for half of ImageNet, in which a GPU would stand idle."""
+    """Yield the plans of these epochs in turn. A thread draws each while the one before it is trained on: that takes
+    half a second for half of ImageNet, in which a GPU would stand idle.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="fastil-plan") as pool:
 
         def in_turn() -> Generator[EpochPlan, None, None]:
@@ -219,10 +225,11 @@ def drawn_ahead(plan: Callable[[int], EpochPlan], epochs: Sequence[int]) -> Iter
 def resized_crops(
     sizes: NDArray[np.int32], key: Key, ids: NDArray[np.int64], occurrence: NDArray[np.int64]
 ) -> NDArray[np.int32]:
-    """Boxes of random resized crops, [n, 4], by the procedure of torchvision's RandomResizedCrop: up to ten tries of an
-    area and a ratio of width to height, then the largest central box whose ratio is allowed. sizes: [n, 2]."""
+    """Return boxes of random resized crops, [n, 4], by the procedure of torchvision's RandomResizedCrop: up to ten
+    tries of an area and a ratio of width to height, then the largest central box whose ratio is allowed. sizes: [n, 2].
+    """
     height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
-    # The fallback, which stays where every try fails.
+    # The fallback, for images where every try fails.
     high = np.where(width < RATIO[0] * height, np.round(width / RATIO[0]).astype(np.int64), height)
     wide = np.where(width > RATIO[1] * height, np.round(height * RATIO[1]).astype(np.int64), width)
     boxes = np.stack([(height - high) // 2, (width - wide) // 2, high, wide], axis=1)
@@ -253,8 +260,10 @@ def cycled_plan(
     count: int,
     sizes: NDArray[np.int32] | None = None,
 ) -> EpochPlan:
-    """Batches `first` to `first + count` of an endless stream that visits the ids over and over, each pass shuffled and
-    cropped again. All of them are full, however few ids there are. The pass stands in the place of key.epoch."""
+    """Return batches `first` to `first + count` of an endless stream that visits the ids over and over, each pass
+    shuffled and cropped again. All of them are full, however few ids there are. The number of the pass takes the place
+    of key.epoch.
+    """
     start, stop = first * batch_size, (first + count) * batch_size
     passes = range(start // len(ids), -(-stop // len(ids)))
     plans = [training_plan(ids, key._replace(epoch=number), transform, batch_size, sizes) for number in passes]
@@ -274,7 +283,7 @@ def sequential_plan(
     mirrored: bool = False,
     sizes: NDArray[np.int32] | None = None,
 ) -> EpochPlan:
-    """Every entry of ids once, in the order given, whole images, maybe all mirrored: the test-time transform."""
+    """Return a plan of every entry of ids once, in order, as whole images, maybe mirrored: the test-time transform."""
     return EpochPlan(ids, _whole(ids, transform, sizes), np.full(len(ids), mirrored), batch_size)
 
 

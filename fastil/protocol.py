@@ -22,9 +22,9 @@ from fastil.settings import shown
 Ids = NDArray[np.int64]
 SEED = 1993
 IMAGENET_CLASSES = 1000
-# The hash of the wnids of each ImageNet-100 subset, sorted: a data set of 100 classes is one of them by its names.
+# Hash of each ImageNet-100 subset's sorted wnids: the names of its classes tell whether a data set is one of them.
 SUBSET_HASHES = {"lucir": "fce943fa2f5b", "first100": "e685f52fed13"}
-LUCIR_RUNS = 1000  # orders of LUCIR's stream that have a name
+LUCIR_RUNS = 1000  # orders of LUCIR's stream with a name
 ORDERS = (
     f"lucir, lucirN (N from 2 to {LUCIR_RUNS}), per_seed, icarl, alphabetical, natural, seedN, or a list of class ids "
     "or names"
@@ -37,10 +37,10 @@ class ProtocolConfig:
 
     order: Annotated[str | list[int | str] | None, Field(description=f"null or {ORDERS}")] = None
     subset: str | None = None  # lucir | first100: one of the two ImageNet-100 subsets; `order` is that of its classes
-    classes: int | None = None  # only the first so many of the order take part; default: all
-    base_classes: int | None = None  # of the base step; default: half of them, or what a list of increments leaves
-    # Classes of each further step, the same number or a list; a list of all classes begins with the base step. Default:
-    # what makes five steps.
+    classes: int | None = None  # only that many take part, the first of the order; default: all
+    base_classes: int | None = None  # of the base step; default: half of them, or what a list of increments leaves over
+    # Classes of each further step: one number, or a list; a list of all classes begins with the base step. Default:
+    # five equal steps.
     increment: Annotated[
         Annotated[int, Field(ge=0)] | list[PositiveInt] | None,
         Field(description="an integer of at least 0, a list of integers above 0 such as [3, 3, 1], or null"),
@@ -53,11 +53,12 @@ def class_order(
     """Return data set ids in the order in which they are learned, int64 [num_classes]: position p holds class order[p].
 
     "lucir": a shuffle of the ids under seed 1993 (LUCIR, Mnemonics, BiC's ImageNet, PODNet's ImageNet). "lucir2",
-    "lucir3", ...: the next shuffles of that stream, as in the second, third, ... run of LUCIR's code. "per_seed": an
-    order for each run, as there: "lucir" with seed 0, "lucir2" with seed 1, and so on. "icarl": the order of iCaRL's
-    Theano code for CIFAR-100, which draws from the same seed after shuffling 500 training indices for each of the 100
-    classes. "seedN": a permutation under seed N, as PyCIL draws it. "alphabetical": 0, 1, 2, ... "natural": by name,
-    with numbers in names by their value (2 before 10). A list names every class once, by its id (an int) or its name.
+    "lucir3", ...: the next shuffles of that stream, as in the second, third, ... run of LUCIR's code. "per_seed":
+    another of these orders for each run: "lucir" with seed 0, "lucir2" with seed 1, and so on. "icarl": the order of
+    iCaRL's Theano code for CIFAR-100, which draws from the same seed after shuffling 500 training indices for each of
+    the 100 classes. "seedN": a permutation under seed N, as PyCIL draws it. "alphabetical": 0, 1, 2, ... "natural": by
+    name, with numbers in names compared by value (2 before 10). A list names every class once, by its id (an int) or
+    its name.
 
     names: of the classes, by id; "natural" and a list of names need them. seed: of the run; "per_seed" needs it. Raises
     UserError for anything else.
@@ -80,14 +81,14 @@ def class_order(
     if name_or_list == "icarl":
         for _ in range(100):
             random.shuffle(np.arange(500))
-    for _ in range(run):  # a shuffle for each run, from one stream
+    for _ in range(run):  # one shuffle per run, from one stream
         order = np.arange(num_classes, dtype=np.int64)
         random.shuffle(order)
     return order
 
 
 def _lucir_run(name: str, seed: int) -> int:
-    """Return the run of LUCIR's code that has this order, from 1. Raises UserError for the name of none."""
+    """Return the run of LUCIR's code that has this order, from 1. Raises UserError if no run has it."""
     if name == "per_seed" and seed >= LUCIR_RUNS:
         raise UserError(
             f"order=per_seed: seeds 0 to {LUCIR_RUNS - 1} have an order of their own, seed={seed} has none; choose one "
@@ -122,7 +123,7 @@ def _listed(wanted: Sequence[int | str], num_classes: int, names: Sequence[str] 
 
 
 def _odd(ids: list[int], num_classes: int, names: Sequence[str] | None) -> str:
-    """Return what is wrong with a list of ids, as a piece of a sentence."""
+    """Return what is wrong with a list of ids, as a part of a sentence."""
     known, counts = set(range(num_classes)), Counter(ids)
     outside, twice, missing = set(ids) - known, {c for c in ids if counts[c] > 1}, known - set(ids)
     for what, found in (("there is no", outside), ("twice", twice), ("missing", missing)):
@@ -133,14 +134,15 @@ def _odd(ids: list[int], num_classes: int, names: Sequence[str] | None) -> str:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return the sort key of a name in which numbers count by their value."""
+    """Return a sort key for a name in which numbers count by their value."""
     parts = [part.lstrip("0") if part.isdigit() else part for part in re.split("([0-9]+)", name)]
     return [(0, len(part), part) if number % 2 else (1, 0, part) for number, part in enumerate(parts)]
 
 
 def numbering_note(names: Sequence[str]) -> str | None:
-    """Return a line for the user if class names are numbers but ids are not in their order, as in a file that has them
-    sorted as text; else None."""
+    """Return a line for the user if class names are numbers but ids are in another order, as in files that sort them as
+    text; else None.
+    """
     by_number = sorted(names, key=natural_key)
     if list(names) == by_number or not all(re.fullmatch("[0-9]+", name) for name in names):
         return None
@@ -169,9 +171,10 @@ def imagenet_subset(name: str, order: str = "lucir", seed: int = 0) -> Ids:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A base step of `base` classes, then increments, over `order` (int64, data set ids in the order they are learned).
+    """A base step of `base` classes, then increments, over `order` (int64, data set ids in the order of learning).
     increment: the classes of each further step, or a list of them. Raises UserError if the steps do not take all
-    classes."""
+    classes.
+    """
 
     order: Ids
     base: int
@@ -203,7 +206,7 @@ class Protocol:
 
     @property
     def _from_scratch(self) -> str:
-        """The settings that make the first increment the base step."""
+        """The settings that turn the first increment into the base step."""
         if isinstance(self.increment, Sequence):
             first, *later = self.increment or [len(self.order)]
             return f"base_classes={first} increment={shown(later)}"
@@ -229,8 +232,7 @@ class Protocol:
         return table
 
     def class_hash(self, names: Sequence[str]) -> str:
-        """Return a short hash of the class names in incremental order, to tell two "ImageNet-100" runs apart at a
-        glance."""
+        """Return a short hash of the class names in incremental order, which tells two "ImageNet-100" runs apart."""
         return _hash_of(names[i] for i in self.order)
 
 
@@ -241,8 +243,9 @@ def _hash_of(names: Iterable[str]) -> str:
 def build_protocol(
     config: ProtocolConfig, num_classes: int, names: Sequence[str] | None = None, seed: int = 0
 ) -> Protocol:
-    """Return the protocol of a run on a data set of num_classes classes. names: of the classes, by id, if they are
-    known. seed: of the run, for order=per_seed. Raises UserError if the recipe does not fit the data set."""
+    """Return the protocol of a run on a data set of num_classes classes. names: the classes' names by id, if known.
+    seed: the run's, for order=per_seed. Raises UserError if the recipe does not fit the data set.
+    """
     wanted = "lucir" if config.order is None else config.order
     if config.subset is not None:
         if isinstance(wanted, list) or wanted == "natural":
@@ -252,7 +255,7 @@ def build_protocol(
             )
         order = imagenet_subset(config.subset, wanted, seed)
         found = _subset_of(names or ())
-        if found == config.subset:  # the subset alone, such as `convert --classes lucir` writes
+        if found == config.subset:  # the subset alone, as `convert --classes lucir` writes it
             order = np.argsort(np.array(names))[class_order(wanted, num_classes, seed=seed)]
         elif found is not None:
             raise UserError(
@@ -282,8 +285,9 @@ def _subset_of(names: Sequence[str]) -> str | None:
 
 
 def _step_sizes(config: ProtocolConfig, total: int) -> tuple[int, int | list[int]]:
-    """Return the classes of the base step, and those of each further step: the recipe's, or half of the classes and
-    what makes five steps. Raises UserError if that cannot be."""
+    """Return the classes of the base step and of each further step: the recipe's, or half of the classes and then five
+    equal steps. Raises UserError if that cannot be.
+    """
     base, increment = config.base_classes, config.increment
     if isinstance(increment, list):
         rest = total - sum(increment)

@@ -1,6 +1,6 @@
-"""Several processes that train one run together, started by torchrun: what they exchange, through torch.distributed.
+"""Several processes that train one run together, started by torchrun, and what they exchange through torch.distributed.
 
-A process that is alone has rank 0 of 1 and exchanges nothing, so the code that trains is the same for any number.
+A single process has rank 0 of 1 and exchanges nothing, so the training code is the same for any number.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from fastil.errors import UserError
 
 Result = TypeVar("Result")
 COME_WITHIN = timedelta(minutes=10)  # how long processes wait for each other to start, as torchrun's machines do
-# How long an exchange may take: one process compiles, or writes to a slow disk, while the others wait. torchrun notices
-# a process that has died, not this.
+# How long an exchange may take. The others wait while one process compiles or writes to a slow disk. Dead processes are
+# torchrun's to notice.
 PATIENCE = timedelta(hours=4)
 
 
 class _Joined:
-    """What this process is among the others."""
+    """This process's place among the others."""
 
     rank, count = 0, 1
     device = torch.device("cpu")
@@ -54,26 +54,27 @@ def first() -> bool:
 
 
 def launched() -> bool:
-    """Return whether a launcher such as torchrun has started this process among others."""
+    """Return whether a launcher such as torchrun started this process as one of several."""
     if dist.is_initialized():
         return dist.get_world_size() > 1
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def on_this_machine() -> tuple[int, int]:
-    """Return the number of this process among those that were launched on its machine, and how many they are."""
+    """Return this process's number among those launched on its machine, and how many they are."""
     if not launched():
         return 0, 1
     return int(os.environ.get("LOCAL_RANK") or 0), machine.sharing()
 
 
 def launchers() -> list[str]:
-    """Return what tells the launchers of this run, one on each machine, from all others: they stay the same while
-    torchrun starts the processes again, in whatever number. Nothing where no torchrun has started this process."""
+    """Return what identifies the launchers of this run, one per machine. They stay the same while torchrun starts the
+    processes again, in any number. Empty if no torchrun started this process.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
     began = ""
-    with contextlib.suppress(OSError):  # not Linux. The number of a process may be another one's later
+    with contextlib.suppress(OSError):  # not Linux. A process's number may later be another one's
         began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
     found: list[Any] = [None] * _joined.count
     if _joined.count == 1:
@@ -85,10 +86,10 @@ def launchers() -> list[str]:
 
 @contextlib.contextmanager
 def together(device: torch.device | None = None) -> Iterator[None]:
-    """Join the processes that torchrun started, for as long as the block lasts; one that is alone stays so.
+    """Join the processes that torchrun started, for as long as the block lasts; a single process stays single.
 
-    device: that this process computes on, by default the GPU of its local rank, if there are GPUs. Uses NCCL on GPUs
-    and gloo on CPUs. A process group that is there already is used, and left.
+    device: what this process computes on; by default the GPU of its local rank, if there are GPUs. Uses NCCL on GPUs
+    and gloo on CPUs. An existing process group is used and left as it is.
     """
     if not launched() or _joined.count > 1:
         yield
@@ -96,7 +97,7 @@ def together(device: torch.device | None = None) -> Iterator[None]:
     if device is None:
         device = torch.device("cuda", on_this_machine()[0]) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # exchanges of objects go by it
+        torch.cuda.set_device(device)  # exchanges of objects use it
     ours = not dist.is_initialized()
     if ours:
         _join(device)
@@ -104,7 +105,7 @@ def together(device: torch.device | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # With NCCL the others would take part in it. With gloo, its threads would abort the interpreter's end.
+        # With NCCL the others would take part in it. With gloo its threads would abort the interpreter's exit.
         ours = ours and dist.get_backend() == "gloo"
         raise
     finally:
@@ -127,10 +128,11 @@ def _join(device: torch.device) -> None:
 
 
 def _of_this_attempt(store: Any, rank: int, count: int) -> Any:
-    """Return a part of the store that no earlier attempt has written to. torchrun keeps one store while it starts the
-    processes again, with the addresses of dead ones in it, and counts its attempts on each machine apart.
+    """Return a part of the store that no earlier attempt has written to.
 
-    A process writes a name that nobody had before it, and the first one answers to that with its own.
+    torchrun keeps one store while it starts the processes again, with the addresses of dead ones in it, and counts its
+    attempts on each machine apart. So a process writes a name that nobody had before it, and the first process answers
+    that with its own.
     """
     own, deadline = uuid.uuid4().hex, time.monotonic() + COME_WITHIN.total_seconds()
     if rank == 0:
@@ -164,8 +166,10 @@ def _not_come(missing: Sequence[int], count: int) -> str:
 
 
 def from_first(make: Callable[[], Result]) -> Result:
-    """Call `make` in the first process, and return what it returned there in all of them, tensors on the device of
-    each. A UserError there is one in all, any other error a RuntimeError in the others. The result is pickled."""
+    """Call `make` in the first process and return its result in all of them, tensors on each one's device.
+
+    A UserError there is raised in all, any other error as a RuntimeError in the others. The result is pickled.
+    """
     if _joined.count == 1:
         return make()
     answer: list[Any] = [None]
@@ -193,7 +197,7 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 @torch.no_grad()
 def copy_from_first(tensors: Sequence[Tensor]) -> None:
-    """Overwrite these tensors, which may lie anywhere, by those of the first process."""
+    """Overwrite these tensors, on any device, with those of the first process."""
     if _joined.count == 1:
         return
     for dtype in {tensor.dtype: None for tensor in tensors}:
@@ -205,11 +209,12 @@ def copy_from_first(tensors: Sequence[Tensor]) -> None:
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes, in one exchange. Each lies in memory without gaps, in the same
-    order everywhere, as parameters and their gradients do."""
+    """Replace each tensor by its sum over all processes, in one exchange. Each must be without gaps in memory and laid
+    out the same everywhere, as parameters and their gradients are.
+    """
     if _joined.count == 1 or not tensors:
         return
-    # In the order of memory: channels-last ones would each be copied, by a launch of their own.
+    # In the order of memory; otherwise each channels-last tensor would be copied by a launch of its own.
     rows = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
     flat = torch.cat(rows)
     dist.all_reduce(flat)
@@ -222,8 +227,9 @@ def total(values: Tensor) -> Tensor:
 
 
 def summed(values: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes. Differentiable, also twice and in forward mode: the loss that is
-    differentiated is then the sum of the losses of all processes."""
+    """Return the sum of a tensor over all processes. Differentiable, also twice and in forward mode; the loss that is
+    differentiated is then the sum of all processes' losses.
+    """
     if _joined.count == 1:
         return values
     result: Tensor = _Summed.apply(values)  # type: ignore[no-untyped-call]
@@ -251,8 +257,9 @@ class _Summed(torch.autograd.Function):
 
 
 def part_of(n: int) -> slice:
-    """Return the part of n rows that this process works on; the parts of all processes are one after the other. Fewer
-    rows than processes are not shared out."""
+    """Return the rows, of n, that this process works on. The parts of all processes follow one another. Fewer rows than
+    processes are not shared out.
+    """
     if n < _joined.count:
         return slice(0, n)
     ends = [n * r // _joined.count for r in range(_joined.count + 1)]
@@ -260,7 +267,7 @@ def part_of(n: int) -> slice:
 
 
 def whole_of(part: Tensor, n: int) -> Tensor:
-    """Return the n rows of which each process has its `part_of` them, on all processes. part: [rows, ...]."""
+    """Return all n rows in every process, where each has its `part_of` them. part: [rows, ...]."""
     if _joined.count == 1 or n < _joined.count:
         return part
     most = -(-n // _joined.count)
@@ -273,7 +280,7 @@ def whole_of(part: Tensor, n: int) -> Tensor:
 
 
 def check_same(what: str, digest: Callable[[], str]) -> None:
-    """Raise RuntimeError unless `digest`, of what is named, gives the same in all processes."""
+    """Raise RuntimeError unless `digest` returns the same in all processes. what: what it is a digest of."""
     if _joined.count == 1:
         return
     digests: list[Any] = [None] * _joined.count

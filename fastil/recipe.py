@@ -1,4 +1,4 @@
-"""The effective configuration of a run: each part's own dataclass, gathered under flat keys.
+"""The configuration of a run: each part's own dataclass, gathered under flat keys.
 
 `recipe_file` reads recipes, which are files of these keys.
 """
@@ -38,21 +38,21 @@ PARTS: dict[str, type] = {
     "train": TrainConfig,
 }
 
-# What says where and how fast, not what is trained: two runs that differ in these only are the same experiment.
+# Keys that say where and how fast, not what is trained: runs that differ only in these are the same experiment.
 RUNTIME_KEYS = {
     "data", "val", "verify", "image_column", "label_column", "max_pixels", "loader", "memory", "device", "compile",
     "checkpoint_every", "checkpoint_minutes", "track",
 }  # fmt: skip
-# What the machine or the source decides where it is left alone. A run keeps them, but is no other experiment by them:
-# whether images were left out is told by the data.
+# Keys that the machine or the source decides unless they are set. A run keeps them, but they do not make it another
+# experiment: the data says whether images were left out.
 INCIDENTAL_KEYS = {"precision", "bn", "on_corrupt"}
 
-LOCAL_BN = 32  # images with which a process's own batch statistics are as good as those of the whole batch
+LOCAL_BN = 32  # from that many images on, a process's batch statistics are as good as those of the whole batch
 
 Keys = dict[str, Any]
 
-# Beginnings of keys, the longer ones first, that are read with some values of other keys only: when, and what to set.
-# Each method says which of its keys are read.
+# Prefixes of keys, longer ones first, that are read only with some values of other keys: when, and what to set. Each
+# method says which of its own keys are read.
 READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
     "last_relu": (lambda k: ":" not in k["model"], "model=resnet32"),
     "size": (lambda k: k["dataset"] in ("folder", "imagenet"), "dataset=folder"),
@@ -74,7 +74,7 @@ READERS: dict[str, tuple[Callable[[Keys], bool], str]] = {
 
 @dataclass(frozen=True)
 class About:
-    """What a recipe says of itself; no keys of a run."""
+    """What a recipe says about itself. These are no keys of a run."""
 
     description: str = ""
     published: Annotated[float, Field(ge=0, le=100, description="a percentage")] | None = None
@@ -83,7 +83,7 @@ class About:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The effective configuration of a run."""
+    """The configuration of a run."""
 
     name: str
     description: str
@@ -101,13 +101,13 @@ class Recipe:
     evaluation: EvaluationConfig
     train: TrainConfig
     of_methods: Mapping[str, Any]  # the validated `Config` of each method, by the method
-    foreign: Mapping[str, Any]  # keys of a method whose code is not loaded
-    code: Mapping[str, Any]  # from outside, as far as it is loaded, by what `method` and `model` call it
+    foreign: Mapping[str, Any]  # keys of a method that is not loaded
+    code: Mapping[str, Any]  # code from outside, as far as it is loaded, by its name in `method` and `model`
     sources: Mapping[str, str | None]  # sha256 of the source of that code, by `method` and `model`
 
     @property
     def procedure(self) -> type[Method]:
-        """The class of the method. UserError where a run directory names code that this command does not."""
+        """The class of the method. Raises UserError for code that only a run directory names."""
         if self._procedure is None:
             raise UserError(
                 f"method={self.method.method}: code that a run directory names is not loaded; give method= here, too "
@@ -121,22 +121,22 @@ class Recipe:
 
     @property
     def predicts_by_method(self) -> bool:
-        """Whether the method makes scores of its own out of logits, as far as its code is known."""
+        """Whether the method computes its own scores from logits, as far as its code is known."""
         return self._procedure is not None and self._procedure.predict is not Method.predict
 
     def build_method(self, width: int, num_classes: int, device: torch.device) -> Method:
-        """The method of a run, for a network of this width."""
+        """Return the method of a run, for a network of this width."""
         make = partial(self.procedure, self.method, self.loss, width, device, self.of_methods, num_classes)
         return outside.imported(f"method={self.method.method}", make)
 
     def build_network(self, num_classes: int, seed: int) -> Network:
-        """The network of a run. UserError where a run directory names code that this command does not."""
+        """Return the network of a run. Raises UserError for code that only its run directory names."""
         maps = self._procedure is not None and self._procedure.reads_maps
         factory = self.code.get(self.model.model)
         return build_network(self.model, num_classes, seed, factory=factory, keeps_maps=maps)
 
     def build_protocol(self, num_classes: int, names: Sequence[str] | None = None) -> Protocol:
-        """The protocol of a run on a data set of so many classes. names: of the classes, by id, if they are known."""
+        """Return the protocol of a run on num_classes classes. names: the classes' names by id, if known."""
         return build_protocol(self.protocol, num_classes, names, self.train.seed)
 
     @property
@@ -146,30 +146,34 @@ class Recipe:
 
     @property
     def reserves(self) -> bool:
-        """Whether those are the same ones in every step, never trained on."""
+        """Whether those images are the same in every step, and never trained on."""
         return self.procedure.reserves(self.keys())
 
     def held_out(self, quota: int) -> int:
-        """How many of each class, of `quota` exemplars per class (2 or more): at least one, and never all of them."""
+        """Return how many images of each class are held out of `quota` exemplars (2 or more): at least one, never
+        all.
+        """
         meta = self.loss.loss == "meta_balanced"
         share = self.meta.meta_share if meta else self.procedure.held_out_share(self.keys())
         return min(quota - 1, max(1, round(share * quota)))
 
     def settled(self, device: torch.device, before: Precision | None = None) -> "Recipe":
-        """The recipe with the precision that `precision=auto` means on this device, or in a run that has begun.
+        """Return the recipe with what `precision=auto` means on this device, or in a run that has begun.
 
-        before: the precision that its run directory holds; a run keeps it wherever it is resumed.
+        before: the precision in its run directory; a run keeps it wherever it is resumed.
         """
         precision = self.train.precision
         if before is None:
             return self.in_precision(settle_precision(precision, device))
-        # One that was asked for and differs is refused with the other settings that changed.
+        # A different precision that was asked for is refused with the other changed settings.
         return self.in_precision(before) if precision == "auto" else self
 
     def shared_by(self, processes: int, before: "Recipe | None" = None) -> "Recipe":
-        """The recipe with what `bn=auto` means for so many processes, or in a run that has begun: `before`. One process
-        has whole batches, and a run that it began keeps to them, but for layers from outside. Raises UserError for
-        batches that are too small to be shared out."""
+        """Return the recipe with what `bn=auto` means for this many processes, or in a run that has begun (`before`).
+
+        A single process has whole batches, and a run that it began keeps to them, except for layers from outside.
+        Raises UserError for batches that are too small to be shared out.
+        """
         batch = self.train.batch_size
         if batch < 2 * processes and processes > 1:
             raise UserError(
@@ -186,33 +190,33 @@ class Recipe:
 
     @property
     def precision(self) -> Precision:
-        """What a run of this recipe computes in: of one that is settled, or was read from a run directory."""
+        """The precision of a recipe that is settled or was read from a run directory."""
         assert self.train.precision != "auto"
         return self.train.precision
 
     def in_precision(self, precision: Precision) -> "Recipe":
-        """The recipe, trained in this precision."""
+        """Return the recipe in this precision."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, precision=precision))
 
     def read_by(self, loader: str) -> "Recipe":
-        """The recipe, its images read by this loader, which `loader=auto` has become."""
+        """Return the recipe with this loader, which `loader=auto` was resolved to."""
         return dataclasses.replace(self, data=dataclasses.replace(self.data, loader=loader))
 
     def keys(self) -> dict[str, Any]:
-        """Every key with its value, flat."""
+        """Return every key with its value, flat."""
         parts = [getattr(self, part) for part in PARTS] + list(self.of_methods.values())
         return {key: value for part in parts for key, value in values_of(part).items()} | dict(self.foreign)
 
     def identity(self, *, seed: bool = True) -> dict[str, Any]:
-        """The keys that decide what is trained; None for those that nothing reads with the others as they are."""
+        """Return the keys that decide what is trained; None for those that nothing reads, given the others."""
         ignored = RUNTIME_KEYS if seed else RUNTIME_KEYS | {"seed"}
         keys = {key: value for key, value in self.keys().items() if key not in ignored}
-        keys |= {"bn": "sync"} if keys["bn"] == "auto" else {}  # as one process has it
+        keys |= {"bn": "sync"} if keys["bn"] == "auto" else {}  # what one process does
         code = {f"code of {key}": value[:12] for key, value in self.sources.items() if value is not None}
         return {key: None if self.reader(key) else value for key, value in keys.items()} | code
 
     def reader(self, key: str) -> str | None:
-        """A setting that would make this recipe read the key, where it does not."""
+        """Return a setting that would make this recipe read the key; None if it reads it."""
         owner = next((name for name, config in self.of_methods.items() if key in values_of(config)), None)
         if owner is not None or key == "temperature":
             if self._read_by_method is None or key in self._read_by_method:
@@ -225,14 +229,13 @@ class Recipe:
 
     @cached_property
     def _read_by_method(self) -> set[str] | None:
-        """None: not known, because its code is not loaded."""
+        """The keys that the method reads. None: not known, because its code is not loaded."""
         return None if self._procedure is None else self._procedure.reads(self.keys())
 
     def differences(self, before: "Recipe") -> dict[str, Any]:
-        """The settings that differ from those of another recipe, but for the seed, the runtime keys and the incidental
-        ones."""
+        """Return the settings that differ from another recipe's, without seed, runtime keys and incidental ones."""
         ours, theirs, written = self.identity(seed=False), before.identity(seed=False), before.keys()
-        # A key may only be read, or not be read any more, because of another one that was changed.
+        # Whether a key is read may depend on another key that was changed.
         return {
             key: value
             for key, value in self.keys().items()
@@ -240,7 +243,7 @@ class Recipe:
         }
 
     def dump(self) -> str:
-        """The recipe as YAML, every default filled in."""
+        """Return the recipe as YAML, with every default filled in."""
         head = {
             "recipe": self.name,
             "description": self.description,
@@ -252,11 +255,11 @@ class Recipe:
 
 
 def values_of(part: Any) -> dict[str, Any]:
-    """The keys of a part, with their values."""
+    """Return the keys of a part with their values."""
     return {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
 
 
 def method_of(name: str, code: Mapping[str, Any]) -> type[Method] | None:
-    """The class of a method. None: it comes from outside and is not loaded."""
+    """Return the class of a method. None: it comes from outside and is not loaded."""
     method: type[Method] | None = code.get(name, METHODS.get(name))
     return method

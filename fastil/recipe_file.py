@@ -1,8 +1,8 @@
 """Recipe files, and the recipe.yaml of a run directory.
 
 A recipe is a YAML file of keys with a `base:` parent, `description`, `published` (average incremental accuracy in
-percent) and `fidelity`. Every key of every part is set at the top level, in the file or as KEY=VALUE. Those that train
-from scratch have no file: recipes/protocols.yaml makes them of others.
+percent) and `fidelity`. Every key of every part is set at the top level, in the file or as KEY=VALUE. Recipes that
+train from scratch have no file: recipes/protocols.yaml derives them from others.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ MEMORY_KEYS = ("exemplars_per_class", "memory_budget")
 
 
 def names() -> list[str]:
-    """Recipes that come with fastil."""
+    """Return the recipes that come with fastil."""
     return sorted([*file_names(), *in_protocols()])
 
 
 @cache
 def file_names() -> list[str]:
-    """Those of them that have a file."""
+    """Return the recipes that have a file."""
     files = resources.files("fastil.recipes").iterdir()
     found = [f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")]
     return sorted(set(found) - {"tables", "protocols"})
@@ -45,13 +45,13 @@ def file_names() -> list[str]:
 
 @cache
 def protocols() -> Keys:
-    """The content of protocols.yaml."""
+    """Return the content of protocols.yaml."""
     return settings.parse_mapping(resources.files("fastil.recipes").joinpath("protocols.yaml").read_text(), "protocols")
 
 
 @cache
 def in_protocols() -> dict[str, tuple[str, str]]:
-    """The recipe and the protocol that each recipe without a file is made of, by its name."""
+    """Return, for each recipe without a file, the recipe and the protocol that it is made of."""
     parents = [name for name in file_names() if name.partition("_")[0] in protocols()["datasets"]]
     return {
         f"{name.removesuffix('_5')}_{protocol}": (name, protocol)
@@ -63,25 +63,26 @@ def in_protocols() -> dict[str, tuple[str, str]]:
 
 
 def published_elsewhere(name: str) -> str | None:
-    """The average incremental accuracy that others published of a recipe without a file, percent, as text."""
+    """Return the average incremental accuracy that others published for a recipe without a file, as text, percent."""
     found: str | None = protocols()["elsewhere"].get(name)
     return found
 
 
 def shipped(name: str) -> Recipe | None:
-    """The recipe of this name that comes with fastil. A name out of a run directory may be anything, also the path of a
-    file that names code: that is not read."""
+    """Return the recipe of this name that comes with fastil. A name from a run directory may be anything, even the path
+    of a file that names code; that is not read.
+    """
     return load(name) if name in names() else None
 
 
 def differences(recipe: Recipe) -> dict[str, Any] | None:
-    """The settings in which a recipe differs from fastil's own of this name. None: no such recipe comes with it."""
+    """Return the settings in which a recipe differs from fastil's own of this name. None: fastil has no such recipe."""
     before = shipped(recipe.name)
     return None if before is None else recipe.differences(before)
 
 
 def run_named(name: str) -> Path | None:
-    """The run directory that stands in the place of a recipe: by its path, or by that of its recipe.yaml."""
+    """Return the run directory that is given in place of a recipe: by its path, or by that of its recipe.yaml."""
     path = Path(name)
     try:
         folder = path if name and path.is_dir() else path.parent if path.name == EFFECTIVE else None
@@ -93,16 +94,19 @@ def run_named(name: str) -> Path | None:
 
 
 def load(name: str, overrides: Iterable[str] | Keys = (), **paths: str | None) -> Recipe:
-    """A recipe by name, by the path of a YAML file, or by a run directory, with KEY=VALUE overrides, or a dictionary of
-    them; paths: the keys `data` and `val`. What `method` and `model` name outside the package is imported, unless only
-    a run directory names it; a dictionary may hold the class and the function themselves."""
+    """Return a recipe by its name, the path of a YAML file, or a run directory, with KEY=VALUE overrides or a
+    dictionary of them.
+
+    paths: the keys `data` and `val`. What `method` and `model` name outside the package is imported, unless only a run
+    directory names it. A dictionary may hold the class and the function themselves.
+    """
     if isinstance(overrides, dict):
         given = {key: settings.from_python(value) for key, value in overrides.items()}
     else:
         given = dict(map(settings.parse_override, overrides))
     run = run_named(name)
     stem, values = Path(name).stem, _read(name) if run is None else {}
-    if run is not None or "recipe" in values:  # only the recipe.yaml of a run, or a copy of it, says what it is of
+    if run is not None or "recipe" in values:  # only a run's recipe.yaml, or a copy of it, has this key
         stem, values = _of_run(Path(name) if run is None else run / EFFECTIVE, given)
     values |= given | {key: path for key, path in paths.items() if path is not None}
     method = values.get("method", MethodConfig.method)
@@ -131,9 +135,11 @@ def load(name: str, overrides: Iterable[str] | Keys = (), **paths: str | None) -
 
 
 def read_effective(path: Path, code: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe.yaml of a run directory. code: from outside, for what the recipe calls it; nothing is imported."""
+    """Return the recipe in the recipe.yaml of a run directory. code: code from outside, by its name in the recipe;
+    nothing is imported.
+    """
     name, values, sources = _effective(path)
-    with contextlib.suppress(UserError):  # it must stay readable without what is broken
+    with contextlib.suppress(UserError):  # the run must stay readable even if that code is broken
         installed(str(values.get("method")))
     try:
         return _build(name, values, code or {}, sources)
@@ -142,7 +148,7 @@ def read_effective(path: Path, code: Mapping[str, Any] | None = None) -> Recipe:
 
 
 def _effective(path: Path) -> tuple[str, Keys, dict[str, str]]:
-    """The name, the keys and the hashes of code that a recipe.yaml holds."""
+    """Return the name, the keys and the hashes of code in a recipe.yaml."""
     try:
         text = _file_text(path)
         values = settings.parse_mapping(text, path.name)
@@ -156,17 +162,18 @@ def _effective(path: Path) -> tuple[str, Keys, dict[str, str]]:
     missing = [key for key in ("precision", "device", "checkpoint_every") if key not in values]
     if missing or not text.endswith("\n"):  # defaults must not fill it up
         raise _damaged(path, f"cut off{f', no key {missing[0]}' if missing else ''}")
-    if values["precision"] == "auto":  # older ones, from before it was settled when a run starts
+    if values["precision"] == "auto":  # older runs, from before a run settled it at its start
         values["precision"] = _older_auto(path.parent, str(values["device"]))
     sources = {key: values.pop(f"{key}_source", None) for key in ("method", "model")}
     return name, values, {key: str(value) for key, value in sources.items() if value is not None}
 
 
 def _of_run(path: Path, given: Keys) -> tuple[str, Keys]:
-    """The name and the keys of a run that is trained again, or goes on. Raises UserError for code that it names and
-    the command does not: it would be imported."""
+    """Return the name and the keys of a run that is trained again or resumed. Raises UserError for code that it names
+    and the command does not, because it would be imported.
+    """
     name, values, _ = _effective(path)
-    if name != Path(name).name or not name.isprintable():  # a folder is called so
+    if name != Path(name).name or not name.isprintable():  # it names a folder
         raise _damaged(path, "recipe: no name of a recipe")
     method, model = (str(values.get(key)) for key in ("method", "model"))
     for key, value, unknown in (("method", method, ":" in method), ("model", model, ":" in model)):
@@ -183,8 +190,9 @@ def _damaged(path: Path, reason: str) -> Damaged:
 
 
 def _older_auto(run: Path, device: str) -> Precision:
-    """What precision=auto meant before it was stored: bf16 on CUDA. Where device=auto took a run, its timings.json
-    tells once a step is done."""
+    """Return what precision=auto meant before it was stored: bf16 on CUDA. For device=auto, timings.json tells the
+    device once a step is done.
+    """
     if device != "auto":
         return "bf16" if device.startswith("cuda") else "fp32"
     try:
@@ -195,7 +203,7 @@ def _older_auto(run: Path, device: str) -> Precision:
 
 
 def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The keys of a recipe file over those of its parents."""
+    """Return the keys of a recipe file on top of its parents' keys."""
     if name in children:
         raise UserError(f"{name}: is its own parent; change a base")
     if len(children) > DEEPEST:
@@ -204,18 +212,18 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     values = settings.parse_mapping(_text_of(name), name) if made_of is None else _in_protocol(*made_of)
     for key, kinds in (("base", (".yaml", ".yml")), ("method", (".py",)), ("model", (".py",))):
         place, colon, attribute = str(values.get(key)).partition(":")
-        if place.endswith(kinds) and name not in names():  # a path, from the folder of this file
+        if place.endswith(kinds) and name not in names():  # a path, relative to the folder of this file
             values[key] = f"{Path(name).parent / place}{colon}{attribute}"
     parent = values.pop("base", None)
     if parent is None:
         return values
-    # What was published belongs to the very recipe that says so, not to those that derive from it.
+    # A published number belongs to the recipe that states it, not to those that derive from it.
     parent = str(parent)
     return {key: value for key, value in _read(parent, (*children, name)).items() if key != "published"} | values
 
 
 def _in_protocol(parent: str, protocol: str) -> Keys:
-    """The keys of a recipe without a file: what sets it apart from the recipe whose method it has."""
+    """Return the keys that a recipe without a file sets on top of the recipe whose method it has."""
     of_parent, found = _read(parent), protocols()["protocols"][protocol]
     dataset, _, method = of_parent["description"].partition(", ")
     own: Keys = found["settings"] | protocols()["datasets"][parent.partition("_")[0]]
@@ -230,7 +238,7 @@ def _in_protocol(parent: str, protocol: str) -> Keys:
 
 
 def _text_of(name: str) -> str:
-    """The file of a recipe that comes with fastil, or of the user's own."""
+    """Return the text of a recipe file, fastil's or the user's own."""
     if name in file_names():
         return resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
     if not name.endswith((".yaml", ".yml")):
@@ -249,15 +257,15 @@ def _text_of(name: str) -> str:
 
 
 def _file_text(path: Path) -> str:
-    """As much of a text file as a recipe may be long."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+    """Return the beginning of a text file, as long as a recipe may be."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise OSError(None, "not a file")
     with open(path, encoding="utf-8-sig") as file:
         return file.read(settings.MOST_TEXT + 1)
 
 
 def _parts_of(configs: Mapping[str, type]) -> dict[str, str]:
-    """The part that each key belongs to. UserError where a method from outside has a key that is taken."""
+    """Return the part that each key belongs to. Raises UserError if a method from outside has a key that is taken."""
     heads = ("recipe", "description", "published", "fidelity", "base", "method_source", "model_source")
     parts = dict.fromkeys(heads, "")
     for part, config in configs.items():
@@ -274,7 +282,7 @@ def _known(key: str, keys: Mapping[str, str]) -> str:
 
 
 def _build(name: str, values: Keys, code: Mapping[str, Any], sources: Mapping[str, str | None]) -> Recipe:
-    """code: what of it is loaded; without the method's, unknown keys may be its own."""
+    """Return the recipe. code: what is loaded of it; without the method's code, unknown keys may be its own."""
     about = settings.build(About, {key: values.pop(key) for key in values_of(About()) if key in values})
     method = str(values.get("method", MethodConfig.method))
     procedure = method_of(method, code)

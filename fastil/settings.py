@@ -1,8 +1,8 @@
 """Settings as text and as values: the parser of KEY=VALUE and recipe files, and the check of a value against its key.
 
 The text is YAML without its surprises. A plain word is null, true, false, a decimal number, or else text: `yes`,
-`1_000`, `0o7`, `007`, `12:30:45` and `2020-01-01` are text, which a key that wants a number refuses. Tags, anchors, a
-key given twice, and what is too long or nested too deep are refused.
+`1_000`, `0o7`, `007`, `12:30:45` and `2020-01-01` are text, and a key that wants a number refuses text. Tags, anchors,
+a key given twice, and text that is too long or nested too deep are refused.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from pydantic.fields import FieldInfo
 
 from fastil.errors import UserError
 
-MOST_TEXT = 2**18  # characters of a value or a recipe: parsed in seconds
+MOST_TEXT = 2**18  # characters of a value or a recipe, which parse in seconds
 MOST_DEPTH = 8  # of lists in lists
 MOST_DIGITS = 18  # of an integer, so that 64 bits hold it
-FLOAT32 = (1.17549435e-38, 3.4028234e38)  # smallest and largest magnitude, above 0, that training computes with
+FLOAT32 = (1.17549435e-38, 3.4028234e38)  # smallest and largest positive magnitude that training computes with
 MOST_SHOWN = 200  # characters of a value in a message
 
 WORDS = {
@@ -43,20 +43,20 @@ C = TypeVar("C")
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What YAML allows and settings do not."""
+    """Something that YAML allows and settings do not."""
 
     def __init__(self, problem: str, place: Any = None) -> None:
         super().__init__(None, None, problem, getattr(place, "start_mark", None))
 
 
 class _Parser(yaml.SafeLoader):
-    """Composes nodes; the values of scalars are made here and not by YAML 1.1's rules."""
+    """Composes nodes. The values of scalars are made here, not by YAML 1.1's rules."""
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "anchor", None) is not None:  # an alias has one, too
+        if getattr(event, "anchor", None) is not None:  # an alias has one too
             raise _Refused("anchors and aliases (& and *) are not read; write the value out or quote it", event)
         if getattr(event, "tag", None) is not None:
             raise _Refused("tags (!) are not read; leave the tag out or quote the value", event)
@@ -69,15 +69,16 @@ class _Parser(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what would be read as a number here or by YAML 1.1."""
+    """Quotes text that would be read as a number, here or by YAML 1.1."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"{NUMBER.pattern}$"), list("-+.0123456789"))
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """The key and the value of KEY=VALUE. Raises UserError for what is not written so, or not as YAML; also where YAML
-    would read a part of the text only, such as what precedes a comment."""
+    """Return the key and the value of KEY=VALUE. Raises UserError for anything that is not written so or is no YAML,
+    and if YAML would read only a part of the text, such as what precedes a comment.
+    """
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise UserError(f"{shown(override)}: settings are written KEY=VALUE")
@@ -94,19 +95,20 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 
 def split_values(text: str) -> list[str]:
-    """The texts of the values that stand in A,B,C: commas inside brackets and quotes are their own. What is no such
-    list is one value."""
+    """Return the texts of the values in A,B,C; commas inside brackets and quotes do not separate. A text that is not
+    such a list is one value.
+    """
     try:
         found = _composed(f"[{text}]").value
     except (yaml.YAMLError, AttributeError):
         return [text]
     places = [(node.start_mark.index - 1, node.end_mark.index - 1) for node in found]
-    whole = places and not text[places[-1][1] :].strip()  # a last comma would be lost, and what stands behind a bracket
+    whole = places and not text[places[-1][1] :].strip()  # else a last comma or text behind a bracket would be lost
     return [text[begin:end] for begin, end in places] if whole else [text]
 
 
 def parse_mapping(text: str, where: str) -> dict[str, Any]:
-    """The keys and values of a recipe file. Raises UserError, with the line, for what is no YAML and no mapping."""
+    """Return the keys and values of a recipe file. Raises UserError, with the line, if it is no YAML or no mapping."""
     try:
         node = _composed(text)
         if isinstance(node, yaml.MappingNode):
@@ -118,7 +120,7 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def dump(values: Mapping[str, Any]) -> str:
-    """The text that `parse_mapping` reads these values from. Raises yaml.YAMLError for what has no such form."""
+    """Return text that `parse_mapping` reads as these values. Raises yaml.YAMLError if there is none."""
     text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
     return text
 
@@ -160,7 +162,7 @@ def _value(node: Any) -> Any:
 
 
 def _problem(error: Exception, fix: str = "") -> str:
-    """What is wrong with a text. fix: of what is no YAML at all."""
+    """Return what is wrong with a text. fix: the advice for a text that is no YAML at all."""
     mark = getattr(error, "problem_mark", None)
     place = f"line {mark.line + 1}, " if mark is not None and mark.line else ""
     said = " ".join(str(getattr(error, "problem", None) or error).split())
@@ -168,26 +170,27 @@ def _problem(error: Exception, fix: str = "") -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: not long, and as JSON where it is no text."""
+    """Return a value for a message: shortened, and as JSON if it is not text."""
     text = value if isinstance(value, str) else json.dumps(value, default=repr)
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
 
 
 def from_python(value: Any) -> Any:
-    """A value as a text would have it: numbers and arrays of numpy, and paths, become Python's own and text."""
+    """Return a value as text would give it: numpy's numbers and arrays become Python's, paths become text."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def listed(value: Any) -> Any:
-    """A list that was written as text, with commas; any other value as it is."""
+    """Split a list that was written as text with commas; return any other value as it is."""
     return value.split(",") if isinstance(value, str) else value
 
 
 def build(config: type[C], values: Mapping[str, Any]) -> C:
-    """A dataclass of settings, each value checked against the type of its field: no text is taken for a number, no
-    number for a truth value. Raises UserError, in one line with the key, the value and what is allowed."""
+    """Return a dataclass of settings, each value checked against the type of its field: text is never taken for a
+    number, nor a number for a truth value. Raises UserError, one line with the key, the value and what is allowed.
+    """
     kind: Any = config
     adapters, given = _adapters(kind), {}
     for field in dataclasses.fields(kind):
@@ -200,13 +203,13 @@ def build(config: type[C], values: Mapping[str, Any]) -> C:
         return config(**given)
     except UserError:
         raise
-    except (ValueError, AssertionError) as error:  # of a method from outside
+    except (ValueError, AssertionError) as error:  # raised by a method from outside
         raise UserError(f"{config.__name__}: {' '.join(str(error).split())}") from None
 
 
 @cache
 def _adapters(config: type) -> dict[str, tuple[pydantic.TypeAdapter[Any], str]]:
-    """By key: what checks its values, and what it allows in words."""
+    """Return, by key, what checks its values, and in words what it allows."""
     hints = typing.get_type_hints(config, include_extras=True)
     keys = [field.name for field in dataclasses.fields(config)]
     return {key: (pydantic.TypeAdapter(hints[key]), allowed(hints[key])) for key in keys}
@@ -216,13 +219,13 @@ def _checked(key: str, value: Any, adapter: pydantic.TypeAdapter[Any], words: st
     try:
         found = adapter.validate_python(value, strict=True)
     except pydantic.ValidationError:
-        try:  # as JSON a list may be a tuple and text the path or the choice that it names
+        try:  # read as JSON, a list may become a tuple, and text the path or the choice that it names
             found = adapter.validate_json(json.dumps(value), strict=True)
         except (pydantic.ValidationError, TypeError, ValueError):
             scalar = isinstance(value, bool | int | float)
             quote = f"; as text it is quoted: \"{key}='{shown(value)}'\"" if scalar and "text" in words else ""
             raise UserError(f"{key}={shown(value)}: must be {words}{quote}{_several(key, value, adapter)}") from None
-    if isinstance(found, bool) and not isinstance(value, bool):  # 1 equals True, and so the choices of a Literal
+    if isinstance(found, bool) and not isinstance(value, bool):  # 1 equals True, also among the choices of a Literal
         raise UserError(f"{key}={shown(value)}: must be {words}")
     for part in found if isinstance(found, list | tuple) else [found]:
         problem = _no_number(part)
@@ -232,7 +235,7 @@ def _checked(key: str, value: Any, adapter: pydantic.TypeAdapter[Any], words: st
 
 
 def _several(key: str, value: Any, adapter: pydantic.TypeAdapter[Any]) -> str:
-    """What to do with several values where one is allowed, or nothing."""
+    """Return what to do about several values where one is allowed, or nothing."""
     parts = value if isinstance(value, list) else split_values(value) if isinstance(value, str) else []
     try:
         for part in parts:
@@ -247,7 +250,7 @@ def _several(key: str, value: Any, adapter: pydantic.TypeAdapter[Any]) -> str:
 
 
 def _no_number(part: Any) -> str | None:
-    """What keeps a number from being used at all."""
+    """Return what makes a number unusable, if anything."""
     if isinstance(part, float) and part and not FLOAT32[0] <= abs(part) <= FLOAT32[1]:
         return f"training computes in float32, which holds numbers from {FLOAT32[0]:.2g} to {FLOAT32[1]:.2g}, and 0"
     if isinstance(part, int) and abs(part) >= 10**MOST_DIGITS:
@@ -256,7 +259,7 @@ def _no_number(part: Any) -> str | None:
 
 
 def allowed(hint: Any) -> str:
-    """What a type allows, in words: "an integer above 0 or null"."""
+    """Return what a type allows, in words: "an integer above 0 or null"."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _annotated(*parts)

@@ -1,5 +1,6 @@
-"""The hot paths of fastil, one file each: the plain form, which defines the result and runs on the CPU, and the
-registration with torch. The Triton forms are in `jit/` and load on first use on a GPU."""
+"""fastil's kernels, one file each: the plain form, which defines the result and runs on the CPU, and the registration
+with torch. The Triton forms are in `jit/` and load on first use on a GPU.
+"""
 
 from fastil.kernels.alpha_hypergradient import alpha_hypergradient
 from fastil.kernels.augment import augment

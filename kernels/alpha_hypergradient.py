@@ -2,7 +2,8 @@
 
 With theta* = theta - lr dL/dtheta and v = dL_val/dtheta* the chain rule gives dL_val/dalpha as -lr <v, d(dL/dtheta)/
 dalpha>. Since alpha enters the loss only together with the logits, that is -lr times the contraction below of u = J v,
-the derivative of the training batch's logits along v: one forward-mode pass, exact, at the memory of an ordinary step.
+the derivative of the training batch's logits along v. It takes one forward-mode pass, is exact, and needs the memory of
+an ordinary step.
 """
 
 import torch
@@ -26,17 +27,18 @@ def alpha_hypergradient(
     num_seen: int | Tensor,
     ce_weight: float | Tensor,
 ) -> Tensor:
-    """Return the derivative of <tangent, dL/dlogits> in log alpha, float32 [W], L the weighted balanced cross-entropy.
+    """Return the derivative of <tangent, dL/dlogits> in log alpha, float32 [W], where L is the weighted balanced
+    cross-entropy.
 
     logits: [B, W] of the training batch at theta; tangent: [B, W], their derivative along v (float32, bfloat16 or
     float16; computed in float32). target: int [B], -1 or -100 for rows without cross-entropy; any other label that is
     not one of the num_seen classes makes the result NaN. log_prior: [W], with log alpha in it (eq. 5). Counts and
     ce_weight (1 - rho in eq. 1) are numbers or 0-d tensors.
 
-    The result is ce_weight / B * sum over rows of q_k (u_k - <q, u>), q = softmax(z + log prior), for old
-    classes, and 0 for the others. With one alpha for all old classes dL_val/dalpha = -lr * result.sum() / alpha, with
-    one per class -lr * result / alpha. Momentum does not enter (theta* is a plain step). It has no derivative: an
-    argument that requires a gradient raises RuntimeError.
+    The result is ce_weight / B * sum over rows of q_k (u_k - <q, u>), q = softmax(z + log prior), for old classes, and
+    0 for the others. With one alpha for all old classes dL_val/dalpha = -lr * result.sum() / alpha, with one per class
+    -lr * result / alpha. Momentum does not enter (theta* is a plain step). It has no derivative: an argument that
+    requires a gradient raises RuntimeError.
     """
     check_loss_arguments(logits, target, log_prior, tangent, num_old, num_seen, second="tangent")
     check_scalar("ce_weight", ce_weight)

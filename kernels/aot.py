@@ -62,8 +62,9 @@ class Target:
 
 @contextmanager
 def only_compiling(arch: int) -> Iterator[list[Any]]:
-    """Make the launches of fastil.kernels.jit compile for an architecture, while inside, and append what they compile
-    to the list."""
+    """Make launches of fastil.kernels.jit only compile, for an architecture, inside the block. Yields the list of
+    compiled kernels, to which each launch appends.
+    """
     import triton
 
     from fastil.kernels.jit import launching
@@ -126,14 +127,14 @@ def figures(kernel: Any) -> Figures:
 
 STATEMENT = re.compile(r"(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+(.*)")
 ACCESS = re.compile(r"(ld|st|atom|red)\.(?:[\w:]+\.)*?global\.(?:[\w:]+\.)*?(?:v(\d)\.)?[a-z]+(\d+)(?:x(\d))?$")
-REGISTER = re.compile(r"%[a-z]+\d*")  # of %tid.x it is %tid
+REGISTER = re.compile(r"%[a-z]+\d*")  # matches %tid of %tid.x
 
 
 def access_widths(ptx: str, arguments: list[tuple[str, str]]) -> tuple[dict[str, int], dict[str, int]]:
     """Return the bytes that a thread moves at once: the least over all loads, and over all stores, by argument.
 
-    arguments: name and Triton type ("*bf16", "i32") of those that specialisation left, which are the first parameters
-    of the PTX. An address is followed back through the arithmetic that made it to the pointers it came from. Where a
+    arguments: name and Triton type ("*bf16", "i32") of those left after specialisation, which are the first parameters
+    of the PTX. An address is followed back, through the arithmetic that made it, to the pointers it came from. If a
     kernel reads tiles of a matrix and also one value per program (the target's logit, at the same address in all
     lanes), only the tiles count. Raises RuntimeError if parameters and arguments do not match.
     """
@@ -142,7 +143,7 @@ def access_widths(ptx: str, arguments: list[tuple[str, str]]) -> tuple[dict[str,
     if is_pointer != [kind.startswith("*") for _, kind in arguments]:
         raise RuntimeError(f"these arguments are not the parameters of the PTX: {arguments}")
     values: dict[str, set[str]] = defaultdict(set)  # by register: registers and parameters that its value depends on
-    origins: dict[str, set[str]] = defaultdict(set)  # the same, but neither conditions nor what leads to a load
+    origins: dict[str, set[str]] = defaultdict(set)  # the same, without conditions and what leads to a load
     accesses: list[tuple[str, int, str]] = []
     for text in re.split(r"[;\n]", re.sub(r"//.*", "", ptx)):
         statement = STATEMENT.match(text.strip())
@@ -285,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not names:
         raise UserError(f"--only {given.only}: none of the {len(CASES)} cases is called so; {CASES[0].name} is one")
     jobs = [(name, arch) for arch in ARCHITECTURES if not given.arch or str(arch) in given.arch for name in names]
-    if len(jobs) < 8:  # a worker takes seconds to import torch and Triton
+    if len(jobs) < 8:  # a worker needs seconds to import torch and Triton
         measured = list(map(_measure, jobs))
     else:
         with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
@@ -300,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.check:
         show(results)
     if given.update:
-        kept = {case.name for case in CASES} - set(names)  # cases that are gone leave the table
+        kept = {case.name for case in CASES} - set(names)  # cases that no longer exist leave the table
         for sm, binaries in results.items():
             before = table.setdefault(version, {}).get(sm, {})
             rest = {name: old for name, old in before.items() if name.split(" #")[0] in kept}

@@ -30,10 +30,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """A launch, and what is asked of its binaries on top of the limits for all.
+    """A launch, and the limits on its binaries in addition to the general ones.
 
     call: builds tensors and calls a launcher. matrices: arguments of the kernel that must be read and written in wide
-    pieces. tile: constants of the kernel whose product is the number of elements that a program holds of each of them.
+    pieces. tile: constants of the kernel whose product is the number of elements of each matrix that a program holds.
     max_registers, max_barriers: None for no limit.
     """
 
@@ -45,9 +45,9 @@ class Case:
     max_barriers: int | None = None
 
     def violations(self, kernel: Any, measured: dict[str, Any]) -> Iterator[str]:
-        """Return the limits that a compiled kernel of this case violates, given its figures."""
+        """Yield the limits that a compiled kernel of this case violates, given its figures."""
         for figure in ("stack", "spill_stores", "spill_loads"):
-            # A spilled register goes through the memory whose traffic these kernels are there to save.
+            # A spilled register goes through memory, and these kernels exist to save memory traffic.
             if measured[figure]:
                 yield f"{figure} {measured[figure]}, must be 0"
         for figure, limit in (("registers", self.max_registers), ("barriers", self.max_barriers)):
@@ -72,8 +72,8 @@ class Case:
 
 def loss(variant: str, precision: str, width: int) -> Case:
     """Return the case of a step's loss. Variants: the training form without and with a teacher ("plain", "teacher"),
-    with counts and weights on the device ("device"), the autograd form ("value"), LUCIR's combination, and all that the
-    width allows.
+    with counts and weights on the device ("device"), the autograd form ("value"), LUCIR's combination ("lucir"), and
+    everything that the width allows ("all").
     """
     flags = variant == "all"
     cosines = variant in ("all", "lucir") and width <= WIDEST_COSINES
@@ -109,7 +109,7 @@ def loss(variant: str, precision: str, width: int) -> Case:
         f"incremental_loss {variant} {precision} {width}",
         call,
         matrices=("LOGITS", "TEACHER", "DX"),
-        # A row is one warp: the more registers it takes, the fewer rows hide each other's waits.
+        # A row is one warp. The more registers it takes, the fewer rows are there to hide each other's waits.
         max_registers=96 if width <= 128 else None,
         # Two rounds over the lanes are five barriers each. Margin ranking ("lucir", "all") adds one round per rival, so
         # these variants are exempt.
@@ -141,21 +141,21 @@ def augment_case(precision: str, source: int, size: int) -> Case:
 
 
 def crop_resize_case(size: int, held: int = 1_000_000) -> Case:
-    """Return a case of the frames of `held` bytes of images. They are read and written byte by byte: boxes begin
-    anywhere, and a pixel has three."""
+    """Return a case of the frames from `held` bytes of images. They are read and written byte by byte, because boxes
+    begin anywhere and a pixel has three bytes.
+    """
 
     def call() -> None:
         table = torch.empty(BATCH, COLUMNS, dtype=torch.int64)
         frames = torch.empty(BATCH, size, size, 3, dtype=torch.uint8)
         crop_resize(torch.empty(held, dtype=torch.uint8), table, frames)
 
-    # Eight programs of four warps and more on a multiprocessor: they hide each other's waits for bytes.
+    # Room for eight programs of four warps or more per multiprocessor, which hide each other's waits for bytes.
     return Case(f"crop_resize {size}x{size}{' of 2 GiB' * (held >= 2**31)}", call, max_registers=64)
 
 
 def herd_case(images: int) -> Case:
-    """Return a case of herding. Loads are one number wide: Gram matrices are as wide as the largest class, not
-    padded."""
+    """Return a case of herding. Loads are one number wide: Gram matrices are as wide as the largest class, unpadded."""
 
     def call() -> object:
         counts = torch.empty(10, dtype=torch.int64)
@@ -221,7 +221,7 @@ CASES = [
     *(augment_case(dtype, 32, 32) for dtype in DTYPES),
     augment_case("bf16", 256, 224),
     crop_resize_case(224),
-    crop_resize_case(224, 2**31),  # places do not fit 32 bits
+    crop_resize_case(224, 2**31),  # positions do not fit into 32 bits
     *(herd_case(images) for images in (500, 1_300, LARGEST)),
     *(less_forget_case(dtype, width) for dtype in DTYPES for width in (64, 512, WIDEST)),
     *(pod_spatial_case("bf16", *shape) for shape in (*CIFAR_MAPS, *IMAGENET_MAPS)),

@@ -1,7 +1,7 @@
 """Gather, crop, flip, normalise and lay out channels-last, straight from a resident uint8 data set.
 
-On CUDA one launch, which reads each wanted byte once and writes the batch in the precision it is trained in. On a CPU a
-few images at a time, so that their bytes and floats stay in its caches.
+On CUDA it is one launch, which reads each needed byte once and writes the batch in the precision of training. On a CPU
+it works on a few images at a time, so that their bytes and floats stay in the caches.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fastil.kernels.registration import jitted, register
 from fastil.losses import check_integer, check_scalar, differentiable_in
 
 CACHED = 200_000  # values; 0.8 MB as float32
-SMALL = 256  # pixels of a frame; below, a loop over images costs more than the formula
+SMALL = 256  # pixels of a frame; for fewer, a loop over images costs more than the formula
 
 
 @differentiable_in()
@@ -82,12 +82,12 @@ def plain(
     columns = boxes[:, 1, None].long() + torch.where(flips[:, None], out_width - 1 - across, across)  # [B, W]
     row_inside = (rows >= 0) & (rows < height)
     column_inside = (columns >= 0) & (columns < width)
-    # One flat gather of whole pixels; a pixel outside reads a valid address and is blackened afterwards.
+    # One flat gather of whole pixels. A pixel outside the image reads a valid address and is blackened afterwards.
     line = ids[:, None] * height + rows.clamp(0, height - 1)
     flat = line[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
     pixels = images.view(count * height * width, channels)[flat.reshape(-1)].view(-1, out_height, out_width, channels)
     pixels *= (row_inside[:, :, None] & column_inside[:, None, :])[..., None]
-    full = torch.full((), 255.0, device=device)  # by a tensor: CUDA turns division by a number into a multiplication
+    full = torch.full((), 255.0, device=device)  # CUDA turns division by a number into a multiplication
     normal = pixels.to(torch.float32).div_(full).sub_(mean).div_(std)
     return normal.to(dtype).permute(0, 3, 1, 2)
 
@@ -103,15 +103,16 @@ def by_slices(
     out_height: int,
     out_width: int,
 ) -> Tensor:
-    """Return what `plain` does on a CPU, 2 to 6 times as fast from 32x32 on (python -m bench.cpu): no index per pixel,
-    no pass over the batch in main memory. It uses numpy, because torch would split each row over threads, which the
-    loader's threads need."""
+    """Return what `plain` does on a CPU, 2 to 6 times as fast from 32x32 on (python -m bench.cpu), because it has no
+    index per pixel and no pass over the batch in main memory. It uses numpy, because torch would split each row over
+    threads, and the loader's threads need the cores.
+    """
     if ids.numel() and not 0 <= ids.min() <= ids.max() < len(images):
         raise IndexError(f"ids must lie in [0, {len(images)})")
     if out_height * out_width < SMALL:
         return plain(images, ids, boxes, flips, mean, std, dtype, out_height, out_width)
     channels = images.shape[3]
-    row = out_width * channels  # one is long enough for wide instructions, three channels are not
+    row = out_width * channels  # long enough for wide instructions; three channels are not
     means, deviations = mean.repeat(out_width).numpy(), std.repeat(out_width).numpy()
     group = max(1, CACHED // max(1, out_height * row))
     crops = torch.empty(min(group, len(ids)), out_height, out_width, channels, dtype=torch.uint8)

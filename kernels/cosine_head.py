@@ -25,12 +25,11 @@ def cosine_head(features: Tensor, weight: Tensor, scale: Tensor, sharpness: floa
       PODNet's released code puts s' = 2 s - 2, a negative squared distance, instead of s: with its factor gamma
       inside the softmax it computes 2 y - 2 of this function's y at sharpness = 2 gamma and scale = 1.
 
-    A feature or proxy no longer than 1e-12 (F.normalize's eps; a class not seen yet is all zeros) has cosine 0 and
-    gets gradient 0, where F.normalize would multiply the gradient by 1e12.
+    A feature or proxy no longer than 1e-12 (F.normalize's eps; a class not seen yet is all zeros) has cosine 0 and gets
+    gradient 0, where F.normalize would multiply the gradient by 1e12.
 
-    Differentiable once, in features, weight and scale: a second
-    derivative or a forward-mode one raises RuntimeError. Wrong shapes and a sharpness that is not finite raise
-    ValueError, other dtypes TypeError.
+    Differentiable once, in features, weight and scale: a second derivative or a forward-mode one raises RuntimeError.
+    Wrong shapes and a sharpness that is not finite raise ValueError, other dtypes TypeError.
     """
     if features.ndim != 2 or weight.ndim not in (2, 3) or weight.shape[-1] != features.shape[1]:
         raise ValueError(
@@ -62,7 +61,7 @@ class _CosineHead(torch.autograd.Function):
 
 
 def _rows(features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float32 matrices of one row per image or proxy."""
+    """Return both as float32 matrices with one row per image or proxy."""
     return features.float(), weight.reshape(-1, weight.shape[-1]).to(features.dtype).float()
 
 
@@ -72,13 +71,13 @@ def _inverse_norm(rows: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """In float32 also inside an autocast region."""
+    """Return the product in float32, inside an autocast region too."""
     with torch.autocast("cpu", enabled=False):
         return a @ b
 
 
 def _mean_over_proxies(cosines: Tensor, classes: int, sharpness: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The cosines as [B, W, P], their softmax over the proxies, and the mean under it [B, W, 1]."""
+    """Return the cosines as [B, W, P], their softmax over the proxies, and the mean under it, [B, W, 1]."""
     s = cosines.reshape(len(cosines), classes, cosines.shape[1] // classes)
     q = torch.softmax(sharpness * s, 2)
     return s, q, (q * s).sum(2, keepdim=True)
@@ -104,12 +103,12 @@ def plain_grad(
     inv_v: Tensor,
     sharpness: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients in features, weight and scale, from that of the similarities and what `plain` returned."""
+    """Return the gradients in features, weight and scale, from the similarities' gradient and what `plain` returned."""
     x, v = _rows(features, weight)
     x_hat, v_hat = x * inv_x[:, None], v * inv_v[:, None]
     s, q, mean = _mean_over_proxies(cosines, len(weight), sharpness)
     a = (grad.float()[:, :, None] * q * (1 + sharpness * (s - mean))).reshape(cosines.shape)
-    along = a * cosines  # the part of each product that only lengthens the vector
+    along = a * cosines  # the part of each product that only changes the vector's length
     dx = scale * inv_x[:, None] * (_product(a, v_hat) - x_hat * along.sum(1)[:, None])
     dv = scale * inv_v[:, None] * (_product(a.T, x_hat) - v_hat * along.sum(0)[:, None])
     dscale = (grad * mean[:, :, 0]).sum()

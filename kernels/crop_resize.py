@@ -1,6 +1,6 @@
 """Cut boxes out of images of any sizes and resize them, straight from one buffer into the frames of a batch.
 
-On CUDA one launch for all images of a batch, however they differ. On a CPU one image after the other.
+On CUDA it is one launch for all images of a batch, however they differ. On a CPU it takes one image after the other.
 """
 
 from collections.abc import Callable
@@ -16,24 +16,24 @@ from fastil.kernels.registration import jitted, register
 from fastil.losses import differentiable_in
 
 COLUMNS = 12  # of a table
-SIDE_LIMIT = 2**24  # pixels that no side may have: float32 counts the places below exactly
-MOST_SHRUNK = 4096  # a box may be so many times as long as what it is resized to, or a pixel would be a sum without end
+SIDE_LIMIT = 2**24  # sides are shorter, in pixels: float32 counts the positions below this exactly
+MOST_SHRUNK = 4096  # a box may be at most that many times as long as its output, which bounds the sum of a pixel
 Array = TypeVar("Array", NDArray[np.uint8], Tensor)  # uint8 [h, w, 3]
 
 
 @differentiable_in()
 def crop_resize(store: Tensor, table: Tensor, frames: Tensor) -> None:
-    """Write a frame for each row of the table, bilinear and antialiased, as torch's interpolate in float32 and rounded.
+    """Write a frame for each row of the table, bilinear and antialiased like torch's interpolate in float32, and
+    rounded.
 
     store: uint8 [bytes], images [height, width, 3] one after the other. frames: uint8 [N, H, W, 3], contiguous. table:
     int64 [B, 12], a row for each frame: where its image begins in the store, and that one's height and width; the box
     (top, left, height, width) in pixels of the image, outside which it is black; height and width that the box is
     resized to; top and left of the frame in that, outside which it is black, too; the number of the frame.
 
-    An image that does not lie in the store or has 2**31 bytes or more, a side that is not from 1 to 2**24 - 1, a box
-    more than 4096 times as long as what it is resized to, and a frame that is not there raise IndexError on the CPU; on
-    CUDA, where raising would mean waiting for the device, the frame is black or not written. Shapes and types that do
-    not fit raise ValueError.
+    An image outside the store or of 2**31 bytes or more, a side not from 1 to 2**24 - 1, a box more than 4096 times as
+    long as its output, and a frame that does not exist raise IndexError on the CPU. On CUDA, where raising would mean
+    waiting for the device, the frame is black or not written. Shapes and types that do not fit raise ValueError.
     """
     if store.dtype != torch.uint8 or store.ndim != 1:
         raise ValueError(f"store must be uint8 [bytes], not {store.dtype} {[*store.shape]}")
@@ -45,7 +45,7 @@ def crop_resize(store: Tensor, table: Tensor, frames: Tensor) -> None:
 
 
 def plain(store: Tensor, table: Tensor, frames: Tensor) -> None:
-    """Write the frames by torch, one after the other."""
+    """Write the frames with torch, one after the other."""
 
     def room(height: int, width: int) -> Tensor:
         return store.new_empty(height, width, 3)
@@ -68,7 +68,7 @@ def plain(store: Tensor, table: Tensor, frames: Tensor) -> None:
 
 
 def cut(image: Array, box: tuple[int, int, int, int], room: Callable[[int, int], Array]) -> Array:
-    """Return a box of an image, black outside the image: a view where it lies inside, else in room(height, width)."""
+    """Return a box of an image, black outside the image: a view if it lies inside, else in room(height, width)."""
     top, left, height, width = box
     inside = image[max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
     if inside.shape[:2] == (height, width):

@@ -8,9 +8,9 @@ from torch import Tensor
 from fastil.kernels.registration import jitted, register
 from fastil.losses import check_integer, differentiable_in
 
-TIE = 1e-9  # scores this close are equal: far above float64's rounding, far below what tells two images apart
-MAX_TURNS = 1000  # where iCaRL's released loop gives up on repeats
-LARGEST = 4_096  # images of a class that a Triton program holds in registers; above, the plain form runs on CUDA too
+TIE = 1e-9  # scores this close are equal: far above float64's rounding, far below the difference of two images
+MAX_TURNS = 1000  # iCaRL's released loop then gives up on repeats
+LARGEST = 4_096  # images of a class that a Triton program holds in registers; for more, the plain form runs on CUDA too
 
 
 @differentiable_in()
@@ -22,9 +22,9 @@ def herd(gram: Tensor, counts: Tensor, m: int) -> Tensor:
     derivative: a gram that requires a gradient raises RuntimeError.
 
     The released loop starts with w = mu; each turn takes i = argmax w.D over all images, then w += mu - D_i; i counts
-    as picked if it is new. Written with the Gram matrix, w.D_j = (t + 1) mu.D_j - sum of D_i.D_j over the turns so
-    far, so a turn costs one row of the matrix. After 1000 turns the rest follow greedily among the images not yet
-    picked. Ties go to the lowest position, and a smaller m is a prefix.
+    as picked if it is new. With the Gram matrix, w.D_j = (t + 1) mu.D_j - sum of D_i.D_j over the turns so far, so a
+    turn costs one row of the matrix. After 1000 turns the rest follow greedily among the images not yet picked. Ties go
+    to the lowest position, and a smaller m is a prefix.
     """
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or counts.shape != gram.shape[:1]:
         raise ValueError(f"gram must be [G, n, n] and counts [G], not {[*gram.shape]} and {[*counts.shape]}")

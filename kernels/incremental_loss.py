@@ -1,8 +1,8 @@
 """Cross-entropy, distillation and margin ranking of an incremental step as one weighted sum (eq. 1), with its gradient.
 
-`incremental_loss_grad` is the training form: on CUDA one launch gives the final gradient, to seed the backward pass
-with, and adds the terms of the loss to a meter. `incremental_loss` is the autograd form: a scalar, at the price of one
-reduction in the forward and one product in the backward pass.
+`incremental_loss_grad` is the training form: on CUDA one launch gives the final gradient, which seeds the backward
+pass, and adds the terms of the loss to a meter. `incremental_loss` is the autograd form: it returns a scalar, at the
+price of one reduction in the forward pass and one product in the backward pass.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,13 @@ from fastil.losses import (
     wide,
 )
 
-WIDEST_COSINES = 2_048  # columns up to which the Triton form does logit_scale and margin ranking; above, the plain one
+WIDEST_COSINES = 2_048  # columns up to which the Triton form does logit_scale and margin ranking; else plain
 
 
 class Operands(NamedTuple):
-    """The arguments of the operator, in the order of its schema; `incremental_loss` says what they are. A launch takes
-    numbers or tensors; the operator takes 0-d tensors only."""
+    """The arguments of the operator, in the order of its schema; `incremental_loss` explains them. A launch takes
+    numbers or tensors; the operator takes 0-d tensors only.
+    """
 
     logits: Tensor
     target: Tensor
@@ -52,8 +53,9 @@ class Operands(NamedTuple):
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """The dtype of logits; float32 in place of float16 if the autograd form has yet to scale the gradient, which,
-        divided by B, would be too small for float16."""
+        """The dtype of logits. It is float32 instead of float16 if the autograd form has yet to scale the gradient,
+        which is divided by B and would be too small for float16.
+        """
         return torch.float32 if self.value and self.logits.dtype == torch.float16 else self.logits.dtype
 
 
@@ -84,15 +86,14 @@ def incremental_loss(
     logits, teacher_logits: [B, W] in float32, bfloat16 or float16, computed in float32. target: int [B], incremental
     positions. A row labelled -1 or -100 adds no cross-entropy; any other label that is not one of the num_seen classes
     makes the loss and its row of the gradient NaN; a class without images is an infinite loss. log_prior: [W], -inf on
-    classes without images; columns from num_seen on are ignored, whatever they hold. Counts, weights and
-    temperature are numbers or 0-d tensors on the device: a step then changes values, and neither shapes nor code.
+    classes without images; columns from num_seen on are ignored, whatever they hold. Counts, weights and temperature
+    are numbers or 0-d tensors on the device, so that a step changes values, but no shapes or code.
 
-    sample_weight: [B], factor of each row's cross-entropy. separated: a row competes with the classes of its own block
-    only, old or new (SS-IL). label_smoothing: in [0, 1), spread over the classes a row competes with.
-    logit_scale: 0-d; `logits` are then cosines. Cross-entropy and distillation see them scaled, margin ranking
+    sample_weight: [B], factor of each row's cross-entropy. separated: a row competes only with the classes of its own
+    block, old or new (SS-IL). label_smoothing: in [0, 1), spread over the classes a row competes with. logit_scale:
+    0-d; `logits` are then cosines. Cross-entropy and distillation see them scaled, margin ranking
     (`fastil.losses.margin_ranking`, over the `hardest` new classes) as they are, as in LUCIR. Both are one launch up to
-    2,048 columns, and the plain formula beyond.
-    meter: see `incremental_loss_grad`.
+    2,048 columns, and the plain formula beyond. meter: see `incremental_loss_grad`.
 
     Differentiable once, in logits and logit_scale. Another argument that requires a gradient, a second derivative and a
     forward-mode one raise RuntimeError; the formulas of fastil.losses have them. Shapes that do not fit and impossible
@@ -107,7 +108,7 @@ def incremental_loss(
     return _run(_Value.apply, operands)
 
 
-@differentiable_in("logits")  # by `logits.backward(gradient)`
+@differentiable_in("logits")  # through `logits.backward(gradient)`
 def incremental_loss_grad(
     logits: Tensor,
     target: Tensor,
@@ -127,13 +128,13 @@ def incremental_loss_grad(
     """Return the gradient of `incremental_loss` in logits, [B, W] in their dtype: `logits.backward(gradient)` is then
     the whole backward pass.
 
-    meter: float32 [R, 4] with R >= B, or [4]. Row b gains the cross-entropy, the distillation, 1 for a hit (the target
-    is the argmax of the raw logits over the num_seen columns) and the margin ranking of image b: sums to be read once
+    meter: float32 [R, 4] with R >= B, or [4]. Added to row b are image b's cross-entropy, its distillation, 1 for a hit
+    (the target is the argmax of the raw logits over the num_seen columns) and its margin ranking: sums to be read once
     per epoch. [R, 4] costs nothing, [4] three small launches. Nothing here waits for the device.
 
-    Differentiating it again raises RuntimeError; in compiled code it is a
-    constant. float16 has no room for a gradient divided by B: multiply the weights by the loss scale, or use the
-    autograd form, which keeps its gradient in float32 until it is scaled.
+    Differentiating it again raises RuntimeError; in compiled code it is a constant. float16 has no room for a gradient
+    divided by B: multiply the weights by the loss scale, or use the autograd form, which keeps its gradient in float32
+    until it is scaled.
     """
     operands = Operands(
         logits, target, log_prior, teacher_logits, num_old, num_seen, ce_weight, kd_weight, temperature,
@@ -154,7 +155,7 @@ def check_loss_arguments(
     smoothing: float = 0.0,
     second: str = "teacher_logits",
 ) -> None:
-    """Raise ValueError unless the arguments fit each other: a kernel would read beyond the end of one that does not."""
+    """Raise ValueError unless the arguments fit each other; a kernel would read beyond the end of a short one."""
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating-point [B, W], not {logits.dtype} {[*logits.shape]}")
     batch, width = logits.shape
@@ -173,7 +174,7 @@ def check_loss_arguments(
 
 
 def _run(function: Callable[..., Any], o: Operands) -> Tensor:
-    """Call `function` with the operands, checked and with tensors for numbers; a meter of [4] gains sums over rows."""
+    """Call `function` with the operands, checked and with tensors for numbers. A meter of [4] gets sums over rows."""
     check_loss_arguments(
         o.logits, o.target, o.log_prior, o.teacher, o.num_old, o.num_seen, o.sample_weight, o.label_smoothing
     )
@@ -240,7 +241,7 @@ def _gradient(logits: Tensor, *rest: Any) -> Tensor:
 
 
 class _Gradient(torch.autograd.Function):
-    """The operator as a function that refuses to be differentiated; detaching the result would be silently wrong."""
+    """The operator as a function that refuses to be differentiated: detaching the result would be silently wrong."""
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
@@ -262,7 +263,7 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     old, seen = column < o.num_old, column < o.num_seen
     y, factor = labels(o.target, o.num_seen)
     y = y[:, None]
-    # With !=, a prior of NaN competes, and shows in the loss.
+    # With !=, a NaN prior competes, and so shows in the loss.
     competes = (seen & (o.log_prior != -torch.inf)).expand(batch, width)
     if o.separated:
         competes = competes & (old == (y < o.num_old))
@@ -280,7 +281,7 @@ def plain(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     kd = torch.zeros_like(ce)
     if o.teacher is not None:
         log_p = torch.log_softmax(torch.where(old, z / o.temperature, MASKED), 1)
-        # With the same functions as the student's, so the difference is exactly 0 at equal logits, and on new columns.
+        # The same functions as for the student, so the difference is exactly 0 at equal logits, and on new columns.
         p_teacher = torch.log_softmax(torch.where(old, wide(o.teacher) / o.temperature, MASKED), 1).exp()
         kd = -(o.temperature**2) * torch.where(old, p_teacher * log_p, 0).sum(1)
         gradient += (log_p.exp() - p_teacher) * (o.kd_weight * o.temperature / batch)

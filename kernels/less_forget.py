@@ -16,11 +16,11 @@ def less_forget(features: Tensor, teacher_features: Tensor) -> Tensor:
     """Return the mean over the batch of 1 - cos(features, teacher_features), as `fastil.losses.less_forget`: a float32
     scalar.
 
-    features, teacher_features: [B, d] in float32, bfloat16 or float16, computed in float32.
-    A vector shorter than 1e-12 has no direction: its row counts 1 and has no gradient.
+    features, teacher_features: [B, d] in float32, bfloat16 or float16, computed in float32. A vector shorter than 1e-12
+    has no direction, so its row counts 1 and has no gradient.
 
     Differentiable once, in features. A teacher that requires a gradient, a second derivative and a forward-mode one
-    raise RuntimeError. The gradient keeps its relative accuracy where student and teacher are nearly equal.
+    raise RuntimeError. The gradient keeps its relative accuracy when student and teacher are nearly equal.
     """
     if features.ndim != 2 or features.shape != teacher_features.shape:
         shapes = f"{[*features.shape]} and {[*teacher_features.shape]}"
@@ -47,7 +47,7 @@ def unit_difference(x: Tensor, y: Tensor, x_minus_y: Tensor, dim: list[int]) -> 
     """Return x / |x| - y / |y| along the dimensions `dim`, to the relative accuracy of x_minus_y, and |x| and |y|.
 
     The difference of the quotients would keep only the digits in which they differ. Instead, with k = |x| - |y| = <x -
-    y, x + y> / (|x| + |y|), it is (x - y - k y / |y|) / |x|, or the same with x and y swapped where x is shorter.
+    y, x + y> / (|x| + |y|), it is (x - y - k y / |y|) / |x|, or the same with x and y swapped if x is shorter.
     """
     x_norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     y_norm = torch.linalg.vector_norm(y, dim=dim, keepdim=True)
@@ -59,12 +59,12 @@ def unit_difference(x: Tensor, y: Tensor, x_minus_y: Tensor, dim: list[int]) -> 
 
 
 def plain(features: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator in plain torch. Returns each row's part of the loss [B] and the gradient [B, d]."""
+    """Return each row's part of the loss [B] and the gradient [B, d]: the operator in plain torch."""
     x, y = wide(features), wide(teacher)
     difference, x_norm, y_norm = unit_difference(x, y, x - y, [1])
     one_minus_cos = difference.square().sum(1, keepdim=True) / 2
     blank = (x_norm < SHORTEST) | (y_norm < SHORTEST)
-    # The part of the difference that is orthogonal to x: <x / |x|, difference> is 1 - cos as well.
+    # The part of the difference that is orthogonal to x. <x / |x|, difference> is 1 - cos as well.
     length = x_norm.clamp(min=SHORTEST)
     gradient = torch.where(blank, 0, (difference - x / length * one_minus_cos) / length) / len(x)
     return torch.where(blank, 1, one_minus_cos)[:, 0] / len(x), _gradient_like(features).copy_(gradient)

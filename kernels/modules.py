@@ -10,12 +10,13 @@ from fastil.losses import check_classes, check_counts, check_scalar, differentia
 class BalancedSoftmaxLoss(nn.Module):
     """Balanced Softmax cross-entropy, eq. 3 to 5: the mean over a batch of -log softmax(z + log lambda)_y.
 
-    counts: [W], training images of each class, 0 for a class not seen yet. num_old, alpha: the weight of the first
-    num_old classes is multiplied by alpha (eq. 5); 1 is eq. 3. On a GPU one Triton kernel computes value and gradient.
+    counts: [W], training images of each class, 0 for a class not seen yet. num_old, alpha: the weights of the first
+    num_old classes are multiplied by alpha (eq. 5); alpha = 1 is eq. 3. On a GPU one Triton kernel computes value and
+    gradient.
 
     A row labelled -1 or -100 adds nothing, and still counts in the mean, which divides by B. (nn.CrossEntropyLoss
-    divides by the rows that have a class.) A label that is no class makes the loss NaN, a class whose count is 0 makes
-    it infinite.
+    divides by the rows that have a class.) A label that is no class makes the loss NaN; a class with count 0 makes it
+    infinite.
 
     Counts that are negative, not finite, all 0, bool or not [W], an alpha that is not above 0 and a num_old beyond W
     raise ValueError.
@@ -51,8 +52,8 @@ class BalancedSoftmaxLoss(nn.Module):
 class IncrementalLoss(BalancedSoftmaxLoss):
     """The loss of an incremental step, eq. 1: (1 - rho) cross-entropy + rho distillation of the old classes (eq. 2).
 
-    rho: by default num_old over the classes seen, as in the paper. balanced: the Balanced Softmax of `counts`, or the
-    plain softmax over the classes that have images. Labels, means and errors are those of `BalancedSoftmaxLoss`.
+    rho: by default num_old over the classes seen, as in the paper. balanced: use the Balanced Softmax of `counts`, else
+    the plain softmax over the classes that have images. Labels, means and errors are those of `BalancedSoftmaxLoss`.
     """
 
     @differentiable_in()
@@ -77,8 +78,9 @@ class IncrementalLoss(BalancedSoftmaxLoss):
         self.temperature = temperature
 
     def forward(self, logits: Tensor, target: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
-        """Return a float32 scalar. teacher_logits: [B, W], of the network of the step before; None in the base step,
-        which has no distillation. Raises RuntimeError if they require a gradient, which they would not get."""
+        """Return a float32 scalar. teacher_logits: [B, W], from the network of the step before; None in the base step,
+        which has no distillation. Raises RuntimeError if they require a gradient, because they would not get one.
+        """
         rho = self.rho if teacher_logits is not None else 0.0
         return self._loss(logits, target, teacher_logits, rho, self.temperature)
 

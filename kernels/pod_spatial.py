@@ -17,11 +17,11 @@ def pod_spatial(maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tenso
     mean over the batch and over the layers of the distance between the pooled and normalised maps.
 
     maps, teacher_maps: for each layer [B, C, H, W] in float32, bfloat16 or float16, computed in float32. On CUDA the
-    kernel reads them channels-last in memory; what lies otherwise is copied, and gradients are channels-last.
+    kernel reads them channels-last; other layouts are copied, and gradients are channels-last.
 
     Differentiable once, in maps. A teacher that requires a gradient, a second derivative and a forward-mode one raise
-    RuntimeError. The gradient keeps its relative accuracy where student and teacher are nearly equal, and is 0 where
-    they are equal.
+    RuntimeError. The gradient keeps its relative accuracy when student and teacher are nearly equal, and is 0 when they
+    are equal.
     """
     if not maps or len(maps) != len(teacher_maps):
         raise ValueError(f"as many maps as teacher_maps are needed, not {len(maps)} and {len(teacher_maps)}")
@@ -61,12 +61,12 @@ def plain(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     gradient [B, C, H, W]."""
     x, y = wide(maps), wide(teacher)
     energy = _pooled(x * x)
-    # The pooled difference is not the difference of the pooled: that would have lost the digits they share.
+    # Pool the difference. The difference of the pooled values would lose the digits they share.
     difference, norm, _ = unit_difference(energy, _pooled(y * y), _pooled((x - y) * (x + y)), [1, 2])
     distance = torch.linalg.vector_norm(difference, dim=[1, 2], keepdim=True)
     length = norm.clamp(min=SHORTEST)
     unit = energy / length
-    # A vector shorter than the shortest length is divided by that constant, which has no derivative.
+    # A vector that is too short is divided by the shortest length, a constant without a derivative.
     along = torch.where(norm < SHORTEST, 0, (unit * difference).sum([1, 2], keepdim=True))
     weight = 1 / (layers * max(1, len(x)))
     scale = torch.where(distance == 0, 0, 2 * weight / (length * distance))
@@ -78,7 +78,7 @@ def plain(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Tensor]:
 
 
 def _pooled(x: Tensor) -> Tensor:
-    """[B, C, H + W]: sums over the width and sums over the height."""
+    """Return sums over the width and sums over the height, [B, C, H + W]."""
     return torch.cat((x.sum(3), x.sum(2)), 2)
 
 

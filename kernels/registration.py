@@ -1,8 +1,8 @@
 """Registration of the kernels as torch operators, `torch.ops.fastil.*`.
 
 Each operator has a plain form (CPU), a Triton form (CUDA) and a shape-only form, which torch.compile, fake tensors and
-CUDA graphs need. `Library.define` and `impl` cost a third of what `custom_op` costs per call, and, unlike it, the
-autograd functions on top of them raise under forward-mode differentiation instead of returning a zero tangent.
+CUDA graphs need. `Library.define` and `impl` cost a third of `custom_op` per call. Autograd functions on top of them
+raise under forward-mode differentiation, where with `custom_op` they return a zero tangent.
 """
 
 import importlib
@@ -32,8 +32,9 @@ def register(schema: str, *, plain: Callable[..., Any], cuda: Callable[..., Any]
 
 def _undifferentiable(name: str) -> Callable[..., Any]:
     """Return an operator's autograd form: it calls the operator, and raises RuntimeError if there is something to
-    differentiate. The autograd functions of this package call operators with gradients switched off; others that get
-    here, such as torch.func inside compiled code, which looks through those functions, would get a zero derivative."""
+    differentiate. The autograd functions of this package call operators with gradients switched off. Other callers,
+    such as torch.func inside compiled code, which looks through those functions, would get a zero derivative.
+    """
 
     def run(*arguments: Any) -> Any:
         for a in arguments:
@@ -53,8 +54,9 @@ def _undifferentiable(name: str) -> Callable[..., Any]:
 
 def jitted(module: str, function: str) -> Callable[..., Any]:
     """Return `function` of fastil.kernels.jit.`module`, imported at its first call and run on the device of its
-    arguments. It raises ImportError without Triton, UserError where Triton cannot compile for want of something, and
-    ValueError for tensors on several devices."""
+    arguments. It raises ImportError without Triton, UserError if Triton lacks something to compile with, and ValueError
+    for tensors on several devices.
+    """
 
     def run(*args: Any) -> Any:
         try:
@@ -71,7 +73,7 @@ def jitted(module: str, function: str) -> Callable[..., Any]:
             try:
                 return launcher(*args)
             except (RuntimeError, OSError, CalledProcessError) as error:
-                lacking = lacks_for_triton()  # which does not matter where Triton's cache has the kernel
+                lacking = lacks_for_triton()  # which does not matter if Triton's cache has the kernel
                 if lacking is None:
                     raise
                 raise UserError(f"fastil's CUDA kernels: Triton needs {lacking}") from error
@@ -80,14 +82,14 @@ def jitted(module: str, function: str) -> Callable[..., Any]:
 
 
 def scalar_tensor(value: float | Tensor) -> Tensor:
-    """Return a 0-d tensor; a number stays on the CPU and reaches the kernel as an argument, without a copy or a
-    launch."""
+    """Return a 0-d tensor; a number stays on the CPU and becomes an argument, without a copy or a launch."""
     return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def refuse_second_order(name: str) -> None:
-    """Raise RuntimeError if a backward function, which calls this, runs under create_graph=True: autograd cannot
-    differentiate its gradient again, and a wrong answer must not be silent."""
+    """Raise RuntimeError if the backward function that calls this runs under create_graph=True: autograd cannot
+    differentiate its gradient again, and a wrong answer must not be silent.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{name} is differentiable once only (create_graph=True asked for more); "

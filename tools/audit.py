@@ -1,4 +1,4 @@
-"""What a source holds, before anything is written: counts, formats, sizes, what has to be encoded, what it costs."""
+"""An audit of a source before anything is written: counts, formats, sizes, what must be encoded, and what it costs."""
 
 import time
 from collections import Counter
@@ -21,20 +21,21 @@ from fastil.tools.images import LOSSLESS, SMALL_FILE, Head, Prepared, Storage, l
 from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 
-# Training and validation images of sets that people know, as published.
+# Training and validation images of well-known sets, as published.
 EXPECTED = {
     "ilsvrc": (1_281_167, 50_000), "tiny-imagenet": (100_000, 10_000), "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
 }  # fmt: skip
-LOOKED_AT = 64  # samples in a worker's chunk
-TRIED = 24  # samples prepared to estimate time and size
-NAMED = 5  # problems shown before the rest is counted
+LOOKED_AT = 64  # samples per worker chunk
+TRIED = 24  # samples to prepare for an estimate of time and size
+NAMED = 5  # problems to show; the rest is counted
 
 
 @dataclass
 class Audit:
-    """What was found in one split. width, height: uint16 [n] as stored; kept: bool [n], the bytes of the
-    source are; problems and reasons: by sample."""
+    """The findings in one split. width, height: uint16 [n], as stored. kept: bool [n], whether the source's bytes are
+    stored. problems, reasons: by sample.
+    """
 
     split: str
     records: Records
@@ -51,13 +52,13 @@ class Audit:
 
     @property
     def lossless(self) -> int:
-        """Images in a lossless format."""
+        """The number of images in a lossless format."""
         return sum(self.formats[kind] for kind in (*LOSSLESS, "TIFF"))
 
     def page(self, storage: Storage) -> int:
-        """The page size of the file, by bounds on the bytes of the samples as they will be stored."""
+        """The page size of the file, from bounds on the bytes of the samples as they will be stored."""
         bounds = self.width.astype(np.int64) * self.height * 3
-        if storage.mode != "raw":  # JPEG at 4:2:0 does not exceed the pixels, but for its tables
+        if storage.mode != "raw":  # JPEG at 4:2:0 does not exceed the pixels, except for its tables
             bounds = np.where(self.kept, self.sizes, bounds + (1 << 16))
         return page_size_for(int(bounds.max(initial=0)), int(bounds.sum()))
 
@@ -82,7 +83,7 @@ def audit(split: str, records: Records, storage: Storage, pool: Pool, reporter: 
 
 
 def all_small_lossless(splits: Iterable[Records], how: Reading) -> bool:
-    """Whether every image that can be read is small and lossless; looks no further than to the first that is not."""
+    """Return whether every image that can be read is small and lossless. Stops at the first that is not."""
     found = False
     for records in splits:
         for i in reading_order(records) if is_sequential(records) else range(len(records)):
@@ -91,7 +92,7 @@ def all_small_lossless(splits: Iterable[Records], how: Reading) -> bool:
                 return False
             try:
                 content = content_of(item, how)
-            except Unreadable:  # told by the audit
+            except Unreadable:  # the audit reports it
                 continue
             small = small_lossless(content, how) if isinstance(content, bytes) and content else False
             if small is False:
@@ -101,7 +102,7 @@ def all_small_lossless(splits: Iterable[Records], how: Reading) -> bool:
 
 
 def note(found: Audit, number: int, head: Head, storage: Storage) -> None:
-    """Add what the head of image `number` says to what has been found."""
+    """Add what the header of image `number` says to the findings."""
     found.formats[head.format] += 1
     found.sizes[number] = head.size
     if head.problem is not None:
@@ -115,7 +116,7 @@ def note(found: Audit, number: int, head: Head, storage: Storage) -> None:
 
 
 def estimate(found: Audit, storage: Storage, pool: Pool) -> None:
-    """Time a few samples of those that are decoded, and measure what encoding makes of them."""
+    """Time a few of the samples that are decoded, and measure the size of those that are encoded."""
     pixels = found.width.astype(np.int64) * found.height * 3
     good = np.setdiff1d(np.arange(len(pixels)), list(found.problems))
     again = good[~found.kept[good]]
@@ -136,8 +137,11 @@ def estimate(found: Audit, storage: Storage, pool: Pool) -> None:
 def planned(
     found: Audit, storage: Storage, page: int, start: int, per_pixel: float | None = None
 ) -> tuple[NDArray[np.void] | None, int]:
-    """ENTRY [n], without checksums: where everything will lie, and the end of it. None, 0 where that depends on what
-    images become when they are encoded, unless per_pixel estimates it, or if some cannot be read."""
+    """Return ENTRY [n], without checksums, which says where everything will be, and the end of it.
+
+    None, 0 if that depends on the size of images after encoding, unless per_pixel estimates it, or if some cannot be
+    read.
+    """
     pixels = found.width.astype(np.int64) * found.height * 3
     if storage.mode == "raw":
         sizes = pixels
@@ -158,7 +162,7 @@ def planned(
 
 
 def timed(found: Audit, ids: NDArray[np.int64], storage: Storage, pool: Pool) -> tuple[list[Prepared], float]:
-    """Those samples as they will be stored, and the seconds that took."""
+    """Return those samples as they will be stored, and the seconds that took."""
     began = time.perf_counter()
     work = partial(prepare, storage=storage)
     batches = pool.map(work, chunks(found.records, ids, -(-len(ids) // pool.workers)), found.records.where)
@@ -167,23 +171,23 @@ def timed(found: Audit, ids: NDArray[np.int64], storage: Storage, pool: Pool) ->
 
 
 def spread(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A few of them, evenly."""
+    """Return a few of them, evenly spread."""
     return ids[np.linspace(0, len(ids) - 1, min(TRIED, len(ids))).astype(np.int64)]
 
 
 def chunks(records: Records, ids: NDArray[np.int64], size: int) -> Iterator[list[tuple[int, Item]]]:
-    """The samples, so many at once."""
+    """Yield the samples in chunks of this size."""
     for start in range(0, len(ids), size):
         yield [(int(i), item_of(records, int(i))) for i in ids[start : start + size]]
 
 
 def counts_of(records: Records, classes: int) -> NDArray[np.int64]:
-    """Images of each class, int64 [classes]."""
+    """Return the images of each class, int64 [classes]."""
     return np.bincount(records.labels, minlength=classes)
 
 
 def shortfall(source: Source, splits: dict[str, Records], reduced: bool) -> list[str]:
-    """How the counts differ from those of the complete set, where that is known."""
+    """Return how the counts differ from those of the complete set, if that is known."""
     if reduced or source.kind not in EXPECTED:
         return []
     pairs = zip(("train", "val"), EXPECTED[source.kind], strict=True)
@@ -206,7 +210,7 @@ def check_classes(source: Source, splits: dict[str, Records]) -> None:
 
 
 def audit_text(source: Source, audits: Sequence[Audit], free: int, notes: Sequence[str], made: str) -> str:
-    """The audit for people. made: what becomes of images whose bytes are not kept."""
+    """Return the audit for people. made: what happens to images whose bytes are not kept."""
     lines = [f"{source.kind}: {source.name}, {len(source.class_names):,} classes"]
     for found in audits:
         n = len(found.records)
@@ -232,19 +236,19 @@ def audit_text(source: Source, audits: Sequence[Audit], free: int, notes: Sequen
 
 
 def amount(size: int) -> str:
-    """A number of bytes as people read it."""
+    """Return a number of bytes as people read it."""
     return f"{size / 1e9:,.1f} GB" if size >= 10**10 else f"{size / 1e6:,.1f} MB"
 
 
 def some_of(problems: dict[int, str], where: Callable[[int], str], label: str) -> list[str]:
-    """The first few of them, a line each."""
+    """Return the first few of them, a line each."""
     lines = [f"{label} {where(i)} ({what})" for i, what in list(problems.items())[:NAMED]]
     more = len(problems) - len(lines)
     return [*lines, f"{label} {more:,} more"] if more else lines
 
 
 def summary(found: Audit, classes: int) -> dict[str, Any]:
-    """The audit of a split for programs."""
+    """Return the audit of a split for programs."""
     return {
         "split": found.split,
         "images": len(found.records),

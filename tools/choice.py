@@ -1,4 +1,4 @@
-"""Which classes and how many images of each go into a file."""
+"""The choice of classes, and of how many images of each go into a file."""
 
 import dataclasses
 import os
@@ -14,12 +14,12 @@ SUBSETS = ("lucir", "first100")
 
 
 def subset(source: Source, classes: str | None, per_class: int | None) -> Source:
-    """The source with these classes only, labels renumbered in the source's order, every split sorted by class, then
-    by name (images whose files have an official order keep it within a class).
+    """Return the source with these classes only, labels renumbered in the source's order, and every split sorted by
+    class, then by name. Images whose files have an official order keep it within a class.
 
-    classes: a number (the first so many), names separated by commas, the path of a file with a name per line, or
-    "lucir" or "first100", the two ImageNet-100 subsets. per_class: at most so many training images of each, and so of
-    validation images that are the same.
+    classes: a number (that many of the first), names separated by commas, the path of a file with a name per line, or
+    "lucir" or "first100", the two ImageNet-100 subsets. per_class: at most so many training images of each class; also
+    of validation images, if they are the training images.
     """
     kept = _wanted(source, classes)
     table = np.full(len(source.class_names), -1, dtype=np.int64)
@@ -55,7 +55,7 @@ def _reduced(records: Records, table: Ids, per_class: int | None) -> Records:
 
 
 def _wanted(source: Source, classes: str | None) -> Ids:
-    """Labels of the chosen classes, ascending."""
+    """Return the labels of the chosen classes, ascending."""
     names = source.class_names
     if classes is None:
         return np.arange(len(names))

@@ -1,8 +1,8 @@
-"""`fastil convert`: any supported source to .beton files with manifests, so that a kill at any moment loses nothing.
+"""`fastil convert`: any supported source to .beton files with manifests. A kill at any moment loses nothing.
 
 A split is written to X.beton.partial, in the order of its classes, by this process alone; workers only look at images
-and encode those that have to be. After some megabytes the bytes are synced and the journal is told; the header comes
-last, then the whole file is read back for its checksums, then it gets its name.
+and encode those that must be. Every few megabytes the bytes are synced and the journal is updated. The header comes
+last, then the whole file is read back for its checksums, and then it gets its name.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ COMMIT_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """What `fastil convert` can be told. workers: processes next to this one that decode; 1: none."""
+    """The options of `fastil convert`. workers: processes next to this one that decode; 1: none."""
 
     kind: str | None = None
     val: str | None = None  # a path, or "same"
@@ -70,10 +70,10 @@ class Options:
             raise UserError("--max-side and --squash both say how large images become; drop one of the two")
 
     def parameters(self) -> dict[str, Any]:
-        """Those that decide what is written."""
+        """The options that decide what is written."""
         keys = asdict(self)
-        del keys["workers"], keys["kind"], keys["on_corrupt"]  # what was left out stands in `skipped`
-        for key in ("image_column", "label_column"):  # as files have it that are older than these options
+        del keys["workers"], keys["kind"], keys["on_corrupt"]  # images left out are in `skipped`
+        for key in ("image_column", "label_column"):  # like files older than these options
             if keys[key] is None:
                 del keys[key]
         storage = keys["storage"]
@@ -97,7 +97,7 @@ def options_of(
     workers: int | None = None,
     **others: Any,
 ) -> Options:
-    """Options from what the command line was given."""
+    """Return options from the command line's arguments."""
     for key, value, allowed in (
         ("mode", mode, get_args(Mode)), ("exif", exif, get_args(Exif)), ("on-corrupt", on_corrupt, get_args(OnCorrupt)),
     ):  # fmt: skip
@@ -114,10 +114,10 @@ def options_of(
 def convert(
     path: Path, out: Path, options: Options, reporter: Reporter, dry_run: bool = False, commit_bytes: int = COMMIT_BYTES
 ) -> list[Path]:
-    """Write OUT.beton (train) and OUT.val.beton, with manifests. Returns the files; none with dry_run.
+    """Write OUT.beton (train) and OUT.val.beton, with manifests. Returns the files, none with dry_run.
 
-    Raises UserError for whatever is wrong with the source, the options or the disk; what is written already stays, and
-    the same call goes on from there.
+    Raises UserError for anything wrong with the source, the options or the disk. What is written stays, and the same
+    call continues from there.
     """
     if out.suffix != ".beton" or out.name == ".beton":
         raise UserError(f"{out}: the name of the output must end in .beton")
@@ -186,7 +186,7 @@ def convert(
 
 
 class Job:
-    """The conversion of one split, from the look at what is there to the finished file."""
+    """The conversion of one split, from the look at what exists to the finished file."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -194,7 +194,9 @@ class Job:
         self.file: io.FileIO | None = None
 
     def finished(self) -> bool:
-        """Whether the target is there already, by this very conversion; a UserError if it is another file."""
+        """Return whether this very conversion has already written the target. Raises UserError if it is another
+        file.
+        """
         task = self.task
         if not task.target.exists():
             return False
@@ -212,7 +214,7 @@ class Job:
                 f"{task.target}: exists, of another conversion (other {', '.join(different)}); remove it or choose "
                 "another output"
             )
-        if not task.partial.exists():  # else another conversion is at work
+        if not task.partial.exists():  # otherwise another conversion is at work
             task.journal.unlink(missing_ok=True)
             task.spool.unlink(missing_ok=True)
         task.reporter.say(
@@ -222,10 +224,11 @@ class Job:
         return True
 
     def differences(self, manifest: Manifest) -> list[str]:
-        """In what a finished file is not the one that this conversion would write, as far as that shows without
-        reading the images again."""
+        """Return where a finished file differs from the one that this conversion would write, as far as that shows
+        without reading the images again.
+        """
         task, records = self.task, self.task.records
-        # Older manifests have on_corrupt, which decides nothing where no image is left out.
+        # Older manifests have on_corrupt, which decides nothing if no image was left out.
         ours, theirs = (parameters | parameters["storage"] for parameters in (task.parameters, manifest.parameters))
         different = [
             f"--{key.replace('_', '-')}"
@@ -251,13 +254,13 @@ class Job:
         return different
 
     def begin(self, stack: contextlib.ExitStack) -> bool:
-        """Keep every other conversion off the file until the stack is closed. False: one has just finished it."""
+        """Keep other conversions off the file until the stack is closed. Returns False if one has just finished it."""
         self.file = stack.enter_context(opened(self.task.partial))
         stack.callback(self.task.spool.unlink, missing_ok=True)
         return not self.finished()
 
     def look(self, pool: Pool, dry_run: bool) -> None:
-        """Audit the images of the split; those of a source that is read from front to back are copied to disk first."""
+        """Audit the images of the split. A source that can only be read from front to back is copied to disk first."""
         records = self.task.records
         if is_sequential(records):
             if dry_run:
@@ -269,8 +272,9 @@ class Job:
         self.audit = audit(self.task.split, records, self.task.storage, pool, self.task.reporter)
 
     def own_notes(self) -> list[str]:
-        """Notes of this split alone. A manifest holds no others but the source's, so a stop between two splits does
-        not show in it."""
+        """The notes of this split alone. A manifest holds these and the source's only, so it does not show whether
+        there was a stop between two splits.
+        """
         storage = self.task.storage
         if not (self.audit and self.audit.lossless and storage.mode == "jpeg"):
             return []
@@ -280,15 +284,15 @@ class Job:
         ]
 
     def projected(self) -> int:
-        """Bytes that the file is expected to take."""
+        """The bytes that the file is expected to take."""
         return self.audit.projected if self.audit else 0
 
     def there(self) -> int:
-        """Bytes on the disk of an earlier attempt."""
+        """Return the bytes on the disk from an earlier attempt."""
         return self.task.partial.stat().st_blocks * 512 if self.task.partial.exists() else 0
 
     def check(self) -> None:
-        """Refuse what the audit found, before anything is written."""
+        """Raise UserError for what the audit found, before anything is written."""
         assert self.audit is not None
         if self.audit.problems and self.task.on_corrupt == "fail":
             raise UserError(
@@ -297,7 +301,7 @@ class Job:
             )
 
     def write(self, pool: Pool) -> None:
-        """Write the file, or go on with it."""
+        """Write the file, or continue with it."""
         assert self.audit is not None
         assert self.file is not None
         with files.written(self.task.partial, AGAIN):

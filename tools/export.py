@@ -1,4 +1,4 @@
-"""`fastil info` and `fastil export`: what is in a .beton, and images out of it."""
+"""`fastil info` and `fastil export`: the content of a .beton, and its images as files."""
 
 import io
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from fastil.protocol import Ids
 from fastil.text import one_line
 from fastil.tools.images import MADE
 
-NAMED = 100  # classes that `as_text` names before it counts the rest
+NAMED = 100  # classes that `as_text` names; it counts the rest
 
 
 def info(path: Path) -> dict[str, Any]:
-    """What a file is, for programs."""
+    """Return the content of a file for programs."""
     with Beton(path) as beton:
         counts = np.bincount(beton.labels, minlength=len(beton.class_names))
         manifest = beton.manifest
@@ -50,7 +50,7 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`info` for people."""
+    """Return `info` for people."""
     low, high = min(found["counts"]), max(found["counts"])
     names = found["class_names"]
     lines = [
@@ -74,8 +74,10 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def export(path: Path, folder: Path, classes: Sequence[str], ids: Sequence[int]) -> int:
-    """Write images to FOLDER/<class>/<name>: JPEGs byte for byte, pixels as PNG. classes, ids: only those; without any,
-    all. Returns how many. A file that is there already is never overwritten."""
+    """Write images to FOLDER/<class>/<name>, JPEGs byte for byte and pixels as PNG, and return how many.
+
+    classes, ids: write only those; without any, all. A file that is there already is never overwritten.
+    """
     with Beton(path) as beton:
         chosen = wanted(beton, classes, ids)
         for i in chosen:
@@ -88,7 +90,7 @@ def export(path: Path, folder: Path, classes: Sequence[str], ids: Sequence[int])
                         file.write(content)
                         file.flush()
                     except BaseException:
-                        target.unlink()  # rather none than half of one
+                        target.unlink()  # better none than half of one
                         raise
             except FileExistsError:
                 raise UserError(f"{target}: exists already; export to an empty folder") from None
@@ -120,7 +122,7 @@ def wanted(beton: Beton, classes: Sequence[str], ids: Sequence[int]) -> Ids:
 
 
 def name_of(beton: Beton, i: int) -> str:
-    """A file name that no other sample has."""
+    """Return a file name that no other sample has."""
     suffix = ".png" if beton.modes[i] == RAW else ".jpg"
     stem = plain(Path(beton.name(i)).name)
     for known in (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"):
@@ -129,5 +131,5 @@ def name_of(beton: Beton, i: int) -> str:
 
 
 def plain(name: str) -> str:
-    """A name that stays inside its folder."""
+    """Return a name that stays inside its folder."""
     return name.replace("/", "_").replace("\\", "_").replace("\0", "_").lstrip(".") or "_"

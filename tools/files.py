@@ -1,4 +1,4 @@
-"""Files that outlast a kill: locked while they are written, synced, read back, renamed."""
+"""Files that survive a kill: locked while they are written, synced, read back, renamed."""
 
 import contextlib
 import hashlib
@@ -26,13 +26,13 @@ from fastil.tools.reporting import Reporter
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
-READ = 1 << 20  # bytes at once when a file is read back
-AGAIN = "run the same command, which goes on from what is in place"  # once a file can be written
-WRITTEN = 1 << 20  # bytes at once when it is written, while they are in a cache of the processor
+READ = 1 << 20  # bytes per read when a file is read back
+AGAIN = "run the same command, which goes on from what is in place"  # advice once a file can be written
+WRITTEN = 1 << 20  # bytes per write, which stay in a cache of the processor
 
 
 class WholeWrites(io.FileIO):
-    """A file without a buffer that writes all it is given, or raises OSError."""
+    """An unbuffered file that writes all it is given, or raises OSError."""
 
     def write(self, content: "Buffer") -> int:
         view = memoryview(content).cast("B")
@@ -44,8 +44,9 @@ class WholeWrites(io.FileIO):
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[io.FileIO]:
-    """The file for reading and writing, made if it is not there, locked against a second conversion. One in which
-    nothing was written is removed again."""
+    """Open the file for reading and writing, made if it is missing, and locked against a second conversion. A file in
+    which nothing was written is removed again.
+    """
     try:
         raw = WholeWrites(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
     except OSError as error:
@@ -64,13 +65,14 @@ def opened(path: Path) -> Iterator[io.FileIO]:
 
 
 def is_at(path: Path, file: io.FileIO) -> bool:
-    """Whether this is the file that has the name now."""
+    """Return whether this is the file that has the name now."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
 
 
 class Pages:
-    """The front of a file that is being written: the page that samples are put into, until it is full or has to be on
-    the disk. position: the first free byte of the file. A sample never straddles a page."""
+    """The front of a file that is being written: the page into which samples are put, until it is full or must be on
+    the disk. position: the first free byte of the file. A sample never straddles a page.
+    """
 
     def __init__(self, file: io.FileIO, page_size: int, position: int) -> None:
         self.file, self.page_size, self.position = file, page_size, position
@@ -79,7 +81,7 @@ class Pages:
         self.written = position % page_size  # bytes of the page that are in the file
 
     def room(self, size: int) -> memoryview:
-        """For the next sample, which is to be put in before the next call; `taken` tells that it is."""
+        """Return memory for the next sample, which must be filled before the next call; call `taken` when it is."""
         at = place(self.position, size, self.page_size)
         if at >= self.begin + self.page_size:
             self.flush()
@@ -87,7 +89,7 @@ class Pages:
         return self.page[at - self.begin :][:size]
 
     def taken(self, size: int) -> int:
-        """Where the sample is that the last `room` was for."""
+        """Return where the sample of the last `room` is."""
         at = place(self.position, size, self.page_size)
         self.position = at + size
         if self.position - self.begin - self.written >= WRITTEN:
@@ -106,11 +108,11 @@ class Pages:
 
 
 class ReadBack:
-    """Reads a file behind its writer, for its sha256 (`digest`) and to see that every sample is what was written.
+    """Reads a file behind its writer, for its sha256 (`digest`) and to check that every sample is what was written.
 
-    entries: ENTRY, of the samples that are in place. front: what the file begins with, where that is known before it
-    is there; otherwise it is read as well. What has been read leaves the page cache, if it is on the disk: a large
-    conversion would push all else out.
+    entries: ENTRY, of the samples in place. front: the beginning of the file, if it is known before it is written;
+    otherwise it is read as well. What has been read leaves the page cache if it is on the disk, because a large
+    conversion would push everything else out.
     """
 
     def __init__(self, path: Path, entries: NDArray[np.void], front: bytes = b"") -> None:
@@ -120,7 +122,7 @@ class ReadBack:
         self.blocks = [memoryview(bytearray(READ)) for _ in range(2)]  # one is hashed while the other is filled
 
     def to(self, end: int, placed: int, reporter: Reporter | None = None) -> None:
-        """Up to this byte of the file, behind so many samples. Raises UserError if one is not what was written."""
+        """Read up to this byte of the file, behind so many samples. Raises UserError if one is not what was written."""
         new = self.entries[self.at : placed]
         samples = zip(new["ptr"].tolist(), new["size"].tolist(), new["crc32"].tolist(), strict=True)
         sample, found = next(samples, None), 0
@@ -166,12 +168,12 @@ class Spooled(Files):
 
 
 def reading_order(records: Records) -> Ids:
-    """Samples of a source that is read from front to back, in the order in which that is."""
+    """Return the samples of a source that is read from front to back, in reading order."""
     return np.argsort(getattr(records, "rows"), kind="stable")  # noqa: B009
 
 
 def spooled(records: Records, path: Path, reporter: Reporter) -> Files:
-    """The encoded images of a source that can only be read from front to back, in a file of their own."""
+    """Copy the encoded images of a source that can only be read from front to back into a file of their own."""
     order = reading_order(records)
     needed, free = getattr(records, "total_bytes", 0), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -184,7 +186,7 @@ def spooled(records: Records, path: Path, reporter: Reporter) -> Files:
     with open(path, "wb") as file:
         for i in order:
             content = item_of(records, int(i))
-            if not isinstance(content, bytes):  # told by the audit, of an image without bytes
+            if not isinstance(content, bytes):  # an image without bytes, which the audit reports
                 content = b""
             offset[i], size[i] = file.tell(), len(content)
             file.write(content)

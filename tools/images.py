@@ -1,4 +1,4 @@
-"""What becomes of one image on its way into a .beton: looked at, checked, and encoded again only where it must be."""
+"""What happens to one image on its way into a .beton: it is inspected, checked, and encoded again only if necessary."""
 
 import io
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from fastil.data.formats.manifest import RESIZED
 from fastil.data.formats.pixels import DEFAULT, Reading
 from fastil.data.formats.records import Extent, Item, Unreadable
 
-HEAD = 1 << 13  # bytes that are read of an image whose header is wanted; most have it in them
-LOSSLESS = ("PNG", "BMP", "PPM", "GIF")  # formats that lose nothing, whatever their options
+HEAD = 1 << 13  # bytes read of an image for its header; most headers fit
+LOSSLESS = ("PNG", "BMP", "PPM", "GIF")  # formats that are lossless with any options
 SMALL_SIDE = 96  # pixels, of STL-10, the largest of the small sets: 27 KB as pixels, about what it takes as a PNG
 SMALL_FILE = 1 << 20  # bytes; none of an image that small has more
 Mode = Literal["auto", "jpeg", "reencode", "raw"]
-PIXELS = "pixels"  # in place of the format of an image file
-RAW_SIDE, JPEG_SIDE = 65_535, 65_500  # pixels: what a row has room for, what libjpeg encodes and decodes
-MADE = {"raw": "decoded to pixels", "jpeg": "encoded again", "mixed": "decoded or encoded again"}  # by what is stored
+PIXELS = "pixels"  # instead of the format of an image file
+RAW_SIDE, JPEG_SIDE = 65_535, 65_500  # pixels: the most that a row holds, and that libjpeg encodes and decodes
+MADE = {"raw": "decoded to pixels", "jpeg": "encoded again", "mixed": "decoded or encoded again"}  # by mode of storage
 MODE_NAMES = {"L": "grayscale", "LA": "grayscale", "P": "palette", "1": "black and white", "RGBA": "with alpha"}
 
 
@@ -30,10 +30,10 @@ class Storage:
     """How images are stored.
 
     mode: "jpeg" keeps the bytes of every upright RGB JPEG and encodes the others, "reencode" encodes all of them, "raw"
-    stores pixels, "auto" is "raw" for a source of pixels or of small lossless images alone and "jpeg" otherwise.
-    quality: of what is encoded, 4:2:0. max_side: longer sides are made so long, antialiased; None: kept. squash: every
-    image is made so wide and high, whatever its shape (LUCIR's code can train on such a copy of ImageNet, 256x256).
-    check: decode the JPEGs that are kept, too. reading: how images are read.
+    stores pixels, "auto" is "raw" for a source of only pixels or small lossless images and "jpeg" otherwise. quality:
+    of encoded images, 4:2:0. max_side: longer sides are shrunk to it, antialiased; None: kept. squash: every image gets
+    this width and height, whatever its shape (LUCIR's code can train on such a copy of ImageNet, 256x256). check:
+    decode kept JPEGs too. reading: how images are read.
     """
 
     mode: Mode = "auto"
@@ -45,11 +45,11 @@ class Storage:
 
     @property
     def made(self) -> str:
-        """What becomes of images whose bytes are not kept, for people."""
+        """What happens to images whose bytes are not kept, for people."""
         return MADE["raw" if self.mode == "raw" else "jpeg"]
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height as stored."""
+        """Return width and height as stored."""
         if self.squash is not None:
             return self.squash, self.squash
         longer = max(width, height)
@@ -59,8 +59,9 @@ class Storage:
 
 
 class Head(NamedTuple):
-    """What the header of an image says. width, height: as stored; size: bytes in the source; reasons: why its bytes
-    cannot be kept; problem: why it cannot be read."""
+    """The header of an image. width, height: as stored; size: bytes in the source; reasons: why its bytes cannot be
+    kept; problem: why it cannot be read.
+    """
 
     format: str
     mode: str
@@ -71,13 +72,14 @@ class Head(NamedTuple):
     problem: str | None
 
     def kept(self, storage: Storage) -> bool:
-        """Whether the bytes of the source are what is stored."""
+        """Whether the source's bytes are stored."""
         return not self.reasons and storage.mode == ("raw" if self.format == PIXELS else "jpeg")
 
 
 class Prepared(NamedTuple):
-    """An image as it is stored. content None: the bytes of the source; crc32: of what is stored, None where nobody
-    has read it yet; problem: why it cannot be stored; source: crc32 of the source's bytes where others are stored."""
+    """An image as it is stored. content: None means the bytes of the source. crc32: of what is stored; None if nobody
+    has read it yet. problem: why it cannot be stored. source: crc32 of the source's bytes if others are stored.
+    """
 
     content: bytes | None
     width: int
@@ -88,7 +90,7 @@ class Prepared(NamedTuple):
 
 
 def look(item: Item, storage: Storage) -> Head:
-    """The header alone: no pixel is decoded, and of a plain JPEG no more is read."""
+    """Return the Head of an image: no pixel is decoded, and of a plain JPEG no more is read."""
     try:
         if isinstance(item, Extent) and 0 < item.size <= storage.reading.max_bytes:
             plain = pixels.plain_jpeg(item.front(HEAD), storage.reading)
@@ -96,14 +98,14 @@ def look(item: Item, storage: Storage) -> Head:
                 return stored("JPEG", "RGB", plain, item.size, [], storage)
         return _look(pixels.content_of(item, storage.reading), storage)
     except MemoryError:
-        raise  # says nothing of the image
+        raise  # it is not about the image
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
         size = 0 if isinstance(item, Unreadable) else len(item) if isinstance(item, bytes) else item.size
         return Head("unknown", "", 0, 0, size, (), pixels.reason_of(error))
 
 
 def _look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
-    """Raises what is wrong with the image."""
+    """Return the Head, or raise whatever is wrong with the image."""
     reasons: list[str] = []
     if not isinstance(content, bytes):
         height, width = content.shape[:2]
@@ -125,7 +127,7 @@ def _look(content: bytes | NDArray[np.uint8], storage: Storage) -> Head:
 
 
 def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: list[str], storage: Storage) -> Head:
-    """The Head of an image that is this wide and high when upright."""
+    """Return the Head of an image with this width and height when upright."""
     width, height = storage.size(*size)
     if (width, height) != size:
         reasons.append(RESIZED[storage.squash is not None])
@@ -137,7 +139,7 @@ def stored(kind: str, mode: str, size: tuple[int, int], count: int, reasons: lis
 
 
 def small_lossless(content: bytes, how: Reading) -> bool | None:
-    """Whether it is an image that JPEG would spoil to save little. None: it cannot be read."""
+    """Return whether this is an image that JPEG would spoil to save little. None: it cannot be read."""
     try:
         image = pixels.open_image(content, how)
     except Exception:  # Pillow's readers raise many kinds on damaged files
@@ -150,7 +152,7 @@ def small_lossless(content: bytes, how: Reading) -> bool | None:
 
 
 def prepare(item: Item, storage: Storage) -> Prepared:
-    """The image as it is stored; whatever is wrong with it is its `problem`."""
+    """Return the image as it is stored; whatever is wrong with it is its `problem`."""
     try:
         content = pixels.content_of(item, storage.reading)
         head = _look(content, storage)
@@ -173,7 +175,7 @@ def prepare(item: Item, storage: Storage) -> Prepared:
 
 
 def encode(image: Image.Image, storage: Storage) -> bytes:
-    """RGB pixels as they are stored."""
+    """Return RGB pixels as they are stored."""
     if storage.mode == "raw":
         return image.tobytes()
     file = io.BytesIO()

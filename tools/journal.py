@@ -1,8 +1,9 @@
-"""The journal next to an unfinished .beton: what is in place and on the disk, so that a killed conversion goes on.
+"""The journal next to an unfinished .beton, which says what is in place and on the disk, so that a killed conversion
+continues.
 
-One record after each commit: a checksum, lengths, a line of JSON, and the new entries as bytes. The checksum is of all
-that comes before and of the record itself. A record that was cut short by the kill is dropped, and with it what it told
-of.
+Each commit appends one record: a checksum, lengths, a line of JSON, and the new entries as bytes. The checksum covers
+everything before it and the record itself. A record that the kill cut short is dropped, with the samples that it
+describes.
 """
 
 import hashlib
@@ -22,14 +23,15 @@ from fastil.data.formats.records import Files, Records
 from fastil.errors import UserError
 
 HEAD = np.dtype([("crc32", "<u4"), ("length", "<u4"), ("line", "<u4")])
-CHECKED = 4  # where the bytes begin that the checksum is of
+CHECKED = 4  # where the checksummed bytes begin
 
 
 @dataclass
 class Progress:
     """How far a conversion is. done: candidates dealt with, in the order of the file; position: the first free byte;
-    entries: ENTRY [capacity], the first `placed` of them in place; changed: (candidate, reason, crc32 of the
-    source); skipped: (candidate, reason)."""
+    entries: ENTRY [capacity], the first `placed` of them in place; changed: (candidate, reason, crc32 of the source);
+    skipped: (candidate, reason).
+    """
 
     entries: NDArray[np.void]
     done: int = 0
@@ -39,7 +41,7 @@ class Progress:
     skipped: list[tuple[int, str]] = field(default_factory=list)
 
     def line(self, told: "Told") -> dict[str, Any]:
-        """What has come since."""
+        """Return what has come since the last record, as JSON."""
         return {
             "done": self.done,
             "position": self.position,
@@ -48,7 +50,7 @@ class Progress:
         }
 
     def told(self, line: dict[str, Any], entries: NDArray[np.void]) -> Iterator["Candidate"]:
-        """What a record that comes next tells of each candidate."""
+        """Yield what a record says about each candidate."""
         checksums = iter(entries["crc32"].tolist())
         skipped = dict(line["skipped"])
         changed = {one[0]: one[2] if len(one) > 2 else None for one in line["changed"]}
@@ -57,7 +59,7 @@ class Progress:
             yield Candidate(i, changed.get(i, checksum), skipped.get(i))
 
     def replay(self, line: dict[str, Any], entries: NDArray[np.void]) -> None:
-        """Add what a record tells."""
+        """Apply a record."""
         self.entries[self.placed : self.placed + len(entries)] = entries
         self.placed += len(entries)
         self.done, self.position = line["done"], line["position"]
@@ -67,8 +69,9 @@ class Progress:
 
 
 class Candidate(NamedTuple):
-    """An image of the source that a conversion has dealt with. crc32: of its bytes there; None of one that was left
-    out, and where an older version did not note it. problem: why it was left out."""
+    """An image of the source that a conversion has dealt with. crc32: of its bytes there; None if it was left out or an
+    older version did not note it. problem: why it was left out.
+    """
 
     number: int
     crc32: int | None
@@ -87,7 +90,7 @@ class ListingDigest:
         self.at, self.hash = 0, hashlib.sha256()
 
     def digest(self, count: int) -> str:
-        """Cheap where it is called with growing counts."""
+        """Return the digest of the first `count` samples. It is cheap for growing counts."""
         if count < self.at:
             self._restart()
         for i in range(self.at, min(count, len(self.records))):
@@ -100,7 +103,7 @@ class ListingDigest:
 
 
 class Told(NamedTuple):
-    """How much of a Progress the journal holds."""
+    """How much of a Progress the journal has."""
 
     placed: int = 0
     changed: int = 0
@@ -108,22 +111,24 @@ class Told(NamedTuple):
 
 
 class Journal:
-    """The file at `path`. identity: what decides the bytes of the .beton, next to the listing of `records`; it must be
-    the same to go on."""
+    """The journal at `path`. identity: decides the bytes of the .beton, together with the listing of `records`, and
+    must be the same to continue.
+    """
 
     def __init__(self, path: Path, identity: dict[str, Any], records: Records) -> None:
         self.path, self.identity, self.listing = path, identity, ListingDigest(records)
         self.told, self.crc = Told(), 0
 
     def begin(self) -> None:
-        """Start again."""
+        """Start a new journal."""
         self.told, self.crc = Told(), 0
         self.path.unlink(missing_ok=True)
         self.append(self._record({"identity": self.identity}, b""))
 
     def record(self, progress: Progress) -> bytes:
-        """What tells of all that came since the last record. It may be appended, in the order of the calls, once the
-        bytes of the samples are on the disk."""
+        """Return a record of all that came since the last one. It may be appended, in the order of the calls, once the
+        samples' bytes are on the disk.
+        """
         line = progress.line(self.told) | {"listing": self.listing.digest(progress.done)}
         record = self._record(line, progress.entries[self.told.placed : progress.placed].tobytes())
         self.told = Told(progress.placed, len(progress.changed), len(progress.skipped))
@@ -144,9 +149,10 @@ class Journal:
             os.fsync(file.fileno())
 
     def resume(self, progress: Progress, partial: Path, unchanged: Callable[[Candidate], bool]) -> bool:
-        """Bring an empty `progress` to where the file `partial` is, by every whole record whose samples are in it and
-        are still what the source lists, and has (`unchanged` says whether). Returns False if there is nothing to go on
-        from. Raises UserError if it is of another conversion."""
+        """Bring an empty `progress` to the state of the file `partial`, applying every whole record whose samples are
+        in the file and unchanged in the source's listing and content (`unchanged` says so). Returns False if there is
+        nothing to continue from. Raises UserError if it belongs to another conversion.
+        """
         try:
             raw, size = self.path.read_bytes(), partial.stat().st_size
         except FileNotFoundError:
@@ -173,7 +179,7 @@ class Journal:
             end, first, self.crc = stop, False, int(head["crc32"])
         if first:
             return False
-        os.truncate(self.path, end)  # what comes next must follow a whole record
+        os.truncate(self.path, end)  # the next record must follow a whole one
         self.told = Told(progress.placed, len(progress.changed), len(progress.skipped))
         return True
 

@@ -1,7 +1,7 @@
-"""Worker processes that are watched: one that dies ends the work with the image it was at.
+"""A pool of worker processes in which a worker that dies ends the work and names the image it was at.
 
-Each worker has a pipe of its own and a thread here that speaks with it. Nothing is shared that a killed process could
-keep locked, as the queues of concurrent.futures are, where a pool can wait for ever for a worker that was killed.
+Each worker has a pipe of its own and a thread here that talks to it. Nothing is shared that a killed process could keep
+locked. The queues of concurrent.futures are shared, so its pool can wait for ever for a killed worker.
 """
 
 import contextlib
@@ -28,22 +28,22 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Chunk = list[tuple[int, Task]]
 MOST_WORKERS = 1024
-AHEAD = 4  # chunks per worker that wait for their turn
+AHEAD = 4  # waiting chunks per worker
 
 
 class WorkerDied(UserError):
-    """A worker was killed, or an exception that no image should cause ended it."""
+    """A worker was killed, or ended by an exception that no image should cause."""
 
 
 @dataclass(frozen=True)
 class _Worker:
     process: SpawnProcess
     pipe: "Connection[Any, Any]"
-    slot: int  # in the list of the items that the workers are at
+    slot: int  # index in the list of items that the workers are at
 
 
 class Pool:
-    """Maps chunks of items over worker processes, in order. One worker: this process does the work."""
+    """Maps chunks of items over worker processes, in order. With one worker, this process does the work."""
 
     def __init__(self, workers: int) -> None:
         if not 1 <= workers <= MOST_WORKERS:
@@ -58,7 +58,7 @@ class Pool:
     def map(
         self, work: Callable[[Task], Result], chunks: Iterable[Chunk[Task]], where: Callable[[int], str]
     ) -> Iterator[list[Result]]:
-        """The results of each chunk of numbered items, in order. where: of an item, for a message."""
+        """Yield the results of each chunk of numbered items, in order. where: of an item, for a message."""
         if self.workers == 1:
             for chunk in chunks:
                 yield [work(item) for _, item in chunk]
@@ -77,24 +77,24 @@ class Pool:
                 future.cancel()
 
     def start(self) -> None:
-        """Let the workers come up, which takes them a quarter of a second, while this process does something else."""
+        """Start the workers, which need a quarter of a second, while this process does something else."""
         if self.workers == 1:
             return
-        resource_tracker.ensure_running()  # which multiprocessing would do below, and unblock the signal
+        resource_tracker.ensure_running()  # multiprocessing would start it below, and unblock the signal
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it
         try:
             for slot in range(len(self.started), self.workers):
                 ours, theirs = self.context.Pipe()
                 process = self.context.Process(target=_serve, args=(theirs, self.at, slot), daemon=True)
                 process.start()
-                theirs.close()  # so that the end of the worker is the end of the pipe
+                theirs.close()  # so that the pipe ends with the worker
                 self.started.append(_Worker(process, ours, slot))
                 self.idle.put(self.started[-1])
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _ask(self, work: Callable[[Task], Result], chunk: Chunk[Task], where: Callable[[int], str]) -> list[Result]:
-        """In a thread: what the next idle worker makes of a chunk."""
+        """Return the results that the next idle worker computes for a chunk. Runs in a thread."""
         worker = self.idle.get()
         try:
             worker.pipe.send((work, chunk))
@@ -107,7 +107,7 @@ class Pool:
                 "with --workers 1 to see which image it is, or remove that image"
             ) from None
         finally:
-            self.idle.put(worker)  # a dead one, too: whoever comes next is told so instead of waiting
+            self.idle.put(worker)  # a dead one too, so that the next caller gets an error instead of waiting
         if isinstance(answer, UserError):
             raise answer
         if isinstance(answer, _Failed):
@@ -124,7 +124,7 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for worker in self.started:
-            worker.process.terminate()  # it holds nothing but the image it is at
+            worker.process.terminate()  # it holds nothing but the image it works on
         self.threads.shutdown(cancel_futures=True)
         for worker in self.started:
             worker.process.join()
@@ -133,7 +133,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Failed:
-    """What happened in a worker."""
+    """What went wrong in a worker."""
 
     number: int
     what: str
@@ -141,7 +141,7 @@ class _Failed:
 
 
 def _serve(pipe: "Connection[Any, Any]", at: "Array[Any]", slot: int) -> None:
-    """A worker: answers chunk by chunk."""
+    """Run a worker, which answers chunk by chunk."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
@@ -151,7 +151,7 @@ def _serve(pipe: "Connection[Any, Any]", at: "Array[Any]", slot: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed leaves no worker behind."""
+    """End the worker when its parent is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""What the command line tools show: bars on a terminal, a line now and then elsewhere, JSON lines if asked for."""
+"""The output of the command line tools: bars on a terminal, an occasional line elsewhere, JSON lines if asked for."""
 
 import json
 import time
@@ -10,7 +10,7 @@ LINE_EVERY = 10.0  # seconds between lines of progress where there is no termina
 
 
 class Reporter:
-    """Stages of a long job. as_json: everything goes to stdout as one JSON object per line."""
+    """The stages of a long job. as_json: everything goes to stdout as one JSON object per line."""
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json, self.shown = as_json, Bar()
@@ -18,14 +18,14 @@ class Reporter:
         self.began = self.last = time.monotonic()
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
-        """A stage over so many samples, `done` of them before a resume."""
+        """Begin a stage over this many samples, `done` of them before a resume."""
         self.stage, self.total, self.done, self.first, self.bytes = stage, total, done, done, 0
         self.began = self.last = time.monotonic()
         if not self.as_json:
             self.shown.begin(stage, total, done)
 
     def advance(self, samples: int, size: int = 0) -> None:
-        """So many samples, of so many bytes in all, are done."""
+        """Count this many more samples as done, with this many bytes in all."""
         self.done += samples
         self.bytes += size
         self.shown.advance(samples)
@@ -55,7 +55,7 @@ class Reporter:
         self.shown.end()
 
     def say(self, text: str, event: str = "note", **fields: Any) -> None:
-        """A text for people; an event with these fields, or the text, for programs."""
+        """Show a text to people, and an event with these fields, or the text, to programs."""
         if self.as_json:
             self.event(event, **(fields or {"text": text}))
         else:

@@ -1,4 +1,4 @@
-"""`fastil verify`: whether a .beton is what its manifest says, byte by byte, and every image in it decodes."""
+"""`fastil verify`: whether a .beton matches its manifest byte by byte, and every image in it decodes."""
 
 import hashlib
 from collections.abc import Iterator
@@ -20,15 +20,16 @@ from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 
 READ = 4 << 20
-DECODED = 16  # samples in a worker's chunk
+DECODED = 16  # samples per worker chunk
 GAPS = np.setdiff1d(  # bytes of a row that belong to no field
     np.arange(ROW.itemsize), [at + i for kind, at, *_ in (ROW.fields or {}).values() for i in range(kind.itemsize)]
 )
 
 
 def verify(path: Path, sample: int | None, workers: int, reporter: Reporter) -> list[str]:
-    """What is wrong, a line each; empty: nothing is. sample: look into so many samples only, evenly spread, and leave
-    out the checksum of the file. Raises UserError where there is nothing to look at."""
+    """Return what is wrong, a line each; empty if nothing is. sample: look into this many samples only, evenly spread,
+    and leave out the checksum of the file. Raises UserError if there is no file.
+    """
     if sample is not None and sample < 1:
         raise UserError(f"--sample {sample}: must be at least 1")
     if not path.is_file():
@@ -63,7 +64,7 @@ def _verify(beton: Beton, sample: int | None, pool: Pool, reporter: Reporter) ->
 
 
 def called(beton: Beton, i: int) -> str:
-    """A sample, for people."""
+    """Return a sample's name for people."""
     known = beton.manifest is not None and i < len(beton.manifest.names)
     label = int(beton.labels[i])
     in_class = f" of class {beton.class_names[label]}" if label < len(beton.class_names) else ""
@@ -71,7 +72,7 @@ def called(beton: Beton, i: int) -> str:
 
 
 def structure(beton: Beton) -> list[str]:
-    """What opening the file does not look at."""
+    """Return what is wrong with the structure, among what opening the file does not check."""
     problems = []
     rows = np.arange(len(beton))
     if beton.manifest is not None and beton.ids is not None:
@@ -89,7 +90,7 @@ def structure(beton: Beton) -> list[str]:
 
 
 def against_manifest(beton: Beton) -> list[str]:
-    """Size and classes."""
+    """Return where size and classes differ from the manifest."""
     manifest = beton.manifest
     assert manifest is not None
     problems = []
@@ -111,14 +112,14 @@ def sha256(beton: Beton) -> str:
 
 
 def checksums(beton: Beton) -> Ids:
-    """crc32 of each sample, int64 [n]."""
+    """Return the crc32 of each sample, int64 [n]."""
     if beton.manifest is not None:
         return np.array(beton.manifest.crc32, dtype=np.int64)
     return np.array([crc32(beton.view(i)) for i in range(len(beton))], dtype=np.int64)
 
 
 def damaged(beton: Beton, chosen: Ids, pool: Pool, reporter: Reporter) -> list[str]:
-    """Samples whose bytes are not those that were written, or that are no image of the size that their row gives."""
+    """Return the samples whose bytes are not those that were written, or that are no image of the size in their row."""
     reporter.begin("samples", len(chosen))
     problems = []
     known = beton.manifest.crc32 if beton.manifest is not None else None
@@ -148,7 +149,7 @@ def damaged(beton: Beton, chosen: Ids, pool: Pool, reporter: Reporter) -> list[s
 
 
 class Sample(NamedTuple):
-    """What a sample has to be. expected: its crc32, where that is known."""
+    """What a sample must be. expected: its crc32, if known."""
 
     extent: Extent
     height: int
@@ -158,7 +159,7 @@ class Sample(NamedTuple):
 
 
 def look(sample: Sample) -> list[str]:
-    """What is wrong with a sample."""
+    """Return what is wrong with a sample, if anything."""
     try:
         content = sample.extent.read()
     except UserError as error:
@@ -181,7 +182,7 @@ def look(sample: Sample) -> list[str]:
 
 
 def first_lost(path: Path) -> str:
-    """Which samples of a file that does not open are gone, by its front and its manifest, if it was cut short."""
+    """Return which samples of a file that was cut short and does not open are lost, from its front and its manifest."""
     try:
         header = np.fromfile(path, HEADER, 1)[0]
         size, n = path.stat().st_size, int(header["num_samples"])
@@ -195,7 +196,7 @@ def first_lost(path: Path) -> str:
             return ""
         rows = np.fromfile(path, ROW, n, offset=TABLE)
         starts = rows["image"]["data_ptr"].astype(np.int64)
-        last = int(np.searchsorted(starts, size)) - 1  # that begins before the end
+        last = int(np.searchsorted(starts, size)) - 1  # it begins before the end
         if last >= 0 and is_whole(path, rows[last], manifest.crc32[last], size):
             last += 1
     except (OSError, ValueError, LookupError):
@@ -204,14 +205,14 @@ def first_lost(path: Path) -> str:
 
 
 def is_whole(path: Path, row: np.void, expected: int, size: int) -> bool:
-    """Whether the last sample of a file that ends within its samples, or in the padding behind them, is all there."""
+    """Return whether the last sample is complete in a file that ends within its samples or the padding after them."""
     image = row["image"]
     start = int(image["data_ptr"])
     if image["mode"] == RAW:
         return start + int(image["width"]) * int(image["height"]) * 3 <= size
     content = Extent(str(path), start, size - start).read()
     found = crc32(content.rstrip(b"\0"))
-    for _ in range(len(content) - len(content.rstrip(b"\0"))):  # some of which may be its own
+    for _ in range(len(content) - len(content.rstrip(b"\0"))):  # some zeros may be its own
         if found == expected:
             return True
         found = crc32(b"\0", found)

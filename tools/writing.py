@@ -1,6 +1,6 @@
-"""Writing one split: samples in place one after the other, tables, header, checksums, manifest, name, in that order.
+"""Writing one split, in this order: samples in place one after the other, tables, header, checksums, manifest, name.
 
-One thread copies. What it has written is synced, told to the journal and read back by threads that follow it.
+One thread copies. Other threads follow: they sync what it has written, tell the journal and read it back.
 """
 
 import io
@@ -35,14 +35,14 @@ from fastil.tools.pool import Pool
 from fastil.tools.reporting import Reporter
 from fastil.version import __version__
 
-PREPARED = 32  # samples in a worker's chunk
+PREPARED = 32  # samples per worker chunk
 COMMIT_SECONDS = 5.0
 OnCorrupt = Literal["fail", "skip"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be written where. origin, parameters: as the manifest has them."""
+    """What to write where. origin, parameters: as in the manifest."""
 
     source: Source
     split: str
@@ -58,22 +58,23 @@ class Task:
 
     @property
     def partial(self) -> Path:
-        """The file while it is being written."""
+        """The path of the file while it is being written."""
         return self.target.with_name(self.target.name + ".partial")
 
     @property
     def journal(self) -> Path:
-        """The journal of what has been written."""
+        """The path of the journal of what has been written."""
         return self.target.with_name(self.target.name + ".journal")
 
     @property
     def spool(self) -> Path:
-        """The copy of a source that can only be read from front to back."""
+        """The path of the copy of a source that can only be read from front to back."""
         return self.target.with_name(self.target.name + ".spool")
 
     def identity(self, start: int, page: int) -> dict[str, Any]:
-        """What decides the bytes of the file, next to what the source lists. An image that cannot be read stops the
-        work or is left out: what is in place is the same."""
+        """The settings that decide the bytes of the file, together with what the source lists. Whether an unreadable
+        image stops the work or is left out does not count: what is in place is the same.
+        """
         options = dict(self.parameters)
         options |= options.pop("storage")
         return {f"--{key.replace('_', '-')}": value for key, value in options.items()} | {
@@ -94,9 +95,9 @@ class Writing:
         self.journal = Journal(task.journal, task.identity(self.start, self.page), task.records)
 
     def run(self, pool: Pool) -> None:
-        """From where an earlier attempt ended to the finished file."""
+        """Write from where an earlier attempt ended to the finished file."""
         self.resume()
-        back = None if self.progress.done else self.read_back()  # after a stop there is much of it, so it has a stage
+        back = None if self.progress.done else self.read_back()  # after a stop there is much of it, so it is a stage
         pages = Pages(self.file, self.page, self.progress.position)
         with Follower(pages, self.journal, back) as follower:
             self.copy(pool, follower)
@@ -105,14 +106,14 @@ class Writing:
         self.task.journal.unlink(missing_ok=True)
 
     def read_back(self) -> ReadBack | None:
-        """Where the front of the file is known before the samples are in place."""
+        """Return a reader if the front of the file is known before the samples are in place."""
         plan = planned(self.found, self.task.storage, self.page, self.start)[0]
         if plan is None:
             return None
         return ReadBack(self.task.partial, self.progress.entries, beton.front(plan, self.mode, self.page, self.start))
 
     def resume(self) -> None:
-        """Take up what an earlier attempt left on disk, as far as the source is unchanged."""
+        """Take over what an earlier attempt left on disk, as far as the source is unchanged."""
         task, progress, file = self.task, self.progress, self.file
         if task.journal.exists():
             task.reporter.begin(f"compare {task.split}", len(task.records))
@@ -132,7 +133,7 @@ class Writing:
         file.truncate(progress.position)
 
     def unchanged(self, candidate: Candidate) -> bool:
-        """Whether the source still has what an earlier attempt read there, which a name and a size do not tell."""
+        """Return whether the source still has what an earlier attempt read there, which name and size do not tell."""
         records, storage, i = self.task.records, self.task.storage, candidate.number
         item = item_of(records, i)
         if candidate.problem is not None:
@@ -164,7 +165,7 @@ class Writing:
                         "written stays: the same command goes on"
                     )
                 progress.skipped.append((i, prepared.problem))
-                follower.back = None  # the front of the file will be another
+                follower.back = None  # the front of the file will be different
                 progress.done = i + 1
                 reporter.advance(1)
                 continue
@@ -185,7 +186,7 @@ class Writing:
                     content.read_into(room)
                 else:
                     room[:] = content
-            except Unreadable as error:  # it could be, a moment ago
+            except Unreadable as error:  # it could be read a moment ago
                 raise UserError(f"{error}; mend that, and the same command goes on") from None
             at = pages.taken(size)
             checksum = crc32(room) if prepared.crc32 is None else prepared.crc32
@@ -201,8 +202,7 @@ class Writing:
         reporter.end()
 
     def prepared(self, pool: Pool) -> Iterator[tuple[int, Prepared]]:
-        """The samples that are still to come, each as it is to be stored, in order. Workers see those that have to be
-        decoded."""
+        """Yield the remaining samples as they are to be stored, in order. Workers see those that must be decoded."""
         found, storage, records = self.found, self.task.storage, self.task.records
         untouched = found.kept & (not storage.check or storage.mode == "raw")
         ids = np.arange(self.progress.done, len(records))
@@ -219,7 +219,7 @@ class Writing:
                 yield int(i), next(results)
 
     def finish(self, back: ReadBack | None) -> None:
-        """Tables, header, checksums, manifest, name."""
+        """Write tables, header, checksums, manifest, name."""
         task, file, progress = self.task, self.file, self.progress
         entries = progress.entries[: progress.placed]
         self.refuse_empty_classes(entries)
@@ -228,7 +228,7 @@ class Writing:
         beton.write_header(file, before)
         size = os.fstat(file.fileno()).st_size
         if back is None or os.pread(file.fileno(), self.start, 0) != back.front:
-            back = ReadBack(task.partial, progress.entries)  # what comes first is known only now
+            back = ReadBack(task.partial, progress.entries)  # the front is known only now
         with ThreadPoolExecutor(1) as thread:
             synced = thread.submit(os.fsync, file.fileno())
             task.reporter.begin("read back", len(entries), back.at)
@@ -293,7 +293,7 @@ class Writing:
 
 
 class Follower:
-    """Syncs what a writer has written, tells the journal of it and reads it back. back: None if that has to wait."""
+    """Syncs what a writer has written, tells the journal and reads it back. back: None if that must wait."""
 
     def __init__(self, pages: Pages, journal: Journal, back: ReadBack | None) -> None:
         self.pages, self.journal, self.back = pages, journal, back
@@ -301,7 +301,7 @@ class Follower:
         self.waiting: list[Future[None]] = []
 
     def commit(self, progress: Progress) -> None:
-        """All that is written up to now, once the last commit has come to its end."""
+        """Commit all that is written so far, once the last commit has finished."""
         self.wait()
         self.pages.flush()
         self.waiting = [self.threads.submit(self._sync, self.journal.record(progress))]
@@ -313,7 +313,7 @@ class Follower:
         self.journal.append(record)
 
     def wait(self) -> None:
-        """Raises what went wrong."""
+        """Wait for the last commit. Raises whatever went wrong."""
         for one in self.waiting:
             one.result()
         self.waiting = []
@@ -326,7 +326,7 @@ class Follower:
 
 
 def libraries() -> dict[str, str]:
-    """What decodes and encodes: other versions may write other bytes."""
+    """Return the versions that decode and encode; others may write other bytes."""
     return {
         "pillow": version("pillow"),
         "jpeg": str(features.version("libjpeg_turbo") or features.version("jpg")),

@@ -1,4 +1,4 @@
-"""Data sets, how they lie in files, and the loaders that stream them."""
+"""Data sets, their file formats, and the loaders that stream them."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastil.data.loaders.choose import Loader, make_loader
     from fastil.data.sources import DataConfig, Dataset, Split, load_dataset
 
-# Imported when asked for: the loaders bring torch, which the command line tools of this package do without.
+# Imported on first use: the loaders need torch, and the command line tools of this package do not.
 __getattr__, __dir__ = names_from(__name__, {
     "Beton": "formats.beton", "Batch": "loaders.batch", "Inputs": "loaders.batch", "Loader": "loaders.choose",
     "make_loader": "loaders.choose", "DataConfig": "sources", "Dataset": "sources", "Split": "sources",

@@ -1,8 +1,8 @@
-"""What is published of data sets: classes, counts, and the identity of their images where it could be computed.
+"""Data sets as published: classes, counts, and the identity of their images if it could be computed.
 
-published.json holds an entry per data set, made by `entry` of its images as fastil reads them. That of CIFAR-100 was
-made of a lossless PNG copy, not of the official archives; how to check it is in docs/decisions.md. Images of a data set
-without an identity there (CIFAR-10, ImageNet) are known by classes and counts, and ImageNet by the size of its files.
+published.json holds an entry per data set, which `entry` made from its images as fastil reads them. CIFAR-100's was
+made from a lossless PNG copy, not from the official archives; docs/decisions.md says how to check it. Data sets without
+an identity there (CIFAR-10, ImageNet) are recognised by classes and counts, ImageNet also by the size of its files.
 """
 
 import json
@@ -14,17 +14,17 @@ from typing import Any
 
 from fastil.data.formats.identity import Identity
 
-DIGITS = 12  # of the digest of a class that are kept
-NAMED = 2  # classes that a message names before it counts the rest
+DIGITS = 12  # hexadecimal digits to keep of a class's digest
+NAMED = 2  # classes that a message names; it counts the rest
 
 
 @dataclass(frozen=True)
 class PublishedSplit:
     """The counts and digests of a published split.
 
-    images: how many in all. counts: of each class; identity: as `Identity.text`; classes: the first digits of each
-    class's digest; bytes: of all image files, nearly: the official archives less what tar adds. None: not known.
-    per_class: the fewest and the most images of a class, where counts are not known.
+    images: how many in all. counts: images of each class. identity: as `Identity.text`. classes: the first digits of
+    each class's digest. bytes: about the size of all image files, which is the official archives less what tar adds.
+    per_class: the fewest and the most images of a class, if counts are not known. None: not known.
     """
 
     images: int
@@ -35,7 +35,7 @@ class PublishedSplit:
     per_class: tuple[int, int] | None = None
 
     def has_counts(self, counts: Sequence[int]) -> bool:
-        """Whether a split with these counts of images has as many, and of each class as far as that is known."""
+        """Return whether a split with these counts has as many images, in all and of each class, where known."""
         if self.counts is not None:
             return tuple(counts) == self.counts
         least, most = self.per_class or (1, self.images)
@@ -44,8 +44,9 @@ class PublishedSplit:
 
 @dataclass(frozen=True)
 class Published:
-    """A data set as published. title: what people call it. shape: of an image; of ImageNet, as a network is shown it.
-    class_names: by label."""
+    """A data set as published. title: its usual name. shape: of an image; for ImageNet, as a network sees it.
+    class_names: by label.
+    """
 
     title: str
     shape: tuple[int, int, int]
@@ -56,24 +57,24 @@ class Published:
 
     @property
     def per_class(self) -> int:
-        """Training images of a class, on average."""
+        """The mean number of training images of a class."""
         return self.train.images // self.classes
 
     @property
     def images(self) -> int:
-        """Images of both splits."""
+        """The number of images of both splits."""
         return self.train.images + self.val.images
 
 
 @cache
 def table() -> dict[str, Published]:
-    """The published data sets, by the name that the key `dataset` has for each."""
+    """Return the published data sets, by their name in the key `dataset`."""
     content = json.loads(resources.files("fastil.data").joinpath("published.json").read_text())
     return {name: parsed(found) for name, found in content.items()}
 
 
 def parsed(found: Mapping[str, Any]) -> Published:
-    """An entry of published.json."""
+    """Return an entry of published.json as a Published."""
 
     def split(part: Mapping[str, Any]) -> PublishedSplit:
         counts, classes = part["counts"], part["classes"]
@@ -94,7 +95,7 @@ def parsed(found: Mapping[str, Any]) -> Published:
 
 
 def entry(title: str, class_names: Sequence[str], train: Identity, val: Identity) -> dict[str, Any]:
-    """What published.json holds of a data set whose images are in memory, with their official names and labels."""
+    """Return the entry of published.json for a data set in memory that has its official names and labels."""
 
     def split(part: Identity) -> dict[str, Any]:
         return {
@@ -111,8 +112,9 @@ def entry(title: str, class_names: Sequence[str], train: Identity, val: Identity
 
 
 def official_labels(expected: Published, names: Sequence[str]) -> list[int] | None:
-    """The published label of each class of a source, by its name (letters and digits count, not their case) or, where
-    all names are numbers, by these. None where the names do not tell."""
+    """Return the published label of each class of a source, by its name (letters and digits, ignoring case) or by its
+    number if all names are numbers. None if the names do not tell.
+    """
     ours = [_plain(name) for name in names]
     theirs = [_plain(name) for name in expected.class_names]
     if len(ours) == len(theirs) and set(ours) == set(theirs):
@@ -124,15 +126,17 @@ def official_labels(expected: Published, names: Sequence[str]) -> list[int] | No
 
 
 def _plain(name: str) -> str:
-    """A name without what containers change in it: HF writes "T - shirt / top" where Fashion-MNIST's authors write
-    T-shirt/top, which cannot be the name of a folder."""
+    """Return a name without what containers change in it: HF writes "T - shirt / top" where Fashion-MNIST's authors
+    write T-shirt/top, which cannot be the name of a folder.
+    """
     plain = "".join(character for character in name.casefold() if character.isalnum())
     return "tshirt" if plain == "tshirttop" else plain
 
 
 def differences(expected: Published, names: Sequence[str], train: Identity, val: Identity) -> list[str]:
-    """What sets a data set apart from the published one, each as a piece of a sentence; none where nothing does, as
-    far as the table tells. names: by label, in the published order if `official_labels` knows one."""
+    """Return what sets a data set apart from the published one, as parts of a sentence; empty if nothing does, as far
+    as the table tells. names: by label, in the published order if `official_labels` knows one.
+    """
     official = expected.class_names
     ours, theirs = ({_plain(name) for name in some} for some in (names, official))
     odd = [name for name in names if _plain(name) not in theirs]
@@ -154,8 +158,9 @@ def differences(expected: Published, names: Sequence[str], train: Identity, val:
 
 
 def _matched(expected: Published, names: Sequence[str], train: Identity, val: Identity) -> list[int]:
-    """The published label that each of as many classes is compared with: by its name, else by its images, else what is
-    left, in order."""
+    """Return the published label that each class is compared with: by its name, else by its images, else the ones left
+    over, in order. Needs as many classes as published.
+    """
     known_labels = official_labels(expected, names)
     if known_labels is not None:
         return known_labels
@@ -219,7 +224,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def same_images(expected: Published, train: Identity, val: Identity) -> bool:
-    """Whether the classes hold the published images, whatever their names and order."""
+    """Return whether the classes hold the published images, whatever their names and order."""
     return all(
         theirs.classes is not None
         and ours.shape == expected.shape
@@ -229,5 +234,5 @@ def same_images(expected: Published, train: Identity, val: Identity) -> bool:
 
 
 def recognised(train: Identity, val: Identity) -> Published | None:
-    """The published data set that has these images."""
+    """Return the published data set that has these images, or None."""
     return next((expected for expected in table().values() if same_images(expected, train, val)), None)

@@ -1,4 +1,4 @@
-"""Every data source as uint8 images in memory, each parser once.
+"""Data sources as uint8 images in memory, and the streamed ones.
 
 A source yields two splits with the same classes: train and val (the test set of the protocol). Sample id = row.
 """
@@ -29,14 +29,14 @@ from fastil.data.formats.records import SAME, ByClass, Source, relabelled
 from fastil.errors import UserError
 from fastil.settings import shown
 
-BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")  # what reads the images of a split
+BACKENDS = ("auto", "resident", "threads", "reference", "ffcv", "dali")  # how the images of a split are read
 THREE = Field(min_length=3, max_length=3)
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # from Debian's dataset-fashion-mnist
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on and how its pixels are prepared."""
+    """The data set and how its pixels are prepared."""
 
     dataset: str = "digits"  # digits | fashion-mnist | idx | cifar10 | cifar100 | folder | imagenet
     data: str | None = None  # path of the data set; --data sets it
@@ -45,12 +45,12 @@ class DataConfig:
     size: Annotated[int, Field(ge=8)] = 32
     loader: str = "auto"  # auto | resident | threads | ffcv | dali | reference: what reads the images
     memory: Literal["streamed", "resident"] = "streamed"  # resident: exemplars stay decoded on the device
-    on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what an image that cannot be read means
-    image_column: str | None = None  # of parquet files, where it has another name than image or img
-    label_column: str | None = None  # of parquet files, where it has another name than label, fine_label or labels
+    on_corrupt: Literal["fail", "skip"] = "fail"  # folder: what to do about an image that cannot be read
+    image_column: str | None = None  # of parquet files, if it is not called image or img
+    label_column: str | None = None  # of parquet files, if it is not called label, fine_label or labels
     exif: Exif = "upright"  # upright: turned as the camera's tag says | ignore: as the pixels lie in the file
     max_pixels: PositiveInt = MOST_PIXELS  # an image with more is refused
-    verify: bool = True  # digits, fashion-mnist, cifar: the images must be those published under that name
+    verify: bool = True  # digits, fashion-mnist, cifar: demand the images published under that name
     pad: Annotated[int, Field(ge=0)] = 4  # random crop after black padding of this many pixels
     flip: bool = True  # random mirror
     mean: Annotated[list[float], THREE] = field(default_factory=lambda: [0.485, 0.456, 0.406])
@@ -73,14 +73,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Split(ByClass):
-    """uint8 images [N, h, w, 3] and int64 labels [N]."""
+    """A split in memory: uint8 images [N, h, w, 3] and int64 labels [N]."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
     @property
     def sizes(self) -> NDArray[np.int32]:
-        """int32 [N, 2], height and width of each."""
+        """Height and width of each image, int32 [N, 2]."""
         return np.tile(np.array(self.images.shape[1:3], dtype=np.int32), (len(self.images), 1))
 
     @cached_property
@@ -93,25 +93,25 @@ class Split(ByClass):
 
     @cached_property
     def identity(self) -> Identity:
-        """What the split holds, in whatever order: see `fastil.data.formats.identity`."""
+        """The content of the split in any order: see `fastil.data.formats.identity`."""
         return of_pixels(self.images, self.labels)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Train and val splits of the same classes, in memory or to be streamed."""
+    """Train and val splits with the same classes, in memory or streamed."""
 
     name: str
     class_names: list[str]
     train: Split | Beton
     val: Split | Beton
-    notes: tuple[str, ...] = ()  # what the reader had to do that the user should know
-    proven: bool = False  # by checksums of its files, to be what was published under its name
-    skipped: tuple[str, ...] = ()  # of the notes, those that name images which could not be read
+    notes: tuple[str, ...] = ()  # what the reader did that the user should know
+    proven: bool = False  # checksums of its files prove that it is the published one
+    skipped: tuple[str, ...] = ()  # the notes that name images which could not be read
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Read the data set of a recipe. A UserError names what is missing or damaged, and the fix."""
+    """Return the data set of a recipe. A UserError names what is missing or damaged, and the fix."""
     if config.dataset == "digits" and (config.data or config.val):
         raise UserError("digits come with scikit-learn and take no --data; for your own images use the recipe folder")
     dataset = SOURCES[config.dataset](config)
@@ -138,7 +138,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def _known(config: DataConfig, dataset: Dataset) -> Dataset:
-    """The data set, with a note where it is a published one. UserError where it should be and is another."""
+    """Return the data set, with a note if it is a published one. Raises UserError if it should be and is not."""
     train, val = dataset.train, dataset.val
     if not isinstance(train, Split) or not isinstance(val, Split):  # ImageNet's identity is not known here
         return dataset
@@ -159,7 +159,7 @@ def _known(config: DataConfig, dataset: Dataset) -> Dataset:
 
 
 def image_size(config: DataConfig, dataset: Dataset) -> tuple[int, int]:
-    """Height and width of what the network is shown."""
+    """Return height and width of what the network sees."""
     if isinstance(dataset.train, Split):
         height, width = dataset.train.images.shape[1:3]
         return height, width
@@ -167,7 +167,7 @@ def image_size(config: DataConfig, dataset: Dataset) -> tuple[int, int]:
 
 
 def digits(config: DataConfig) -> Dataset:
-    """scikit-learn's 8x8 digits, embedded in its wheel. Every 5th image per class in file order is the test set."""
+    """Return scikit-learn's 8x8 digits, from its wheel. Every 5th image per class in file order is the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -186,7 +186,7 @@ def digits(config: DataConfig) -> Dataset:
 
 
 def fashion_mnist(config: DataConfig) -> Dataset:
-    """Fashion-MNIST, by default from the idx files where Debian's package puts them."""
+    """Return Fashion-MNIST, by default from the idx files of Debian's package."""
     if config.data is None and not FASHION_MNIST.exists():
         raise UserError(
             f"Fashion-MNIST not found at {FASHION_MNIST}; apt-get install dataset-fashion-mnist, or --data with its "
@@ -196,7 +196,7 @@ def fashion_mnist(config: DataConfig) -> Dataset:
 
 
 def idx(config: DataConfig) -> Dataset:
-    """Any grayscale data set as the four idx files of MNIST, gzipped or not; or a .beton of one."""
+    """Return any grayscale data set in the four idx files of MNIST's format, gzipped or not, or in a .beton."""
     path = _required(config)
     if path.suffix == ".beton":
         return image_folder(config)
@@ -205,12 +205,12 @@ def idx(config: DataConfig) -> Dataset:
 
 
 def cifar10(config: DataConfig) -> Dataset:
-    """CIFAR-10: its archives, unpacked, or its images in any other kind of source."""
+    """Return CIFAR-10 from its unpacked archives, or its images from any other source."""
     return _cifar(config, cifar.CIFAR10)
 
 
 def cifar100(config: DataConfig) -> Dataset:
-    """CIFAR-100 with its 100 fine labels: its archives, unpacked, or its images in any other kind of source."""
+    """Return CIFAR-100 with its 100 fine labels from its unpacked archives, or its images from any other source."""
     return _cifar(config, cifar.CIFAR100)
 
 
@@ -221,18 +221,18 @@ def _cifar(config: DataConfig, variant: cifar.Variant) -> Dataset:
     found = cifar.find(path, variant)
     if found is not None:
         source = open_source(path, variant.name, val=config.val, verify=config.verify)
-        # Without an identity to compare with, the sums of the python version's files are what proves CIFAR-10.
+        # There is no identity of CIFAR-10 to compare with: the md5 sums of the python version's files prove it.
         return replace(_published(config, source), proven=config.verify and config.val is None and found[1] == "python")
     if path.is_dir():
         try:
             detect(path, config.val)
         except UserError:
-            cifar.read(path, variant, config.verify)  # says how it is fetched
+            cifar.read(path, variant, config.verify)  # its error says how to fetch it
     return _published(config)
 
 
 def _published(config: DataConfig, source: Source | None = None) -> Dataset:
-    """A published data set in whatever it lies in, with its own classes in their order, images as they are."""
+    """Return a published data set from any container, with its own classes in their order and its images unchanged."""
     path, expected = _required(config), published.table()[config.dataset]
     if path.is_file() and path.suffix in PACKED:
         _unpacked(path)
@@ -244,8 +244,9 @@ def _published(config: DataConfig, source: Source | None = None) -> Dataset:
 
 
 def image_folder(config: DataConfig) -> Dataset:
-    """Image files train/<class>/* and val/<class>/*, or any other kind of source, decoded into memory. Only
-    dataset=folder resizes them."""
+    """Return image files train/<class>/* and val/<class>/*, or any other kind of source, decoded into memory. Only
+    dataset=folder resizes them.
+    """
     source = _opened(config)
     return _in_memory(config, source, config.size if config.dataset == "folder" else None)
 
@@ -256,7 +257,7 @@ def _opened(config: DataConfig) -> Source:
 
 
 def _in_memory(config: DataConfig, source: Source, size: int | None) -> Dataset:
-    """Both splits decoded. size: of the images; None: their own."""
+    """Return both splits, decoded. size: of the images; None: their own."""
     path = _required(config)
     for name, records in (("train", source.train), ("val", source.val)):
         if records is not None:
@@ -276,7 +277,7 @@ def _in_memory(config: DataConfig, source: Source, size: int | None) -> Dataset:
 
 
 def imagenet(config: DataConfig) -> Dataset:
-    """A .beton that is streamed: ImageNet, or anything else whose images have to be read again in every epoch."""
+    """Return a .beton to be streamed: ImageNet, or any other set whose images must be read again in every epoch."""
     if config.data is None or not config.data.endswith(".beton"):
         raise UserError(
             "dataset=imagenet is streamed from a file: fastil convert SOURCE imagenet.beton, then --data imagenet.beton"
@@ -292,7 +293,7 @@ def imagenet(config: DataConfig) -> Dataset:
     names = train.class_names
     check_same_classes(train, val)
     notes = notes_of(train)
-    if config.val:  # given now, whatever was missing then
+    if config.val:  # they are given now, though they were missing then
         notes = tuple(note for note in notes if not note.startswith("no validation images"))
     if config.val == SAME:
         notes += (SMOKE_TEST,)
@@ -309,7 +310,7 @@ def _required(config: DataConfig) -> Path:
 
 
 def is_path(text: str) -> bool:
-    """Whether a text can be the name of a file: not empty, which would be the current folder."""
+    """Return whether a text can be the name of a file. Empty text cannot: it would be the current folder."""
     try:
         return text != "" and b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

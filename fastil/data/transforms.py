@@ -1,4 +1,4 @@
-"""How the images of a recipe become what the network is shown."""
+"""The transforms by which the images of a recipe become what the network sees."""
 
 from dataclasses import replace
 
@@ -10,10 +10,10 @@ RESIZE = 256 / 224  # short side before the central crop, over the side of the c
 
 
 def transforms(config: DataConfig, size: tuple[int, int], *, streamed: bool) -> tuple[Transform, Transform]:
-    """The transforms of training images and of all others. size: height and width of what the network is shown.
+    """Return the transforms of training images and of all others. size: height and width of what the network sees.
 
-    Images that are streamed are trained on in random resized crops and seen otherwise by their centre, as ImageNet's
-    (resize to 256, crop 224, and so in proportion for another size).
+    Streamed images are trained on in random resized crops, and otherwise seen by their centre, as ImageNet's are
+    (resize to 256, crop 224, and in proportion for another size).
     """
     plain = Transform(*size, config.pad, config.flip, tuple(config.mean), tuple(config.std))
     if not streamed:

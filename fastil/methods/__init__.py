@@ -18,11 +18,12 @@ BUILT_IN = tuple(METHODS)
 
 
 def configs_of(name: str, method: type[Method] | None = None) -> dict[str, type]:
-    """Return the `Config` classes whose keys a recipe has, by the method that they belong to: those of all methods that
-    come with fastil, and that of its own. method: None if its code is not loaded."""
+    """Return the `Config` classes whose keys a recipe has, by the method that they belong to: those of all of fastil's
+    methods and that of the recipe's own. method: None if its code is not loaded.
+    """
     found: dict[str, type] = {}
     for key, known in ({key: METHODS[key] for key in BUILT_IN} | ({} if method is None else {name: method})).items():
-        if known.Config is not None and known.Config not in found.values():  # a subclass may have that of its parent
+        if known.Config is not None and known.Config not in found.values():  # a subclass may share its parent's
             found[key] = known.Config
     return found
 

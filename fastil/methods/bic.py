@@ -1,18 +1,18 @@
 """BiC (Wu et al., CVPR 2019): distillation, then two numbers that correct the logits of the newest classes.
 
-Stage 1 weights distillation by lambda = N_old / N_all, without T^2. The teacher's logits are corrected by what its own
-step found, on the classes that were new then. Stage 2 learns beta and gamma on held-out images of every class, with
-the network frozen: z <- beta z + gamma on the new classes. At test only the newest group is corrected. (Some other code
-bases call something else BiC: one pair per group, all used in training and at test. That is `bic_groups=all`.)
+Stage 1 weights distillation by lambda = N_old / N_all, without T^2. The teacher's logits are corrected with the values
+of its own step, on the classes that were new then. Stage 2 learns beta and gamma on held-out images of every class,
+with the network frozen: z <- beta z + gamma on the new classes. At test only the newest group is corrected. (Some other
+code bases call something else BiC: one pair per group, all used in training and at test. That is `bic_groups=all`.)
 
 `bic_validation=reserved` is the code's: the held-out images of a class are drawn before its first step and never
 trained on. With `each_step` they are drawn from the memory in each step, as for Meta, and were trained on before.
 
-Differences from the code: batch normalisation decays here too. Exemplars are herded once, on normalised features; the
-code herds again in each step, on features as they are. Each epoch of stage 2 ends with its own short batch; in the code
-batches run on from one epoch into the next, so with few images there are half as many updates.
+Differences from the code: weight decay includes batch normalisation here. Exemplars are herded once, on normalised
+features; the code herds again in each step, on raw features. Here each epoch of stage 2 ends with a short batch of its
+own; in the code batches run on into the next epoch, so with few images there are half as many updates.
 
-Known mistakes in other code bases: PODNet's BiC predicts with the uncorrected logits, PyCIL's stage 2 takes the softmax
+Known mistakes in other code bases: PODNet's BiC predicts with uncorrected logits, PyCIL's stage 2 takes the softmax
 twice, mammoth weights distillation by 1 / step. The original code's stage 2 uses batch statistics; here they are
 frozen.
 """
@@ -44,7 +44,7 @@ class BiCConfig:
     bic_epochs: PositiveInt = 200  # of stage 2
     bic_lr: PositiveFloat = 0.1  # of stage 2, momentum 0.9
     bic_penalty: NonNegativeFloat = 0.1  # times gamma^2 / 2
-    bic_share: Share = 0.1  # of the memory, held out; as many of each new class
+    bic_share: Share = 0.1  # of the memory, held out; the same number of each new class
     bic_validation: Literal["each_step", "reserved"] = "each_step"  # when held-out images are drawn; code: reserved
     bic_decay: Literal["constant", "falling"] = "constant"  # falling: weight decay times steps / (step + 1), as in code
 
@@ -68,7 +68,8 @@ class BiC(Method):
     @classmethod
     def base_step_settings(cls, keys: Keys) -> dict[str, Any]:
         """Return what else the base step depends on: reserved images are held out of it too, and a falling decay
-        depends on the number of steps."""
+        depends on the number of steps.
+        """
         settings = super().base_step_settings(keys)
         if cls.reserves(keys):
             names = ("bic_share", "exemplars_per_class", "memory_budget", "exemplar_selection")

@@ -1,7 +1,7 @@
 """The classification loss of a step: a part that goes with any method.
 
 All but NCA are the cross-entropy of eq. 3, eq. 4 and eq. 5 with another prior, other weights per image or another block
-of classes, so one kernel (`fastil.kernels.incremental_loss`) computes them: what differs is data on the device.
+of classes. So one kernel (`fastil.kernels.incremental_loss`) computes them all; they differ only in data on the device.
 """
 
 import math
@@ -20,7 +20,7 @@ from fastil.models import Output
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which classification loss.
+    """The choice of the classification loss.
 
     softmax: the plain cross-entropy. balanced: Balanced Softmax (eq. 3 to 5). meta_balanced: the same, with alpha
     learned in every step (Algorithm 1). separated: Separated Softmax, a softmax for the old classes and one for the new
@@ -49,8 +49,7 @@ class LossConfig:
 class ClassificationLoss:
     """The prior and the image weights of a step, on the device: a step changes values, never shapes or code.
 
-    log_prior: [W], what the loss adds to the logits. log_alpha: [W], the part of it that is log alpha (eq. 5), 0 on new
-    classes.
+    log_prior: [W], added to the logits. log_alpha: [W], its part log alpha (eq. 5), 0 on new classes.
     """
 
     def __init__(self, config: LossConfig, width: int, device: torch.device) -> None:
@@ -68,11 +67,11 @@ class ClassificationLoss:
         self.num_old.fill_(context.num_old)
         self.num_seen.fill_(context.num_seen)
         self.is_old.copy_(torch.arange(len(counts)) < context.num_old)
-        seen = torch.arange(len(counts)) < context.num_seen  # old classes without exemplars among them
+        seen = torch.arange(len(counts)) < context.num_seen  # including old classes without exemplars
         self.prior_without_alpha.copy_(log_prior(counts if self.config.balanced else seen.long()))
         self.set_log_alpha(torch.full_like(self.log_alpha, math.log(self.config.alpha)))
         if self.config.loss == "rescaled":
-            # N / (K n_y): the weights of the training images have mean 1. Equal counts give exactly 1.
+            # N / (K n_y), so that the weights of the training images have mean 1. Equal counts give exactly 1.
             inverse = 1 / counts.double().clamp(min=1)
             self.class_weight.copy_(inverse * (counts.sum() / (counts > 0).sum()))
 
@@ -82,16 +81,16 @@ class ClassificationLoss:
         self.log_prior.copy_(self.prior_without_alpha + self.log_alpha)
 
     def unfused(self, out: Output, target: Tensor) -> Tensor | None:
-        """Return the loss if the kernel does not compute it, 0-d, else None. target: int64 [B], incremental
-        positions."""
+        """Return the loss, 0-d, if the kernel does not compute it, else None. target: int64 [B], incremental
+        positions.
+        """
         if self.config.loss != "nca":
             return None
         scale = 1.0 if out.scale is None else out.scale
         return nca(out.logits, target, self.num_seen, scale, self.config.nca_margin, self.config.nca_variant)
 
     def kernel_arguments(self, target: Tensor) -> dict[str, Any]:
-        """Return its arguments of `fastil.kernels.incremental_loss`, by name. target: int64 [B], incremental
-        positions."""
+        """Return its arguments of `fastil.kernels.incremental_loss`. target: int64 [B], incremental positions."""
         rescaled = self.config.loss == "rescaled"
         return {
             "log_prior": self.log_prior,

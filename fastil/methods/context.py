@@ -1,4 +1,4 @@
-"""What a method is handed: the step, the frozen network's outputs, the rehearsal memory, and the meter of an epoch."""
+"""What a method receives: the step, the frozen network's outputs, the rehearsal memory, and the meter of an epoch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from fastil.protocol import Ids
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a method may know when a step, or a correction after it, begins."""
+    """What a method knows when a step, or a correction after it, begins."""
 
     step: int
     num_old: int  # classes of earlier steps
-    num_seen: int  # with those of this one
+    num_seen: int  # including those of this step
     counts: NDArray[np.int64]  # [W] training images per incremental position, exemplars included
 
     @property
@@ -34,7 +34,7 @@ class StepContext:
 
 
 class FeatureExtractor(NamedTuple):
-    """The frozen network on training images, by the test-time transform."""
+    """The frozen network on training images under the test-time transform."""
 
     extract: Callable[[Ids, bool], Output]  # (ids int64 [n], mirrored): features [n, d], logits [n, W], on the device
     ids_of_class: Callable[[int], Ids]  # ids of the training images of the class at an incremental position
@@ -51,7 +51,7 @@ class MemoryContext(NamedTuple):
 
 
 class Meter(NamedTuple):
-    """Sums of an epoch, on the device; read once, at its end."""
+    """Sums over an epoch, on the device; read once, at its end."""
 
     rows: Tensor  # [R, 4], by the kernel: cross-entropy, distillation, hits, margin ranking, for each row of a batch
     unfused: Tensor  # 0-d: the weighted terms that the kernel does not compute, times the images

@@ -2,7 +2,7 @@
 
 "IL-Baseline being finetuned after each incremental step on a small balanced training set for few epochs similar to the
 procedure used by PODNet and LUCIR" (section 4.3.3). Both finetune on the exemplars of all classes seen, with the
-method's own loss. The new classes are herded for it, and herded again afterwards, as in PODNet's code.
+method's own loss. The new classes are herded for it and again afterwards, as in PODNet's code.
 """
 
 from dataclasses import dataclass, field

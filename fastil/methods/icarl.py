@@ -1,8 +1,8 @@
-"""iCaRL (Rebuffi et al., CVPR 2017), in the two forms that are called so.
+"""iCaRL (Rebuffi et al., CVPR 2017), in the two forms that have this name.
 
 `icarl`: the paper's row is "reported from" LUCIR. LUCIR's code trains softmax cross-entropy + KL distillation and
-classifies by the nearest mean of exemplars. Its weight of T^2 beta N_old on a mean over all elements is T^2 beta on the
-mean over the batch. Most numbers called iCaRL since then are this.
+classifies by the nearest mean of exemplars. Its weight of T^2 beta N_old on a mean over all elements equals T^2 beta on
+the mean over the batch. Most numbers called iCaRL since then come from this form.
 
 `icarl_bce`: as published in 2017: a sigmoid for each class and binary cross-entropy, whose targets for old classes are
 the teacher's outputs.

@@ -33,7 +33,7 @@ class LucirConfig:
     lucir_margin: NonNegativeFloat = 0.5  # m of eq. 8
     lucir_rivals: Annotated[int, Field(ge=1, le=100)] = 2  # K of eq. 8
     lucir_ranking: NonNegativeFloat = 1.0  # weight of the margin ranking
-    lucir_ranking_mean: Literal["old_images", "batch"] = "old_images"  # over what it is averaged; code: old_images
+    lucir_ranking_mean: Literal["old_images", "batch"] = "old_images"  # what it is averaged over; code: old_images
 
 
 @register
@@ -83,8 +83,9 @@ class Lucir(Method):
     def open_classes(
         self, network: Network, start: int, stop: int, generator: torch.Generator, extractor: FeatureExtractor
     ) -> None:
-        """Imprint the new rows: the mean direction of their class under the network of the step before, at the mean
-        length of the old rows. In the base step they are random."""
+        """Imprint the new rows: each gets the mean direction of its class under the network of the step before, at the
+        mean length of the old rows. In the base step they are random.
+        """
         if start == 0:
             super().open_classes(network, start, stop, generator, extractor)
             return

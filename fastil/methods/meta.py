@@ -1,16 +1,16 @@
 """Meta BalancedS-CE (section 3.3, Algorithm 1): alpha, the weight of the old classes in eq. 5, is learned in each step.
 
 "The unbalanced training set [...] is split into a training set D_t and a validation set B_t [...] containing the same
-number of samples for every classes". Every tenth update: theta* is what the coming update would make of theta; alpha
-moves against the gradient of the plain cross-entropy of theta* on B_t; then the update is made, with the new alpha.
+number of samples for every classes". At every tenth update, theta* is what the coming update would make of theta. alpha
+moves against the gradient of theta*'s plain cross-entropy on B_t. Then the update is made, with the new alpha.
 
 The paper differentiates through the update with a graph and pays for it in memory. But alpha reaches theta* only
 through the gradient g of the training batch, and within g it only meets the logits z, so with v = dL_val/dtheta*
 
     dL_val/dalpha = <v, dtheta*/dg dg/dalpha> = d/dalpha <u, dL/dz>,   u = J_z (dtheta*/dg)^T v,
 
-where u is the derivative of the training batch's logits along one direction: one forward-mode pass, or the difference
-of two forwards, and no graph. `unrolled` is the paper's way, kept as the reference.
+where u is the derivative of the training batch's logits along one direction. That takes one forward-mode pass, or the
+difference of two forward passes, and no graph. `unrolled` is the paper's way, kept as the reference.
 
 The paper leaves the rate and the bounds of alpha open: they are keys. theta* is made by the optimiser's own update,
 learning rate, momentum and decay included (Algorithm 1 prints a unit step).
@@ -47,10 +47,10 @@ class MetaConfig:
 
     meta_lr: PositiveFloat = 1.0  # of alpha; Algorithm 1 has a unit step
     meta_every: PositiveInt = 10  # updates of the network per update of alpha; 4.1.3: "every 10 optimization steps"
-    meta_share: Share = 0.1  # of the memory that is held out for B_t; section 4.1.3: "10% of the memory size"
+    meta_share: Share = 0.1  # of the memory, held out for B_t; section 4.1.3: "10% of the memory size"
     meta_alpha: Literal["shared", "per_class"] = "shared"  # one alpha for all old classes, or one each
     meta_bounds: tuple[float, float] = (0.01, 2.0)  # of alpha; "usually between 0 and 1"
-    meta_gradient: Literal["jvp", "difference", "unrolled"] = "jvp"  # how its gradient is computed
+    meta_gradient: Literal["jvp", "difference", "unrolled"] = "jvp"  # how alpha's gradient is computed
 
     def __post_init__(self) -> None:
         low, high = self.meta_bounds
@@ -59,26 +59,26 @@ class MetaConfig:
 
 
 class UpdateContext(NamedTuple):
-    """What a training step has at hand just before its update."""
+    """What a training step has just before its update."""
 
     batch: Batch  # (X, Y) of D_t; labels are incremental positions
     teacher_out: Output | None  # of the batch
     held_out: Batch  # of B_t
-    student: Callable[[Tensor], Output]  # in training mode, maybe compiled
+    student: Callable[[Tensor], Output]  # in training mode, may be compiled
     network: Network  # the same, never compiled
     update: Update
     autocast: Callable[[], AbstractContextManager[Any]]
 
 
 class MetaAlpha:
-    """alpha (eq. 5) of a method whose classification loss is balanced, and its updates (Algorithm 1)."""
+    """alpha (eq. 5) for a method with a balanced classification loss, and its updates (Algorithm 1)."""
 
     def __init__(self, config: MetaConfig, method: Method, batch_size: int) -> None:
         self.config, self.method = config, method
         self.classification = method.classification
         width, device = len(self.classification.log_prior), self.classification.log_prior.device
-        self.alpha = torch.ones(width, device=device)  # all equal where it is shared
-        # A meter that no one reads.
+        self.alpha = torch.ones(width, device=device)  # all equal if it is shared
+        # A meter that nobody reads.
         self.scratch = Meter(torch.zeros(batch_size + 1, 4, device=device), torch.zeros((), device=device))
         self.one, self.zero = torch.ones((), device=device), torch.zeros((), device=device)
 
@@ -107,13 +107,13 @@ class MetaAlpha:
         if self.config.meta_gradient == "unrolled":
             return self.unrolled(context)
         network, update = context.network, context.update
-        with update.taken_back(*network.buffers()):  # batch normalisation must not count these forwards
+        with update.taken_back(*network.buffers()):  # batch normalisation must not count these forward passes
             with torch.enable_grad():
                 with context.autocast():
                     out = context.student(context.batch.images)
                 self.method.backward(context.batch, out, context.teacher_out, self.scratch)
                 logits = self.method.student_output(out).scaled_logits.detach().clone()
-                del out  # the graph's memory, before the next one is built
+                del out  # frees the graph before the next one is built
                 update.add_up()
                 moving = update.moving()
                 update.apply()
@@ -138,8 +138,9 @@ class MetaAlpha:
         return ranks.summed(hypergradient)
 
     def validation_gradient(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the gradient in the logits [B, W] of Algorithm 1's "softmax_CE(F(X, theta*), Y)", over the classes
-        seen."""
+        """Return the gradient in the logits [B, W] of Algorithm 1's "softmax_CE(F(X, theta*), Y)" over the classes
+        seen.
+        """
         return incremental_loss_grad(
             logits,
             batch.labels,
@@ -155,7 +156,7 @@ class MetaAlpha:
     def forward_mode(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
         """Return the derivative of the training batch's logits along the direction, [B, W], by a forward-mode pass.
 
-        In float32 whatever the precision of training: under autocast batch normalisation gives a bfloat16 output a
+        It is in float32 in every precision of training: under autocast batch normalisation gives a bfloat16 output a
         float32 tangent, which the next convolution refuses.
         """
         network, images = context.network, as_wide(context.batch.images, context.network)
@@ -173,8 +174,9 @@ class MetaAlpha:
         return tangent.float()
 
     def difference(self, context: UpdateContext, direction: list[Tensor]) -> Tensor:
-        """Return the same (except at kinks of the ReLUs) from a step to each side. In float32: bfloat16 rounds the step
-        away."""
+        """Return the same (except at kinks of the ReLUs) from a step to each side. It is in float32, because bfloat16
+        rounds the step away.
+        """
         images, parameters = as_wide(context.batch.images, context.network), context.update.parameters
         length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(direction)))
         step = DIFFERENCE / length.clamp(min=torch.finfo(length.dtype).tiny ** 0.5)
@@ -188,7 +190,7 @@ class MetaAlpha:
         return derivative
 
     def unrolled(self, context: UpdateContext) -> Tensor:
-        """Return `gradient` by a graph through the update, as the paper describes it: exact, slow and large."""
+        """Return `gradient` computed with a graph through the update, as in the paper: exact, slow and large."""
         network, update = context.network, context.update
         parameters: dict[str, Tensor] = dict(network.named_parameters())
         names = {p: name for name, p in parameters.items()}
@@ -223,5 +225,5 @@ class MetaAlpha:
 
 
 def as_wide(images: Tensor, network: Network) -> Tensor:
-    """Return the images in the dtype of the weights, which autocast does not lower."""
+    """Return the images in the dtype of the weights, which autocast does not change."""
     return images.to(next(network.parameters()).dtype)

@@ -1,8 +1,8 @@
 """What every method shares: the terms of its loss, how they are differentiated, and the hooks of a step.
 
-A method says how it weighs cross-entropy against distillation (`loss_weights`), adds the terms it is known for
-(`extra_loss`), and fills in the hooks it needs. The classification loss, the sampler, Meta, the correction after a step
-and the predictor are parts of their own, which go with any method.
+A method says how it weighs cross-entropy against distillation (`loss_weights`), adds its own terms (`extra_loss`), and
+fills in the hooks it needs. The classification loss, the sampler, Meta, the correction after a step and the predictor
+are separate parts that go with any method.
 """
 
 from collections.abc import Mapping
@@ -35,16 +35,16 @@ class MethodConfig:
     temperature: PositiveFloat = 2.0  # of the distillation of logits; section 4.1.3: "equal to 2"
 
     def __post_init__(self) -> None:
-        if not 1e-9 <= self.temperature <= 1e9:  # beyond, its square makes infinities in float32
+        if not 1e-9 <= self.temperature <= 1e9:  # otherwise its square becomes infinite in float32
             raise UserError(f"temperature={self.temperature}: must lie between 1e-9 and 1e9; the paper's is 2")
 
 
-CROSS_ENTROPY = "cross-entropy"  # `base_training` of methods that train the base step by the classification loss alone
+CROSS_ENTROPY = "cross-entropy"  # `base_training` of methods whose base step has the classification loss alone
 
 
 class Method:
-    """A method of class-incremental learning. It holds the step's constants on the device, so that a step changes
-    values and never shapes or code.
+    """A method of class-incremental learning. It holds the step's constants on the device, so a step changes values,
+    never shapes or code.
 
     method_config: the keys that all methods share. width: W, the padded number of classes. configs: the validated
     `Config` of each method, by its name; `config` is the one of this class. num_classes: the classes of the whole run.
@@ -52,7 +52,7 @@ class Method:
 
     # What a method declares.
 
-    name: ClassVar[str] = ""  # as in method=NAME; without one, the class's in lower case
+    name: ClassVar[str] = ""  # as in method=NAME; default: the class's name in lower case
     Config: ClassVar[type | None] = None  # a dataclass: the keys of a recipe that are the method's own
     heads: ClassVar[tuple[str, ...]] = ("linear", "cosine", "proxies")  # the heads that it can train
     losses: ClassVar[tuple[str, ...]] = get_args(LossConfig.__annotations__["loss"])  # its classification losses
@@ -90,7 +90,8 @@ class Method:
     @classmethod
     def reads(cls, keys: Keys) -> set[str]:
         """Return the keys of methods that this one reads, given all keys of a recipe: by default its own, and
-        `temperature` if it distils logits."""
+        `temperature` if it distils logits.
+        """
         own = {field.name for field in fields(cls.Config)} if cls.Config else set()
         return own | ({"temperature"} if cls.distils_logits else set())
 
@@ -134,9 +135,9 @@ class Method:
         positions. teacher_out: None in the base step. ops: the module to take losses from, fastil.kernels, or
         fastil.losses where a second derivative is needed.
 
-        Where several processes share a batch, everything here is of this one's part of it, and the results are added
-        up, each times `batch.share`. So a mean over images is right as it stands. A term that is none, such as TPCIL's
-        correlation, needs its sums over the whole batch: it takes them by `fastil.ranks.total`, in every process alike.
+        If several processes share a batch, everything here is about this process's part of it, and the results are
+        added up, each times `batch.share`. So a mean over images is right as it is. Any other term, such as TPCIL's
+        correlation, needs its sums over the whole batch, and takes them by `fastil.ranks.total` in every process alike.
         """
         return None
 
@@ -155,8 +156,7 @@ class Method:
     def open_classes(
         self, network: Network, start: int, stop: int, generator: torch.Generator, extractor: FeatureExtractor
     ) -> None:
-        """Initialise the head's rows of the new classes, at positions start to stop. extractor: the network of the
-        step before."""
+        """Initialise the head's rows at positions start to stop. extractor: the network of the step before."""
         network.head.open_rows(start, stop, generator)
 
     def parameters(self, network: Network, step: int) -> list[nn.Parameter]:
@@ -168,12 +168,14 @@ class Method:
         return decay
 
     def after_training(self, network: Network, extractor: FeatureExtractor, held_out: Ids, positions: Tensor) -> None:
-        """Do what follows the training of an incremental step, before exemplars are selected. held_out: the images
-        that were held out of training, if any; positions: int64 [n], their classes."""
+        """Run after the training of an incremental step, before exemplars are selected. held_out: ids of the images
+        that were held out of training, if any; positions: int64 [n], their classes.
+        """
 
     def after_memory(self, network: Network, memory: MemoryContext) -> dict[str, Tensor]:
-        """Do what follows the selection of exemplars. May return new pixels for them: "ids" int64 [n] and "images"
-        uint8 [n, h, w, 3]."""
+        """Run after the selection of exemplars. May return new pixels for them: "ids" int64 [n] and "images" uint8 [n,
+        h, w, 3].
+        """
         return {}
 
     def predict(self, logits: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class Method:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
 
-    # What all share.
+    # What all methods share.
 
     def begin_step(self, context: StepContext) -> None:
         """Set weights, frozen rows and classification loss for the classes and counts of this step."""
@@ -213,7 +215,7 @@ class Method:
         return 0.0
 
     def trainable(self, network: Network) -> dict[nn.Parameter, Tensor]:
-        """Return bool masks, True where an element moves, of the parameters of which training moves a part."""
+        """Return bool masks, True where an element moves, for the parameters that training moves in part."""
         if not self.freezes_old_rows:
             return {}
         if self.trainable_rows is None:
@@ -228,8 +230,7 @@ class Method:
             self.trainable_rows[: self.context.num_old] = False
 
     def loss(self, batch: Batch, out: Output, teacher_out: Output | None) -> Tensor:
-        """Return the loss of a batch whose labels are incremental positions, 0-d; of a part of a batch, its part of
-        it."""
+        """Return the loss of a batch, 0-d; of a part of one, its share. Labels are incremental positions."""
         loss = incremental_loss(**self.kernel_arguments(batch, out, teacher_out))
         unfused = self.unfused_loss(batch, out, teacher_out)
         return loss if unfused is None else loss + part(unfused, batch)
@@ -245,7 +246,7 @@ class Method:
             loss = incremental_loss(**arguments, meter=meter.rows)
             (loss if unfused is None else loss + unfused).backward()  # type: ignore[no-untyped-call]
             return
-        # The kernel yields the gradient in the logits, and the backward pass begins with it: no value is needed.
+        # The kernel returns the gradient in the logits, and the backward pass begins with it. The value is not needed.
         gradient = incremental_loss_grad(**arguments, meter=meter.rows)
         if unfused is None:
             arguments["logits"].backward(gradient)
@@ -253,8 +254,9 @@ class Method:
             torch.autograd.backward([arguments["logits"], unfused], [gradient, None])
 
     def formula(self, batch: Batch, out: Output, teacher_out: Output | None, log_prior: Tensor) -> Tensor:
-        """Return `loss` as a plain formula, 0-d: it can be differentiated twice, and in the prior. For a balanced
-        classification loss. log_prior: [W]."""
+        """Return `loss` as a plain formula, 0-d, which can be differentiated twice, and in the prior. Only for a
+        balanced classification loss. log_prior: [W].
+        """
         classification, out = self.classification, self.student_output(out)
         num_old, num_seen, z = classification.num_old, classification.num_seen, out.scaled_logits
         loss = self.ce_weight * losses.balanced_cross_entropy(z, batch.labels, log_prior)
@@ -273,7 +275,7 @@ class Method:
         """Return the arguments of the loss kernel, by name."""
         out = self.student_output(out)
         teacher = self.teacher_logits(teacher_out) if teacher_out is not None and self.distils_logits else None
-        hits_only = self.classification.config.loss == "nca"  # the kernel does not have that cross-entropy
+        hits_only = self.classification.config.loss == "nca"  # the kernel does not compute that cross-entropy
         arguments = {
             "logits": out.logits,
             "target": batch.labels,
@@ -300,6 +302,7 @@ class Method:
 
 
 def part(weight: Number, batch: Batch) -> Number:
-    """Return a weight, or a term of the loss, times the batch's share of the update: the sum over all processes is then
-    the mean over all of their images."""
+    """Return a weight, or a term of the loss, times the batch's share of the update, so that the sum over all processes
+    is the mean over all their images.
+    """
     return weight if batch.share == 1 else batch.share * weight

@@ -1,22 +1,22 @@
 """Mnemonics (Liu et al., CVPR 2020): exemplars whose pixels are learned. Both variants are approximations.
 
-`released` follows the public training code, which is not the paper's method: its README calls it "LwF with mnemonics",
-with 54.21 and 52.72, and says that its LUCIR form, whose row has 63.34, has known bugs. After the base step the
+`released` follows the public training code, which is not the paper's method. Its README calls it "LwF with mnemonics",
+with 54.21 and 52.72, and says that its LUCIR form, the row with 63.34, has known bugs. After the base step the
 convolutions are frozen except for a factor per filter (`weight_transfer`). The loss is softmax cross-entropy + KL
-distillation on LUCIR's head, without LUCIR's other terms. After herding, the new exemplars' pixels take one epoch of
-SGD on the cross-entropy of the step's images under the exemplars' class means. (The code casts the result to bytes
-without clipping, so bright pixels wrap around; here it is rounded and clipped.)
+distillation on LUCIR's head, without LUCIR's other terms. After herding, the new exemplars' pixels are trained by one
+epoch of SGD on the cross-entropy of the step's images under the exemplars' class means. (The code casts the result to
+bytes without clipping, so bright pixels wrap around; here it is rounded and clipped.)
 
-`bilevel` follows what the paper describes, on LUCIR's losses: a temporary classifier takes an SGD step on exemplars,
-and the pixels move against the loss of that classifier on the step's images. The exemplars of old classes are halved,
-and each half validates the step taken on the other. The inner step is on the head alone, over frozen features.
+`bilevel` follows the paper's description, with LUCIR's losses. A temporary classifier takes an SGD step on exemplars,
+and the pixels move against that classifier's loss on the step's images. The exemplars of old classes are halved, and
+each half validates the step taken on the other. The inner step moves the head alone, over frozen features.
 
 The public code is mnemonics=released weight_transfer=true mnemonics_epochs=1 mnemonics_lr=1e-5 mnemonics_decay=5e-4
 exemplars_per_class=null memory_budget=2000 (there rounded up for each class, here down). It changes new exemplars only.
 
-Measured: at a rate of 1e-5 pixels move by 0.0006 grey levels. The exemplars of the public code change because it
-truncates floats to bytes (38 % of the values drop by one); here they are rounded, and do not change. At 0.01 nearly all
-of the movement is weight decay, towards the mean colour; `bilevel` at 0.01 moves them by at most 0.028 levels.
+Measured: at a rate of 1e-5 pixels move by 0.0006 grey levels. In the public code exemplars change because it truncates
+floats to bytes (38 % of the values drop by one); here they are rounded and do not change. At 0.01 nearly all of the
+movement is weight decay, towards the mean colour; `bilevel` at 0.01 moves them by at most 0.028 levels.
 """
 
 from dataclasses import dataclass
@@ -44,11 +44,11 @@ class MnemonicsConfig:
 
     mnemonics: Literal["released", "bilevel"] = "bilevel"
     mnemonics_epochs: PositiveInt = 1  # over the step's training set
-    # Chosen here, so that the loss that the pixels are moved against falls. With the paper's 0.01 for the pixels, as
-    # far as that is known, a step on the head alone moves them by less than a grey level, which rounding takes away.
+    # Chosen here so that the loss on the step's images falls. The paper's rate for the pixels is 0.01, as far as is
+    # known. With a step on the head alone it moves them by less than a grey level, which rounding removes.
     mnemonics_lr: PositiveFloat = 1.0  # of the normalised pixels
     mnemonics_inner_lr: PositiveFloat = 1.0  # bilevel: of the temporary classifier
-    # Of the normalised pixels; released: 5e-4, which fades them towards the mean colour.
+    # Of the normalised pixels. released: 5e-4, which fades them towards the mean colour.
     mnemonics_decay: NonNegativeFloat = 0.0
     mnemonics_halving: PositiveInt = 10  # epochs after which mnemonics_lr is halved
 
@@ -105,8 +105,7 @@ class Mnemonics(Lucir):
         return None if self.released else super().extra_loss(batch, out, teacher_out, ops)
 
     def parameters(self, network: Network, step: int) -> list[nn.Parameter]:
-        """Return all parameters; with a factor per filter, the base step leaves out the factors and later steps the
-        filters."""
+        """Return all parameters; with a factor per filter, not the factors in the base step, then not the filters."""
         frozen = "parametrizations.weight.original" if step else "parametrizations.weight.0.factor"
         return [p for name, p in network.named_parameters() if not name.endswith(frozen)]
 
@@ -125,7 +124,8 @@ class Mnemonics(Lucir):
 
 class Exemplars:
     """The pixels of exemplars while they are learned, [m, 3, h, w], normalised. In the released variant only those of
-    new classes are in the loss and move, in the other all of them."""
+    new classes enter the loss and move; in the other all do.
+    """
 
     def __init__(self, network: Network, memory: MemoryContext, num_old: int) -> None:
         self.network, self.loader, self.num_old = network.eval(), memory.loader, num_old
@@ -142,7 +142,7 @@ class Exemplars:
         self.turn = 0
         with torch.no_grad():
             self.old_means = self.pixels.new_zeros(0, network.head.weight.shape[-1])
-            if num_old:  # as the nearest-mean classifier has them
+            if num_old:  # like those of the nearest-mean classifier
                 old = memory.ids[: self.first_new]
                 upright, mirrored = (
                     F.normalize(memory.extractor.extract(old, side).features) for side in (False, True)
@@ -157,7 +157,8 @@ class Exemplars:
 
     def class_mean_loss(self, batch: Batch, _: float) -> Tensor:
         """Return the released loss: cross-entropy of the images' cosines with the class means of the exemplars, without
-        a scale. The means of new classes are over features that are not normalised."""
+        a scale. Means of new classes are taken over features that are not normalised.
+        """
         with torch.no_grad():
             images = F.normalize(self.network(batch.images).features)
         new = torch.arange(self.first_new, len(self.ids), device=images.device)
@@ -165,9 +166,10 @@ class Exemplars:
         return F.cross_entropy(images @ torch.cat((self.old_means, means)).T, batch.labels)
 
     def bilevel_loss(self, batch: Batch, inner_lr: float) -> Tensor:
-        """Return the loss of classifiers that have taken a step on some exemplars: a step on new ones is validated on
-        images of new classes, a step on one half of the old ones on the other half. Each call takes the next batch of
-        exemplars."""
+        """Return the loss of classifiers that have taken a step on some exemplars. A step on new ones is validated on
+        images of new classes, a step on one half of the old ones on the other half. Each call uses the next batch of
+        exemplars.
+        """
         count = min(len(batch.labels), len(self.ids))
         chosen = self.turns[(self.turn + torch.arange(count, device=self.ids.device)) % len(self.ids)]
         self.turn += count
@@ -200,7 +202,7 @@ class Exemplars:
     @torch.no_grad()
     def move(self, gradient: Tensor, lr: float, decay: float) -> None:
         """Take an SGD step as in the released code, momentum 0.9, on the pixels of exemplars that had their turn."""
-        moving = (gradient != 0).flatten(1).any(1)[:, None, None, None]  # not those that had no turn
+        moving = (gradient != 0).flatten(1).any(1)[:, None, None, None]  # only exemplars that had their turn
         velocity = 0.9 * self.momentum + gradient + decay * self.pixels
         self.momentum.copy_(torch.where(moving, velocity, self.momentum))
         self.pixels.sub_(torch.where(moving, lr * velocity, 0.0))

@@ -1,13 +1,14 @@
 """PODNet (Douillard et al., ECCV 2020): pooled outputs distillation under a classifier with several proxies per class.
 
 "L = L_LSC + L_POD-final + L_POD-spatial" with the weights lambda_f and lambda_c times sqrt(N_all / N_new), N_all being
-all classes seen (LUCIR: N_old / N_new). In the released code the margin of the classification loss cancels
-(its issue 59): `nca_variant=released` is that, `nca_variant=paper` is PODNet's eq. 8. Old proxies are frozen in
-training and move in the balanced finetuning after it. Gradients are clamped to [-5, 5] in both.
+all classes seen (LUCIR: N_old / N_new). In the released code the margin of the classification loss cancels (its issue
+59). `nca_variant=released` is that loss, `nca_variant=paper` is PODNet's eq. 8. Old proxies are frozen in training and
+move in the balanced finetuning after it. Gradients are clamped to [-5, 5] in both.
 
-The released cosine schedule is an epoch late: its rate of epoch e is that of e - 1 here, and the first one comes twice.
+The released cosine schedule is an epoch late: its rate for epoch e is the one for e - 1 here, and the first one comes
+twice.
 
-The released ImageNet options add colour jitter; the paper reproduced here "with no further augmentation".
+The released ImageNet options add colour jitter; the paper reproduced here says "with no further augmentation".
 """
 
 import math
@@ -64,8 +65,9 @@ class Podnet(Method):
     def open_classes(
         self, network: Network, start: int, stop: int, generator: torch.Generator, extractor: FeatureExtractor
     ) -> None:
-        """Imprint the new proxies: the centres of k-means on the normalised features of their class, times the mean
-        length of the old proxies. In the base step they are random."""
+        """Imprint the new proxies: the centres of k-means on their class's normalised features, times the mean length
+        of the old proxies. In the base step they are random.
+        """
         if start == 0:
             super().open_classes(network, start, stop, generator, extractor)
             return
@@ -78,7 +80,8 @@ class Podnet(Method):
 
 def class_proxies(features: Tensor, proxies: int, seed: int) -> Tensor:
     """Return the centres of k-means, [proxies, d], on the normalised rows of features [n, d]. A class with fewer images
-    than proxies repeats its images."""
+    than proxies uses its images repeatedly.
+    """
     from sklearn.cluster import KMeans
 
     rows = F.normalize(features).cpu()

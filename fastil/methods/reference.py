@@ -1,4 +1,4 @@
-"""The two lines between which every method lies: joint training above, plain finetuning below (not in the paper)."""
+"""The two lines that every method lies between: joint training above, plain finetuning below (not in the paper)."""
 
 from fastil.methods.context import StepContext
 from fastil.methods.method import CROSS_ENTROPY, Method
@@ -8,7 +8,8 @@ from fastil.methods.registry import register
 @register
 class Finetune(Method):
     """The classification loss alone, on the new classes and the exemplars; with exemplars_per_class=0 on the new
-    classes only, which forgets the old ones."""
+    classes only, so the old ones are forgotten.
+    """
 
     name = "finetune"
     base_training = CROSS_ENTROPY
@@ -23,7 +24,8 @@ class Finetune(Method):
 @register
 class Joint(Finetune):
     """A new network for each step, trained on all images of the classes seen so far. It keeps what no incremental
-    method may keep, so its accuracy is what they can hope for."""
+    method may keep, so its accuracy is the most they can hope for.
+    """
 
     name = "joint"
     is_joint = True

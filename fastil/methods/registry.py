@@ -1,7 +1,7 @@
-"""The known methods: those of the files here, of installed packages, and those that a command names.
+"""The known methods: those in this folder, those of installed packages, and those that a command names.
 
-A method from outside is a subclass of `Method`. What makes it known: `register` in one's own script, the entry point
-group `fastil.methods` in an installed package, `method=module:Class` or `method=path/to/file.py:Class` in a command.
+A method from outside is a subclass of `Method`. It becomes known by `register` in a script, by the entry point group
+`fastil.methods` of an installed package, or by `method=module:Class` or `method=path/to/file.py:Class` in a command.
 """
 
 from dataclasses import is_dataclass
@@ -22,8 +22,9 @@ GROUP = "fastil.methods"
 
 def register(method: M) -> M:
     """Make a method known as `method=NAME`, by its `name` or the name of its class in lower case. Also a decorator. A
-    class that is defined again, as in a notebook, replaces the old one. Raises UserError if it is not a method, and if
-    another class has that name."""
+    class that is defined again, as in a notebook, replaces the old one. Raises UserError if it is not a method, or if
+    another class has that name.
+    """
     METHODS[name_of(find(method))] = method
     return method
 
@@ -39,8 +40,9 @@ def name_of(method: type[Method]) -> str:
 
 
 def find(given: Any) -> type[Method]:
-    """Return the method that a name, module:Class or path/to/file.py:Class means, or the class itself. Raises UserError
-    if there is none, and if it is not a method."""
+    """Return the method named by NAME, module:Class or path/to/file.py:Class, or the class itself if one is given.
+    Raises UserError if there is none, or if it is not a method.
+    """
     if not isinstance(given, str):
         return _checked(given.__name__.lower() if isinstance(given, type) else shown(given), given)
     known = installed(given)

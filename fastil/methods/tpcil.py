@@ -5,15 +5,15 @@ topology-preserving loss penalises changes of its neighbour relations while new 
 
 Chosen here: vertices are the class embeddings (mean directions of the exemplars under the network that is the next
 step's teacher). Each exemplar joins its nearest and second nearest vertex by an edge of age 0 and ages the winner's
-other edges, which are removed when too old. Each image of a batch is a signal: let s be its cosines with the vertex
-that wins it under the teacher and with the vertices joined to that one; the loss is 1 minus the correlation, over the
+other edges, which are removed when too old. Each image of a batch is a signal. Let s be its cosines with the vertex
+that wins it under the teacher, and with the vertices joined to that one. The loss is 1 minus the correlation, over the
 batch, of the student's s with the teacher's. Its weight grows with sqrt(N_old / N_new). The rest is LUCIR's: head,
 imprinting, frozen rows, margin ranking; the topology replaces the less-forget constraint.
 
 Measured on 14 small classes: lambda 1 and 5 end alike and behind LUCIR (by 4 to 5 points after the first step; features
 of old images drift seven to eight times as far), and 50 diverges. With 10 classes nearly all vertices are joined.
 
-A first form, in which only the old images of a batch were related, to one another, forgot more than IL-Baseline does.
+A first form related only the old images of a batch, to one another, and forgot more than IL-Baseline.
 """
 
 import math
@@ -42,13 +42,14 @@ class TpcilConfig:
     """method=tpcil."""
 
     tpcil_lambda: NonNegativeFloat = 5.0  # of the topology loss, times sqrt(N_old / N_new): LUCIR's, chosen here
-    tpcil_age: PositiveInt = 200  # how many wins of a vertex an edge survives without being one of them
+    tpcil_age: PositiveInt = 200  # an edge survives so many wins of its vertex in which it has no part
 
 
 @register
 class Tpcil(Lucir):
-    """LUCIR with a topology-preserving loss. ages: int64 [W, W], wins of a vertex since an edge was one of them; -1: no
-    edge. vertices: [W, d], of length 1."""
+    """LUCIR with a topology-preserving loss. ages: int64 [W, W], a vertex's wins since the edge last took part in one;
+    -1: no edge. vertices: [W, d], of length 1.
+    """
 
     name = "tpcil"
     needs_exemplars = True
@@ -73,11 +74,12 @@ class Tpcil(Lucir):
         return self.config.tpcil_lambda * math.sqrt(self.context.num_old / self.context.num_new)
 
     def extra_loss(self, batch: Batch, out: Output, teacher_out: Output | None, ops: Any) -> Tensor | None:
-        """Return the weighted topology loss, 0-d. An image is a signal: its edges lead to the vertex that wins it under
-        the teacher and to the vertices joined to that one."""
+        """Return the weighted topology loss, 0-d. An image is a signal. Its edges lead to the vertex that wins it under
+        the teacher, and to the vertices joined to that one.
+        """
         if teacher_out is None:
             return None
-        wide = self.vertices.dtype  # features are bfloat16 under autocast, which does not reach here
+        wide = self.vertices.dtype  # features are bfloat16 under autocast, which is off here
         student, teacher = (F.normalize(o.features.to(wide)) @ self.vertices.T for o in (out, teacher_out))
         old = self.classification.is_old
         winner = torch.where(old, teacher, -2.0).argmax(1)
@@ -96,7 +98,7 @@ class Tpcil(Lucir):
         return {}
 
     def join(self) -> None:
-        """Set `joined`, bool [W, W], from the ages: which vertices an edge joins; each is joined to itself."""
+        """Set `joined`, bool [W, W], from the ages: the vertices that an edge joins; each is joined to itself."""
         self.joined.copy_(torch.from_numpy(self.ages >= 0) | torch.eye(len(self.ages), dtype=torch.bool))
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,11 +16,11 @@ def conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with a fixed momentum and without torch's counter of batches, which nothing reads: one launch
-    less per layer and step. Older weights, which have that counter, still load.
+    """Batch normalisation with a fixed momentum and without torch's counter of batches. Nothing reads the counter, and
+    it costs a launch per layer and step. Older weights that have it still load.
 
-    copies: train on the statistics of the whole batch, where several processes share one and so many have the same
-    images of it; 0: on those of the images that are here.
+    copies: if several processes share a batch, train on its statistics, and this many processes hold the same images of
+    it. 0: train on the statistics of this process's images.
     """
 
     copies = 0
@@ -36,12 +36,13 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x)
 
     def _together(self, x: Tensor) -> Tensor:
-        """Return x normalised by the mean and the variance over the batches of all processes, [B, C, H, W]. In plain
-        torch, which Meta can differentiate twice and in forward mode; torch's own function runs on GPUs only."""
+        """Return x normalised by the mean and the variance over the batches of all processes, [B, C, H, W]. It is plain
+        torch, so that Meta can differentiate it twice and in forward mode; torch's own function runs on GPUs only.
+        """
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
-        values = x.to(torch.promote_types(x.dtype, self.weight.dtype))  # float32 where x is bfloat16
+        values = x.to(torch.promote_types(x.dtype, self.weight.dtype))  # float32 if x is bfloat16
         size = values.new_tensor(x.numel() / x.shape[1])
         sums = ranks.summed(torch.cat((values.sum((0, 2, 3)), size[None])))
         n, mean = sums[-1], sums[:-1] / sums[-1]
@@ -55,7 +56,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)  # load_state_dict hands over a copy
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *others)  # torch's own would ask for the counter
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *others)  # torch's own would demand the counter
 
 
 class SliceShortcut(nn.Module):
@@ -83,8 +84,8 @@ class ProjectionShortcut(nn.Sequential):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut. `relu` is the activation after the addition.
 
-    normalised, here and in the backbones: which convolution is followed by which batch normalisation and by nothing
-    else, so that `folding` can multiply the second into the first.
+    normalised, here and in the backbones: pairs of a convolution and the batch normalisation that alone reads it, so
+    that `folding` can multiply the second into the first.
     """
 
     normalised: ClassVar = {"conv1": "bn1", "conv2": "bn2"}
@@ -115,7 +116,7 @@ class BasicBlock(nn.Module):
 def stage(
     channels_in: int, channels_out: int, stride: int, relus: list[bool], *, project: bool = True
 ) -> nn.Sequential:
-    """Return as many blocks as there are entries in relus; the first one strides and widens."""
+    """Return as many blocks as relus has entries; the first one strides and widens."""
     blocks = [BasicBlock(channels_in, channels_out, stride, relu=relus[0], project=project)]
     blocks += [BasicBlock(channels_out, channels_out, relu=relu) for relu in relus[1:]]
     return nn.Sequential(*blocks)
@@ -123,7 +124,8 @@ def stage(
 
 def initialise(module: nn.Module, generator: torch.Generator, *, zero_last_bn: bool) -> None:
     """Initialise every convolution as He does (fan out) and batch normalisation as the identity; with zero_last_bn the
-    last one of each block starts at 0, so that a block starts as its shortcut."""
+    last one of each block starts at 0, so a block starts as its shortcut.
+    """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)

@@ -1,6 +1,6 @@
-"""A network under bfloat16 autocast whose convolutions' weights are cast together.
+"""A network under bfloat16 autocast that casts the weights of all convolutions together.
 
-Autocast casts each weight by itself, and each gradient back: 66 launches of a ResNet-32's training step. Here they are
+Autocast casts each weight by itself, and each gradient back: 66 launches of a ResNet-32's training step. Here it takes
 two or three. The numbers are the same.
 """
 
@@ -15,7 +15,7 @@ from fastil.models.network import Network, Output
 
 
 class CastWeights(nn.Module):
-    """What `network` computes under bfloat16 autocast, to the bit, as a function of its cast weights and the images.
+    """`network` under bfloat16 autocast, equal to the bit, as a function of its cast weights and the images.
 
     The weights stay the network's own, and so do their gradients: `cast` hands them over, and takes the gradients back.
     """
@@ -26,15 +26,16 @@ class CastWeights(nn.Module):
         self.names = [
             f"{name}.weight"
             for name, part in network.named_modules()
-            if isinstance(part, nn.Conv2d) and "weight" in part._parameters  # and not made of others, as Mnemonics' are
+            if isinstance(part, nn.Conv2d) and "weight" in part._parameters  # not computed, as Mnemonics' are
         ]
 
     def forward(self, weights: list[Tensor], images: Tensor) -> Output:
+        """Return what the network returns for images [B, 3, H, W], computed with weights from `cast`."""
         found: Output = functional_call(self.network, dict(zip(self.names, weights, strict=True)), (images,))
         return found
 
     def cast(self) -> list[Tensor]:
-        """The weights in bfloat16, differentiable."""
+        """Return the weights in bfloat16, differentiable."""
         parameters = dict(self.network.named_parameters())
         return list(_Cast.apply(*(parameters[name] for name in self.names)))  # type: ignore[no-untyped-call]
 

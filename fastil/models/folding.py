@@ -1,8 +1,8 @@
 """A frozen network with its batch normalisation folded into the convolutions: for the teacher and for evaluation.
 
 In eval mode batch normalisation is a factor and an offset per channel, so `conv` and `bn` are one convolution with a
-bias. It is computed in float32, once per step instead of once per batch, and cast once to the dtype of the network. The
-network itself stays as it is: checkpoints hold that one.
+bias. That is computed in float32, once per step instead of once per batch, and cast once to the network's dtype. The
+network itself is unchanged, and checkpoints hold it.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from fastil.models.network import ExternalBackbone, Network, Output
 
 
 class Folded:
-    """What a network computes in eval mode, as it was at the last `refresh`, up to rounding and without gradients. A
-    backbone from outside cannot be folded safely, so it is not copied: it is run itself, with its current weights.
+    """A network in eval mode, as it was at the last `refresh`, up to rounding and without gradients. A backbone from
+    outside cannot be folded safely, so it is not copied; it runs itself, with its current weights.
 
-    network: the one to follow. dtype: of the folded convolutions and of the head, and of the images it takes. `fast` is
-    called with batches of `full` images, `plain` with all others; both are the same module, `fast` maybe compiled.
+    network: the one to follow. dtype: that of the folded convolutions, the head and the images. `fast` is called with
+    batches of `full` images, `plain` with all others; both are the same module, `fast` may be compiled.
     """
 
     def __init__(self, network: Network, dtype: torch.dtype, full: int) -> None:
@@ -38,7 +38,7 @@ class Folded:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the weights and statistics that the network has now, in place: a compiled copy stays valid."""
+        """Take over the network's current weights and statistics, in place, so that a compiled copy stays valid."""
         done = set()
         for (_, convolution, normalisation), (name, twin, _) in zip(
             _pairs(self.network), _pairs(self.plain), strict=True
@@ -60,7 +60,7 @@ class Folded:
 
 
 def _pairs(network: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Yield every convolution that only a batch normalisation reads: its name, itself, and that batch normalisation."""
+    """Yield every convolution that only a batch normalisation reads: its name, itself, and the batch normalisation."""
     for prefix, part in network.named_modules():
         for convolution, normalisation in getattr(part, "normalised", {}).items():
             yield f"{prefix}.{convolution}", part.get_submodule(convolution), part.get_submodule(normalisation)
@@ -68,7 +68,7 @@ def _pairs(network: nn.Module) -> Iterator[tuple[str, Any, Any]]:
 
 @contextlib.contextmanager
 def _in_eval_mode(twin: Network) -> Iterator[None]:
-    """Keep a backbone that is the student's own in eval mode while inside."""
+    """Keep the student's own backbone in eval mode inside the block."""
     if not twin.backbone.training:
         yield
         return
@@ -81,7 +81,7 @@ def _in_eval_mode(twin: Network) -> Iterator[None]:
 
 def _without_normalisation(network: Network, dtype: torch.dtype) -> Network:
     """Return a copy whose folded convolutions have a bias, with identities in place of their normalisation."""
-    if isinstance(network.backbone, ExternalBackbone):  # which casts for itself
+    if isinstance(network.backbone, ExternalBackbone):  # it casts for itself
         twin = copy.deepcopy(network, {id(network.backbone): network.backbone})
         copied: nn.Module = twin.head
     else:
@@ -99,11 +99,10 @@ def _without_normalisation(network: Network, dtype: torch.dtype) -> Network:
 
 
 def _with_bias(old: Any) -> nn.Conv2d:
-    """Return a convolution of the same shape with a bias, and without a factor per filter, which `refresh` multiplies
-    in."""
+    """Return a convolution of this shape with a bias, without a factor per filter: `refresh` multiplies that in."""
     new = nn.Conv2d(
         old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
-        padding_mode=old.padding_mode, device="meta",  # where nothing is initialised, so no generator moves on
+        padding_mode=old.padding_mode, device="meta",  # nothing is initialised there, so no generator advances
     )  # fmt: skip
     weight = old.weight.detach()
     new.weight, new.bias = nn.Parameter(torch.empty_like(weight)), nn.Parameter(weight.new_empty(old.out_channels))

@@ -43,7 +43,7 @@ class CosineHead(nn.Module):
     Similarity Classifier (arXiv 2004.13513, its eq. 6 and 7), weight [W, P, d]. Its code takes s' = 2 cos - 2 as the
     similarity, in the softmax over the proxies and after it; the -2 is the same for every class and is left out here.
 
-    formula: compute with torch's own differentiable functions, for a second or a forward-mode derivative.
+    formula: compute with torch's differentiable functions, to allow a second or a forward-mode derivative.
     """
 
     formula = False
@@ -57,14 +57,14 @@ class CosineHead(nn.Module):
         self.cosine_factor = 1.0 if proxies is None else 2.0
         self.register_buffer(
             "factor", torch.tensor(self.cosine_factor), persistent=False
-        )  # on the device: nothing is sent
+        )  # created on the device, so nothing is sent
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return similarities [B, W], before the scale, and the scale, 0-d."""
         if not self.formula:
             return cosine_head(features, self.weight, self.factor, self.cosine_factor), self.scale
         cosines = F.normalize(features, dim=-1) @ F.normalize(self.weight, dim=-1).flatten(0, -2).T
-        # No len() of features: it would fix their number in an export.
+        # Not len(features): it would fix their number in an export.
         s = cosines.reshape(features.shape[0], len(self.weight), cosines.shape[1] // len(self.weight))
         return self.cosine_factor * (torch.softmax(self.cosine_factor * s, 2) * s).sum(2), self.scale
 
@@ -83,7 +83,8 @@ class CosineHead(nn.Module):
     @torch.no_grad()
     def imprint(self, start: int, proxies: Tensor) -> None:
         """Set the rows from position `start` on to proxies, [n, d] or [n, P, d], times the mean length of the rows
-        before them, as the codes of LUCIR and PODNet do."""
+        before them, as LUCIR's and PODNet's code do.
+        """
         length = self.weight[:start].flatten(0, -2).norm(dim=1).mean()
         self.weight[start : start + len(proxies)] = proxies.to(self.weight) * length
 

@@ -1,7 +1,7 @@
 """The network: a backbone and a head.
 
-A backbone from outside comes by `model=module:factory` or `model=path/to/file.py:factory`: factory() returns a module
-that takes images [B, 3, H, W] to features [B, d], or to (features, maps of the stages) for methods that read maps. Its
+`model=module:factory` or `model=path/to/file.py:factory` names a backbone from outside: factory() returns a module that
+takes images [B, 3, H, W] to features [B, d], or to (features, maps of the stages) for methods that read maps. Its
 `feature_dim` or `num_features` is d.
 """
 
@@ -56,13 +56,13 @@ class Output(NamedTuple):
     """The result of one forward pass."""
 
     features: Tensor  # [B, d], pooled, as the head sees them
-    maps: list[Tensor]  # stage outputs, [B, C, H, W] each; none where the network does not keep them
-    logits: Tensor  # [B, W]; of a cosine head the similarities, before its scale
+    maps: list[Tensor]  # stage outputs, [B, C, H, W] each; empty if the network does not keep them
+    logits: Tensor  # [B, W]; for a cosine head the similarities, before the scale
     scale: Tensor | None = None  # 0-d, of a cosine head, learned
 
     @property
     def scaled_logits(self) -> Tensor:
-        """The logits that a softmax is taken of, [B, W]."""
+        """The logits that go into a softmax, [B, W]."""
         return self.logits if self.scale is None else self.scale * self.logits
 
 
@@ -102,8 +102,8 @@ class ExternalBackbone(nn.Module):
 class Network(nn.Module):
     """A backbone and a head; W is the padded number of classes of the whole run.
 
-    keeps_maps: whether outputs hold the maps of the stages. Only a method that reads them (PODNet) asks for that: a
-    compiled step would write them out, and gradients of zero for them.
+    keeps_maps: whether outputs hold the maps of the stages. Only a method that reads them (PODNet) asks for it, because
+    a compiled step would write them out, and zero gradients for them.
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, config: ModelConfig, keeps_maps: bool = False) -> None:
@@ -125,7 +125,7 @@ class Network(nn.Module):
 
     @contextlib.contextmanager
     def as_formula(self) -> Iterator[None]:
-        """Make forwards differentiable twice, and in forward mode, while inside."""
+        """Make forward passes differentiable twice and in forward mode inside the block."""
         before = getattr(self.head, "formula", None)
         try:
             if before is not None:
@@ -136,9 +136,9 @@ class Network(nn.Module):
                 self.head.formula = before
 
     def synchronise(self, copies: int = 1) -> None:
-        """Have batch normalisation train on the statistics of the whole batch, where several processes share one.
-        copies: how many of them have the same images. Raises UserError for a backbone from outside, whose layers are
-        its own."""
+        """Make batch normalisation train on the statistics of the whole batch, if several processes share one. copies:
+        how many of them hold the same images. Raises UserError for a backbone from outside, whose layers are its own.
+        """
         if isinstance(self.backbone, ExternalBackbone):
             raise UserError(f"bn=sync: model={self.backbone.name} has layers of its own; use bn=local")
         for part in self.modules():
@@ -177,10 +177,10 @@ def build_network(
 
 
 def find_factory(given: Any) -> tuple[str, Factory | None]:
-    """Return the value of `model` and, if it means a backbone from outside, its factory: module:factory, imported, or
-    the function itself. Raises UserError if there is none, or if it is not a function with a name.
+    """Return the value of `model` and, for a backbone from outside, its factory: module:factory, imported, or the
+    function itself. Raises UserError if it does not exist or is not a function with a name.
 
-    A name from a run directory never comes here, so reading a run runs no code that it names.
+    A name from a run directory never reaches this, so reading a run runs no code that it names.
     """
     if not callable(given) and not (isinstance(given, str) and ":" in given):
         return given, None
@@ -203,8 +203,7 @@ def find_factory(given: Any) -> tuple[str, Factory | None]:
 
 
 def check_backbone(network: Network, height: int, width: int) -> None:
-    """Raise UserError if a backbone from outside does not take images of this size, or does not return what the method
-    reads."""
+    """Raise UserError if a backbone from outside does not take images of this size or return what the method reads."""
     backbone, training = network.backbone, network.training
     if not isinstance(backbone, ExternalBackbone):
         return

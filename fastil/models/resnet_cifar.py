@@ -12,8 +12,8 @@ from fastil.models.blocks import BatchNorm, conv3x3, initialise, stage
 class ResNetCifar(nn.Module):
     """LUCIR's ResNet-(6n+2): three stages of n blocks with 16, 32 and 64 channels, projection shortcuts.
 
-    last_relu: whether the very last block ends in a ReLU (LUCIR's linear-head network) or not (its cosine network).
-    Maps are the outputs of the three stages.
+    last_relu: whether the last block ends in a ReLU (LUCIR's linear-head network) or not (its cosine network). Maps are
+    the outputs of the three stages.
     """
 
     feature_dim = 64
@@ -44,8 +44,8 @@ class ResNetRebuffi(nn.Module):
     """PODNet's ResNet-32: stages of 5, 5, 4 and 1 blocks, slicing shortcuts, no ReLU after any addition, and the last
     batch normalisation of each block starting at 0.
 
-    Maps are the four stage outputs before their ReLU. With last_relu features are pooled after it, as in PODNet's
-    iCaRL; without, they are what the code calls raw features, which its classifier reads.
+    Maps are the four stage outputs before their ReLU. With last_relu, features are pooled after it, as in PODNet's
+    iCaRL. Without it they are what the code calls raw features, which its classifier reads.
     """
 
     feature_dim = 64

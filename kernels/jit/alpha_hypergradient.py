@@ -52,7 +52,9 @@ def alpha_hypergradient(
     num_seen: float | Tensor,
     ce_weight: float | Tensor,
 ) -> Tensor:
-    """Launch, and one reduction. Arguments and result as those of `fastil.kernels.alpha_hypergradient.plain`."""
+    """Launch the kernel and one reduction. Arguments and result as those of
+    `fastil.kernels.alpha_hypergradient.plain`.
+    """
     batch, width = logits.shape
     block = power_of_two(max(width, 32))
     partial = torch.empty(min(batch, PROGRAMS), width, dtype=torch.float32, device=logits.device)

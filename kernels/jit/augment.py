@@ -28,7 +28,7 @@ def augment_pixels(
     value = (tl.program_id(0) % PARTS) * BLOCK + tl.arange(0, BLOCK)
     channel, pixel = value % C, value // C
     sample = tl.load(IDS + image).to(tl.int64)
-    end = tl.where((sample >= 0) & (sample < count), VALUES, 0)  # nothing is read for an id that the data set lacks
+    end = tl.where((sample >= 0) & (sample < count), VALUES, 0)  # read nothing for an id that the data set lacks
     column = pixel % W
     column = tl.where(tl.load(FLIPS + image) != 0, W - 1 - column, column)
     # 64 bits, because a box may lie anywhere.
@@ -41,9 +41,9 @@ def augment_pixels(
     for k in tl.static_range(C):
         mean = tl.where(channel == k, tl.load(MEAN + k).to(tl.float32), mean)
         std = tl.where(channel == k, tl.load(STD + k).to(tl.float32), std)
-    # Divisions rounded as IEEE asks for: the float32 result is the CPU's, bit for bit.
+    # Divisions are rounded as IEEE demands, so that the float32 result is the CPU's, bit for bit.
     normal = tl.div_rn(tl.div_rn(byte, tl.full([BLOCK], 255.0, tl.float32)) - mean, std)
-    normal = tl.where(value < end, normal, float("nan"))  # and its image does not pass for a black one
+    normal = tl.where(value < end, normal, float("nan"))  # so that its image does not pass for a black one
     tl.store(OUT + image * VALUES + value, normal.to(OUT.dtype.element_ty), mask=value < VALUES)
 
 
@@ -58,7 +58,7 @@ def augment(
     height: int,
     width: int,
 ) -> Tensor:
-    """Launch. Arguments and result as those of `fastil.kernels.augment.plain`."""
+    """Launch the kernel. Arguments and result as those of `fastil.kernels.augment.plain`."""
     count, source_height, source_width, channels = images.shape
     out = torch.empty(len(ids), height, width, channels, dtype=dtype, device=images.device)
     parts = triton.cdiv(height * width * channels, BLOCK)

@@ -1,10 +1,10 @@
 """The cosine head: both norms, the product and the mean over the proxies in one launch, and its gradient.
 
 Forward, one launch. A program takes a tile of images and of proxies (those of whole classes, padded to a power of two),
-runs over the feature dimension once and sums the product and the squares of both sides; normalising the features or
-the weight would be a launch and a pass over memory each.
+runs over the feature dimension once and sums the product and the squares of both sides. Normalising features and weight
+first would cost a launch and a pass over memory each.
 
-Backward, with S the cosines and A = dL/dy dy/dS / scale: for more than one proxy one launch gives A, and then the same
+Backward, with S the cosines and A = dL/dy dy/dS / scale. With more than one proxy, one launch gives A. Then the same
 kernel serves features (R = features, X = weight) and weight (R = weight, X = features, A and S transposed):
 
     dR = scale / |R| (A @ X_hat - R_hat * rowsum(A * S)),  hat: divided by its norm
@@ -28,8 +28,9 @@ MEAN_BLOCK = 1_024  # cosines per program of the gradient of the mean over the p
 
 @triton.jit
 def load_operand(POINTER, offset, inside, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """A tile for tl.dot in the dtype of the product. UPCAST: rounded to it, but held in float32, because the
-    interpreter's product of bfloat16 is wrong."""
+    """Load a tile for tl.dot in the dtype of the product. UPCAST: rounded to that dtype but held in float32, because
+    the interpreter's product of bfloat16 is wrong.
+    """
     tile = tl.load(POINTER + offset, mask=inside, other=0.0).to(dtype)
     if UPCAST:
         tile = tile.to(tl.float32)
@@ -38,8 +39,9 @@ def load_operand(POINTER, offset, inside, dtype: tl.constexpr, UPCAST: tl.conste
 
 @triton.jit
 def inverse_norm(squares):
-    """1 / norm of rows from their squares [R, C]: [R]. 0 for a row shorter than 1e-12: cosines and gradient are then
-    0."""
+    """Return 1 / norm of rows, [R], from their squares [R, C]; 0 for a row shorter than 1e-12, whose cosines and
+    gradient are then 0.
+    """
     square = tl.sum(squares, 1)
     some = square > EPS_SQUARED
     return tl.where(some, tl.rsqrt(tl.where(some, square, 1.0)), 0.0)
@@ -47,7 +49,10 @@ def inverse_norm(squares):
 
 @triton.jit
 def mean_over_proxies(s, is_proxy, sharpness):
-    """Softmax over the last axis, the proxies, and the mean of the cosines under it. s, is_proxy: [.., K, PADDED]"""
+    """Return the softmax over the last axis, the proxies, and the mean of the cosines under it.
+
+    s, is_proxy: [.., K, PADDED]
+    """
     t = tl.where(is_proxy, s * (sharpness * LOG2E), float("-inf"))
     e = tl.exp2(t - tl.max(t, -1, keep_dims=True))
     q = e / tl.sum(e, -1, keep_dims=True)
@@ -66,7 +71,7 @@ def cosine_head_forward(
     D: tl.constexpr, W: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_B images and BLOCK_N proxies, PADDED of each class, per program."""
+    """Compute a tile of BLOCK_B images and BLOCK_N proxies, PADDED of each class, per program."""
     classes: tl.constexpr = BLOCK_N // PADDED
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = row < batch
@@ -113,7 +118,7 @@ def mean_gradient(
     sharpness,
     W: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """CLASSES classes of one image per program."""
+    """Compute CLASSES classes of one image per program."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)[:, None]
     p = tl.arange(0, PADDED)[None, :]
@@ -140,7 +145,7 @@ def cosine_head_backward(
     D: tl.constexpr, N: tl.constexpr, OF_WEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient per program."""
+    """Compute a tile of the gradient per program."""
     row = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     col = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     if OF_WEIGHT:
@@ -174,8 +179,9 @@ def cosine_head_backward(
 
 
 def tile(rows: int, columns: int) -> tuple[int, int]:
-    """Return the largest tile that still gives about every multiprocessor one: at these sizes a program's chain of
-    loads takes the time, not the arithmetic."""
+    """Return the largest tile that still gives about every multiprocessor one: at these sizes the time goes into a
+    program's chain of loads, not into arithmetic.
+    """
     for block in TILES:
         if triton.cdiv(rows, block[0]) * triton.cdiv(columns, block[1]) >= PROGRAMS:
             return block
@@ -183,15 +189,14 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
 
 
 def inner_block(dtype: torch.dtype) -> int:
-    """Return the columns per turn of a product. float32 has no tensor cores and keeps the tiles in registers, which are
-    few."""
+    """Return the columns per turn of a product. float32 uses no tensor cores and keeps tiles in the few registers."""
     return 16 if dtype == torch.float32 else 64
 
 
 def cosine_head(
     features: Tensor, weight: Tensor, scale: Tensor, sharpness: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch. Arguments and results as those of `fastil.kernels.cosine_head.plain`."""
+    """Launch the kernel. Arguments and results as those of `fastil.kernels.cosine_head.plain`."""
     features, weight = features.contiguous(), weight.contiguous()
     (batch, dim), classes = features.shape, len(weight)
     proxies = weight.shape[1] if weight.ndim == 3 else 1
@@ -236,7 +241,7 @@ def cosine_head_grad(
     inv_v: Tensor,
     sharpness: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch. Arguments and results as those of `fastil.kernels.cosine_head.plain_grad`."""
+    """Launch the kernels. Arguments and results as those of `fastil.kernels.cosine_head.plain_grad`."""
     features, weight, a = features.contiguous(), weight.contiguous(), grad.contiguous()
     batch, classes = grad.shape
     proxies = weight.shape[1] if weight.ndim == 3 else 1

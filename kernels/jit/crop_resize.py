@@ -14,8 +14,9 @@ NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2**23: a float this large has no fra
 
 @triton.jit
 def filter_of(at, length, size):
-    """Where a pixel of the output lies in the input (its centre, and its first pixel that counts), by how much a
-    neighbour's weight falls, and the pixels that count, at most. length, size: of input and output."""
+    """Return, for a pixel of the output: its centre in the input and its first pixel there that counts, by how much a
+    neighbour's weight falls, and how many pixels count at most. length, size: of input and output.
+    """
     scale = tl.div_rn(length.to(tl.float32), size.to(tl.float32))
     support = tl.maximum(scale, 1.0)
     center = scale * (at.to(tl.float32) + 0.5)
@@ -26,7 +27,7 @@ def filter_of(at, length, size):
 
 @triton.jit
 def side_of(place, sized):
-    """A side in pixels as int32, and whether it and those before it can be one."""
+    """Return a side in pixels as int32, and whether it and those before it are valid."""
     side = tl.load(place)
     return side.to(tl.int32), sized & (side > 0) & (side < SIDES)
 
@@ -40,8 +41,9 @@ def crop_and_resize(
     count,
     H: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A part of a frame per program. Each pixel sums over its window in the image: a two-step filter would read half as
-    much, from the caches, and would need room for its first step."""
+    """Make a part of a frame per program. Each pixel sums over its window in the image. A two-step filter would read
+    half as much, from the caches, but need room for its first step.
+    """
     table = TABLE + (tl.program_id(0) // PARTS).to(tl.int64) * 12
     start, frame = tl.load(table), tl.load(table + 11)
     sized = True
@@ -56,14 +58,14 @@ def crop_and_resize(
     pixel = (tl.program_id(0) % PARTS) * BLOCK + tl.arange(0, BLOCK)
     y = tl.load(table + 9).to(tl.int32) + pixel // W
     x = tl.load(table + 10).to(tl.int32) + pixel % W
-    end = tl.where((frame >= 0) & (frame < count), H * W, 0)  # nothing is written of a frame that is not there
+    end = tl.where((frame >= 0) & (frame < count), H * W, 0)  # write nothing of a frame that does not exist
     length = height.to(tl.int64) * width * 3
     there = (start >= 0) & (length < 2**31) & (start <= size - length)
     read = tl.where(there & sized, end, 0)
     shown = (pixel < read) & (y >= 0) & (y < new_height) & (x >= 0) & (x < new_width)
     center_y, first_y, fall_y, taps_y = filter_of(y, box_height, new_height)
     center_x, first_x, fall_x, taps_x = filter_of(x, box_width, new_width)
-    taps_y = tl.where(read > 0, taps_y, 0)  # what is not a size may ask for any number of them
+    taps_y = tl.where(read > 0, taps_y, 0)  # an invalid size may ask for any number of them
     red, green = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     blue, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for i in range(taps_y):
@@ -89,7 +91,7 @@ def crop_and_resize(
 
 
 def crop_resize(store: Tensor, table: Tensor, frames: Tensor) -> None:
-    """Launch. Arguments as those of `fastil.kernels.crop_resize.plain`."""
+    """Launch the kernel. Arguments as those of `fastil.kernels.crop_resize.plain`."""
     count, height, width, _ = frames.shape
     parts = triton.cdiv(height * width, BLOCK)
     launch(

@@ -16,7 +16,9 @@ def herd_classes(
     n, m, tie,
     MAX_TURNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The scores of all images of the class stay in registers; a turn reads one row of the Gram matrix."""
+    """Pick the exemplars of a class per program. The scores of all its images stay in registers; a turn reads one row
+    of the Gram matrix.
+    """
     group = tl.program_id(0).to(tl.int64)
     count = tl.minimum(tl.load(COUNTS + group).to(tl.int32), n)
     image = tl.arange(0, BLOCK)
@@ -34,7 +36,7 @@ def herd_classes(
     while (found < wanted) & (turn < MAX_TURNS + m):
         candidates = tl.where(picked & (turn >= MAX_TURNS), float("-inf"), score)
         best = tl.max(candidates, 0)
-        # Scores this close are equal but for rounding; the lowest position is taken. (Where all are NaN, the last one.)
+        # Scores this close are equal except for rounding; the lowest position is taken. (If all are NaN, the last one.)
         choice = tl.minimum(tl.min(tl.where(candidates >= best - tie, image, BLOCK), 0), count - 1)
         repeat = tl.max(tl.where((image == choice) & picked, 1, 0), 0)
         tl.store(PICKS + group * m + found, choice.to(tl.int64), mask=repeat == 0)
@@ -47,7 +49,7 @@ def herd_classes(
 
 
 def herd(gram: Tensor, counts: Tensor, m: int, max_turns: int, tie: float) -> Tensor:
-    """Launch. Arguments and result as those of `fastil.kernels.herd.plain`."""
+    """Launch the kernel. Arguments and result as those of `fastil.kernels.herd.plain`."""
     groups, n, _ = gram.shape
     picks = torch.empty(groups, m, dtype=torch.int64, device=gram.device)
     block = power_of_two(max(n, 32))
@@ -62,7 +64,7 @@ def herd(gram: Tensor, counts: Tensor, m: int, max_turns: int, tie: float) -> Te
             m,
             tie,
             num_warps=(warps := max(1, min(16, block // 128))),
-            maxnreg=min(255, 2048 // warps),  # left alone, the assembler spills for the sake of a second program
+            maxnreg=min(255, 2048 // warps),  # otherwise the assembler spills to make room for a second program
             MAX_TURNS=max_turns,
             BLOCK=block,
             BLOCK_M=power_of_two(m),

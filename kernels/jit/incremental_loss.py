@@ -1,7 +1,7 @@
 """Balanced Softmax cross-entropy, distillation, margin ranking and their gradient, one row of logits per pass.
 
-One launch, no atomics, and for rows of up to 8,192 columns no second read. With z the logits (scale * x where the
-input x holds cosines), d the teacher's logits and lambda the class weights of eq. 5:
+It takes one launch, no atomics, and for rows of up to 8,192 columns no second read. With z the logits (scale * x where
+the input x holds cosines), d the teacher's logits and lambda the class weights of eq. 5:
 
     cross-entropy   L_c = logsumexp(z + log lambda) - (z + log lambda)_y             dL_c/dz = q - onehot(y)
     distillation    L_d = T^2 (logsumexp(z / T) - <p_teacher, z / T>), old columns   dL_d/dz = T (p - p_teacher)
@@ -48,8 +48,8 @@ from fastil.kernels.jit.loss_parts import (
     store_row_values,
 )
 
-# Columns of a row that is held in registers; wider ones stream. At 16,384 a thread's 128 registers do not hold three
-# exponentials, and spill; with label smoothing they spill at 8,192.
+# Columns of a row that is held in registers; wider rows stream. At 16,384 columns three exponentials do not fit a
+# thread's 128 registers and spill; with label smoothing that happens at 8,192.
 IN_REGISTERS = 8_192
 IN_REGISTERS_SMOOTHED = 4_096
 STREAM_BLOCK = 2_048
@@ -76,7 +76,7 @@ def incremental_loss_rows(
     W: tl.constexpr, BLOCK: tl.constexpr,
     SEPARATED: tl.constexpr, SMOOTHED: tl.constexpr, HARDEST: tl.constexpr,
 ):  # fmt: skip
-    """One row per program, held in registers."""
+    """Compute one row per program, held in registers."""
     num_old, num_seen = value_of(NUM_OLD, tl.int32), value_of(NUM_SEEN, tl.int32)
     ce_weight, kd_weight = value_of(CE_WEIGHT, tl.float32), value_of(KD_WEIGHT, tl.float32)
     temperature = value_of(TEMPERATURE, tl.float32)
@@ -148,8 +148,9 @@ def incremental_loss_stream(
     W: tl.constexpr, BLOCK: tl.constexpr,
     SEPARATED: tl.constexpr, SMOOTHED: tl.constexpr, HARDEST: tl.constexpr,
 ):  # fmt: skip
-    """One row per program, read twice in blocks, the second time from the caches. Arguments as above, but without
-    cosines and margin ranking."""
+    """Compute one row per program, read twice in blocks, the second time from the caches. Arguments as above, but
+    without cosines and margin ranking.
+    """
     num_old, num_seen = value_of(NUM_OLD, tl.int32), value_of(NUM_SEEN, tl.int32)
     ce_weight, kd_weight = value_of(CE_WEIGHT, tl.float32), value_of(KD_WEIGHT, tl.float32)
     temperature = value_of(TEMPERATURE, tl.float32)
@@ -223,10 +224,11 @@ def incremental_loss_stream(
 
 def launch_table(width: int, smoothed: bool) -> tuple[Any, int, int]:
     """Return (kernel, block, warps): eight columns per thread, so that a load is 16 bytes in bfloat16 too, and one warp
-    up to 256 columns, which needs no barrier. (Several narrow rows per program were no better: more registers or
-    barriers.)"""
+    up to 256 columns, which needs no barrier. (Several narrow rows per program were no better: they take more registers
+    or barriers.)
+    """
     block = power_of_two(max(width, 32))
-    if width % 8 and block > IN_REGISTERS_SMOOTHED:  # rows that are not aligned need one more address per column
+    if width % 8 and block > IN_REGISTERS_SMOOTHED:  # unaligned rows need one more address per column
         return incremental_loss_stream, STREAM_BLOCK, 8
     if block <= (IN_REGISTERS_SMOOTHED if smoothed else IN_REGISTERS):
         return incremental_loss_rows, block, max(1, min(16, block // 256))
@@ -234,7 +236,7 @@ def launch_table(width: int, smoothed: bool) -> tuple[Any, int, int]:
 
 
 def incremental_loss(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch. Operands and results as those of `fastil.kernels.incremental_loss.plain`."""
+    """Launch the kernel. Operands and results as those of `fastil.kernels.incremental_loss.plain`."""
     o = Operands(*operands)
     logits = o.logits.contiguous()
     batch, width = logits.shape
@@ -261,8 +263,8 @@ def incremental_loss(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
         o.label_smoothing,
         o.margin,
         num_warps=warps,
-        # Narrow rows hide each other's waits, and 96 registers leave room for 21 of them. Wide ones may have all that a
-        # program can: left alone, the assembler stops at 64 or 128 for the sake of a second one, and spills.
+        # Narrow rows hide each other's waits, and 96 registers leave room for 21 of them. Wide rows may have all that
+        # a program can: otherwise the assembler stops at 64 or 128 to make room for a second one, and spills.
         maxnreg=96 if block <= 128 else min(255, 2048 // warps),
         W=width,
         BLOCK=block,

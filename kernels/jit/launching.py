@@ -1,4 +1,4 @@
-"""The launch of every kernel, and pieces that several kernels share."""
+"""The launch of every kernel, and parts that several kernels share."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 def launch(kernel: Any, grid: tuple[int, ...], *args: object, num_warps: int, **constants: object) -> None:
     """Run a kernel. The ahead-of-time check replaces this function by one that only compiles."""
     if grid[0]:
-        # Fusing a product into a sum is asked for by name, since the default differs between versions of Triton.
+        # Fusing a product into a sum is set explicitly, because the default differs between versions of Triton.
         kernel[grid](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
 
 
@@ -43,7 +43,7 @@ def rows_like(tensor: Tensor, *shape: int) -> Tensor:
 @triton.jit
 def value_of(argument, dtype: tl.constexpr):
     """Return a scalar that is given as a number or as a pointer to one."""
-    # One return: after a `return` inside nested conditions Triton compiles what follows the inner one as well.
+    # One return: after a `return` inside nested conditions Triton also compiles what follows the inner one.
     if hasattr(argument, "dtype"):  # the interpreter passes floats as they are
         value = tl.load(argument).to(dtype) if argument.dtype.is_ptr() else argument.to(dtype)
     else:
@@ -53,7 +53,7 @@ def value_of(argument, dtype: tl.constexpr):
 
 @triton.jit
 def join4(a, b, c, d):
-    """[..., 2, 2]: four tensors that one reduction then takes in one round over the lanes instead of four."""
+    """Return four tensors as [..., 2, 2], which one reduction takes in one round over the lanes instead of four."""
     return tl.join(tl.join(a, b), tl.join(c, d))
 
 

@@ -20,8 +20,9 @@ SHORTEST = tl.constexpr(SHORTEST_LENGTH)
 
 @triton.jit
 def length(squares):
-    """Length of a vector from its sum of squares, what it is divided by to normalise it, and whether that is shorter
-    than the shortest divisor. (Comparisons, and not tl.maximum, which would drop a NaN.)"""
+    """Return the length of a vector from its sum of squares, what it is divided by to normalise it, and whether it is
+    shorter than the shortest divisor. (It uses comparisons, because tl.maximum would drop a NaN.)
+    """
     norm = tl.sqrt(squares)
     short = norm < SHORTEST
     return tl.where(short, SHORTEST, norm), short
@@ -29,10 +30,11 @@ def length(squares):
 
 @triton.jit
 def unit_difference(x_length, x_short, y_length, y_short, inner):
-    """Factors p, q, r with x / |x| - y / |y| = p (x - y) + q x + r y, given inner = <x - y, x + y>.
+    """Return factors p, q, r with x / |x| - y / |y| = p (x - y) + q x + r y, given inner = <x - y, x + y>.
 
-    The difference of the quotients would keep only the digits in which they differ. Instead, with k = |x| - |y| =
-    inner / (|x| + |y|), it is (x - y - k y / |y|) / |x|, or the same from x's side where x is shorter."""
+    The difference of the quotients would keep only the digits in which they differ. Instead, with k = |x| - |y| = inner
+    / (|x| + |y|), it is (x - y - k y / |y|) / |x|, or the same from x's side if x is shorter.
+    """
     k = tl.where(x_short | y_short, x_length - y_length, inner / (x_length + y_length))
     share = -k / x_length / y_length
     x_shorter = x_length < y_length
@@ -49,7 +51,7 @@ def less_forget_rows(
     batch,
     W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row per program, held in registers."""
+    """Compute one row per program, held in registers."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < W
@@ -69,7 +71,7 @@ def less_forget_rows(
 
 
 def less_forget(features: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Launch. Arguments and results as those of `fastil.kernels.less_forget.plain`."""
+    """Launch the kernel. Arguments and results as those of `fastil.kernels.less_forget.plain`."""
     features = features.contiguous()
     batch, width = features.shape
     gradient, row_value = torch.empty_like(features), rows_like(features, batch)
@@ -82,7 +84,7 @@ def less_forget(features: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         row_value,
         gradient,
         batch,
-        # Eight columns per thread, so that a load is 16 bytes also in bfloat16, and no barrier up to 256 columns.
+        # Eight columns per thread, so that a load is 16 bytes in bfloat16 too; up to 256 columns there is no barrier.
         num_warps=max(1, min(16, block // 256)),
         W=width,
         BLOCK=block,

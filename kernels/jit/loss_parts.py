@@ -1,4 +1,4 @@
-"""What the two forms of the incremental loss share: loading a row, its losses, its gradient.
+"""The parts that both forms of the incremental loss share: loading a row, its losses, its gradient.
 
 Shapes: R rows, of which a program has one (kept as an axis, so that tiles stay two-dimensional); C columns of a tile.
 """
@@ -14,7 +14,7 @@ NO_KEY = tl.constexpr(-(2**63))
 
 @triton.jit
 def label_of(TARGET, row, num_seen, W: tl.constexpr):
-    """The columns of the rows' classes; -1 for the labels -1 and -100, and -2 for others that are no class."""
+    """Return the columns of the rows' classes; -1 for the labels -1 and -100, and -2 for others that are no class."""
     label = tl.load(TARGET + row).to(tl.int64)  # 32 bits would make class 1 of 2^40 + 1
     none = tl.where((label == -1) | (label == -100), -1, -2)
     return tl.where((label >= 0) & (label < tl.minimum(num_seen, W)), label, none).to(tl.int32)
@@ -22,14 +22,15 @@ def label_of(TARGET, row, num_seen, W: tl.constexpr):
 
 @triton.jit
 def if_class(y, value):
-    """The value where there is a class, 0 where there is none, and NaN where the label is a mistake. Made of y again at
-    each use: it would take registers to keep."""
+    """Return the value if there is a class, 0 if there is none, and NaN if the label is a mistake. It is computed from
+    y at each use, because keeping it would take registers.
+    """
     return tl.where(y >= 0, value, tl.where(y == -1, 0.0, float("nan")))
 
 
 @triton.jit
 def log2_of_one_plus(x):
-    """Accurate for small x (Kahan)."""
+    """Return log2(1 + x), accurate for small x (Kahan)."""
     plus = 1.0 + x
     small = plus == 1.0
     return tl.where(small, x * LOG2E, tl.log2(plus) * (x / tl.where(small, 1.0, plus - 1.0)))
@@ -53,8 +54,9 @@ def load_columns(
     LOGITS, TEACHER, LOG_PRIOR, row, col, y, x_y, y_is_old, num_old, num_seen, scale,
     W: tl.constexpr, SEPARATED: tl.constexpr,
 ):  # fmt: skip
-    """A tile [R, C]: offsets and mask, x, z, teacher, log lambda [1, C], masks of old and competing columns, and 1
-    where a column beats the target (argmax takes the lowest of equals)."""
+    """Load a tile [R, C]: offsets and mask, x, z, teacher, log lambda [1, C], masks of old and competing columns, and 1
+    where a column beats the target (argmax takes the lowest of equals).
+    """
     offset = row[:, None] * W + col[None, :]
     inside = (col < W)[None, :]
     x = tl.load(LOGITS + offset, mask=inside, other=0.0).to(tl.float32)
@@ -63,14 +65,14 @@ def load_columns(
         z = x * scale
     d = x
     if TEACHER is not None:
-        # Whole vectors of 8 columns that hold an old class: the loads stay wide, and no other byte is read.
+        # Whole vectors of 8 columns that contain an old class, so that loads stay wide and no other byte is read.
         d = tl.load(
             TEACHER + offset, mask=inside & ((col // 8) < ((num_old + 7) // 8))[None, :], other=0.0
         ).to(tl.float32)  # fmt: skip
     prior = tl.load(LOG_PRIOR + col, mask=col < W, other=NONE).to(tl.float32)[None, :]
     old = (col < num_old)[None, :]
     seen = (col < num_seen)[None, :]
-    competes = seen & (prior != NONE)  # a prior of NaN competes, to be seen in the loss
+    competes = seen & (prior != NONE)  # a NaN prior competes, so that it shows in the loss
     if SEPARATED:
         competes = competes & (old == y_is_old[:, None])
     beats = seen & ((x > x_y[:, None]) | ((x == x_y[:, None]) & (col[None, :] < y[:, None])))
@@ -79,10 +81,11 @@ def load_columns(
 
 @triton.jit
 def row_values(y, ay, rest, smooth, su, sv, dot, temperature, label_smoothing, SMOOTHED: tl.constexpr):
-    """Cross-entropy and distillation of the rows from their sums, and 1 / sum of the former's exponentials. [R]
+    """Return cross-entropy and distillation of the rows from their sums, and 1 / sum of the former's exponentials. [R]
 
     ay: (z + log lambda)_y below the maximum; rest: sum over the other columns; smooth: mean of z + log lambda over the
-    competing columns, below the same maximum."""
+    competing columns, below the same maximum.
+    """
     e_y = tl.exp2(ay * LOG2E)
     s = rest + e_y
     near = ay > -1.0
@@ -99,10 +102,11 @@ def row_values(y, ay, rest, smooth, su, sv, dot, temperature, label_smoothing, S
 
 @triton.jit
 def soft_difference(eu, ev, su, sv):
-    """softmax of the student minus softmax of the teacher. [R, C]
+    """Return the student's softmax minus the teacher's. [R, C]
 
-    fma(.., 0) is a product that no compiler may fuse into the difference: a student equal to its teacher gets exactly
-    0."""
+    fma(.., 0) is a product that no compiler may fuse into the difference, so a student equal to its teacher gets
+    exactly 0.
+    """
     inv_su = (1.0 / tl.where(su > 0, su, 1.0))[:, None]
     inv_sv = (1.0 / tl.where(sv > 0, sv, 1.0))[:, None]
     zero = tl.zeros_like(eu)
@@ -112,7 +116,7 @@ def soft_difference(eu, ev, su, sv):
 
 @triton.jit
 def classification_gradient(e, hit, competes, rest, inv_s, weight, uniform, label_smoothing, SMOOTHED: tl.constexpr):
-    """weight times the derivative of the cross-entropy in z. [R, C]"""
+    """Return weight times the derivative of the cross-entropy in z. [R, C]"""
     g = tl.where(hit, -(rest * inv_s)[:, None], e * inv_s[:, None])
     if SMOOTHED:
         g += tl.where(hit, label_smoothing, 0.0) - tl.where(competes, uniform[:, None], 0.0)
@@ -121,8 +125,9 @@ def classification_gradient(e, hit, competes, rest, inv_s, weight, uniform, labe
 
 @triton.jit
 def margin_gradient(x, x_y, y, valid, col, y_is_old, num_old, num_seen, margin, weight, HARDEST: tl.constexpr):
-    """LUCIR's margin ranking: for targets that are old, the mean over the HARDEST highest new cosines of
-    max(0, margin - x_y + x_k). Returns the value [R] and weight times its derivative in x [R, C]."""
+    """Return LUCIR's margin ranking [R], and weight times its derivative in x [R, C]: for old targets the mean over the
+    HARDEST highest new cosines of max(0, margin - x_y + x_k).
+    """
     value = tl.zeros_like(x_y)
     gradient = tl.zeros_like(x)
     column = col[None, :]
@@ -146,7 +151,9 @@ def margin_gradient(x, x_y, y, valid, col, y_is_old, num_old, num_seen, margin, 
 
 @triton.jit
 def store_row_values(ROW_LOSS, METER, row, ce, kd, hit, margin, ce_weight, kd_weight, margin_weight):
-    """The weighted loss of each row, or its terms added to the running sums METER [R, 4]: read once per epoch."""
+    """Store the weighted loss of each row in ROW_LOSS, and add its terms to the running sums METER [R, 4], which are
+    read once per epoch; either may be None.
+    """
     if ROW_LOSS is not None:
         total = ce_weight * ce + kd_weight * kd
         if margin_weight is not None:
@@ -163,5 +170,5 @@ def store_row_values(ROW_LOSS, METER, row, ce, kd, hit, margin, ce_weight, kd_we
 
 @triton.jit
 def rescale(old_top, new_top, factor):
-    """What turns sums measured against old_top into sums measured against new_top; 0 before there was one. [R, 1]"""
+    """Return the factor from sums measured against old_top to new_top, [R, 1]; 0 if there was no old one."""
     return tl.where(old_top > NONE, tl.exp2((old_top - new_top) * factor), 0.0)[:, None]

@@ -1,15 +1,15 @@
 """PODNet's spatial distillation of one layer and its gradient, one image per program, in one launch.
 
-With x and y the student's and the teacher's map, a and b their squares summed over the width and over the height
-(H + W vectors of C), and d = a / |a| - b / |b|:
+With x and y the student's and the teacher's map, a and b their squares summed over the width and over the height (H + W
+vectors of C), and d = a / |a| - b / |b|:
 
     value     |d| / (B layers)
     gradient  2 x (g over the width + g over the height),   g = (d - a <a, d> / |a|^2) / (|a| |d|) / (B layers)
 
-The rows of the maps are read once for a, b and a - b, and the student's a second time for the gradient. What is pooled
-waits in memory meanwhile, or rather in the caches, so that registers hold no more than one tile of a map and the sums
-over the height, whatever the size of the map. a - b is pooled from (x - y) (x + y), and d formed from it, so that both
-keep their relative accuracy where student and teacher are nearly equal; the difference of a and b would not.
+The rows of the maps are read once for a, b and a - b, and the student's again for the gradient. Meanwhile the pooled
+values wait in memory, or rather in the caches, so that registers hold only one tile of a map and the sums over the
+height, for maps of any size. a - b is pooled from (x - y) (x + y), and d is formed from it, so that both keep their
+relative accuracy when student and teacher are nearly equal; the difference of a and b would not.
 """
 
 import torch
@@ -26,14 +26,14 @@ BLOCK = 2_048  # pooled numbers at once
 
 @triton.jit
 def tile_of(h, w, c, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """Offsets of the tile [R, W, C] of a channels-last image, and which of them lie inside."""
+    """Return offsets of the tile [R, W, C] of a channels-last image, and which of them lie inside."""
     h, w, c = h[:, None, None], w[None, :, None], c[None, None, :]
     return (h * W + w) * C + c, (h < H) & (w < W) & (c < C)
 
 
 @triton.jit
 def store_pooled(A, B, DELTA, k, c, K: tl.constexpr, C: tl.constexpr, a, b, delta):
-    """What is pooled of K rows or columns, those numbered k, as [k, c]."""
+    """Store the pooled values of K rows or columns, those numbered k, as [k, c]."""
     at, inside = k[:, None] * C + c[None, :], (k[:, None] < K) & (c[None, :] < C)
     tl.store(A + at, a, mask=inside)
     tl.store(B + at, b, mask=inside)
@@ -42,7 +42,7 @@ def store_pooled(A, B, DELTA, k, c, K: tl.constexpr, C: tl.constexpr, a, b, delt
 
 @triton.jit
 def pooled_gradient(A, B, DELTA, k, c, K: tl.constexpr, C: tl.constexpr, p, q, r):
-    """p (a - b) + q a + r b of them, [k, c]."""
+    """Return p (a - b) + q a + r b for them, [k, c]."""
     at, inside = k[:, None] * C + c[None, :], (k[:, None] < K) & (c[None, :] < C)
     a = tl.load(A + at, mask=inside, other=0.0)
     b = tl.load(B + at, mask=inside, other=0.0)
@@ -60,7 +60,7 @@ def pod_spatial_images(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One image per program."""
+    """Compute one image per program."""
     image = tl.program_id(0).to(tl.int64)
     N: tl.constexpr = (H + W) * C
     MAPS += image * (H * W * C)
@@ -73,7 +73,7 @@ def pod_spatial_images(
 
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        # By lane of the tile, reduced once at the end.
+        # One sum per lane of the tile, reduced once at the end.
         column_a = tl.zeros([ROWS, BLOCK_W, BLOCK_C], tl.float32)
         column_b, column_delta = column_a, column_a
         for top in range(0, H, ROWS):
@@ -137,8 +137,9 @@ def pod_spatial_images(
 
 def launch_table(height: int, width: int, channels: int) -> tuple[int, int, int, int]:
     """Return (rows, columns, channels, warps) of a tile: whole rows of all channels if they fit, else the channels in
-    parts. Eight numbers per thread, so that a load is 16 bytes also in bfloat16; twice the tile and the warps, with
-    half the registers for each, spills."""
+    parts. It has eight numbers per thread, so that a load is 16 bytes in bfloat16 too. Twice the tile and the warps,
+    with half the registers for each, spills.
+    """
     columns = power_of_two(width)
     part = min(power_of_two(channels), max(8, TILE // columns))
     rows = min(power_of_two(height), max(1, TILE // (columns * part)))
@@ -146,7 +147,7 @@ def launch_table(height: int, width: int, channels: int) -> tuple[int, int, int,
 
 
 def pod_spatial(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Tensor]:
-    """Launch. Arguments and results as those of `fastil.kernels.pod_spatial.plain`."""
+    """Launch the kernel. Arguments and results as those of `fastil.kernels.pod_spatial.plain`."""
     maps = maps.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = maps.shape
     gradient, row_value = torch.empty_like(maps, memory_format=torch.channels_last), rows_like(maps, batch)
@@ -161,7 +162,7 @@ def pod_spatial(maps: Tensor, teacher: Tensor, layers: int) -> tuple[Tensor, Ten
         gradient,
         1 / (layers * max(1, batch)),
         num_warps=warps,
-        # Without a word on registers the assembler stops at 64 for some maps, to make room for more programs than there
+        # Without this the assembler stops at 64 registers for some maps, to make room for more programs than there
         # are images, and spills.
         maxnreg=255,
         H=height,

@@ -1,1 +1,1 @@
-"""How data sets lie on disk, a file for each format."""
+"""The formats that data sets have on disk, one file each."""

@@ -29,7 +29,7 @@ from fastil.protocol import Ids
 
 VERSION = 2
 PAGE = 8 << 20  # bytes; FFCV's default
-SMALLEST_PAGE = 2 << 20  # that FFCV takes
+SMALLEST_PAGE = 2 << 20  # FFCV takes none below
 LARGEST_PAGE = 1 << 31
 HEADER = np.dtype(
     [
@@ -40,18 +40,18 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 PLACE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])  # a dtype, for a list here would be aligned as the row is
+BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])  # a dtype, because a list here would be aligned as the row is
 INT, IMAGE_FIELD = 1, 2
-# What a row holds of a field of each type: FFCV's float, int, image, bytes, array, JSON and tensor.
+# What a row holds for each type of field: FFCV's float, int, image, bytes, array, JSON and tensor.
 OF_TYPE: dict[int, Any] = {
     0: "<f8", INT: "<i8", IMAGE_FIELD: IMAGE, 3: BYTES, 4: "<u8", 5: BYTES, 6: "<u8",
 }  # fmt: skip
 FIELDS = (("image", IMAGE_FIELD), ("label", INT), ("id", INT))  # of fastil's own files
 ROW = np.dtype([(name, OF_TYPE[kind]) for name, kind in FIELDS], align=True)
 JPEG, RAW = 0, 1
-TABLE = HEADER.itemsize + len(FIELDS) * FIELD.itemsize  # where the rows begin in them
+TABLE = HEADER.itemsize + len(FIELDS) * FIELD.itemsize  # where their rows begin
 
-# What the writer keeps of each sample it has placed.
+# What the writer notes about each sample it has placed.
 ENTRY = np.dtype(
     [
         ("ptr", "<u8"), ("size", "<u8"), ("label", "<i8"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2"),
@@ -60,8 +60,9 @@ ENTRY = np.dtype(
 
 
 def page_size_for(largest: int, total: int = PAGE) -> int:
-    """The page size of a file whose largest sample and whose samples together have so many bytes: FFCV's 8 MiB, less
-    for a small file, more for large samples; a power of two."""
+    """Return the page size for a file whose largest sample, and whose samples together, have this many bytes: FFCV's 8
+    MiB, less for a small file, more for large samples; a power of two.
+    """
     size = max(SMALLEST_PAGE, *(1 << max(0, count - 1).bit_length() for count in (min(total, PAGE), largest)))
     if size > LARGEST_PAGE:
         raise UserError(f"a sample of {largest:,} bytes does not fit into a page of FFCV's format; use --max-side")
@@ -69,20 +70,21 @@ def page_size_for(largest: int, total: int = PAGE) -> int:
 
 
 def data_start(capacity: int, page_size: int) -> int:
-    """Where the pages of a file with room for `capacity` rows begin."""
+    """Return where the pages begin in a file with room for `capacity` rows."""
     return -(-(TABLE + capacity * ROW.itemsize) // page_size) * page_size
 
 
 def place(position: int, size: int, page_size: int) -> int:
-    """Where a sample goes, if all before `position` is taken: there, or on the next page if it would straddle one."""
+    """Return where a sample goes if all before `position` is taken: there, or on the next page if it does not fit."""
     if position % page_size + size > page_size:
         position += page_size - position % page_size
     return position
 
 
 def front(entries: NDArray[np.void], mode: int, page_size: int, start: int) -> bytes:
-    """All before the first page, which begins at `start`: header, fields, rows. entries: ENTRY [n], in the order of the
-    file."""
+    """Return everything before the first page, which begins at `start`: header, fields, rows. entries: ENTRY [n], in
+    the order of the file.
+    """
     fields = np.zeros(len(FIELDS), FIELD)
     fields["name"], fields["type_id"] = [name for name, _ in FIELDS], [kind for _, kind in FIELDS]
     rows = np.zeros(len(entries), ROW)
@@ -95,7 +97,7 @@ def front(entries: NDArray[np.void], mode: int, page_size: int, start: int) -> b
 
 
 def write_tables(file: IO[bytes], entries: NDArray[np.void], before: bytes, page_size: int) -> None:
-    """All but the header, around samples that are in place. before: what `front` makes of them."""
+    """Write everything but the header around the samples in place. before: what `front` returned for them."""
     file.seek(HEADER.itemsize)
     file.write(memoryview(before)[HEADER.itemsize :])
     places = np.zeros(len(entries), PLACE)
@@ -106,28 +108,28 @@ def write_tables(file: IO[bytes], entries: NDArray[np.void], before: bytes, page
 
 
 def places_start(entries: NDArray[np.void], page_size: int) -> int:
-    """Where the table of places goes: behind the last page, which is filled up as FFCV reads whole ones."""
+    """Return where the table of places goes: behind the last page, which is filled up since FFCV reads whole pages."""
     end = int(entries["ptr"][-1] + entries["size"][-1])
     return -(-end // page_size) * page_size
 
 
 def write_header(file: IO[bytes], before: bytes) -> None:
-    """What makes the file valid."""
+    """Write the header, which makes the file valid."""
     file.seek(0)
     file.write(memoryview(before)[: HEADER.itemsize])
 
 
 class Beton(ByClass):
-    """A .beton file, by FFCV or by fastil, mapped into memory and never changed.
+    """A .beton file, FFCV's or fastil's, mapped into memory and never changed.
 
     labels: int64 [n]. sizes: int32 [n, 2], height and width in pixels. modes: uint8 [n], JPEG or RAW. starts, lengths:
     int64 [n], the bytes of each sample. Raises UserError for a file that is not whole: a wrong header, places outside
-    the file or over each other, a table cut short. What is inside the samples is not looked at (`fastil verify` does).
+    the file or overlapping, a table cut short. It does not look inside the samples (`fastil verify` does).
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        whole_file(self.path)  # a pipe would be waited for
+        whole_file(self.path)  # opening a pipe would wait
         try:
             with open(self.path, "rb") as file:
                 self.bytes = os.fstat(file.fileno()).st_size
@@ -190,7 +192,7 @@ class Beton(ByClass):
         farthest = np.maximum(places["ptr"], places["size"])
         if farthest.max() >= 1 << 62:
             raise self.damaged(f"sample {int(places['sample_id'][farthest.argmax()])} lies outside the file")
-        order = np.lexsort((places["size"], places["ptr"]))  # an empty one before what lies at the same place
+        order = np.lexsort((places["size"], places["ptr"]))  # an empty sample before another at the same place
         starts, lengths = (places[key][order].astype(np.int64) for key in ("ptr", "size"))
         found = np.searchsorted(starts, self.starts, side="right") - 1
         ordered = np.sort(self.starts)
@@ -214,7 +216,7 @@ class Beton(ByClass):
             raise self.damaged(f"sample {int(off.argmax())} has another size than its pixels")
 
     def damaged(self, what: str) -> UserError:
-        """Return the error for a damaged file. what: the damage."""
+        """Return the UserError for a damaged file. what: the damage."""
         return UserError(f"{self.path}: damaged, {what}; convert it again or fetch another copy")
 
     def __len__(self) -> int:
@@ -224,18 +226,18 @@ class Beton(ByClass):
         return f"Beton({str(self.path)!r}, {len(self):,} images)"
 
     def __reduce__(self) -> tuple[type["Beton"], tuple[Path]]:
-        return Beton, (self.path,)  # for a worker process, which maps the file by itself
+        return Beton, (self.path,)  # for a worker process, which maps the file itself
 
     @property
     def mode(self) -> Literal["jpeg", "raw", "mixed"]:
-        """How its images are stored: all as JPEG, all as pixels, or some of each."""
+        """How the images are stored: all as JPEG, all as pixels, or some of each."""
         if (self.modes == JPEG).all():
             return "jpeg"
         return "raw" if (self.modes == RAW).all() else "mixed"
 
     @cached_property
     def manifest(self) -> Manifest | None:
-        """What `fastil convert` wrote next to the file. None: nothing is there, as with FFCV's own files."""
+        """The manifest that `fastil convert` wrote next to the file. None: there is none, as with FFCV's own files."""
         found = read_manifest(manifest_path(self.path))
         if found is not None and found.images != len(self):
             raise UserError(f"{manifest_path(self.path)}: belongs to another file, of {found.images:,} images")
@@ -243,7 +245,7 @@ class Beton(ByClass):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """By label; without a manifest the labels themselves."""
+        """The names of classes by label; without a manifest, the labels themselves."""
         if self.manifest is None:
             return [str(label) for label in range(int(self.labels.max()) + 1)]
         if self.labels.max() >= len(self.manifest.class_names):
@@ -253,8 +255,9 @@ class Beton(ByClass):
 
     @cached_property
     def sha256(self) -> str:
-        """The file's hash by its manifest, so that two runs can prove that they saw the same data. Without one, the
-        hash of labels, sizes and places."""
+        """The file's hash from its manifest, so that two runs can prove that they saw the same data. Without a
+        manifest, the hash of labels, sizes and places.
+        """
         if self.manifest is not None:
             return self.manifest.sha256
         digest = hashlib.sha256()
@@ -264,30 +267,31 @@ class Beton(ByClass):
 
     @cached_property
     def identity(self) -> Identity | None:
-        """What the file holds, in whatever order: see `fastil.data.formats.identity`. None without a manifest, and
-        where an older one does not tell enough."""
+        """The content of the file in any order: see `fastil.data.formats.identity`. None without a manifest, or with an
+        older one that does not say enough.
+        """
         return None if self.manifest is None else identity_of(self.manifest, self.labels, self.lengths)
 
     @cached_property
     def source_bytes(self) -> int:
-        """Bytes of the image files that it was made from, or of its samples if there is no manifest."""
+        """Bytes of the image files that it was made from; of its samples if there is no manifest."""
         files = None if self.manifest is None else source_files(self.manifest, self.lengths)
         return int(self.lengths.sum() if files is None else files[1].sum())
 
     def name(self, i: int) -> str:
-        """What the source called the sample; its id where nothing says so."""
+        """Return the sample's name in the source; its id if nothing says it."""
         return self.manifest.names[i] if self.manifest is not None else f"{i:08d}"
 
     def view(self, i: int) -> memoryview:
-        """The bytes of a sample, not copied. Valid until `close`."""
+        """Return the bytes of a sample, not copied. Valid until `close`."""
         return memoryview(self.map)[self.starts[i] : self.starts[i] + self.lengths[i]]
 
     def encoded(self, i: int) -> bytes:
-        """The bytes of a sample: a JPEG file, or pixels [h, w, 3] in RAW mode."""
+        """Return the bytes of a sample: a JPEG file, or pixels [h, w, 3] in RAW mode."""
         return bytes(self.view(i))
 
     def image(self, i: int) -> NDArray[np.uint8]:
-        """uint8 [h, w, 3]. A JPEG is decoded by Pillow."""
+        """Return the pixels, uint8 [h, w, 3]. Pillow decodes a JPEG."""
         height, width = self.sizes[i]
         if self.modes[i] == RAW:
             return np.frombuffer(self.encoded(i), np.uint8).reshape(height, width, 3)
@@ -301,7 +305,7 @@ class Beton(ByClass):
         raise self.damaged(f"sample {i} has {found[0]}x{found[1]} pixels instead of {width}x{height}")
 
     def close(self) -> None:
-        """Free the map. Views of samples must be gone."""
+        """Free the map. No views of samples may be left."""
         self.map.close()
 
     def __enter__(self) -> "Beton":
@@ -311,5 +315,5 @@ class Beton(ByClass):
         try:
             self.close()
         except BufferError:
-            if exception[0] is None:  # otherwise its traceback may hold a view
+            if exception[0] is None:  # otherwise the traceback may hold a view
                 raise

@@ -1,4 +1,4 @@
-"""A .beton as a source: what a conversion reads of it, its validation half, and what its manifest notes."""
+"""A .beton as a source: its samples, its validation half, and the notes of its manifest."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastil.protocol import Ids
 
 @dataclass(frozen=True)
 class Stored:
-    """Samples of a .beton that has pixels among them."""
+    """Samples of a .beton that stores pixels."""
 
     beton: Beton
     rows: Ids
@@ -26,15 +26,15 @@ class Stored:
         return len(self.labels)
 
     def name(self, i: int) -> str:
-        """The name of sample i."""
+        """Return the name of sample i."""
         return self.beton.name(int(self.rows[i]))
 
     def where(self, i: int) -> str:
-        """Where sample i lies, for a message."""
+        """Return where sample i lies, for a message."""
         return f"{self.beton.path}: sample {self.rows[i]}"
 
     def content(self, i: int) -> bytes | NDArray[np.uint8]:
-        """The pixels of sample i, uint8 [h, w, 3], or its JPEG. Raises Unreadable if it was changed."""
+        """Return the pixels of sample i, uint8 [h, w, 3], or its JPEG. Raises Unreadable if it was changed."""
         row = int(self.rows[i])
         manifest = self.beton.manifest
         if manifest is not None and crc32(self.beton.view(row)) != manifest.crc32[row]:
@@ -42,16 +42,16 @@ class Stored:
         return self.beton.image(row) if self.beton.modes[row] == RAW else self.beton.encoded(row)
 
     def take(self, ids: Ids) -> "Stored":
-        """The samples `ids`, in that order."""
+        """Return the samples `ids`, in that order."""
         return Stored(self.beton, self.rows[ids], self.labels[ids])
 
     def relabelled(self, labels: Ids) -> "Stored":
-        """The same samples with other labels, int64 [n]."""
+        """Return the same samples with other labels, int64 [n]."""
         return Stored(self.beton, self.rows, labels)
 
 
 def records(beton: Beton) -> Records:
-    """The samples of a file as a source."""
+    """Return the samples of a file as a source."""
     if beton.mode != "jpeg":
         return Stored(beton, np.arange(len(beton)), beton.labels)
     names = Texts(beton.name(i) for i in range(len(beton)))
@@ -62,7 +62,7 @@ def records(beton: Beton) -> Records:
 
 
 def check_same_classes(train: Beton, val: Beton) -> None:
-    """Raise UserError where the labels of two files do not mean the same, as far as their manifests tell."""
+    """Raise UserError if the labels of two files do not mean the same classes, as far as their manifests tell."""
     names = train.class_names
     if train.manifest is not None and val.manifest is not None and val.class_names != names:
         class_names.check_same_classes(str(train.path), names, str(val.path), val.class_names)
@@ -71,7 +71,7 @@ def check_same_classes(train: Beton, val: Beton) -> None:
 
 
 def records_of(path: Path, val_path: Path | None = None) -> Source:
-    """X.beton as a data set, with another for its validation images, by default X.val.beton where there is one."""
+    """Return X.beton as a data set, with another file for its validation images, by default an existing X.val.beton."""
     train = Beton(path)
     val_path = val_path_of(path) if val_path is None else val_path
     val = Beton(val_path) if val_path.exists() else None
@@ -84,7 +84,7 @@ def records_of(path: Path, val_path: Path | None = None) -> Source:
 
 
 def notes_of(train: Beton) -> tuple[str, ...]:
-    """What a conversion noted, and how it changed the sizes of images, which those of its user should share."""
+    """Return the notes of a conversion, and how it changed image sizes, which a run on the file should share."""
     if train.manifest is None:
         return ()
     notes, storage = tuple(train.manifest.notes), train.manifest.parameters.get("storage", {})
@@ -100,5 +100,5 @@ def notes_of(train: Beton) -> tuple[str, ...]:
 
 
 def val_path_of(path: Path) -> Path:
-    """X.beton: X.val.beton."""
+    """Return the path of X.beton's validation file, X.val.beton."""
     return path.with_name(path.name.removesuffix(".beton") + ".val.beton")

@@ -17,7 +17,7 @@ from fastil.data.formats.records import Unreadable, read_lines, whole_file
 from fastil.errors import UserError
 
 PIXELS = 3 * 32 * 32
-MOST_META, MOST_RECORD = 1 << 20, 8192  # bytes of a pickle: of its names, and for each image
+MOST_META, MOST_RECORD = 1 << 20, 8192  # bytes of a pickle: for the names, and for each image
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
@@ -31,7 +31,7 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """File names, published md5 sums and layout of one of the two data sets."""
+    """File names, published md5 sums and layout of CIFAR-10 or CIFAR-100."""
 
     name: str
     python_folder: str
@@ -44,7 +44,7 @@ class Variant:
     names_file: str
     binary_train: tuple[str, ...]
     binary_test: str
-    label_bytes: int  # in a binary record; the last one is the label that counts
+    label_bytes: int  # in a binary record; the last one is the label to use
     archive: str
     archive_md5: str
     archive_bytes: int
@@ -93,8 +93,9 @@ CIFAR100 = Variant(
 
 
 class _PickledArray:
-    """Stands for numpy's array while a pickle is read: numpy's own reconstruction trusts the dtype in the file, and
-    with a dtype of objects a file can make numpy follow any address."""
+    """A stand-in for numpy's array while a pickle is read. numpy's own reconstruction trusts the dtype in the file, and
+    with a dtype of objects a file can make numpy follow any address.
+    """
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, content = state
@@ -124,14 +125,14 @@ def _reconstruct(*arguments: Any) -> _PickledArray:
 
 
 def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _PickledArray:
-    """An array as protocol 5 has it."""
+    """Return an array as protocol 5 pickles it."""
     array = _PickledArray()
     array.__setstate__((1, shape, dtype, order == "F", bytes(content) if isinstance(content, bytearray) else content))
     return array
 
 
-# The only globals a CIFAR pickle needs: numpy's array reconstruction, under its names of numpy 1 and 2, and the encoder
-# that newer Pythons write for bytes. None of them is the real one.
+# The only globals a CIFAR pickle needs: numpy's array reconstruction, under its names in numpy 1 and 2, and the encoder
+# that newer Pythons write for bytes. All of them are stand-ins.
 STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): None,
     ("numpy", "dtype"): _dtype,
@@ -144,7 +145,7 @@ STAND_INS: dict[tuple[str, str], Any] = {
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Reads the pickles of CIFAR, and refuses any that ask for other code."""
+    """Reads CIFAR's pickles and refuses any that ask for other code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
@@ -154,10 +155,10 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def read(path: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[Arrays, Arrays]]:
-    """Class names and (train, test), each uint8 [N, 32, 32, 3] and int64 [N].
+    """Return class names and (train, test), each uint8 [N, 32, 32, 3] and int64 [N].
 
-    path: the folder with the files, or the one it was unpacked into. verify: compare md5 sums (python version; for
-    the unpacked binary version none are published, its sizes and labels are checked).
+    path: the folder with the files, or the one it was unpacked into. verify: compare md5 sums (python version). None
+    are published for the unpacked binary version, whose sizes and labels are checked.
     """
     found = find(path, variant)
     if found is not None:
@@ -170,7 +171,7 @@ def read(path: Path, variant: Variant, verify: bool) -> tuple[list[str], tuple[A
 
 
 def find(path: Path, variant: Variant) -> tuple[Path, Literal["python", "binary"]] | None:
-    """The folder with the files, and which version they are; only the python version's have published md5 sums."""
+    """Return the folder with the files and which version they are. Only the python version has published md5 sums."""
     versions: tuple[tuple[str, str, Literal["python", "binary"]], ...] = (
         (variant.python_folder, variant.train[0].name, "python"),
         (variant.binary_folder, variant.binary_train[0], "binary"),
@@ -228,7 +229,7 @@ def _unpickle(folder: Path, variant: Variant, file: File, verify: bool) -> dict[
         raise UserError(f"{path}: refused, {error or 'the file is cut short'}; download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a CIFAR file (no dictionary in it); download it again")
-    # Python 2, which wrote the published files, has bytes for keys, Python 3 text.
+    # Python 2 wrote the published files with bytes as keys; Python 3 would write text.
     return {key.encode("utf-8", "replace") if isinstance(key, str) else key: value for key, value in content.items()}
 
 
@@ -256,5 +257,5 @@ def _binary_batch(path: Path, variant: Variant, classes: int) -> Arrays:
 
 
 def _planar_to_rows(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[N, 3072] channel planes to contiguous [N, 32, 32, 3]."""
+    """Return [N, 3072] channel planes as contiguous [N, 32, 32, 3]."""
     return np.ascontiguousarray(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))

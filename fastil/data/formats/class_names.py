@@ -1,16 +1,16 @@
-"""Names of classes: their order, which is that of their ids, and whether two lists of them are the same."""
+"""Names of classes: their order, which decides their ids, and whether two lists of them are the same."""
 
 import re
 from collections.abc import Iterable
 
 from fastil.errors import UserError
 
-NAMED = 5  # classes that a message names before it counts the rest
+NAMED = 5  # classes that a message names; it counts the rest
 NUMBER = re.compile("[0-9]{1,18}")
 
 
 def check_classes(where: str, found: Iterable[str]) -> list[str]:
-    """The names of classes in their order; two or more of them."""
+    """Return the names of classes in their order. Raises UserError if there are fewer than two."""
     names = in_order(found)
     if len(names) < 2:
         only = f"only one class folder ({names[0]})" if names else "no class folder"
@@ -19,13 +19,13 @@ def check_classes(where: str, found: Iterable[str]) -> list[str]:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes sorted: by their value where all are numbers, as labels are, and as text otherwise."""
+    """Return names of classes sorted: by value if all are numbers, as labels are, otherwise as text."""
     found = sorted(names)
     return sorted(found, key=int) if all(NUMBER.fullmatch(name) for name in found) else found
 
 
 def order_note(names: list[str]) -> str | None:
-    """A line where names are numbers and do not stand in the order of text, in which other toolboxes take folders."""
+    """Return a line if names are numbers in another order than that of text, which other toolboxes use for folders."""
     as_text = sorted(names)
     if names == as_text or names != in_order(names):
         return None
@@ -37,7 +37,7 @@ def order_note(names: list[str]) -> str | None:
 
 
 def check_same_classes(train: str, names: list[str], val: str, val_names: list[str]) -> None:
-    """Raise UserError that tells all classes which only one of the two has."""
+    """Raise UserError, naming all classes that only one of the two has, if their classes differ."""
     sides = ((train, val, sorted(set(names) - set(val_names))), (val, train, sorted(set(val_names) - set(names))))
     odd = [f"{some(only)} {'are' if len(only) > 1 else 'is'} in {here} but not in {there}"
            for here, there, only in sides if only]  # fmt: skip
@@ -48,6 +48,6 @@ def check_same_classes(train: str, names: list[str], val: str, val_names: list[s
 
 
 def some(names: list[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """Return the first few names, and how many more there are."""
     more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -1,4 +1,4 @@
-"""Every kind of data set that is read, and which kind a path is. Samples are listed here, not decoded."""
+"""The kinds of data sets that are read, and which kind a path is. Samples are listed here, not decoded."""
 
 import itertools
 from collections import Counter
@@ -29,7 +29,7 @@ CIFAR_FOLDERS = [folder for v in (cifar.CIFAR10, cifar.CIFAR100) for folder in (
 
 @dataclass(frozen=True)
 class Asked:
-    """How a data set is to be opened.
+    """How to open a data set.
 
     val: a path of the validation images in the same kind of layout, or "same" for the training images. verify: compare
     the md5 sums of CIFAR's files with the published ones. image_column, label_column: of parquet files.
@@ -43,16 +43,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of data set. layout: for a message."""
+    """A kind of data set. layout: its description for a message."""
 
     layout: str
     opened: Callable[[Path, Asked], Source]
 
 
 def open_source(path: Path, kind: str | None = None, val: str | None = None, **how: Any) -> Source:
-    """The data set at a path. A UserError names what is damaged, missing or not known, and the fix.
+    """Return the data set at a path. A UserError names what is damaged, missing or unknown, and the fix.
 
-    kind: a name of KINDS, for a path that is taken for another. val, how: fields of `Asked`.
+    kind: a name of KINDS, for a path that would be taken for another kind. val, how: fields of `Asked`.
     """
     asked = Asked(val, **how)
     if kind is not None and kind not in KINDS:
@@ -82,8 +82,9 @@ def open_source(path: Path, kind: str | None = None, val: str | None = None, **h
 
 
 def check_whole(path: Path) -> None:
-    """Raise UserError where a path without validation images is one half of a data set, such as DIR/train or
-    x.val.beton: it names the whole."""
+    """Raise UserError, naming the whole data set, if a path without validation images is one half of it, such as
+    DIR/train or x.val.beton.
+    """
     base = path if path.name else path.absolute()
     name = base.name
     if path.suffix == ".beton":
@@ -100,7 +101,7 @@ def check_whole(path: Path) -> None:
 
 
 def detect(path: Path, val: str | None = None) -> str:
-    """The kind of a path, by its files' names and, of a tar, its first members."""
+    """Return the kind of a path, from the names of its files and, for a tar, its first members."""
     if not path.is_dir():
         return _detect_file(path)
     for kind, sign in _SIGNS:
@@ -109,7 +110,7 @@ def detect(path: Path, val: str | None = None) -> str:
     if (path / "train").is_file() and (path / "meta").is_file():
         return "cifar100"
     has_folders = _has_class_folders(path / "train") or _has_class_folders(path / "val")
-    if not has_folders:  # which would win over shards that lie next to them
+    if not has_folders:  # class folders win over shards next to them
         for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
             if shards.grouped(path, suffix):
                 return kind
@@ -125,7 +126,7 @@ def _detect_file(path: Path) -> str:
         return "parquet" if path.suffix == ".parquet" else "webdataset"
     if path.suffix in (".beton", ".parquet"):
         return path.suffix[1:]
-    what = special(path.stat().st_mode)  # not opened: a pipe would be waited for
+    what = special(path.stat().st_mode)  # not opened: a pipe would wait
     if what:
         raise UserError(f"{path}: is {what}, neither a file nor a folder; give the path of a data set")
     with path.open("rb") as file:
@@ -143,7 +144,7 @@ def _detect_file(path: Path) -> str:
 
 
 def _has_class_folders(path: Path) -> bool:
-    """Whether there are folders and no shards in it; looks at the first few only, there may be a million."""
+    """Return whether a folder has folders and no shards, from its first entries only: there may be a million."""
     if not path.is_dir():
         return False
     entries = [entry for entry in itertools.islice(path.iterdir(), 1000) if not entry.name.startswith(".")]
@@ -153,7 +154,7 @@ def _has_class_folders(path: Path) -> bool:
 
 
 def _has_images(path: Path) -> bool:
-    """Whether its first folder holds image files: then the class folders lie in it, without train/."""
+    """Return whether its first folder holds image files, which makes it a folder of class folders without train/."""
     tree = Folder(path)
     first = next(iter(tree.inside("").folders), None)
     return first is not None and any(suffix_of(file.name) in suffixes() for file in tree.inside(first).files)
@@ -165,7 +166,7 @@ def _unknown(path: Path, hint: str) -> UserError:
 
 
 def _check_names(path: Path, source: Source) -> None:
-    """Check the names of classes: they go to a text file and to people, and tell two files' classes apart."""
+    """Check the names of classes. They go into a text file, are shown to people, and tell two files' classes apart."""
     twice = [name for name, count in Counter(source.class_names).items() if count > 1]
     if twice:
         raise UserError(f"{path}: two classes are called {twice[0][:80]!r}; rename one, or fetch it again")
@@ -225,7 +226,7 @@ def _plain(opened: Callable[[Path, str | None], Source]) -> Callable[[Path, Aske
     return lambda path, asked: opened(path, asked.val)
 
 
-# What a folder of a kind must hold; the first that is there decides.
+# What a folder of each kind must hold; the first match decides.
 _SIGNS = (
     ("ilsvrc", TRAIN),
     ("ilsvrc", VAL),
@@ -235,7 +236,7 @@ _SIGNS = (
         for variant in (cifar.CIFAR10, cifar.CIFAR100)
         for folder in ("", f"{variant.python_folder}/", f"{variant.binary_folder}/")
         for file in (variant.train[0].name, variant.binary_train[0])
-        if file != "train" or folder  # which may as well be a folder of class folders
+        if file != "train" or folder  # train may also be a folder of class folders
     ),
     ("idx", idx.TRAIN_IMAGES),
     ("idx", f"{idx.TRAIN_IMAGES}.gz"),

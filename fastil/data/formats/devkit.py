@@ -1,7 +1,7 @@
-"""The devkit of ILSVRC2012, which names the classes of ImageNet and says which one each validation image is of.
+"""The devkit of ILSVRC2012, which names ImageNet's classes and says which one each validation image belongs to.
 
 It numbers the classes in an order of its own (ILSVRC2012_ID 1 to 1,000, then inner nodes of WordNet), and the ground
-truth of the validation images is written in it.
+truth of the validation images uses these numbers.
 """
 
 import gzip
@@ -15,11 +15,13 @@ from fastil.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-MOST_BYTES = 1 << 26  # unpacked; it has some 5 MB
+MOST_BYTES = 1 << 26  # unpacked; it has about 5 MB
 
 
 class Devkit(NamedTuple):
-    """wnids: by devkit id, of the classes only. titles, images: by wnid. truth: devkit id of each validation image."""
+    """The content of the devkit. wnids: by devkit id, classes only. titles, images: by wnid. truth: the devkit id of
+    each validation image.
+    """
 
     wnids: dict[int, str]
     titles: dict[str, str]
@@ -28,11 +30,11 @@ class Devkit(NamedTuple):
 
 
 def read_devkit(path: str, raw: bytes) -> Devkit:
-    """The devkit in an archive. path: of it, for messages. Raises UserError for another or a damaged one."""
+    """Return the devkit in an archive. path: its path, for messages. Raises UserError for a wrong or damaged one."""
     try:
         if raw.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(raw)) as file:
-                raw = file.read(MOST_BYTES + 1)  # to its end, where the checksum is
+                raw = file.read(MOST_BYTES + 1)  # to the end, where the checksum is
         if len(raw) > MOST_BYTES:
             raise UserError(f"{path}: holds more than {MOST_BYTES >> 20} MiB, and no devkit does")
         parts: dict[str, bytes] = {}
@@ -56,7 +58,9 @@ def read_devkit(path: str, raw: bytes) -> Devkit:
 
 
 def _parse_meta(content: bytes, where: str) -> tuple[dict[int, str], dict[str, str], dict[str, int]]:
-    """Wnids by devkit id, titles and counts of training images by wnid: of the leaves, the others are inner nodes."""
+    """Return wnids by devkit id, and titles and counts of training images by wnid. Only leaves are classes; the others
+    are inner nodes.
+    """
     try:
         found = [
             (_whole(row["ILSVRC2012_ID"]), row["WNID"].strip(), row["words"].strip(), _whole(row["num_train_images"]))
@@ -73,7 +77,7 @@ def _parse_meta(content: bytes, where: str) -> tuple[dict[int, str], dict[str, s
 
 
 def _whole(array: Any) -> int:
-    """The one number of an array."""
+    """Return the one number of an array."""
     if len(array) != 1:
         raise ValueError(f"{len(array)} numbers where one should be")
     return int(array[0])

@@ -25,7 +25,7 @@ from fastil.text import Bar
 SITE = "https://www.cs.toronto.edu/~kriz/"
 VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (CIFAR10, CIFAR100)}
 CHUNK = 2**16
-AHEAD = 16  # chunks that are received while others are written
+AHEAD = 16  # chunks received ahead of those that are written
 STALL, LEAST = 60.0, 2**16  # a server that sends fewer than LEAST bytes in STALL seconds is given up
 SCHEMES = ("http", "https")
 MIRROR = "try --url with a mirror"
@@ -35,8 +35,8 @@ GO_ON = "run the command again, it goes on from there"
 def download(name: str, folder: Path, url: str | None = None) -> Path:
     """Fetch and unpack a data set below `folder`; returns the folder with its files.
 
-    The archive grows as NAME.partial, a second call goes on where the first one broke off, and it gets its name only
-    when its md5 is the published one. A data set that is there already is not fetched again.
+    The archive grows as NAME.partial. A second call continues where the first one broke off. The file gets its name
+    only if its md5 is the published one. A data set that is there already is not fetched again.
     """
     if name not in VARIANTS:
         raise UserError(f"unknown data set {name}: use one of {', '.join(VARIANTS)}")
@@ -60,18 +60,18 @@ def download(name: str, folder: Path, url: str | None = None) -> Path:
 
 
 def kept(name: str, folder: Path) -> str:
-    """What a download that was stopped has left, as the beginning of a sentence; or ""."""
+    """Return what a stopped download left behind, as the beginning of a sentence; or ""."""
     partial = partial_of(folder / VARIANTS[name].archive)
     return f"{partial} keeps the {partial.stat().st_size:,} bytes that have come, and " if partial.exists() else ""
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is as long as it is not whole."""
+    """Return the path of a file while it is not whole."""
     return path.with_name(path.name + ".partial")
 
 
 def fetch(url: str, path: Path, size: int, md5: str) -> None:
-    """Download a file of `size` bytes from url to path, resuming path.partial; the md5 decides whether it counts."""
+    """Download a file of `size` bytes from url to path, resuming path.partial. The md5 decides whether it counts."""
     try:
         parts = urlsplit(url)
         known = parts.scheme in SCHEMES and bool(parts.hostname)
@@ -90,7 +90,8 @@ def fetch(url: str, path: Path, size: int, md5: str) -> None:
 
 def receive(url: str, partial: Path, size: int) -> None:
     """Append to the partial file what it lacks of `size` bytes, and no byte more, whatever the server sends. Raises
-    UserError if it cannot be had; what has come by then is kept."""
+    UserError if the rest cannot be had; what has arrived is kept.
+    """
     before = done = partial.stat().st_size if partial.exists() else 0
     if done >= size:
         return
@@ -99,10 +100,10 @@ def receive(url: str, partial: Path, size: int) -> None:
     try:
         with open(partial, "ab") as file, contextlib.closing(pieces(url, done)) as incoming:
             for piece in incoming:
-                if piece.whole not in (None, size):  # another file, such as the page of a hotel's network
+                if piece.whole not in (None, size):  # another file, such as the login page of a hotel's network
                     done = file.truncate(before)
                     raise UserError(f"{url}: a file of {piece.whole:,} bytes and not of {size:,}; {MIRROR}")
-                # A server without ranges begins at 0 again.
+                # A server without ranges starts at 0 again.
                 fresh = piece.content[max(0, done - piece.at) : size - piece.at]
                 done += file.write(fresh)
                 bar.advance(len(fresh))
@@ -116,7 +117,7 @@ def receive(url: str, partial: Path, size: int) -> None:
 
 
 class Piece(NamedTuple):
-    """Content of a file from byte `at` on. whole: bytes of the whole file, None if the server does not say."""
+    """Content of a file from byte `at` on. whole: the bytes of the whole file, None if the server does not say."""
 
     at: int
     whole: int | None
@@ -124,12 +125,15 @@ class Piece(NamedTuple):
 
 
 def pieces(url: str, start: int) -> Generator[Piece, None, None]:
-    """Yield the file from byte `start` on, or from an earlier one if the server does not go there. The first piece is
-    empty. Raises UserError when the server sends fewer than LEAST bytes in STALL seconds, whatever it sends: the
-    deadline holds for looking up its name, headers, redirects and the lengths of chunks, too."""
+    """Yield the file from byte `start` on, or from an earlier one if the server does not start there. The first piece
+    is empty.
+
+    Raises UserError when the server sends fewer than LEAST bytes in STALL seconds, whatever it is doing: the deadline
+    also covers looking up its name, headers, redirects and the lengths of chunks.
+    """
     received: queue.Queue[Piece | Exception | None] = queue.Queue(AHEAD)
     stopped = threading.Event()
-    # A daemon, because nothing ends a read from a server that says a byte now and then.
+    # A daemon, because nothing ends a read from a server that sends a byte now and then.
     threading.Thread(target=transfer, args=(url, start, received, stopped), daemon=True).start()
     deadline, count = time.monotonic() + STALL, 0
     try:
@@ -148,12 +152,12 @@ def pieces(url: str, start: int) -> Generator[Piece, None, None]:
                 deadline, count = time.monotonic() + STALL, 0
     finally:
         stopped.set()
-        while not received.empty():  # so that the thread can put its last one
+        while not received.empty():  # lets the thread put its last one
             received.get()
 
 
 def transfer(url: str, start: int, received: "queue.Queue[Piece | Exception | None]", stopped: threading.Event) -> None:
-    """Put the pieces of a file into the queue until it ends or nobody wants them; then None, or what went wrong."""
+    """Put the pieces of a file into the queue until it ends or nobody wants them, then None or what went wrong."""
     handlers = (
         urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, Redirects,
         urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
@@ -164,13 +168,13 @@ def transfer(url: str, start: int, received: "queue.Queue[Piece | Exception | No
     end: Exception | None = None
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-        with opener.open(request, timeout=2 * STALL) as response:  # when it runs out, nobody waits any more
+        with opener.open(request, timeout=2 * STALL) as response:  # by the time it runs out, nobody waits any more
             at, whole = extent(response, start)
             received.put(Piece(at, whole, b""))
             while not stopped.is_set() and (content := response.read1(CHUNK)):
                 received.put(Piece(at, whole, content))
                 at += len(content)
-            if response.chunked and not stopped.is_set():  # and has ended as it should
+            if response.chunked and not stopped.is_set():  # it ended properly, so its length is known
                 received.put(Piece(at, at, b""))
     except urllib.error.HTTPError as error:
         error.close()
@@ -181,7 +185,7 @@ def transfer(url: str, start: int, received: "queue.Queue[Piece | Exception | No
 
 
 def extent(response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
-    """Where the content begins in the file, and how long the file is if the server says it."""
+    """Return where the content begins in the file, and the file's length if the server says it."""
     if response.status != http.HTTPStatus.PARTIAL_CONTENT:
         return 0, response.length
     said = response.headers.get("Content-Range", "")
@@ -192,7 +196,7 @@ def extent(response: http.client.HTTPResponse, start: int) -> tuple[int, int | N
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https only, and does not read what comes with them, which may never end."""
+    """Follows redirects to http and https only, and does not read their bodies, which may never end."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
@@ -206,7 +210,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def failure(url: str, start: int, error: Exception) -> UserError:
-    """What went wrong on the way, and what to do."""
+    """Return the error that says what went wrong on the way, and what to do."""
     if isinstance(error, urllib.error.HTTPError):
         what = f"{url}: {error.code} {error.reason}"
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
@@ -221,7 +225,7 @@ def failure(url: str, start: int, error: Exception) -> UserError:
 
 
 def md5_of(path: Path) -> str | None:
-    """None: no file there that can be read."""
+    """Return the md5 sum of a file. None: there is no file that can be read."""
     if not path.is_file():  # a pipe would be waited for
         return None
     try:
@@ -232,8 +236,9 @@ def md5_of(path: Path) -> str | None:
 
 
 def extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """Write a plain file of the archive below the folder; refuse links, devices and paths that lead outside. (Python
-    before 3.11.4 has no extraction filter.)"""
+    """Write a plain file of the archive below the folder. Refuses links, devices and paths that lead outside. (Python
+    before 3.11.4 has no extraction filter.)
+    """
     path = Path(os.path.normpath(folder / member.name))
     content = tar.extractfile(member) if member.isreg() else None
     if content is None or not path.is_relative_to(os.path.normpath(folder)):
@@ -244,7 +249,7 @@ def extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack next to the target and rename, so that a half-unpacked folder never carries its name."""
+    """Unpack next to the target and rename, so that a half-unpacked folder never has its name."""
     staging = archive.with_name(archive.name + ".unpacking")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -252,7 +257,7 @@ def unpack(archive: Path, target: Path) -> None:
             for member in tar:
                 if not member.isdir():
                     extract(tar, member, staging)
-        shutil.rmtree(target, ignore_errors=True)  # is damaged, or nothing would have been fetched
+        shutil.rmtree(target, ignore_errors=True)  # it is damaged, or nothing would have been fetched
         (staging / target.name).rename(target)
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise UserError(f"{archive}: not a whole archive ({error}); remove it and run the command again") from None

@@ -1,4 +1,4 @@
-"""Validation images in one folder, as ImageNet's archive and Kaggle have them: a list says which class each is of."""
+"""Validation images in one folder, as in ImageNet's archive and Kaggle's: a list gives the class of each."""
 
 import csv
 import io
@@ -15,14 +15,15 @@ HEAD = ["ImageId", "PredictionString"]
 
 
 def is_flat(tree: Tree, at: str) -> bool:
-    """Whether a folder holds images and no folders."""
+    """Return whether a folder holds images and no folders."""
     folders, files = tree.inside(at)
     return not folders and any(is_image(file.name) for file in files)
 
 
 def list_flat(tree: Tree, at: str, names: list[str], homes: list[Place], left: LeftOut) -> Files:
-    """The images of a folder with the classes that a list gives them. names: of the classes; homes: the folders in
-    which the list may lie, or above. Raises UserError where there is none, or where it does not fit."""
+    """Return the images of a folder with the classes from a list. names: of the classes. homes: the folders in which,
+    or above which, the list may lie. Raises UserError if there is no list or it does not fit.
+    """
     source, classes = _classes(tree, at, homes)
     labels = {name: label for label, name in enumerate(names)}
     listing, missing, found = tree.listing(), [], []
@@ -45,7 +46,7 @@ def list_flat(tree: Tree, at: str, names: list[str], homes: list[Place], left: L
 
 
 def _classes(tree: Tree, at: str, homes: list[Place]) -> tuple[str, dict[str, str]]:
-    """Where the list lies, and the class of each image by its name without the ending."""
+    """Return where the list lies, and the class of each image by its name without the ending."""
     for home, place in homes:
         solution, devkit = home.find(place, SOLUTION), home.find(place, DEVKIT)
         if solution is not None:
@@ -65,7 +66,7 @@ def _classes(tree: Tree, at: str, homes: list[Place]) -> tuple[str, dict[str, st
 
 
 def _solution(where: str, raw: bytes) -> dict[str, str]:
-    """Kaggle's list: an image, then its class, which the boxes in it follow."""
+    """Return Kaggle's list: each image, then its class; bounding boxes follow it in the file."""
     try:
         rows = list(csv.reader(io.StringIO(raw.decode("utf-8-sig"))))
     except (UnicodeDecodeError, csv.Error) as error:

@@ -10,15 +10,16 @@ from fastil.data.formats.tree import Archive, Folder, Place, Tree
 from fastil.errors import UserError
 
 NEEDED = "train/<class>/* and val/<class>/* are needed, or --val as well"
-VALS = ("val", "validation", "valid", "test")  # folders of validation images; the first is one whatever is in it
+VALS = ("val", "validation", "valid", "test")  # folders of validation images; the first always counts as one
 KAGGLE = ("Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where Kaggle's ImageNet has train/ and val/
 
 
 def open_folder(path: Path, val: str | None) -> Source:
-    """train/<class>/* and val/<class>/*, or class folders alone, in a folder or in a tar archive.
+    """Return train/<class>/* and val/<class>/*, or class folders alone, from a folder or a tar archive.
 
-    Files in sorted order, hidden ones and those whose ending is no image's left out, links followed. val: another one.
-    Validation images may lie in one folder where a list says which class each is of (Kaggle's, ImageNet's devkit).
+    Files come in sorted order. Hidden files and those with other endings than an image's are left out; links are
+    followed. val: another folder or archive. Validation images may lie in one folder if a list says which class each
+    belongs to (Kaggle's, ImageNet's devkit).
     """
     tree = tree_at(path)
     base = next((f"{at}/" for at in KAGGLE if tree.has(f"{at}/train")), "")
@@ -43,7 +44,7 @@ def open_folder(path: Path, val: str | None) -> Source:
 
 
 def tree_at(path: Path) -> Tree:
-    """The files of a folder or of a tar archive."""
+    """Return the files of a folder or of a tar archive."""
     if not path.is_file():
         if not path.is_dir():
             raise UserError(f"{path}: {'neither a file nor a folder' if path.exists() else 'no such folder'}; {NEEDED}")
@@ -54,14 +55,15 @@ def tree_at(path: Path) -> Tree:
 
 
 def val_at(path: Path) -> Place:
-    """Where a folder or archive that is given for the validation images has them: in val/, or in itself."""
+    """Return where a folder or archive given for the validation images has them: in val/, or in itself."""
     tree = tree_at(path)
     return tree, "val" if tree.has("val") else ""
 
 
 def list_val(place: Place, train: Place, names: list[str], left: LeftOut) -> Files:
-    """The validation images in class folders, or in one folder with a list of their classes. train: where the training
-    images lie, whose classes are `names`."""
+    """Return the validation images in class folders, or in one folder with a list of their classes. train: where the
+    training images lie, whose classes are `names`.
+    """
     tree, at = place
     if is_flat(tree, at):
         return list_flat(tree, at, names, [place, train], left)
@@ -70,28 +72,30 @@ def list_val(place: Place, train: Place, names: list[str], left: LeftOut) -> Fil
 
 
 def _is_train(tree: Tree, at: str) -> bool:
-    """Whether a folder holds the training images, and is no class called train (CIFAR-100 has one) among others."""
+    """Return whether a folder holds the training images. A class may also be called train (CIFAR-100 has one)."""
     others = set(tree.inside("").folders) - {"train", *VALS}
     return tree.has(at) and (bool(tree.inside(at).folders) or "/" in at or len(others) < 2)
 
 
 def _is_val(tree: Tree, at: str, names: list[str]) -> bool:
-    """Whether a folder is meant for the validation images: by its name, or as it has most of the classes of train."""
+    """Return whether a folder is meant for the validation images: by name, or because it has most of train's
+    classes.
+    """
     shared = set(tree.inside(at).folders) & set(names)
     return tree.has(at) and (at.rpartition("/")[2] == VALS[0] or 2 * len(shared) > len(names))
 
 
 def classes_in(tree: Tree, at: str) -> list[str]:
-    """The classes that the folders in a folder stand for, in their order."""
+    """Return the classes that the folders in a folder stand for, in their order."""
     folders, files = tree.inside(at)
     broken = next((file.name for file in files if file.broken), None)
-    if broken:  # which may have been a class
+    if broken:  # it may have been a class
         raise UserError(f"{tree.where(at)}/{broken}: links to nothing; repair or remove it")
     return check_classes(tree.where(at), folders)
 
 
 def _listed(tree: Tree, at: str, names: list[str], left: LeftOut, split: str) -> Files:
-    """The images in the class folders of a folder."""
+    """Return the images in the class folders of a folder."""
     listing = tree.listing()
     left.stray += [f"{split}/{file.name}" for file in tree.inside(at).files]
     for label, name in enumerate(names):

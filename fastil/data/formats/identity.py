@@ -1,7 +1,7 @@
-"""What a split holds, whatever it lies in: two splits of one identity have the same images in the same classes.
+"""The content of a split in any container: two splits with the same identity have the same images in the same classes.
 
-It stands next to the ordered sha256 of a split, which also depends on the order of the images and decides whether a run
-may go on. Names of classes differ between containers and are compared apart.
+The ordered sha256 of a split also depends on the order of the images, and decides whether a run may continue. Names of
+classes differ between containers and are compared separately.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from fastil import machine
 from fastil.protocol import Ids
 
-BYTES = 16  # of the digest of an image or of a class
-TOGETHER = 256  # images that a thread hashes in one go
+BYTES = 16  # of an image's or a class's digest
+TOGETHER = 256  # images that a thread hashes at a time
 
 
 @dataclass(frozen=True)
 class Identity:
     """Digests of a split by class.
 
-    kind: "pixels", of decoded images; "stored", of the bytes of image files that are the source's own; "changed", of
-    those that were resized, re-encoded or left out on request. shape: height, width and channels of images in memory,
-    empty for streamed ones. counts: images of each label. classes: hexadecimal digest of each label's images.
+    kind: "pixels" for decoded images, "stored" for the source's own image files, "changed" for images that were
+    resized, re-encoded or left out on request. shape: height, width and channels of images in memory, empty for
+    streamed ones. counts: images of each label. classes: hexadecimal digest of each label's images.
     """
 
     kind: str
@@ -37,15 +37,15 @@ class Identity:
 
     @cached_property
     def text(self) -> str:
-        """Kind and sha256, as protocol.json has it: equal if and only if the splits are."""
+        """Kind and sha256, as in protocol.json: equal if and only if the splits are."""
         return f"{self.kind}:{hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()}"
 
 
 def of_pixels(images: NDArray[np.uint8], labels: Ids) -> Identity:
-    """The identity of images in memory. images: uint8 [n, h, w, 3]; labels: int64 [n], from 0."""
+    """Return the identity of images in memory. images: uint8 [n, h, w, 3]; labels: int64 [n], from 0."""
     hashes = np.empty((len(images), BYTES // 8), ">u8")
     starts = range(0, len(images), TOGETHER)
-    with ThreadPoolExecutor(machine.cores()) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(machine.cores()) as pool:  # hashing releases the interpreter
         list(pool.map(partial(_hash_some, images, hashes), starts))
     shape = images.shape[1:]
     return of_hashes("pixels", shape, hashes, labels, repr(shape))
@@ -58,7 +58,7 @@ def _hash_some(images: NDArray[np.uint8], hashes: NDArray[Any], start: int) -> N
 
 
 def of_hashes(kind: str, shape: tuple[int, ...], hashes: NDArray[Any], labels: Ids, head: str) -> Identity:
-    """The identity of images with these hashes, >u8 [n, 2], and labels, int64 [n]. head: goes into every digest."""
+    """Return the identity of images with hashes >u8 [n, 2] and labels int64 [n]. head: goes into every digest."""
     counts = np.bincount(labels).tolist()
     hashes = hashes[np.lexsort((hashes[:, 1], hashes[:, 0], labels))]
     parts = np.split(hashes, np.cumsum(counts)[:-1])

@@ -17,11 +17,11 @@ from fastil.errors import UserError
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 TRAIN_IMAGES = "train-images-idx3-ubyte"
-PIXEL_BYTES, LABEL_BYTES = 4, 9  # that one of a file takes: itself, and three channels or an int64
+PIXEL_BYTES, LABEL_BYTES = 4, 9  # memory for one in a file: itself, and three channels or an int64
 
 
 def read(path: Path) -> tuple[list[str], tuple[Arrays, Arrays]]:
-    """Class names (numbers) and (train, test), each uint8 [N, h, w, 3] and int64 [N], of the files in a folder."""
+    """Return class names (numbers) and (train, test), each uint8 [N, h, w, 3] and int64 [N], from a folder."""
     splits = []
     for prefix in ("train", "t10k"):
         images_path, labels_path = (
@@ -44,9 +44,11 @@ def _idx_file(path: Path, name: str) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """An idx file of unsigned bytes, gzipped or not: 0 0 8 ndim, big-endian sizes, then the bytes.
+    """Return the content of an idx file of unsigned bytes, gzipped or not: 0 0 8 ndim, big-endian sizes, then the
+    bytes.
 
-    It is read as far as its sizes promise, whatever it would unpack to. Raises UserError where it holds something else.
+    It is read only as far as its sizes promise, whatever it would unpack to. Raises UserError if it holds anything
+    else.
     """
     with _opened(path) as file:
         shape = _sizes(path, file, dimensions)
@@ -58,20 +60,20 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
                 f"{memory / 2**31:.0f}"
             )
         content = file.read(expected)
-        if len(content) < expected or file.read(1):  # which also comes to the checksum
+        if len(content) < expected or file.read(1):  # this also reads the checksum
             held = f"{len(content)} bytes" if len(content) < expected else "more bytes"
             raise UserError(f"{path}: holds {held} of data, its header promises {expected}; fetch it again")
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def _count(path: Path, dimensions: int) -> int:
-    """How many images or labels a file promises."""
+    """Return how many images or labels a file promises."""
     with _opened(path) as file:
         return _sizes(path, file, dimensions)[0]
 
 
 def _sizes(path: Path, file: IO[bytes], dimensions: int) -> tuple[int, ...]:
-    """What the header of a file says."""
+    """Return the sizes in the header of a file."""
     header = file.read(4 + 4 * dimensions)
     if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
         raise UserError(f"{path}: not an idx file of {dimensions}-dimensional bytes; fetch it again")
@@ -83,8 +85,8 @@ def _sizes(path: Path, file: IO[bytes], dimensions: int) -> tuple[int, ...]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file as it is without gzip. What is wrong with it becomes a UserError."""
-    whole_file(path)  # a pipe would be waited for
+    """Open a file, unzipping it if needed. Whatever is wrong with it becomes a UserError."""
+    whole_file(path)  # opening a pipe would wait
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield file  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""ImageNet as it is handed out: the ILSVRC2012 archives, and Tiny ImageNet's own layout. Nothing is unpacked.
+"""ImageNet as downloaded: the ILSVRC2012 archives, and Tiny ImageNet's own layout. Nothing is unpacked.
 
-A label here is the place of the wnid in sorted order, as for a folder of class folders.
+A label is the place of the wnid in sorted order, as with a folder of class folders.
 """
 
 import re
@@ -23,7 +23,7 @@ VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 
 
 def is_ilsvrc(path: Path) -> bool:
-    """Whether a file is the train archive: by its name, or by the archives in it."""
+    """Return whether a file is the train archive, by its name or by the archives in it."""
     if path.name == TRAIN:
         return True
     with Tar(path) as tar:
@@ -32,8 +32,9 @@ def is_ilsvrc(path: Path) -> bool:
 
 
 def open_ilsvrc(path: Path, val: str | None) -> Source:
-    """The folder of the downloaded archives, or the train archive with the others next to it. val: the val archive
-    elsewhere, or a folder of class folders."""
+    """Return the data set in the folder of the downloaded archives, or in the train archive with the others next to it.
+    val: the val archive elsewhere, or a folder of class folders.
+    """
     home, train_path = (path, path / TRAIN) if path.is_dir() else (path.parent, path)
     devkit_path = next((at for at in (home / DEVKIT, home / DEVKIT.removesuffix(".gz")) if at.exists()), None)
     devkit = None
@@ -91,8 +92,7 @@ def _list_train(path: Path) -> tuple[list[str], Records]:
 def add_sorted(
     listing: Listing, label: int, members: Iterable[Member], archive: Path, prefix: str = "", where: str = ""
 ) -> None:
-    """Add the members of a class in the order of their names. prefix: of the archive inside `archive` that they come
-    from."""
+    """Add the members of a class in the order of their names. prefix: of the archive in `archive` they come from."""
     found = sorted(members)
     twice = next((one.name for one, other in pairwise(found) if one.name == other.name), None)
     if twice:
@@ -104,7 +104,7 @@ def add_sorted(
 
 
 def _list_val_images(path: Path, names: list[str], devkit: Devkit, devkit_path: Path) -> Records:
-    """By class and then by name, as torchvision unpacks them to class folders."""
+    """Return them by class and then by name, as torchvision unpacks them into class folders."""
     images: dict[int, Member] = {}
     with Tar(path) as tar:
         for member in tar.members():
@@ -140,7 +140,7 @@ def _list_val_images(path: Path, names: list[str], devkit: Devkit, devkit_path: 
 
 
 def _compared(path: Path, names: list[str], train: Records, devkit: Devkit) -> list[str]:
-    """Notes about counts that differ; other classes than the devkit's are an error."""
+    """Return notes about counts that differ. Other classes than the devkit's raise UserError."""
     check_same_classes(str(path), names, "the devkit", sorted(devkit.titles))
     counts = dict.fromkeys(names, 0)
     for label in train.labels.tolist():
@@ -153,8 +153,9 @@ def _compared(path: Path, names: list[str], train: Records, devkit: Devkit) -> l
 
 
 def open_tiny_imagenet(path: Path, val: str | None) -> Source:
-    """wnids.txt, words.txt, train/<wnid>/images/*, val/images/* with val/val_annotations.txt. Labels are places in the
-    sorted wnids (wnids.txt is not sorted). val: a folder of class folders."""
+    """Return wnids.txt, words.txt, train/<wnid>/images/* and val/images/* with val/val_annotations.txt as a data set.
+    Labels are places in the sorted wnids (wnids.txt is not sorted). val: a folder of class folders.
+    """
     names = sorted(read_lines(path / "wnids.txt"))
     twice = next((name for name, following in pairwise(names) if name == following), None)
     if twice:
@@ -212,7 +213,7 @@ def _tiny_val(tree: Folder, names: list[str]) -> Records:
 
 
 def _tiny_titles(path: Path, names: list[str]) -> list[str] | None:
-    """Wnid, tab, words: of all of WordNet."""
+    """Return titles by wnid, from lines of wnid, tab, words, for all of WordNet."""
     if not path.exists():
         return None
     words = dict(line.split("\t", 1) for line in read_lines(path) if "\t" in line)

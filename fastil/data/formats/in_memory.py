@@ -16,18 +16,18 @@ from fastil.protocol import Ids
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 SKIP = "on_corrupt=skip"
-NAMED = 3  # how many damaged files a message names before it counts the rest
-TOGETHER = 64  # images that a thread takes in one go: small ones decode in less time than they are handed over
+NAMED = 3  # damaged files that a message names; it counts the rest
+TOGETHER = 64  # images that a thread takes at a time, because handing over a small one takes longer than decoding it
 AT_ONCE = 2 * TOGETHER * machine.cores()  # encoded images of a sequential source that wait for a thread
 
 
 def read(
     source: Source, size: int | None, how: Reading = DEFAULT, skip_corrupt: bool = False, by: str = SKIP
 ) -> tuple[list[Arrays], list[str]]:
-    """The two splits (uint8 [N, size, size, 3], int64 [N]) in canonical order, and notes.
+    """Return the two splits (uint8 [N, size, size, 3], int64 [N]) in canonical order, and notes.
 
-    size None: images keep their own, which must be one. A sample that cannot be read is an error that names it, or,
-    with skip_corrupt, left out and named in a note. by: the settings that leave it out, for the error.
+    size None: images keep their own size, which must be the same for all. A sample that cannot be read is an error that
+    names it or, with skip_corrupt, is left out and named in a note. by: the setting that leaves it out, for the error.
     """
     splits, notes = [], []
     for split, records in (("train", source.train), ("val", source.val)):
@@ -66,9 +66,9 @@ def read(
 
 
 def _own_size(records: Records, how: Reading) -> tuple[int, int]:
-    """Height and width of the first image that decodes."""
+    """Return height and width of the first image that decodes."""
     for row in range(len(records)):
-        with contextlib.suppress(Exception):  # what is damaged, in many ways, is told when all are read
+        with contextlib.suppress(Exception):  # damage is reported when all are read
             height, width = decode(item_of(records, row), None, how).shape[:2]
             return height, width
     return 1, 1
@@ -77,8 +77,9 @@ def _own_size(records: Records, how: Reading) -> tuple[int, int]:
 def _decode_all(
     records: Records, images: NDArray[np.uint8], place: Ids, size: int | None, how: Reading
 ) -> tuple[dict[int, str], list[int]]:
-    """Put the image of each row in its place; returns by row what is wrong with a sample, and the rows of images of
-    another size than theirs."""
+    """Put the image of each row in its place. Returns, by row, what is wrong with a sample, and the rows of images that
+    have another size.
+    """
     errors: dict[int, str] = {}
     others: list[int] = []
 
@@ -86,7 +87,7 @@ def _decode_all(
         for k, row in enumerate(rows):
             try:
                 found = decode(item_of(records, row) if items is None else items[k], size, how)
-            except MemoryError:  # says nothing of the image
+            except MemoryError:  # it is not about the image
                 raise UserError(f"{records.where(row)}: not enough memory to decode it; free some") from None
             except Exception as error:  # Pillow's readers raise many kinds on damaged files
                 errors[row] = pixels.reason_of(error)
@@ -109,7 +110,8 @@ def _decode_all(
 
 
 def decode(item: Item, size: int | None, how: Reading = DEFAULT) -> NDArray[np.uint8]:
-    """One image as uint8 [size, size, 3]: its short side resized to size, and the central square of that. size None: as
-    it is, uint8 [h, w, 3]. Raises what is wrong with it."""
+    """Return an image as uint8 [size, size, 3]: the central square after its short side was resized to size. size None:
+    as it is, uint8 [h, w, 3]. Raises whatever is wrong with it.
+    """
     image = pixels.decoded(pixels.content_of(item, how), how)
     return pixels.as_array(image if size is None else pixels.square(image, size))

@@ -1,4 +1,4 @@
-"""What a source holds and nobody reads: files of a class that are no images by their endings, counted for a note."""
+"""Files of a source that are not read: those in a class that are no images by their endings, counted for a note."""
 
 import os
 from collections import Counter, defaultdict
@@ -8,8 +8,8 @@ from fastil.data.formats.class_names import some
 from fastil.data.formats.pixels import advice, suffixes
 from fastil.errors import UserError
 
-NAMED = 3  # classes that a note names before it counts the rest
-# Endings of files that come with images and are none: labels, notes, films, what systems put there.
+NAMED = 3  # classes that a note names; it counts the rest
+# Endings of files that come with images but are none: labels, notes, films, what systems put there.
 COMPANIONS = frozenset(
     (".txt", ".json", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".md", ".html", ".htm", ".log", ".pdf", ".npy", ".npz",
      ".pkl", ".mat", ".pt", ".cls", ".md5", ".sha256", ".py", ".sh", ".mov", ".mp4", ".avi", ".aae", ".xmp", ".db",
@@ -18,12 +18,12 @@ COMPANIONS = frozenset(
 
 
 def suffix_of(name: str) -> str:
-    """The ending of a file's name, in small letters: ".jpg"; "" if it has none."""
+    """Return the ending of a file's name in lower case: ".jpg"; "" if it has none."""
     return os.path.splitext(name)[1].lower()
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is taken for an image: by its ending; one without an ending may be one."""
+    """Return whether a file is taken for an image, by its ending; a file without an ending may be one."""
     suffix = suffix_of(name)
     return not suffix or suffix in suffixes()
 
@@ -32,8 +32,8 @@ def is_image(name: str) -> bool:
 class LeftOut:
     """The files of a source that are left out.
 
-    by_suffix: how many of an ending, of each class of a split. deeper: images in folders below the folder of a class.
-    stray: files in no class. problems: of classes that lose too much, by their names.
+    by_suffix: counts by ending and class of a split. deeper: images in folders below the folder of a class. stray:
+    files in no class. problems: for classes that lose too much, by their names.
     """
 
     by_suffix: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -42,18 +42,18 @@ class LeftOut:
     problems: dict[str, str] = field(default_factory=dict)
 
     def count(self, split: str, name: str, suffix: str, count: int = 1) -> None:
-        """So many files of a class with this ending are left out."""
+        """Note that this many files of a class, with this ending, are left out."""
         self.by_suffix[suffix][_called(split, name)] += count
 
     def count_deeper(self, split: str, name: str, file: str) -> None:
-        """A file in a folder below that of its class is left out."""
+        """Note that a file in a folder below its class's folder is left out."""
         if is_image(file):
             self.deeper[_called(split, name)] += 1
         else:
             self.count(split, name, suffix_of(file))
 
     def check(self, split: str, name: str, images: int, where: str) -> None:
-        """Note a class that has no image, or half of whose files or more are left out, for `refuse`."""
+        """Note, for `refuse`, a class without an image or with half of its files or more left out."""
         called = _called(split, name)
         lost = {
             suffix: found[called]
@@ -76,14 +76,14 @@ class LeftOut:
         self.problems[name] = f"{where}: {lose} ({', '.join(what)}); {'; '.join(todo)}, or remove them"
 
     def refuse(self) -> None:
-        """Raise UserError that names the classes which have no image or lose too many."""
+        """Raise UserError naming the classes that have no image or lose too many."""
         if self.problems:
             first, *others = self.problems
             more = f" (and so for class {some(others)})" if others else ""
             raise UserError(f"{self.problems[first]}{more}")
 
     def notes(self) -> list[str]:
-        """A line for each kind of file."""
+        """Return a line for each kind of file."""
         lines = []
         for suffix, found in sorted(self.by_suffix.items()):
             fix = "" if suffix in COMPANIONS else f"; {advice(suffix)}"
@@ -100,7 +100,7 @@ def _called(split: str, name: str) -> str:
 
 
 def listed(found: "Counter[str]") -> str:
-    """How many there are of each class: 12 in class dog, 3 in class cat."""
+    """Return how many there are of each class: 12 in class dog, 3 in class cat."""
     order = sorted(found, key=lambda called: (-found[called], called))
     rest = sum(found[called] for called in order[NAMED:])
     most = ", ".join(f"{found[called]:,} in {called}" for called in order[:NAMED])

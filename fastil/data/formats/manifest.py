@@ -1,4 +1,4 @@
-"""The manifest next to a .beton file: where it came from, its classes, and checksums of the file and of each sample."""
+"""The manifest next to a .beton file: its source, its classes, and checksums of the file and of each sample."""
 
 import json
 import os
@@ -16,15 +16,16 @@ from fastil.errors import UserError
 from fastil.protocol import Ids
 
 FORMAT = 1
-TOGETHER = 10_000  # entries of a list in a piece of text
+TOGETHER = 10_000  # entries of a list per piece of text
 RESIZED = ("larger than --max-side", "of another size than --squash")  # in the reasons of what was
 CHECKED = pydantic.ConfigDict(strict=True, revalidate_instances="always")
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A sample whose bytes are not those of its source. id: its row; -1: it was left out. crc32, size: of the bytes of
-    the source; None of what was left out, and in manifests of older versions."""
+    """A sample whose bytes are not those of its source. id: its row; -1: it was left out. crc32, size: of the source's
+    bytes; None if it was left out, and in manifests of older versions.
+    """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = CHECKED
     id: int
@@ -36,9 +37,11 @@ class Changed:
 
 @dataclass(frozen=True)
 class Manifest:
-    """class_names: by label, the ids of the data set (wnids for ImageNet); titles: what people call them. counts:
-    images per class. names: of each sample, as its source calls it. Written by `fastil convert`; two conversions of the
-    same source by the same versions write the same one."""
+    """The manifest. class_names: by label, the data set's own ids (wnids for ImageNet); titles: the usual names.
+    counts: images per class. names: each sample's name in the source.
+
+    `fastil convert` writes it; two conversions of the same source by the same versions write the same one.
+    """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = CHECKED
     format: int
@@ -61,11 +64,11 @@ class Manifest:
     notes: list[str] = field(default_factory=list)
 
     def dump(self) -> str:
-        """JSON, a line per entry of a list."""
+        """Return JSON with a line per entry of a list."""
         return "".join(self.pieces())
 
     def pieces(self) -> Iterator[str]:
-        """The text of `dump` piece by piece, because it may be long."""
+        """Yield the text of `dump` piece by piece, because it may be long."""
         for number, (key, value) in enumerate(vars(self).items()):
             yield f'{"," if number else "{"}\n"{key}": '
             if not isinstance(value, list):
@@ -80,12 +83,12 @@ class Manifest:
 
 
 def manifest_path(beton: Path) -> Path:
-    """x.beton: x.manifest.json."""
+    """Return the path of x.beton's manifest, x.manifest.json."""
     return beton.with_name(beton.name.removesuffix(".beton") + ".manifest.json")
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """None where there is none; a UserError where it is damaged or of a later format."""
+    """Return the manifest, None if there is none. Raises UserError if it is damaged or of a later format."""
     if not path.exists():
         return None
     try:
@@ -94,7 +97,7 @@ def read_manifest(path: Path) -> Manifest | None:
             raise UserError(f"{path}: format {content['format']!r}, this fastil knows {FORMAT}; install a newer one")
         for key in ("reencoded", "skipped"):
             content[key] = [Changed(**one) for one in content.get(key, ())]
-        os.fsencode("".join(content["names"]))  # as file names they came, so they can be encoded as such
+        os.fsencode("".join(content["names"]))  # they were file names, so they can be encoded as such
         manifest = pydantic.TypeAdapter(Manifest).validate_python(Manifest(**content))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -113,10 +116,11 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def source_files(manifest: Manifest, lengths: Ids) -> tuple[Ids, Ids] | None:
-    """crc32 and size of the image file that each sample was in the source, int64 [n]; of a file of pixels, those of the
-    pixels. lengths: int64 [n], bytes of the samples. None where an older manifest does not tell what was encoded.
+    """Return crc32 and size of each sample's image file in the source, int64 [n]; for a file of pixels, those of the
+    pixels. None if an older manifest does not say what was encoded.
 
-    What libjpeg made of an image that could not be kept depends on its version and on --quality.
+    lengths: int64 [n], bytes of the samples. What libjpeg makes of an image that could not be kept depends on its
+    version and on --quality, so it does not count.
     """
     checksums, sizes = np.array(manifest.crc32, dtype=np.int64), lengths.astype(np.int64)
     if manifest.parameters.get("storage", {}).get("mode") == "jpeg":
@@ -128,8 +132,9 @@ def source_files(manifest: Manifest, lengths: Ids) -> tuple[Ids, Ids] | None:
 
 
 def identity_of(manifest: Manifest, labels: Ids, lengths: Ids) -> Identity | None:
-    """The identity of a file that is streamed, by its manifest: no image is read. labels, lengths: int64 [n], of the
-    samples and of their bytes. None where `source_files` does not know."""
+    """Return the identity of a streamed file from its manifest; no image is read. labels, lengths: int64 [n], of the
+    samples and of their bytes. None if `source_files` does not know.
+    """
     files = source_files(manifest, lengths)
     if files is None:
         return None

@@ -1,7 +1,7 @@
 """MATLAB's .mat files, version 5 to 7: structs of text and numbers, as the devkit of ILSVRC2012 holds them.
 
-scipy reads more, but crashes at some damaged files. Here every length is checked, and what is wrong is a ValueError.
-Format: "MAT-File Format", The MathWorks: a header of 128 bytes, then elements (type, bytes, content, padding to 8).
+scipy reads more, but crashes on some damaged files. Here every length is checked, and damage is a ValueError. Format:
+"MAT-File Format", The MathWorks: a header of 128 bytes, then elements (type, bytes, content, padding to 8).
 """
 
 import math
@@ -20,7 +20,9 @@ DEEPEST = 16  # structs in structs
 
 
 def read_variables(content: bytes) -> dict[str, Any]:
-    """The variables of a file: text as str, numbers as a flat array, cells as a list, structs as a list of dicts."""
+    """Return the variables of a file: text as str, numbers as a flat array, cells as a list, structs as dicts in a
+    list.
+    """
     order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
     if order is None:
         raise ValueError("no MATLAB file of version 5 to 7")
@@ -38,7 +40,7 @@ def read_variables(content: bytes) -> dict[str, Any]:
 
 
 def _unpacked(part: bytes, order: str) -> bytes:
-    """The one element that is compressed here, as far as its own size promises."""
+    """Return the one element that is compressed here, unpacked only as far as its own size promises."""
     unpacker = zlib.decompressobj()
     try:
         head = unpacker.decompress(part, 8)
@@ -56,22 +58,23 @@ def _unpacked(part: bytes, order: str) -> bytes:
 
 
 class _Reader:
-    """Elements in a row."""
+    """Reads elements in a row."""
 
     def __init__(self, content: bytes, position: int, order: str) -> None:
         self.content, self.position, self.order = content, position, order
 
     @property
     def at_end(self) -> bool:
+        """Whether all elements are read."""
         return self.position >= len(self.content)
 
     def element(self) -> tuple[int, bytes]:
-        """Type and content of the next one."""
+        """Return type and content of the next element."""
         start = self.position + 8
         if start > len(self.content):
             raise ValueError("cut short")
         kind, size = struct.unpack_from(f"{self.order}II", self.content, self.position)
-        if kind >> 16:  # a small one: type and size share four bytes, the content takes the other four
+        if kind >> 16:  # a small element: type and size share four bytes, the content takes the other four
             kind, size = kind & 0xFFFF, kind >> 16
             if size > 4:
                 raise ValueError("a small element of more than four bytes")
@@ -84,6 +87,7 @@ class _Reader:
         return kind, self.content[start:end]
 
     def numbers(self) -> Any:
+        """Return the next element, which must be numbers, as a flat array."""
         kind, part = self.element()
         if kind not in NUMBERS or len(part) % np.dtype(NUMBERS[kind]).itemsize:
             raise ValueError(f"an element of type {kind} where numbers should be")
@@ -91,7 +95,7 @@ class _Reader:
 
 
 def _matrix(content: bytes, order: str, depth: int) -> tuple[str, Any]:
-    """Name and value of an array of any class."""
+    """Return name and value of an array of any class."""
     if not content:
         return "", np.empty(0)
     if depth > DEEPEST:
@@ -130,7 +134,7 @@ def _structs(reader: _Reader, count: int, depth: int) -> list[dict[str, Any]]:
 
 
 def _plausible(count: int, content: bytes) -> int:
-    """Return a count of arrays in an array. ValueError if it cannot be: each takes eight bytes or more."""
+    """Return a count of arrays in an array. Raises ValueError if it cannot be right: each takes eight bytes or more."""
     if count > len(content) // 8:
         raise ValueError("cut short")
     return count

@@ -1,7 +1,7 @@
-"""Parquet as Hugging Face writes it: a column image of struct{bytes, path} (or plain bytes), and one of labels, which
-are numbers or the names of classes.
+"""Parquet as Hugging Face writes it: a column image of struct{bytes, path} (or plain bytes), and a column of labels,
+which are numbers or the names of classes.
 
-Image bytes lie compressed among others, so they have no address: they are read a row group at a time.
+Image bytes are compressed together with others, so they have no address: they are read a row group at a time.
 """
 
 import json
@@ -21,12 +21,13 @@ from fastil.protocol import Ids
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
-MOST_TEXTS = 100_000  # names of classes in a column; beyond, it holds something else
+MOST_TEXTS = 100_000  # names of classes in a column; with more it holds something else
 
 
 class _Columns(NamedTuple):
-    """What is read of a file. image: what holds the bytes; path: what the source calls an image, if it says so; text:
-    whether labels are the names of classes."""
+    """The columns read of a file. image: the one with the bytes; path: the one with the image's name in the source, if
+    any; text: whether labels are the names of classes.
+    """
 
     image: str
     label: str
@@ -35,14 +36,14 @@ class _Columns(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """A row group. start: its first row, file_start: the first row of its file, both in the split; rows: how many."""
+    """A row group. start: its first row in the split; file_start: its file's first row in the split; rows: how many."""
 
     path: str
     number: int
     start: int
     rows: int
     file_start: int
-    bytes: int  # without compression
+    bytes: int  # uncompressed
 
 
 @dataclass
@@ -50,7 +51,7 @@ class _Reader:
     """Reads images by their row in the split, and keeps the row group that it read last."""
 
     groups: list[_Group]
-    column: str  # that holds the bytes: image, or image.bytes
+    column: str  # with the bytes: image, or image.bytes
     starts: Ids = field(init=False)  # int64 [groups]
     held: tuple[int, Any] = (-1, None)  # a row group's number and its bytes
 
@@ -58,13 +59,15 @@ class _Reader:
         self.starts = np.array([group.start for group in self.groups], dtype=np.int64)
 
     def group_of(self, row: int) -> int:
+        """Return the number of the row group that holds this row of the split."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def read(self, row: int) -> bytes | None:
+        """Return the bytes of an image, reading its row group if it is not held. None: the row has none."""
         number = self.group_of(row)
         held = self.held
         if held[0] != number:
-            self.held = (-1, None)  # before the next is read: one at a time in memory
+            self.held = (-1, None)  # before the next is read, so that only one is in memory
             group = self.groups[number]
             with _opened(Path(group.path)) as file:
                 table = file.read_row_group(group.number, columns=[self.column])
@@ -77,7 +80,7 @@ class _Reader:
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples that are rows of parquet files. labels: int64 [n]; rows: int64 [n], of the split."""
+    """Samples that are rows of parquet files. labels: int64 [n]; rows: int64 [n], rows of the split."""
 
     reader: _Reader
     names: Texts  # of all rows of the split
@@ -89,41 +92,44 @@ class Rows:
         return len(self.labels)
 
     def name(self, i: int) -> str:
-        """The name of sample i."""
+        """Return the name of sample i."""
         return self.names[int(self.rows[i])]
 
     @property
     def total_bytes(self) -> int:
-        """About how many bytes its images take: what the row groups hold without compression, in proportion."""
+        """About how many bytes the images take: their share of the row groups' uncompressed size."""
         total = sum(group.bytes for group in self.reader.groups)
         return total * len(self) // max(1, sum(group.rows for group in self.reader.groups))
 
     def where(self, i: int) -> str:
-        """The file and row of sample i, for a message."""
+        """Return the file and row of sample i, for a message."""
         row = int(self.rows[i])
         group = self.reader.groups[self.reader.group_of(row)]
         return f"{group.path}: row {row - group.file_start} ({self.name(i)})"
 
     def content(self, i: int) -> bytes:
-        """The encoded bytes of sample i. Raises Unreadable if the row holds none."""
+        """Return the encoded bytes of sample i. Raises Unreadable if the row holds none."""
         found = self.reader.read(int(self.rows[i]))
         if found is None:
             raise Unreadable(self.where(i), "no image bytes in it; write the file again with its images embedded")
         return found
 
     def take(self, ids: Ids) -> "Rows":
-        """The samples `ids`, in that order."""
+        """Return the samples `ids`, in that order."""
         return replace(self, labels=self.labels[ids], rows=self.rows[ids])
 
     def relabelled(self, labels: Ids) -> "Rows":
-        """The same samples with other labels, int64 [n]."""
+        """Return the same samples with other labels, int64 [n]."""
         return replace(self, labels=labels)
 
 
 def open_parquet(path: Path, val: str | None, image: str | None = None, label: str | None = None) -> Source:
-    """A folder with train-*.parquet and validation-*, val-* or test-*.parquet (in it, in data/, or in folders named
-    like the splits), or a single file. val: the same for validation images. image, label: the names of the columns,
-    where they are none of the usual ones. Labels that are text are the names of the classes, which are then sorted."""
+    """Return the data set in a folder with train-*.parquet and validation-*, val-* or test-*.parquet (in it, in data/,
+    or in folders named like the splits), or in a single file.
+
+    val: the same for validation images. image, label: the names of the columns, if they are not the usual ones. Labels
+    that are text are names of classes, which are then sorted.
+    """
     train_files, val_files = shards.split_files(path, ".parquet")
     if val == SAME:
         val_files = []
@@ -144,11 +150,11 @@ def open_parquet(path: Path, val: str | None, image: str | None = None, label: s
 
 
 def _listed(files: list[Path], image: str | None, label: str | None) -> tuple[Rows, list[str] | None]:
-    """The samples of a split, and the names of the classes if the files tell."""
+    """Return the samples of a split, and the names of the classes if the files give them."""
     groups: list[_Group] = []
     labels: list[Ids] = []
     texts: list[str] = []
-    written: dict[str, int] = {}  # labels that are text, by their place in the order in which they came
+    written: dict[str, int] = {}  # labels that are text, with their place in the order of appearance
     first: tuple[_Columns, list[str] | None] | None = None
     for file in files:
         file_start = len(texts)
@@ -185,7 +191,7 @@ def _listed(files: list[Path], image: str | None, label: str | None) -> tuple[Ro
 
 
 def _name(path: str | None, file: Path, row: int) -> str:
-    """What the source calls an image, without the folders of the machine that it once lay on."""
+    """Return an image's name in the source, without the folders of the machine where it was written."""
     if path and (path.startswith("/") or ".." in path.split("/")):
         path = path.rpartition("/")[2]
     return path or f"{file.stem}:{row}"
@@ -193,7 +199,7 @@ def _name(path: str | None, file: Path, row: int) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A parquet file; what pyarrow raises at a damaged one becomes a UserError."""
+    """Open a parquet file. pyarrow's errors on a damaged one become a UserError."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -212,7 +218,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _leaf(table: Any, column: str) -> Any:
-    """A column of a table, or of the struct in it, as image.bytes names it."""
+    """Return a column of a table, or of the struct in it, such as image.bytes."""
     import pyarrow.compute as pc
 
     top, _, field_name = column.partition(".")
@@ -258,7 +264,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def _class_names(path: Path, schema: Any, label: str) -> list[str] | None:
-    """From what Hugging Face's datasets library notes in the schema."""
+    """Return class names from the notes of Hugging Face's datasets library in the schema."""
     noted = (schema.metadata or {}).get(b"huggingface")
     if noted is None:
         return None
@@ -277,8 +283,10 @@ def _class_names(path: Path, schema: Any, label: str) -> list[str] | None:
 
 
 def _text_labels(path: Path, column: Any, written: dict[str, int], start: int) -> Ids:
-    """int64 [rows] of a row group whose labels are text: places in `written`, which grows. start: its first row in the
-    file."""
+    """Return int64 [rows], places in `written`, which grows, for a row group with labels that are text.
+
+    start: its first row in the file.
+    """
     if column.null_count:
         raise UserError(f"{path}: {column.null_count} rows from row {start} on have no label; write it again")
     labels = [written.setdefault(name, len(written)) for name in column.to_pylist()]
@@ -292,7 +300,7 @@ def _text_labels(path: Path, column: Any, written: dict[str, int], start: int) -
 
 
 def _labels(path: Path, column: Any, names: list[str] | None, start: int) -> Ids:
-    """int64 [rows] of a row group. start: its first row in the file."""
+    """Return int64 [rows] for a row group. start: its first row in the file."""
     if column.null_count:
         raise UserError(f"{path}: {column.null_count} rows from row {start} on have no label; write it again")
     labels = column.to_numpy()

@@ -1,7 +1,7 @@
-"""From what a source holds to upright RGB pixels: the one way in, whoever reads the image.
+"""From the content of a source to upright RGB pixels: the one way in for every reader of images.
 
-Pillow says what an image is; simplejpeg decodes plain JPEGs. `fastil run`, `plan`, `predict` and `convert` take the
-same formats by content, turn images by the same rule and refuse the same ones.
+Pillow decides what an image is; simplejpeg decodes plain JPEGs. `fastil run`, `plan`, `predict` and `convert` recognise
+the same formats by content, turn images by the same rule and refuse the same ones.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from PIL import Image, UnidentifiedImageError, features
 from fastil.data.formats.records import Extent, Item, Source, Unreadable
 from fastil.errors import UserError
 
-# What is read, with the endings of its files. JPEG opens MPO as well. EPS is not among them: it starts a program.
+# The formats that are read, with their files' endings. JPEG opens MPO as well. EPS is left out: it starts a program.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",),
     "GIF": (".gif",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pnm"), "AVIF": (".avif",),
     "JPEG2000": (".jp2", ".j2k"), "HEIF": (".heic", ".heif"),
 }  # fmt: skip
-FEATURES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # what Pillow may be built without
+FEATURES = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # Pillow may be built without these
 HELP = dict.fromkeys(FEATURES, "pip install -U pillow") | {"HEIF": "pip install pillow-heif"}
-MOST_PIXELS = 100_000_000  # a decompression bomb beyond
-MOST_BYTES = 1 << 29  # of an image file; an uncompressed one of so many pixels has fewer
-THIN = 32  # times as long as wide: beyond, the ends of an image are cut off before it is scaled
+MOST_PIXELS = 100_000_000  # more is a decompression bomb
+MOST_BYTES = 1 << 29  # of an image file; an uncompressed one with that many pixels has fewer
+THIN = 32  # times as long as wide: the ends of a longer image are cut off before it is scaled
 ORIENTATION = 0x0112  # EXIF tag
 FRAMES, APP2, START_OF_SCAN = (0xC0, 0xC1, 0xC2), 0xE2, 0xDA  # markers; frames: baseline, extended, progressive
-# Segments that say nothing about how an image is shown, in lengths that every reader takes: JFIF, Adobe's, comment,
+# Segments that do not change how an image is shown, in lengths that every reader accepts: JFIF, Adobe's, comment,
 # Huffman and quantisation tables, restart interval.
 PLAIN = {
     0xE0: (16,), 0xEE: (14,), 0xFE: range(2, 1 << 16), 0xC4: range(2, 1 << 16), 0xDB: range(2, 1 << 16), 0xDD: (4,),
@@ -53,8 +53,8 @@ Exif = Literal["upright", "ignore"]
 class Reading:
     """How images are read.
 
-    exif: "upright" turns them as the tag of their camera says, "ignore" takes the pixels as they lie in the file, as
-    other toolboxes do. max_pixels: an image with more is refused.
+    exif: "upright" turns them as the camera's tag says; "ignore" takes the pixels as stored, as other toolboxes do.
+    max_pixels: an image with more is refused.
     """
 
     exif: Exif = "upright"
@@ -68,7 +68,7 @@ class Reading:
 
     @property
     def max_bytes(self) -> int:
-        """The most bytes an image file may have: 8 a pixel, as RGBA with 16 bits each."""
+        """The largest size of an image file: 8 bytes a pixel, as for RGBA with 16 bits each."""
         return max(MOST_BYTES, 8 * self.max_pixels)
 
 
@@ -76,13 +76,13 @@ DEFAULT = Reading()
 
 
 def reading_of(source: Source, how: Reading) -> Reading:
-    """How the images of this source are read, where `how` was asked for."""
+    """Return how to read the images of this source, if `how` was asked for."""
     return replace(how, exif="ignore") if source.settled else how
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats of FORMATS that Pillow reads here."""
+    """Return the formats of FORMATS that Pillow reads here."""
     if find_spec("pillow_heif") is not None:
         import_module("pillow_heif").register_heif_opener()
     Image.init()
@@ -92,19 +92,20 @@ def formats() -> tuple[str, ...]:
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Endings of the files of `formats`."""
+    """Return the endings of the files of `formats`."""
     return frozenset(suffix for name in formats() for suffix in FORMATS[name])
 
 
 def advice(suffix: str) -> str:
-    """What to do about image files with an ending that is not among `suffixes`."""
+    """Return what to do about image files whose ending is not among `suffixes`."""
     missing = next((name for name, endings in FORMATS.items() if suffix in endings and name in HELP), None)
     return f"{HELP[missing]}, or convert them" if missing else "convert them to JPEG or PNG"
 
 
 def content_of(item: Item, how: Reading = DEFAULT) -> bytes | NDArray[np.uint8]:
-    """The bytes of an image file, or pixels [h, w, 3]. Raises Unreadable for one that cannot be had, and ValueError for
-    a file that is too large to be an image."""
+    """Return the bytes of an image file, or pixels [h, w, 3]. Raises Unreadable if they cannot be read, and ValueError
+    for a file that is too large to be an image.
+    """
     if isinstance(item, Unreadable):
         raise item
     if not isinstance(item, Extent):
@@ -115,14 +116,15 @@ def content_of(item: Item, how: Reading = DEFAULT) -> bytes | NDArray[np.uint8]:
 
 
 def open_image(content: bytes, how: Reading = DEFAULT) -> Image.Image:
-    """The image with its header read. Raises ValueError for what is no image, for more than max_pixels and for samples
-    in floating point, and whatever Pillow raises."""
+    """Return the image with its header read. Raises ValueError if it is no image, has more than max_pixels or
+    floating-point samples, and whatever Pillow raises.
+    """
     if not content:
         raise ValueError("no bytes in it")
     if how.max_pixels > MOST_PIXELS:
-        Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound, of the whole process
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's own bound, which is global
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own, lower bound, and remarks about metadata
+        warnings.simplefilter("ignore")  # from Pillow's own, lower bound, and about metadata
         image = Image.open(io.BytesIO(content), formats=formats())
     if image.width * image.height > how.max_pixels:
         raise ValueError(
@@ -135,16 +137,17 @@ def open_image(content: bytes, how: Reading = DEFAULT) -> Image.Image:
 
 
 def orientation(image: Image.Image, how: Reading = DEFAULT) -> int:
-    """What Pillow's pixels of an image have still to be turned by, 1 to 8 as EXIF counts; 1: by nothing. An unreadable
-    tag is none, as viewers take it."""
+    """Return how Pillow's pixels of an image still have to be turned, 1 to 8 as in EXIF; 1: not at all. An unreadable
+    tag counts as none, as in viewers.
+    """
     found = _tag(image)
-    if image.format == "TIFF":  # Pillow turns it while it loads it
+    if image.format == "TIFF":  # Pillow turns it on loading
         return BACK.get(found, found) if how.exif == "ignore" else 1
     return found if how.exif == "upright" else 1
 
 
 def _tag(image: Image.Image) -> int:
-    parsed = ("PNG", "WEBP", "TIFF")  # whose tag Pillow may have to look for
+    parsed = ("PNG", "WEBP", "TIFF")  # formats in which Pillow may have to look for the tag
     if not {"exif", "xmp"} & image.info.keys() and image.format not in parsed:
         return 1
     try:
@@ -157,30 +160,31 @@ def _tag(image: Image.Image) -> int:
 
 
 def size_of(image: Image.Image, how: Reading = DEFAULT) -> tuple[int, int]:
-    """Width and height of an image that `open_image` opened, once it is turned."""
+    """Return width and height of an image from `open_image`, once it is turned."""
     return image.size[::-1] if orientation(image, how) > 4 else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, 8 bits: grayscale, palette and CMYK are converted, 16-bit samples lose their low byte, alpha is dropped."""
+    """Return RGB, 8 bits: grayscale, palette and CMYK are converted, 16 bits lose the low byte, alpha is dropped."""
     if image.mode.startswith("I"):  # 16-bit grayscale opens as I or I;16, which convert("RGB") would clip
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if "transparency" in image.info:  # a palette with transparent entries, which Pillow wants spelled out
+    if "transparency" in image.info:  # a palette with transparent entries, which Pillow wants converted first
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def upright(image: Image.Image, how: Reading = DEFAULT) -> Image.Image:
-    """The image, decoded and turned as `orientation` says. (Pillow's own function also rewrites the EXIF block, and
-    fails on damage.)"""
-    if image.format != "TIFF":  # which loses its tag then
-        image.load()  # before a PNG is asked for its tag, which would load it and say nothing of damage
+    """Return the image, decoded and turned as `orientation` says. (Pillow's own function also rewrites the EXIF block,
+    and fails if that is damaged.)
+    """
+    if image.format != "TIFF":  # a TIFF would lose its tag
+        image.load()  # before a PNG is asked for its tag, which would load it and hide damage
     turn = TURNS.get(orientation(image, how))
     return image if turn is None else image.transpose(turn)
 
 
 def decoded(content: bytes | NDArray[np.uint8], how: Reading = DEFAULT) -> Image.Image:
-    """RGB pixels of an image, upright unless `how` says otherwise. Raises as `open_image`."""
+    """Return RGB pixels of an image, upright unless `how` says otherwise. Raises like `open_image`."""
     if not isinstance(content, bytes):
         return Image.fromarray(content)
     quick = decode(content) if plain_jpeg(content, how) is not None else None
@@ -188,7 +192,7 @@ def decoded(content: bytes | NDArray[np.uint8], how: Reading = DEFAULT) -> Image
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The image with its short side at `size` (bilinear, antialiased), and the central square of that."""
+    """Return the central square of the image after its short side was resized to `size` (bilinear, antialiased)."""
     part = middle(image.size)
     if part != (0, 0, *image.size):
         image = image.crop(part)
@@ -201,8 +205,9 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def middle(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The part (left, top, right, bottom) of an image of this width and height that is not more than THIN times as long
-    as wide: all of an ordinary one. What is scaled is then bounded by what is wanted."""
+    """Return the part (left, top, right, bottom) of an image of this width and height that is at most THIN times as
+    long as wide: all of an ordinary one. This bounds the memory that scaling takes.
+    """
     cut = []
     for side, other in (size, size[::-1]):
         beyond = max(0, side - THIN * other) // 2
@@ -212,15 +217,16 @@ def middle(size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def open_stored(content: bytes | memoryview, pixels: int) -> Image.Image:
-    """A JPEG of a .beton with its header read: it was let in when it was converted, and is shown as it is. pixels: how
-    many its row says that it has. Raises what Pillow raises."""
+    """Return a JPEG of a .beton with its header read. It was accepted when it was converted, and is shown as it is.
+    pixels: how many its row says it has. Raises whatever Pillow raises.
+    """
     if pixels > MOST_PIXELS:
         Image.MAX_IMAGE_PIXELS = None
     return Image.open(io.BytesIO(content), formats=("JPEG",))
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong with an image, in one line without the address that Pillow names an unknown stream by."""
+    """Return what is wrong with an image, in one line without the address that Pillow gives an unnamed stream."""
     if isinstance(error, Unreadable):
         return error.reason
     if isinstance(error, UnidentifiedImageError):
@@ -229,8 +235,9 @@ def reason_of(error: Exception) -> str:
 
 
 def plain_jpeg(head: bytes, how: Reading = DEFAULT) -> tuple[int, int] | None:
-    """Width and height of an upright JPEG with three components of 8 bits, by all that stands before its first scan.
-    None where something is there, or missing, that Pillow should look at: EXIF, a second picture, damage."""
+    """Return width and height of an upright JPEG with three components of 8 bits, judged by everything before its first
+    scan. None if it holds or lacks something that Pillow should look at: EXIF, a second picture, damage.
+    """
     size, at = None, 2
     if not head.startswith(b"\xff\xd8"):
         return None
@@ -245,7 +252,7 @@ def plain_jpeg(head: bytes, how: Reading = DEFAULT) -> tuple[int, int] | None:
             if not 1 <= width * height <= how.max_pixels:
                 return None
             size = (width, height)
-        elif marker == APP2:  # a colour profile, which changes no pixel, or the list of further pictures
+        elif marker == APP2:  # a colour profile, which changes no pixel, or a list of further pictures
             if not (length >= 16 and head.startswith(b"ICC_PROFILE\0", at + 4)):
                 return None
         elif length not in PLAIN.get(marker, ()):
@@ -255,8 +262,9 @@ def plain_jpeg(head: bytes, how: Reading = DEFAULT) -> tuple[int, int] | None:
 
 
 def decode(content: bytes) -> NDArray[np.uint8] | None:
-    """uint8 [h, w, 3], the pixels of a JPEG that plain_jpeg knows, as Pillow decodes them but in less time. None:
-    there is damage in it, and Pillow has to say whether it can be lived with."""
+    """Return the pixels of a JPEG that plain_jpeg accepts, uint8 [h, w, 3], as Pillow decodes them but faster. None: it
+    is damaged, and Pillow has to decide whether that is tolerable.
+    """
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content)
     except ValueError:
@@ -265,8 +273,9 @@ def decode(content: bytes) -> NDArray[np.uint8] | None:
 
 
 def check_decodes(content: bytes, how: Reading = DEFAULT) -> None:
-    """Decode every coefficient of an image. Of a JPEG at an eighth of the size and without colour, which leaves out
-    only inverse transforms that cannot fail. Raises what Pillow raises; it has the last word on what is damage."""
+    """Decode every coefficient of an image. A JPEG is decoded at an eighth of its size and without colour, which leaves
+    out only inverse transforms that cannot fail. Raises what Pillow raises; Pillow has the last word on what is damage.
+    """
     if content.startswith(b"\xff\xd8"):
         with contextlib.suppress(ValueError):
             simplejpeg.decode_jpeg(content, "GRAY", min_height=1, min_width=1)
@@ -278,5 +287,5 @@ def check_decodes(content: bytes, how: Reading = DEFAULT) -> None:
 
 
 def as_array(image: Image.Image) -> NDArray[np.uint8]:
-    """uint8 [h, w, 3]."""
+    """Return the image as uint8 [h, w, 3]."""
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""Data sets of several files: which of them are there, which are missing, and which split they belong to."""
+"""Data sets of several files: which files are there, which are missing, and which split each belongs to."""
 
 import re
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ SPLIT = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?:[-_
 COUNTED = re.compile(r"(.+?)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.\w+")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 MOST = 100_000
-NAMED = 5  # how many missing shards a message names before it counts the rest
+NAMED = 5  # missing shards that a message names; it counts the rest
 
 
 def split_of(name: str) -> str | None:
-    """train, val or test, as the name of a shard or of its folder says."""
+    """Return train, val or test, whichever the name of a shard or of its folder says."""
     match = SPLIT.search(name.lower())
     if not match:
         return None
@@ -23,7 +23,7 @@ def split_of(name: str) -> str | None:
 
 
 def grouped(path: Path, suffix: str) -> dict[str | None, list[Path]]:
-    """By split, each list sorted: the files of a folder and of those folders in it named data or like a split."""
+    """Return the files of a folder, and of its folders named data or like a split, by split, each list sorted."""
     splits: dict[str | None, list[Path]] = {}
     below = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     for home in (path, *(entry for entry in below if entry.name == "data" or split_of(entry.name))):
@@ -41,9 +41,9 @@ def grouped(path: Path, suffix: str) -> dict[str | None, list[Path]]:
 
 
 def split_files(path: Path, suffix: str) -> tuple[list[Path], list[Path]]:
-    """Train and val shards of a path that is a shard, a name with braces, or a folder.
+    """Return train and val shards of a path that is a shard, a name with braces, or a folder.
 
-    Where no name tells a split, all are training shards; test stands in for val.
+    If no name tells a split, all are training shards; test stands in for val.
     """
     if "{" in str(path) or not path.is_dir():
         return expand(path), []
@@ -59,7 +59,7 @@ def split_files(path: Path, suffix: str) -> tuple[list[Path], list[Path]]:
 
 
 def val_files(path: Path, suffix: str) -> list[Path]:
-    """Shards of a path given for the validation images; of a folder those that are called val, if any are."""
+    """Return the shards of a path for the validation images; of a folder only those named val, if there are any."""
     if "{" in str(path) or not path.is_dir():
         return expand(path)
     splits = grouped(path, suffix)
@@ -70,7 +70,7 @@ def val_files(path: Path, suffix: str) -> list[Path]:
 
 
 def check_complete(files: list[Path]) -> None:
-    """Names like train-00003-of-00294 tell how many there must be."""
+    """Check that the shards are complete: names like train-00003-of-00294 say how many there must be."""
     parts = [(file, match) for file in files if (match := COUNTED.fullmatch(file.name))]
     families: dict[tuple[str, int], dict[int, Path]] = {}
     for file, match in parts:
@@ -92,7 +92,7 @@ def check_complete(files: list[Path]) -> None:
 
 
 def gaps(files: list[Path]) -> str | None:
-    """A note, if the numbers in the names leave some out."""
+    """Return a note if the numbers in the names have gaps."""
     numbers: dict[tuple[str, str], set[int]] = {}
     for file in files:
         match = re.fullmatch(r"(.*?)(\d+)(\D*)", file.name)
@@ -106,7 +106,7 @@ def gaps(files: list[Path]) -> str | None:
 
 
 def expand(path: Path) -> list[Path]:
-    """train-{0000..0003}.tar to its four paths; another path stays what it is."""
+    """Return the paths of train-{0000..0003}.tar, four here; any other path alone."""
     if path.exists():
         return [path]
     names = [str(path)]

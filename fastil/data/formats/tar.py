@@ -1,7 +1,7 @@
-"""Tar archives read by address: where the bytes of each member are, so that nothing is unpacked.
+"""Tar archives read by address: it finds where the bytes of each member are, so nothing is unpacked.
 
-Python's tarfile stops without a word at a damaged header or a cut end, and keeps every member in memory. Here an
-archive is whole or it is a UserError: checksums, sizes and the end mark are checked, and memory does not grow.
+Python's tarfile stops without a word at a damaged header or a truncated end, and keeps every member in memory. Here an
+archive that is not whole is a UserError: checksums, sizes and the end mark are checked, and memory does not grow.
 """
 
 import os
@@ -14,13 +14,13 @@ from fastil.errors import UserError
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
-MOST_REST = 1 << 20  # bytes of padding behind the end mark; tapes had less
+MOST_REST = 1 << 20  # bytes of padding after the end mark; tapes had less
 MOST_HEADER = 1 << 20  # bytes of a long name or of pax records
 COMPRESSED = {
     b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd",
     b"PK\x03\x04": "unzip",
 }  # fmt: skip
-# Of the types of a header: what has a plain content, what is no content, and what only describes the next header.
+# Types of headers: members with plain content, members that are refused, and descriptions of the next header.
 REGULAR, FOLDER, VOLUME = b"\0" + b"07", b"5", b"V"
 LONG_NAME, LONG_LINK, PAX, PAX_SOLARIS, PAX_GLOBAL = b"L", b"K", b"x", b"X", b"g"
 REFUSED = {
@@ -32,7 +32,7 @@ REFUSED = {
 
 
 class Member(NamedTuple):
-    """A regular file or a folder of an archive. offset: of its first byte in the outermost file."""
+    """A regular file or a folder of an archive. offset: of its first byte, in the outermost file."""
 
     name: str
     offset: int
@@ -41,7 +41,7 @@ class Member(NamedTuple):
 
     @property
     def hidden(self) -> bool:
-        """Whether the name or a folder on its way begins with a dot, like the ._ files that macOS adds."""
+        """Whether the name, or a folder on the way to it, begins with a dot, like the ._ files that macOS adds."""
         return "/." in f"/{self.name}"
 
 
@@ -51,7 +51,7 @@ class Tar:
     def __init__(self, path: Path | str) -> None:
         self.path = str(path)
         try:
-            if not os.path.isfile(self.path):  # a pipe would never open, a folder not be read
+            if not os.path.isfile(self.path):  # a pipe would never open, and a folder cannot be read
                 what = "a folder or device, not an archive" if os.path.exists(self.path) else "no such file"
                 raise UserError(f"{self.path}: {what}; give the path of a tar archive")
             self._file = open(self.path, "rb")  # noqa: SIM115
@@ -66,16 +66,17 @@ class Tar:
         self._file.close()
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the file; fewer where it ends."""
+        """Return bytes of the file; fewer if it ends."""
         try:
             return os.pread(self._file.fileno(), size, offset)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
 
     def members(self, of: Member | None = None) -> Iterator[Member]:
-        """All files and folders in order, hidden ones too; of: those of an archive that is a member of this one.
+        """Yield all files and folders in order, hidden ones too. of: instead those of an archive that is a member of
+        this one.
 
-        Raises UserError at the first thing wrong, in the latest at the end.
+        Raises UserError at the first thing that is wrong, at the latest at the end.
         """
         where = f"{self.path}: {of.name}" if of else self.path
         start = of.offset if of else 0
@@ -142,7 +143,7 @@ class Tar:
             position = content + -(-size // BLOCK) * BLOCK
 
     def _check_rest(self, position: int, end: int, where: str) -> None:
-        """After the end mark: padding. Much of it is a download that was given its size and not finished."""
+        """Check that only padding follows the end mark. Much padding means that a download did not finish."""
         rest = end - position
         if rest > MOST_REST:
             raise UserError(
@@ -167,7 +168,7 @@ def _digits(text: bytes) -> int | None:
 
 
 def _number(field: bytes) -> int | None:
-    """Octal digits, or a big-endian number behind a byte 0x80."""
+    """Return the number in octal digits, or a big-endian one behind a byte 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     text = field.partition(b"\0")[0].strip() or b"0"
@@ -191,7 +192,9 @@ def _header_name(header: bytes) -> bytes:
 
 
 def _name(raw: bytes, where: str) -> str:
-    """Without ./ and doubled slashes; one that would leave the folder it is unpacked to is an error."""
+    """Return a name without ./ and doubled slashes. Raises UserError for one that leaves the folder it is unpacked
+    into.
+    """
     name = raw.decode("utf-8", "surrogateescape")
     parts = name.split("/")
     if "" in parts or "." in parts or ".." in parts or "\0" in name:
@@ -202,7 +205,7 @@ def _name(raw: bytes, where: str) -> str:
 
 
 def _pax(text: bytes, where: str) -> dict[str, bytes]:
-    """Records 'LENGTH KEY=VALUE\\n', where LENGTH counts all of it."""
+    """Return the records 'LENGTH KEY=VALUE\\n', where LENGTH counts all of a record."""
     records: dict[str, bytes] = {}
     start = 0
     while start < len(text):

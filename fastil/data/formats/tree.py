@@ -1,4 +1,4 @@
-"""The files and folders of a data set, whether they lie on a disk or in one tar archive: looked at alike."""
+"""The files and folders of a data set, on a disk or in a tar archive, behind one interface."""
 
 import os
 import stat
@@ -13,17 +13,17 @@ from fastil.data.formats.tar import Tar
 from fastil.errors import UserError
 
 DEEPEST = 8  # folders in folders
-MOST_PARTS = 64  # of the name of a member of an archive
-ABOVE = 4  # folders in which a file that belongs to a folder is looked for: ILSVRC/Data/CLS-LOC/val
+MOST_PARTS = 64  # in the name of a member of an archive
+ABOVE = 4  # levels above a folder at which a file for it is looked for: ILSVRC/Data/CLS-LOC/val
 
-# Endings of what `fastil convert` writes, maybe into the folder that it reads: the source is the same before and after.
+# Endings of what `fastil convert` writes, maybe into the folder that it reads. Without these the source stays the same.
 CONVERTED = (
     ".beton", ".beton.partial", ".beton.journal", ".beton.spool", ".manifest.json", ".manifest.json.partial",
 )  # fmt: skip
 
 
 class Entry(NamedTuple):
-    """A file in its folder. offset: of its first byte in the archive; broken: a link to nothing."""
+    """A file in its folder. offset: of its first byte in the archive; broken: a dangling link."""
 
     name: str
     size: int
@@ -32,28 +32,28 @@ class Entry(NamedTuple):
 
 
 class Inside(NamedTuple):
-    """What lies directly in a folder, sorted, hidden things left out."""
+    """What is directly in a folder, sorted, without hidden things."""
 
     folders: list[str]
     files: list[Entry]
 
 
 class Tree(ABC):
-    """The files and folders below `path`. Places in it are written like train/cat; "" is the whole."""
+    """The files and folders below `path`. Places in it are written train/cat; "" is the root."""
 
     path: Path
 
     @abstractmethod
     def inside(self, at: str) -> Inside:
-        """What lies directly in a folder; nothing, if there is no such folder."""
+        """Return what is directly in a folder; nothing if there is no such folder."""
 
     @abstractmethod
     def has(self, at: str) -> bool:
-        """Whether there is such a folder."""
+        """Return whether there is such a folder."""
 
     @abstractmethod
     def where(self, at: str) -> str:
-        """A place, for a message."""
+        """Return a place as text for a message."""
 
     @abstractmethod
     def add(self, listing: Listing, label: int, at: str, file: Entry) -> None:
@@ -61,18 +61,18 @@ class Tree(ABC):
 
     @abstractmethod
     def find(self, at: str, name: str) -> Extent | None:
-        """A file of this name in a folder or in one of the ABOVE folders that this lies in; None if there is none."""
+        """Return a file of this name in a folder or in one of the ABOVE folders that contain it, or None."""
 
     def listing(self) -> Listing:
-        """An empty list for files of this tree."""
+        """Return an empty list for files of this tree."""
         return Listing(self.path)
 
     def below(self, at: str, folders: list[str]) -> Iterator[Entry]:
-        """The files in these folders of a folder, and in those below them. A link to a folder counts as a file."""
+        """Yield the files in these folders of a folder and in all below them. A link to a folder counts as a file."""
         left = [f"{at}/{name}" for name in folders]
         while left:
             folder = left.pop()
-            if self.is_link(folder):  # which can lead round in a circle
+            if self.is_link(folder):  # a link can lead round in a circle
                 yield Entry(folder, 0)
                 continue
             further, files = self.inside(folder)
@@ -80,7 +80,7 @@ class Tree(ABC):
             left += [f"{folder}/{name}" for name in further]
 
     def is_link(self, at: str) -> bool:
-        """Whether a folder is a link to one."""
+        """Return whether a folder is a link to one."""
         return False
 
 
@@ -101,7 +101,7 @@ class Folder(Tree):
                     continue
                 try:
                     status = entry.stat()
-                except OSError:  # a link to nowhere, or to itself
+                except OSError:  # a link to nothing or to itself
                     files.append(Entry(entry.name, 0, broken=True))
                     continue
                 if stat.S_ISDIR(status.st_mode):
@@ -132,7 +132,7 @@ class Folder(Tree):
 
 
 class Archive(Tree):
-    """A tar archive. Places begin below the folder that all its files share."""
+    """A tar archive. Places start below the folder that all its files share."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -159,7 +159,7 @@ class Archive(Tree):
         self.lead = ""
 
     def _folder(self, name: str) -> Inside:
-        """A folder, known from now on with all that it lies in."""
+        """Return a folder; it and all it contains are known from now on."""
         if name not in self.of_folder:
             self.of_folder[name] = Inside([], [])
             above, _, own = name.rpartition("/")
@@ -167,7 +167,7 @@ class Archive(Tree):
         return self.of_folder[name]
 
     def skip_shared(self, splits: tuple[str, ...]) -> None:
-        """Let places begin in the folder that holds the splits or classes: some archives have all in one folder."""
+        """Make places start in the folder that holds the splits or classes, if all is in one folder."""
         for _ in range(DEEPEST):
             folders = self.inside("").folders
             if len(folders) != 1 or folders[0] in splits or not self.inside(folders[0]).folders:
@@ -204,5 +204,5 @@ Place = tuple[Tree, str]  # a folder of a tree
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder is no part of a data set, whatever its place."""
+    """Return whether a file or folder is no part of a data set, whatever its place."""
     return name.startswith(".") or name == "__MACOSX" or name.endswith(CONVERTED)

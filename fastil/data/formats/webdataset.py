@@ -1,4 +1,4 @@
-"""WebDataset: tar archives whose members belong together by their name up to its first dot, the key of a sample.
+"""WebDataset: tar archives in which members with the same name up to its first dot, the key, are one sample.
 
     train-0000.tar: n01440764/10026.jpg  n01440764/10026.cls  n01440764/10026.txt  n01440764/10027.jpg ...
 
@@ -22,16 +22,16 @@ from fastil.data.formats.records import MOST_CLASSES, SAME, Files, Listing, Sour
 from fastil.data.formats.tar import Member, Tar
 from fastil.errors import UserError
 
-USUAL = ("jpg", "jpeg", "png", "webp", "bmp")  # images; of the other formats only where a sample has none of these
-LABELS = ("cls", "json")  # the first one counts
+USUAL = ("jpg", "jpeg", "png", "webp", "bmp")  # images; other formats only if a sample has none of these
+LABELS = ("cls", "json")  # the first one found counts
 KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 META = re.compile(r"(?:.*/)?__[^/]*__(?:/.*)?")
-LOOK_AT = 100  # members, to tell this kind from a folder of class folders
-MOST_LABEL_TEXT = 1 << 24  # bytes of a label's member: a .json may hold more than the label
+LOOK_AT = 100  # members to look at, to tell this kind from a folder of class folders
+MOST_LABEL_TEXT = 1 << 24  # bytes of a label's member; a .json may hold more than the label
 
 
 def looks_like_webdataset(path: Path) -> bool:
-    """Whether a tar begins with images that have labels next to them."""
+    """Return whether a tar begins with images that have labels next to them."""
     found: dict[str, set[str]] = {}
     with Tar(path) as tar:
         for number, member in enumerate(tar.members()):
@@ -39,7 +39,7 @@ def looks_like_webdataset(path: Path) -> bool:
             if parts is not None:
                 suffix = parts[1].lower()
                 if suffix == "json" and not _has_label(tar.read(member.offset, min(member.size, MOST_LABEL_TEXT))):
-                    suffix = ""  # notes on an image in a folder of its class
+                    suffix = ""  # notes on an image in a class folder
                 found.setdefault(parts[0], set()).add(suffix)
             if number == LOOK_AT:
                 break
@@ -55,14 +55,15 @@ def _has_label(text: bytes) -> bool:
 
 
 def _in_json(text: bytes) -> object:
-    """What stands for a label in a .json; raises ValueError or RecursionError where it is none."""
+    """Return the label in a .json. Raises ValueError or RecursionError if there is none."""
     found = json.loads(text)
     return found.get("label", found.get("cls")) if isinstance(found, dict) else None
 
 
 def open_webdataset(path: Path, val: str | None) -> Source:
-    """A folder of shards, a shard, or a name with braces; val: the same for validation images. Classes are the lines of
-    classnames.txt next to the shards, otherwise numbers."""
+    """Return the data set of a folder of shards, a shard, or a name with braces. val: the same for validation images.
+    Classes are the lines of classnames.txt next to the shards, otherwise numbers.
+    """
     train_shards, val_shards = shards.split_files(path, ".tar")
     if val == SAME:
         val_shards = []
@@ -99,7 +100,7 @@ def _images() -> set[str]:
 
 
 def _key_of(member: Member) -> tuple[str, str] | None:
-    """Key and suffix of a member. None: it belongs to no sample."""
+    """Return key and suffix of a member. None: it belongs to no sample."""
     match = KEY.fullmatch(member.name)
     if member.is_folder or member.hidden or not match or META.fullmatch(match[1]):
         return None
@@ -107,7 +108,7 @@ def _key_of(member: Member) -> tuple[str, str] | None:
 
 
 class _Split:
-    """The samples of some shards. other: of samples without an image, by label and by the ending of what they have."""
+    """The samples of some shards. other: counts of samples without an image, by label and by ending."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.listing = Listing(paths[0].parent)
@@ -149,7 +150,7 @@ class _Split:
 
     @property
     def lost(self) -> list[int]:
-        """Labels of the samples without an image that is read."""
+        """The labels of the samples of which no image is read."""
         return [label for label, _ in self.other]
 
     def tell(self, left: LeftOut, split: str, files: Files, names: list[str]) -> None:
@@ -164,11 +165,11 @@ class _Split:
 
 
 class _Shard:
-    """What matters of the members of an archive, by sample, in little memory: a shard may have a million of them.
+    """The members of an archive by sample, in little memory: a shard may have a million samples.
 
-    rows: by key, the place of a sample in the lists. image: the ending of its image, as written. offset, size: of that;
-    label_offset, label_size: of its label. has_label: bits, 1 << i for LABELS[i]. other: an ending of something else,
-    where there is such a member.
+    rows: by key, the place of a sample in the lists. image: the ending of its image, as written. offset, size: of the
+    image. label_offset, label_size: of its label. has_label: bits, 1 << i for LABELS[i]. other: an ending of another
+    member, if there is one.
     """
 
     def __init__(self, tar: Tar) -> None:
@@ -191,7 +192,7 @@ class _Shard:
                 self._add_label(tar, key, suffix, member)
             elif f".{suffix}" not in COMPANIONS:
                 row = self._row(key)
-                if row not in self.other or suffix.rpartition(".")[2] in images:  # which matters more
+                if row not in self.other or suffix.rpartition(".")[2] in images:  # an image's ending is more useful
                     self.other[row] = sys.intern(written)
 
     def _row(self, key: str) -> int:
@@ -225,7 +226,7 @@ class _Shard:
         self.has_label[row] |= bit
 
     def labels(self, row: int) -> str:
-        """The endings of a sample's labels, for a message."""
+        """Return the endings of a sample's labels, for a message."""
         return ", ".join(suffix for i, suffix in enumerate(LABELS) if self.has_label[row] & 1 << i)
 
 

@@ -1,1 +1,1 @@
-"""What brings images to the device."""
+"""Loaders, which bring images to the device."""

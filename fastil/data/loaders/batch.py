@@ -1,4 +1,4 @@
-"""What loaders yield."""
+"""The batches that loaders yield."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """images [B, 3, H, W] channels-last, normalised; labels int64 [B], data set labels; ids int64 [B].
+    """Images [B, 3, H, W] channels-last, normalised; labels int64 [B], data set labels; ids int64 [B].
 
-    share: the weight of these images in the update, where several processes share one.
+    share: the weight of these images in the update, if several processes share one.
     """
 
     images: Tensor
@@ -18,10 +18,10 @@ class Batch(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a loader makes a batch of, on the device. It may be overwritten when the next is asked for.
+    """What a loader makes a batch from, on the device. The next one may overwrite it.
 
-    ids int64 [B]; flips bool [B]. boxes int32 [B, 4], where the images lie on the device and are cut there; frames
-    uint8 [B, H, W, 3], where they come already cut.
+    ids int64 [B]; flips bool [B]. boxes int32 [B, 4], if the images are on the device and cut there; frames uint8 [B,
+    H, W, 3], if they arrive already cut.
     """
 
     ids: Tensor

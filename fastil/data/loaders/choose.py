@@ -1,4 +1,4 @@
-"""Which loader reads a split: all the same plan, all the same batches within what their decoders differ by."""
+"""The choice of a loader. All follow the same plan and yield the same batches, up to differences of their decoders."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,14 @@ from fastil.data.sources import BACKENDS, Split
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
-SAMPLED, TURNS = 32, 3  # images of a split that are read to time its reading, and how many times
+SAMPLED, TURNS = 32, 3  # images of a split to read when timing it, and how often
 
 
 class Loader(Protocol):
     """Batches of one split, for as many plans as the run has; the next plan may name any other ids.
 
-    sizes: int32 [n, 2], height and width of every image, for plans; None where all have the transform's. worked: the
-    seconds that its threads have been at work since it was made, a mean over them; None where it does not know.
+    sizes: int32 [n, 2], height and width of every image, for plans; None if all have the transform's. worked: seconds
+    that its threads have worked since it was made, their mean; None if it does not know.
     """
 
     name: str
@@ -47,19 +47,19 @@ class Loader(Protocol):
     def sizes(self) -> NDArray[np.int32] | None: ...
 
     def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
-        """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
+        """Yield the batches of the plan in its order, from number `first` on, with images in `dtype`."""
         ...
 
     def inputs(self, plan: EpochPlan, first: int = 0) -> Iterator[Inputs]:
-        """What these batches are made of, for `batch`."""
+        """Yield what `batch` makes these batches from."""
         ...
 
     def batch(self, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Batch:
-        """A batch from its inputs, by work of the device alone, which a CUDA graph can capture."""
+        """Return a batch made from its inputs, by work of the device alone, so that a CUDA graph can capture it."""
         ...
 
     def whole(self, ids: NDArray[np.int64]) -> Tensor:
-        """The images by the test-time transform, normalised, [n, 3, H, W]."""
+        """Return the images under the test-time transform, normalised, [n, 3, H, W]."""
         ...
 
     def keep(self, ids: NDArray[np.int64]) -> None:
@@ -76,11 +76,11 @@ class Loader(Protocol):
 
 
 def make_loader(dataset: AnySplit, backend: str, transform: Transform, device: str | torch.device) -> Loader:
-    """A loader over one split, which lies in memory or in a .beton.
+    """Return a loader over one split, in memory or in a .beton.
 
     backend: "resident" (all pixels on the device; only for a split in memory), "threads", "ffcv", "dali", "reference",
-    or "auto": resident where it can be, else threads. (A run, which knows what it trains, goes by `choose`.) Raises
-    UserError for another, or one that cannot be had.
+    or "auto": resident if possible, else threads. (A run knows what it trains, and uses `choose`.) Raises UserError for
+    an unknown backend, or one that is not available.
     """
     device = torch.device(device)
     if backend == "auto":
@@ -96,7 +96,7 @@ def make_loader(dataset: AnySplit, backend: str, transform: Transform, device: s
     if backend == "ffcv":
         from fastil.data.loaders.ffcv import Ffcv, library
 
-        library()  # before anything is started
+        library()  # raises before anything is started
         return Ffcv(dataset, transform, device)
     if backend == "dali":
         if not installed("nvidia.dali"):
@@ -108,10 +108,10 @@ def make_loader(dataset: AnySplit, backend: str, transform: Transform, device: s
 
 
 def installed(module: str) -> bool:
-    """Whether it could be imported; it is not."""
+    """Return whether a module could be imported; it is not imported."""
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would lie in
+    except ModuleNotFoundError:  # its package is missing
         return False
 
 
@@ -123,10 +123,10 @@ def choose(
     trained: Callable[[], float],
     held: bool = False,
 ) -> tuple[str, str]:
-    """The backend of a run on these splits and this device, and why.
+    """Return the backend of a run on these splits and this device, and why.
 
-    size: height and width of a frame. trained: times how many images per second the device trains on; it is called
-    where that decides. held: whether exemplars stay decoded (memory=resident).
+    size: height and width of a frame. trained: measures how many images per second the device trains on; it is called
+    only if that decides. held: whether exemplars stay decoded (memory=resident).
     """
     if isinstance(train, Split):
         return "resident", "its pixels are in memory already"
@@ -134,13 +134,13 @@ def choose(
         return "threads", "on a CPU the fastest"
     if any(isinstance(split, Split) or split.mode != "jpeg" for split in (train, val)):
         return "threads", "pixels are stored, not JPEGs only"
-    if held:  # and must be decoded as the new images are
+    if held:  # they must be decoded like the new images
         return "threads", "exemplars are held decoded"
     return by_rates(read_rate(sample(train), size), trained())
 
 
 def by_rates(read: float, trained: float) -> tuple[str, str]:
-    """The backend for a GPU, and why, from the JPEGs per second that the cores read and those that it trains on."""
+    """Return the backend for a GPU, and why, from the JPEGs per second that the cores read and that training takes."""
     rates = f"{machine.cores()} cores read about {read:,.0f} images/s, and the GPU trains on about {trained:,.0f}"
     if read >= trained:
         return "threads", rates
@@ -150,14 +150,14 @@ def by_rates(read: float, trained: float) -> tuple[str, str]:
 
 
 def sample(beton: Beton) -> list[memoryview]:
-    """JPEGs from all over a file."""
+    """Return JPEGs from all over a file."""
     return [beton.view(i) for i in np.unique(np.linspace(0, len(beton) - 1, SAMPLED).astype(np.int64)).tolist()]
 
 
 def read_rate(jpegs: Sequence[bytes | memoryview], size: tuple[int, int]) -> float:
-    """How many such images loader=threads decodes and resizes per second on all cores, to two digits.
+    """Return how many such images loader=threads decodes and resizes per second on all cores, to two digits.
 
-    One core is timed, by its own work, so that other programs do not count, and the others do as much.
+    One core is timed by its own work, so that other programs do not count; the others are assumed to do as much.
     """
 
     def seconds() -> float:
@@ -165,28 +165,28 @@ def read_rate(jpegs: Sequence[bytes | memoryview], size: tuple[int, int]) -> flo
         for jpeg in jpegs:
             try:
                 scaled(torch.from_numpy(simplejpeg.decode_jpeg(jpeg)), size)
-            except ValueError:  # damaged, which the loader says
+            except ValueError:  # damaged; the loader will say so
                 continue
         return time.thread_time() - began
 
-    torch.get_num_threads()  # see `Threads`: the count of the main thread is its own from here on
+    torch.get_num_threads()  # see `Threads`: from here on the main thread has a count of its own
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as one:
         took = float(np.median([one.submit(seconds).result() for _ in range(TURNS)]))
     return float(f"{machine.cores() * len(jpegs) / took:.2g}")
 
 
 def resident_bytes(dataset: AnySplit, exemplars: int) -> int:
-    """Bytes that so many exemplars of average size take on the device."""
+    """Return the bytes that this many exemplars of average size take on the device."""
     return round(exemplars * 3 * mean_pixels(dataset))
 
 
 def mean_pixels(dataset: AnySplit) -> float:
-    """The mean number of pixels of an image."""
+    """Return the mean number of pixels of an image."""
     return float(dataset.sizes.prod(axis=1, dtype=np.int64).mean())
 
 
 def check_resident(dataset: AnySplit, exemplars: int, backend: str, device: torch.device) -> None:
-    """Raise UserError where memory=resident is no use or cannot be. backend: not "auto"."""
+    """Raise UserError if memory=resident is useless or impossible. backend: not "auto"."""
     if isinstance(dataset, Split):
         raise UserError("memory=resident: all images are in memory already; leave it out")
     if device.type == "cuda" and backend in ("ffcv", "dali"):
@@ -195,7 +195,7 @@ def check_resident(dataset: AnySplit, exemplars: int, backend: str, device: torc
             "images; use loader=threads, or leave it out"
         )
     needed, there = resident_bytes(dataset, exemplars), memory_of(device)
-    # The rest for the network, and for what else runs; a CPU's memory has the old ones, too, while new ones are read.
+    # The rest is for the network and other programs; a CPU also holds the old images while new ones are read.
     part, name = (2, "half") if device.type == "cuda" else (3, "a third")
     if needed > there / part:
         raise UserError(
@@ -205,7 +205,7 @@ def check_resident(dataset: AnySplit, exemplars: int, backend: str, device: torc
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU, or that this process may use of the machine's."""
+    """Return the bytes of a GPU, or those that this process may use of the machine's memory."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine.memory()

@@ -1,8 +1,8 @@
-"""The DALI loader: a pipeline that lives for the whole run, fed by the plan over the mapped file; of an image only the
-box is decoded.
+"""The DALI loader: a pipeline that lives for the whole run, fed by the plan over the mapped file. Only the box of an
+image is decoded.
 
-On the CPU without a driver (`device_id=None`), or on a GPU by nvJPEG, which upsamples colour differently. Images are
-upright already, so EXIF is ignored.
+It runs on the CPU without a driver (`device_id=None`), or on a GPU by nvJPEG, which upsamples colour differently.
+Images are upright already, so EXIF is ignored.
 """
 
 from collections import deque
@@ -22,8 +22,8 @@ from fastil.data.loaders.streaming import AnySplit, Streaming
 from fastil.errors import UserError
 from fastil.plan import EpochPlan, Transform
 
-HELD = 8  # batches; more than a pipeline has in work
-KEPT = 2  # idle pipelines: training and what is read in turns with it
+HELD = 8  # batches; more than a pipeline works on
+KEPT = 2  # idle pipelines: for training, and for what is read in turns with it
 LONGEST_KEPT = 1024  # images of a batch
 
 
@@ -58,10 +58,10 @@ class Dali(Streaming):
                 whole = False
                 try:
                     output = fed.run()
-                except StopIteration:  # the inputs of this batch could not be had
+                except StopIteration:  # the inputs of this batch are not available
                     assert fed.failed is not None
                     raise fed.failed from None
-                except RuntimeError as error:  # after which the pipeline is "no longer valid"
+                except RuntimeError as error:  # the pipeline is then "no longer valid"
                     valid = False
                     self._blame(plan, part, error)
                 yield torch.utils.dlpack.from_dlpack(output.as_tensor())
@@ -76,8 +76,9 @@ class Dali(Streaming):
                 fed.close()
 
     def _inputs(self, plan: EpochPlan, part: slice) -> list[Any]:
-        """What the pipeline needs of a batch: encoded images or pixels, corner and size of the box, what it is resized
-        to, and with `resize` corner and size of the frame in that."""
+        """Return what the pipeline needs for a batch: encoded images or pixels, corner and size of the box, the size to
+        resize it to, and with `resize` the frame's corner and size in that.
+        """
         ids = plan.ids[part]
         boxes, sizes, frames = resizes(plan.boxes[part], self.transform)
         contents = [self.stored(i) for i in ids.tolist()]
@@ -148,8 +149,9 @@ class _Fed:
         self.pipeline.build()
 
     def _next(self) -> list[Any]:
-        """Inputs that are not copied, so those of the last batches are held until DALI is through with them. DALI asks
-        ahead: what goes wrong is told when its batch is asked for."""
+        """Return inputs. They are not copied, so those of the last batches are held until DALI is through with them.
+        DALI asks ahead, so an error is raised when its batch is asked for.
+        """
         try:
             self.held.append(next(self.feed))
         except UserError as error:
@@ -158,11 +160,12 @@ class _Fed:
         return self.held[-1]
 
     def run(self) -> Any:
+        """Return the next batch of frames."""
         (output,) = self.pipeline.run()
         return output
 
     def drain(self, whole: bool) -> bool:
-        """Make ready for another plan; whether that went well. whole: the last one has been read to its end."""
+        """Make ready for another plan, and return whether that went well. whole: the last one was read to its end."""
         if not whole:
             self.feed = iter(())
         try:
@@ -171,11 +174,11 @@ class _Fed:
         except StopIteration:
             self.pipeline.reset()
             return True
-        except RuntimeError:  # at an image that was fetched ahead and that nobody will ask for
+        except RuntimeError:  # about an image that was fetched ahead and that nobody will ask for
             return False
 
     def close(self) -> None:
-        """Free the pipeline, which holds this through its source."""
+        """Free the pipeline, which holds this object through its source."""
         self.pipeline = None
         self.feed = iter(())
         self.held.clear()

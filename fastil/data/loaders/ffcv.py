@@ -1,8 +1,8 @@
 """The FFCV loader: FFCV's own decoder and resize (libffcv), called by the threads of the threads loader.
 
 FFCV's Loader compiles its pipeline in 2 to 16 s, keeps room for the largest image in every slot of its ring, ends
-silently when a worker fails and draws its own crops. Its speed is that of the two functions that this file calls, which
-let go of the interpreter; so the plan, the order and the errors are those of the threads loader, and the pixels FFCV's:
+silently when a worker fails and draws its own crops. Its speed comes from the two functions that this file calls, which
+release the interpreter. So plan, order and errors are those of the threads loader, and the pixels are FFCV's:
 libjpeg-turbo's fast transform and OpenCV's INTER_AREA.
 """
 
@@ -23,7 +23,7 @@ from fastil.kernels.crop_resize import cut
 
 @cache
 def library() -> ctypes.CDLL:
-    """libffcv, without FFCV's Python part, which would bring numba and OpenCV. UserError if it is not there."""
+    """Return libffcv without FFCV's Python part, which would import numba and OpenCV. Raises UserError without it."""
     spec = find_spec("ffcv")  # imports nothing
     folders = spec.submodule_search_locations if spec is not None else None
     files = sorted(Path(next(iter(folders))).parent.glob("ffcv/_libffcv*.so")) if folders else []
@@ -44,12 +44,12 @@ class Ffcv(Threads):
     name = "ffcv"
 
     def decode(self, i: int, content: memoryview) -> NDArray[np.uint8]:
-        """Decode a JPEG by FFCV's decoder, or by Pillow what that one refuses: uint8 [h, w, 3]."""
+        """Return the pixels of a JPEG by FFCV's decoder, or by Pillow if that one refuses it: uint8 [h, w, 3]."""
         try:
             height, width = simplejpeg.decode_jpeg_header(content)[:2]
         except ValueError:
             return np.asarray(self.by_pillow(i, content))
-        self.check_size(i, height, width)  # libjpeg-turbo would scale it to what it is told
+        self.check_size(i, height, width)  # libjpeg-turbo would scale it to the size it is given
         encoded, pixels = np.frombuffer(content, np.uint8), self.scratch("image", (height, width))
         whole = (height, width, 0, 0, 1, 1, False, False)  # no crop, no scale, no mirror
         failed = library().imdecode(encoded.ctypes.data, len(encoded), height, width, pixels.ctypes.data, *whole)
@@ -58,7 +58,7 @@ class Ffcv(Threads):
         return pixels
 
     def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Crop `box` and resize it by FFCV's resizer: uint8 [*size, 3]."""
+        """Return `box`, cropped and resized by FFCV's resizer: uint8 [*size, 3]."""
         top, left, height, width = box
         if (height, width) == size:
             return cut(image, box, new)

@@ -1,4 +1,4 @@
-"""Images of a split that are held decoded on the device: exemplars (memory=resident), and an overlay's (Mnemonics)."""
+"""Images of a split held decoded on the device: exemplars (memory=resident) and an overlay's (Mnemonics)."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +11,13 @@ from torch import Tensor
 from fastil import machine
 from fastil.protocol import Ids
 
-TOGETHER = 256  # images that are decoded before the first of them is copied
+TOGETHER = 256  # images decoded before the first of them is copied
 
 
 class Held:
-    """Images of any sizes in one buffer, one after the other, so that one launch makes the frames of a batch of them.
+    """Images of any size in one buffer, one after the other, so that one launch makes a batch of frames from them.
 
-    pixels: uint8 [bytes]. starts: int64 [images of the split], where each begins in it, -1 for one that is not held.
+    pixels: uint8 [bytes]. starts: int64 [images of the split], where each begins, -1 if it is not held.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -30,20 +30,22 @@ class Held:
         return np.flatnonzero(self.starts >= 0)
 
     def image(self, i: int, size: NDArray[np.int32]) -> Tensor:
-        """A view of the pixels of one that is held, uint8 [h, w, 3]."""
+        """Return a view of a held image's pixels, uint8 [h, w, 3]."""
         height, width = size.tolist()
         start = int(self.starts[i])
         return self.pixels[start : start + height * width * 3].view(height, width, 3)
 
     def hold(self, ids: Ids, sizes: NDArray[np.int32], pixels_of: Callable[[int], NDArray[np.uint8]]) -> None:
-        """Hold these and no others. ids: int64 [n], ascending, each once. sizes: int32 [images of the split, 2].
-        pixels_of: reads an image that is not held yet; it is called in several threads. If one cannot be read, what was
-        held stays; on a GPU without room for both, nothing is held then."""
+        """Hold these images and no others. ids: int64 [n], ascending, each once. sizes: int32 [images of the split, 2].
+
+        pixels_of: reads an image that is not held yet; it is called in several threads. If one cannot be read, the old
+        images stay. On a GPU without room for both, nothing is held then.
+        """
         if np.array_equal(ids, self.ids):
             return
         device, lengths = self.pixels.device, sizes.prod(axis=1, dtype=np.int64) * 3
         before, were = self.pixels, self.starts
-        if not _fits(int(lengths[ids].sum()), device):  # next to what is held: by way of the host
+        if not _fits(int(lengths[ids].sum()), device):  # no room next to the old ones: go by way of the host
             before = before.cpu()
             self.pixels, self.starts = torch.empty(0, dtype=torch.uint8, device=device), np.full_like(were, -1)
         pixels = torch.empty(int(lengths[ids].sum()), dtype=torch.uint8, device=device)
@@ -56,18 +58,18 @@ class Held:
         with ThreadPoolExecutor(machine.cores(), thread_name_prefix="fastil-keep") as pool:
             for at in range(0, len(ids), TOGETHER):
                 some = ids[at : at + TOGETHER].tolist()
-                # Copied here, not in the pool: this thread's stream is the one that will read them.
+                # Copied here, not in the pool, because this thread's stream will read them.
                 for i, part in zip(some, pool.map(flat, some), strict=True):
                     pixels[starts[i] : starts[i] + lengths[i]] = part
-        self.pixels, self.starts = pixels, starts  # now that nothing can fail
+        self.pixels, self.starts = pixels, starts  # only now, when nothing can fail
 
     def forget(self, ids: Ids) -> None:
-        """Hold these no longer; their room stays until the next `hold`."""
+        """Stop holding these images. Their room stays taken until the next `hold`."""
         self.starts[ids] = -1
 
 
 def _fits(count: int, device: torch.device) -> bool:
-    """Return whether so many bytes can be allocated: of a GPU what is free, and what torch keeps of what was freed."""
+    """Return whether so many bytes can be allocated: on a GPU what is free, and what torch kept of freed memory."""
     if device.type != "cuda":
         return True
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""The reference loader: Pillow, one image after the other. It is what the other loaders mean, and slow."""
+"""The reference loader: Pillow, one image after the other. It defines what the other loaders compute, and is slow."""
 
 from collections.abc import Generator
 
@@ -28,13 +28,13 @@ class Reference(Streaming):
             yield torch.from_numpy(np.stack(images))
 
     def image(self, i: int) -> Image.Image:
-        """Image i as Pillow has it."""
+        """Return image i as Pillow has it."""
         content = self.content(i)
         return Image.fromarray(content) if isinstance(content, np.ndarray) else self.by_pillow(i, content)
 
 
 def resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    """For `frame_of`."""
+    """The resize of `frame_of` by Pillow."""
     top, left, height, width = box
     image = image.crop((left, top, left + width, top + height))
     return image if (height, width) == size else image.resize(size[::-1], BILINEAR)

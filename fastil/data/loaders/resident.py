@@ -1,4 +1,4 @@
-"""The resident loader: the whole set as uint8 on the device, every batch cut from it by one `augment`.
+"""The resident loader: the whole set is on the device as uint8, and one `augment` cuts every batch from it.
 
 CIFAR-100 takes 184 MB this way. A step, a replay memory or a test pass is a list of ids in the plan; nothing is copied,
 decoded or sent again.
@@ -20,11 +20,11 @@ from fastil.plan import EpochPlan, Transform, sequential_plan
 class Resident:
     """Batches of one split, for as many plans as the run has. `close` frees the images.
 
-    The boxes of its plans have the height and width of the transform: it crops and pads, it does not resize.
+    The boxes of its plans have the height and width of the transform: it crops and pads, but does not resize.
     """
 
     name = "resident"
-    sizes = None  # of all images it is the transform's
+    sizes = None  # all images have the transform's
     worked: float | None = None
 
     def __init__(self, split: Split, transform: Transform, device: torch.device) -> None:
@@ -38,12 +38,12 @@ class Resident:
         self.std = torch.tensor(transform.std, device=device)
 
     def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
-        """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
+        """Yield the batches of the plan in its order, from number `first` on, with images in `dtype`."""
         for inputs in self.inputs(plan, first):
             yield self.batch(inputs, dtype)
 
     def inputs(self, plan: EpochPlan, first: int = 0) -> Iterator[Inputs]:
-        """What the batches of the plan are made of, from number `first` on."""
+        """Yield what the batches of the plan are made from, from number `first` on."""
         if self.images is None:
             raise ValueError("this loader was closed")
         # One transfer per epoch; every batch is then a view of it.
@@ -55,7 +55,7 @@ class Resident:
                 yield Inputs(ids[part], flips[part], boxes=boxes[part])
 
     def batch(self, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Batch:
-        """Cut the images out and normalise them. Work of the device alone."""
+        """Cut the images out and normalise them, by work of the device alone."""
         assert self.images is not None
         assert inputs.boxes is not None
         size = (self.transform.height, self.transform.width)
@@ -63,12 +63,12 @@ class Resident:
         return Batch(images, self.labels[inputs.ids], inputs.ids)
 
     def whole(self, ids: NDArray[np.int64]) -> Tensor:
-        """The images by the test-time transform, normalised, [n, 3, H, W]."""
+        """Return the images under the test-time transform, normalised, [n, 3, H, W]."""
         plan = sequential_plan(ids, self.transform, max(2, len(ids)))
         return next(self.batches(plan)).images
 
     def keep(self, ids: NDArray[np.int64]) -> None:
-        """Nothing is to be done: all images are on the device."""
+        """Do nothing: all images are on the device."""
 
     def overlay(self, ids: Tensor, images: Tensor) -> None:
         """Replace the pixels of some samples. ids: int64 [n]; images: uint8 [n, h, w, 3]."""

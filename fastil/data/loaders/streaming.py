@@ -1,8 +1,8 @@
-"""What the loaders share that read images again in every epoch: threads, reference, DALI and FFCV.
+"""The common part of the loaders that read images again in every epoch: threads, reference, DALI and FFCV.
 
-A backend turns a plan into uint8 frames of the output's size, batch by batch and in its order. What every image gets
-that does not depend on where it came from (mirror, normalisation, the cast) is done on the device. Some images may be
-held there as pixels: exemplars (memory=resident), and those that an overlay replaces (Mnemonics).
+A backend turns a plan into uint8 frames of the output's size, batch by batch and in its order. What does not depend on
+where an image came from (mirror, normalisation, cast) is done on the device. Some images may be held there as pixels:
+exemplars (memory=resident), and those that an overlay replaces (Mnemonics).
 """
 
 from abc import ABC, abstractmethod
@@ -47,8 +47,8 @@ class Streaming(ABC):
         self.mean = torch.tensor(transform.mean, device=device)
         self.std = torch.tensor(transform.std, device=device)
         self.held = Held(len(self.sizes), device)
-        self.replaced = np.zeros(len(self.sizes), dtype=np.bool_)  # held images that are not what is stored
-        self.reads_held = device.type == "cpu"  # whether `frames` shows them; else `pixels` makes their frames
+        self.replaced = np.zeros(len(self.sizes), dtype=np.bool_)  # held images that differ from the stored ones
+        self.reads_held = device.type == "cpu"  # whether `frames` reads held images; else `pixels` makes their frames
         self.whole_frames: dict[int, tuple[Tensor, Tensor]] = {}  # rows and boxes of a batch, by its size
         self.copies = None
         if device.type == "cuda":
@@ -57,17 +57,18 @@ class Streaming(ABC):
 
     @abstractmethod
     def frames(self, plan: EpochPlan, parts: list[slice]) -> Generator[Tensor, None, None]:
-        """uint8 [B, H, W, 3] of these batches of the plan, boxes cut out and resized, not mirrored. A frame may be
-        overwritten when the next is asked for. Raises UserError that names an image that does not decode."""
+        """Yield uint8 [B, H, W, 3] for these batches of the plan, boxes cut out and resized, not mirrored. The next
+        frame may overwrite a frame. Raises UserError naming an image that does not decode.
+        """
 
     def batches(self, plan: EpochPlan, first: int = 0, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
-        """The batches of the plan in its order, from number `first` on, their images in `dtype`."""
+        """Yield the batches of the plan in its order, from number `first` on, with images in `dtype`."""
         with closing(self.inputs(plan, first)) as made_of:
             for inputs in made_of:
                 yield self.batch(inputs, dtype)
 
     def inputs(self, plan: EpochPlan, first: int = 0) -> Generator[Inputs, None, None]:
-        """What the batches of the plan are made of, from number `first` on."""
+        """Yield what the batches of the plan are made from, from number `first` on."""
         ids = torch.as_tensor(plan.ids, device=self.device)
         flips = torch.as_tensor(plan.flips, device=self.device)
         parts = list(plan.batches())[first:]
@@ -76,7 +77,7 @@ class Streaming(ABC):
                 yield Inputs(ids[part], flips[part], frames=pixels)
 
     def batch(self, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Batch:
-        """Mirror the frames and normalise them. Work of the device alone."""
+        """Mirror the frames and normalise them, by work of the device alone."""
         assert inputs.frames is not None
         count, size = len(inputs.ids), (self.transform.height, self.transform.width)
         if count not in self.whole_frames:
@@ -88,8 +89,9 @@ class Streaming(ABC):
         return Batch(images, self.labels[inputs.ids], inputs.ids)
 
     def pixels(self, plan: EpochPlan, first: int = 0) -> Generator[Tensor, None, None]:
-        """The frames of the batches from number `first` on, on the device, those of held images among them. They may
-        be overwritten when the next are asked for."""
+        """Yield the frames of the batches from number `first` on, on the device, with those of held images among them.
+        The next ones may overwrite them.
+        """
         if self.closed:
             raise ValueError("this loader was closed")
         apart = np.zeros(len(plan.ids), dtype=np.bool_)
@@ -100,7 +102,7 @@ class Streaming(ABC):
         starts = np.array([part.start for part in plan.batches()], dtype=np.int64)
         lengths = np.array([part.stop - part.start for part in plan.batches()], dtype=np.int64)
         row = np.arange(len(plan.ids)) - np.repeat(starts, lengths)
-        places = torch.as_tensor(row[~apart], device=self.device)  # of what is streamed, in its batch
+        places = torch.as_tensor(row[~apart], device=self.device)  # rows of the streamed frames in their batch
         table, store = torch.as_tensor(self._table(held, row[apart]), device=self.device), self.held.pixels
         size = (self.transform.height, self.transform.width, 3)
         with closing(self.frames(streamed, [part for part in streamed_parts if part.stop > part.start])) as frames:
@@ -115,20 +117,21 @@ class Streaming(ABC):
                     batch[places[streamed_part]] = next(arriving)
                 kernels.crop_resize(store, table[held_part], batch)
                 yield batch
-            for _ in arriving:  # there is none; it learns that it was read to the end
+            for _ in arriving:  # there is none left; this tells it that it was read to the end
                 raise AssertionError
 
     def _table(self, held: EpochPlan, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What `kernels.crop_resize` makes the frames of held images by, [n, 12]. rows: of each in its batch."""
+        """Return the table from which `kernels.crop_resize` makes the frames of held images, [n, 12]. rows: each one's
+        row in its batch.
+        """
         boxes, sizes, corners = resizes(held.boxes, self.transform)
-        shown = self.is_frame(held.ids, held.boxes)  # as they are: see `transform_of`
+        shown = self.is_frame(held.ids, held.boxes)  # shown as they are: see `transform_of`
         boxes[shown], sizes[shown], corners[shown] = resizes(held.boxes[shown], self.unresized)
         images = self.held.starts[held.ids, None], self.sizes[held.ids]
         return np.concatenate([*images, boxes, sizes, corners, rows[:, None]], axis=1, dtype=np.int64)
 
     def _sent(self, frames: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The frames on the device: to a GPU one batch ahead, by a stream of its own, while the batch before is worked
-        on."""
+        """Yield the frames on the device; to a GPU one batch ahead, on a stream of its own."""
         stream = self.copies
         if stream is None:
             yield from frames
@@ -142,22 +145,23 @@ class Streaming(ABC):
             if ahead is not None:
                 yield _received(*ahead, working)
             ahead = sent, arrived
-            arrived.synchronize()  # `pixels` may be overwritten now; the copy has had a batch's time
+            arrived.synchronize()  # `pixels` may be overwritten from now on; the copy had a batch's time
         if ahead is not None:
             yield _received(*ahead, working)
 
     def whole(self, ids: NDArray[np.int64]) -> Tensor:
-        """The images by the test-time transform, normalised, [n, 3, H, W]."""
+        """Return the images under the test-time transform, normalised, [n, 3, H, W]."""
         plan = sequential_plan(ids, self.transform, max(2, len(ids)), sizes=self.sizes)
         return next(iter(self.batches(plan))).images
 
     def keep(self, ids: NDArray[np.int64]) -> None:
-        """Hold these images as pixels on the device, so that they are not read again, and let go of all others but
-        those of an overlay, whose pixels are nowhere else. ids: int64 [n]."""
+        """Hold these images as pixels on the device, so that they are not read again. ids: int64 [n]. All others are
+        let go, except an overlay's, whose pixels are nowhere else.
+        """
         self.held.hold(np.union1d(ids, np.flatnonzero(self.replaced)), self.sizes, self.decoded)
 
     def overlay(self, ids: Tensor, images: Tensor) -> None:
-        """Replace some images. ids: int64 [n]; images: uint8 [n, h, w, 3]. Their `sizes` are then those of these."""
+        """Replace some images, also their `sizes`. ids: int64 [n]; images: uint8 [n, h, w, 3]."""
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(ids) or images.shape[3] != 3:
             raise ValueError(f"images must be uint8 [{len(ids)}, h, w, 3], not {images.dtype} {[*images.shape]}")
         samples = ids.cpu().numpy()
@@ -168,18 +172,18 @@ class Streaming(ABC):
         self.held.hold(all_held, self.sizes, new.__getitem__)
 
     def transform_of(self, i: int, box: Box) -> Transform:
-        """The transform of an image: an overlay that is a frame already is shown as it is."""
+        """Return the transform of an image. An overlay that is a frame already is shown as it is."""
         resized = self.transform.resize is not None
         return self.unresized if resized and self.is_frame(i, np.array(box)) else self.transform
 
     def is_frame(self, ids: int | NDArray[np.int64], boxes: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Which visits are of an overlay that is a frame already. ids: [n] or one; boxes: [n, 4] or one."""
+        """Return which visits are of an overlay that is a frame already. ids: [n] or one; boxes: [n, 4] or one."""
         whole = (0, 0, self.transform.height, self.transform.width)
         shown: NDArray[np.bool_] = self.replaced[ids] & (boxes == whole).all(axis=-1)
         return shown
 
     def check_size(self, i: int, height: int, width: int) -> None:
-        """Raise UserError for an image that is not as high and wide as its row says: the boxes would mean nothing."""
+        """Raise UserError if an image is not as high and wide as its row says: the boxes would be meaningless."""
         expected = self.images.sizes[i].tolist()
         if [height, width] != expected:
             raise UserError(
@@ -188,19 +192,19 @@ class Streaming(ABC):
             )
 
     def content(self, i: int) -> NDArray[np.uint8] | memoryview:
-        """What is shown for an image on the CPU: pixels [h, w, 3], or the bytes of a JPEG, not copied."""
+        """Return what the CPU shows for an image: pixels [h, w, 3], or the bytes of a JPEG, not copied."""
         if self.reads_held and self.held.starts[i] >= 0:
             pixels: NDArray[np.uint8] = self.held.image(i, self.sizes[i]).numpy()
             return pixels
         return self.stored(i)
 
     def decoded(self, i: int) -> NDArray[np.uint8]:
-        """The pixels of an image as it is stored, [h, w, 3], in memory of their own."""
+        """Return the pixels of a stored image, [h, w, 3], in memory of their own."""
         content = self.stored(i)
         return np.array(self.by_pillow(i, content) if isinstance(content, memoryview) else content)
 
     def stored(self, i: int) -> NDArray[np.uint8] | memoryview:
-        """Image i as it lies in memory or in the file: pixels, uint8 [h, w, 3], or a JPEG."""
+        """Return image i as it is in memory or in the file: pixels, uint8 [h, w, 3], or a JPEG."""
         if isinstance(self.images, Split):
             pixels: NDArray[np.uint8] = self.images.images[i]
             return pixels
@@ -210,7 +214,7 @@ class Streaming(ABC):
         return view
 
     def by_pillow(self, i: int, content: memoryview) -> Image.Image:
-        """A JPEG as Pillow decodes it; a UserError that names it if it does not."""
+        """Return a JPEG as Pillow decodes it. Raises UserError naming it if it does not decode."""
         try:
             image = open_stored(content, int(self.images.sizes[i].prod(dtype=np.int64)))
             self.check_size(i, image.height, image.width)
@@ -223,13 +227,13 @@ class Streaming(ABC):
             ) from None
 
     def close(self) -> None:
-        """Let go of held images; the loader cannot be used afterwards."""
+        """Let go of held images. The loader cannot be used afterwards."""
         self.closed = True
         self.held = Held(len(self.sizes), self.device)
 
 
 def _received(sent: Tensor, arrived: torch.cuda.Event, working: torch.cuda.Stream) -> Tensor:
-    """For use on the stream that the network works on."""
+    """Make the frames ready for the stream that the network works on."""
     working.wait_event(arrived)
     sent.record_stream(working)
     return sent

@@ -1,7 +1,7 @@
-"""The threads loader: libjpeg-turbo and torch's antialiased resize of bytes in a pool of threads, no processes.
+"""The threads loader: libjpeg-turbo and torch's antialiased uint8 resize in a pool of threads, without processes.
 
-simplejpeg decodes as Pillow does, to the last bit; torch's resize of uint8 is within 2 of 255 of Pillow's and takes
-a third of its time. Both leave the interpreter to the other threads.
+simplejpeg decodes as Pillow does, to the last bit. torch's uint8 resize is within 2 of 255 of Pillow's and takes a
+third of its time. Both release the interpreter for the other threads.
 """
 
 import threading
@@ -22,12 +22,12 @@ from fastil.data.loaders.streaming import AnySplit, Streaming
 from fastil.kernels.crop_resize import cut
 from fastil.plan import EpochPlan, Transform
 
-AHEAD = 2  # batches that are in work besides the one that is asked for
-TOGETHER = 4  # images of a task
+AHEAD = 2  # batches in work besides the one that is asked for
+TOGETHER = 4  # images per task
 
 
 class Threads(Streaming):
-    """See `Streaming`. workers: threads; default: as many as there are cores for this process."""
+    """See `Streaming`. workers: number of threads; default: as many as this process has cores."""
 
     name = "threads"
     worked: float = 0.0
@@ -36,12 +36,12 @@ class Threads(Streaming):
         self, images: AnySplit, transform: Transform, device: torch.device, workers: int | None = None
     ) -> None:
         super().__init__(images, transform, device)
-        # A resize must not be shared out to threads again, next to those of the pool and the network: with two of each
-        # an epoch took a quarter longer. torch counts by thread; one that never asked takes the last count set by any.
+        # torch must not split a resize over threads again, on top of the pool's and the network's: with two of each an
+        # epoch took a quarter longer. torch counts by thread; one that never asked takes the last count set by any.
         torch.get_num_threads()
         self.workers = workers or machine.cores()
         self.pool = ThreadPoolExecutor(self.workers, "fastil-threads", initializer=torch.set_num_threads, initargs=(1,))
-        self.free: list[Tensor] = []  # buffers of frames
+        self.free: list[Tensor] = []  # buffers for frames
         self.local = threading.local()
 
     def frames(self, plan: EpochPlan, parts: list[slice]) -> Generator[Tensor, None, None]:
@@ -77,7 +77,7 @@ class Threads(Streaming):
         return memory, frames, tasks
 
     def _room(self, count: int) -> Tensor:
-        """For so many frames or more; memory that has been used before where there is some."""
+        """Return room for this many frames or more, used memory if there is some."""
         while self.free:
             memory = self.free.pop()
             if count <= len(memory) <= 2 * count:
@@ -86,7 +86,7 @@ class Threads(Streaming):
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     def _fill(self, frames: NDArray[np.uint8], ids: list[int], boxes: list[Box]) -> float:
-        """In a thread of the pool. Returns the seconds that it took."""
+        """Fill frames, in a thread of the pool. Returns the seconds that it took."""
         began = time.perf_counter()
         for frame, i, box in zip(frames, ids, boxes, strict=False):
             content = self.content(i)
@@ -99,17 +99,17 @@ class Threads(Streaming):
         return np.array(content if isinstance(content, np.ndarray) else self.decode(i, content))
 
     def decode(self, i: int, content: memoryview) -> NDArray[np.uint8]:
-        """A JPEG's pixels [h, w, 3], in memory that the thread uses again for the next. UserError if it is damaged."""
+        """Return a JPEG's pixels [h, w, 3], in memory that the thread uses again. Raises UserError if it is damaged."""
         try:
             room = self.scratch("image", self.images.sizes[i])
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, buffer=room)
-        except ValueError:  # a warning, which Pillow can live with, or an error, which it words better
+        except ValueError:  # a warning, which Pillow tolerates, or an error, which it words better
             return np.asarray(self.by_pillow(i, content))
         self.check_size(i, *pixels.shape[:2])
         return pixels
 
     def scratch(self, use: str, size: Sequence[int]) -> NDArray[np.uint8]:
-        """[height, width, 3], the thread's own room for one use: new memory costs more than the copy into it."""
+        """Return [height, width, 3], the thread's own room for one use: new memory costs more than the copy into it."""
         memory: NDArray[np.uint8] | None = getattr(self.local, use, None)
         height, width = int(size[0]), int(size[1])
         if memory is None or len(memory) < height * width * 3:
@@ -118,13 +118,13 @@ class Threads(Streaming):
         return memory[: height * width * 3].reshape(height, width, 3)
 
     def part(self, image: NDArray[np.uint8], box: Box) -> NDArray[np.uint8]:
-        """A box of an image in memory that the thread uses again."""
+        """Return a box of an image in memory that the thread uses again."""
         part = self.scratch("part", box[2:])
         part[...] = cut(image, box, new)
         return part
 
     def resize(self, image: NDArray[np.uint8], box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """A box of an image at this height and width, bilinear and antialiased."""
+        """Return a box of an image at this height and width, bilinear and antialiased."""
         if (box[2], box[3]) == size:
             return cut(image, box, new)
         array: NDArray[np.uint8] = scaled(torch.from_numpy(self.part(image, box)), size).numpy()
