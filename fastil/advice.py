@@ -7,8 +7,7 @@ from collections.abc import Collection, Sequence
 
 # Settings by the names that they have in other toolboxes.
 KEYS = {
-    "memory_size": "memory_budget", "buffer_size": "memory_budget", "mem_size": "memory_budget",
-    "memory_per_class": "exemplars_per_class", "n_exemplars": "exemplars_per_class", "init_cls": "base_classes",
+        "memory_per_class": "exemplars_per_class", "n_exemplars": "exemplars_per_class", "init_cls": "base_classes",
     "nb_cl_fg": "base_classes", "nb_cl": "increment", "classes_per_task": "increment", "convnet_type": "model",
     "backbone": "model", "init_epoch": "base_epochs", "n_epochs": "epochs", "train_epochs": "epochs", "init_lr": "lr",
     "lrate": "lr", "learning_rate": "lr", "lrate_decay": "lr_drop", "lr_scheduler": "schedule",
@@ -19,19 +18,20 @@ KEYS = {
     "cuda": "device", "augment": "pad", "transform": "pad", "tracker": "track", "logger": "track",
 }  # fmt: skip
 
+_MEMORY = "a memory of one size is memory_budget=N exemplars_per_class=null"
 _TRACK = "trackers are named by track=tensorboard,wandb,csv"
 _STEPS = "the number of steps follows from base_classes=N and increment=N, the classes of each step"
 _OUT = "the run directory is given by --out"
 _SEVERAL = "several seeds are trained by --seeds"
 # Settings of other toolboxes that are something else here.
 ADVICE = {
+    **dict.fromkeys(("memory_size", "buffer_size", "mem_size", "fixed_memory"), _MEMORY),
     **dict.fromkeys(("csv", "csv_log", "tensorboard", "wandb", "use_wandb", "nowand", "wandb_project", "log"), _TRACK),
     **dict.fromkeys(("n_tasks", "num_tasks", "nb_tasks", "tasks", "n_experiences", "n_steps", "num_steps"), _STEPS),
     **dict.fromkeys(("out", "output", "output_dir", "out_dir", "save_dir", "log_dir", "results_path", "logdir"), _OUT),
     **dict.fromkeys(("seeds", "n_seeds", "num_seeds"), _SEVERAL),
     **dict.fromkeys(("gpus", "n_gpus", "num_gpus", "devices", "distributed"), "several GPUs: docs/distributed.md"),
     **dict.fromkeys(("num_workers", "workers"), "the loaders choose their threads themselves; leave it out"),
-    "fixed_memory": "a memory of one size is memory_budget=2000 exemplars_per_class=null",
     "resume": "an interrupted run goes on with --resume",
     "joint": "joint training is method=joint exemplars_per_class=0 loss=softmax",
     "label_smoothing": "not built in; a dozen lines of a method of your own do it (docs/extending.md)",
@@ -43,7 +43,7 @@ _REHEARSAL = "plain rehearsal is method=finetune with the recipe's exemplars and
 _OWN = "a method of your own is a class (docs/extending.md)"
 # Methods of other toolboxes that are something else here.
 METHODS = {
-    **dict.fromkeys(("er", "replay", "rehearsal", "experience_replay", "er_ace"), _REHEARSAL),
+    **dict.fromkeys(("er", "replay", "rehearsal", "experience_replay"), _REHEARSAL),
     **dict.fromkeys(("sgd", "naive"), "without a memory it is method=finetune exemplars_per_class=0 loss=softmax"),
     **dict.fromkeys(("cumulative", "joint_training", "upper_bound"), "it is method=joint"),
     **dict.fromkeys(("balanced", "balancedsce", "meta", "bsce"), "the loss is a key of its own, such as loss=balanced"),
@@ -51,14 +51,16 @@ METHODS = {
 
 
 _UNKNOWN = (
-    "agem", "co2l", "coda_prompt", "der", "derpp", "dualprompt", "ease", "eeil", "ewc", "ewc_on", "fdr", "foster",
-    "gdumb", "gem", "gss", "hal", "il2m", "l2p", "lwf", "lwf_mc", "mas", "memo", "rmm", "rwalk", "si", "simplecil",
-    "ssil", "xder",
+    "acil", "agem", "aper", "beef", "beefiso", "bfp", "ccic", "clip", "co2l", "coda_prompt", "coil", "der", "der++",
+    "derpp", "ds_al", "dualprompt", "ease", "eeil", "er_ace", "ewc", "ewc_on", "fdr", "fetril", "foster", "gdumb",
+    "gem", "gss", "hal", "icarl_lider", "il2a", "il2m", "l2p", "lwf", "lwf_mc", "mas", "memo", "mir", "pass",
+    "puridiver", "ranpac", "rmm", "rwalk", "si", "simplecil", "ssil", "starprompt", "tagfex", "twf", "xder", "zap",
 )  # fmt: skip
 
 
 def on_key(key: str, keys: Collection[str]) -> str:
     """Return what to write instead of an unknown key. keys: those of the recipe."""
+    key = key.lower()
     if key in ADVICE:
         return ADVICE[key]
     near = [k for k in keys if k.startswith(key)] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
@@ -77,16 +79,16 @@ def on_method(name: str, methods: Collection[str]) -> str:
         return METHODS[plain]
     if plain in _UNKNOWN:
         return f"not in fastil; {_OWN}"
-    near = difflib.get_close_matches(plain, methods, n=1)
+    near = difflib.get_close_matches(plain, methods, n=1, cutoff=0.65)
     return f"did you mean {near[0]}?" if near else f"methods are {', '.join(sorted(methods))}; {_OWN}"
 
 
 def on_recipe(name: str, recipes: Sequence[str]) -> str:
     """Return what to write instead of an unknown recipe. recipes: the names of all."""
     plain = name.lower().replace("-", "_").removeprefix("seq_").removeprefix("split_")
-    near = difflib.get_close_matches(plain, recipes, n=1, cutoff=0.8)
     dataset = plain.partition("_")[0]
     of_data = [recipe for recipe in recipes if dataset and recipe.startswith(dataset)]
+    near = difflib.get_close_matches(plain, of_data or recipes, n=1, cutoff=0.8)
     if not near and not of_data:
         return "fastil recipes lists them; the one for images of your own is folder"
     if near or len(of_data) == 1:

@@ -46,7 +46,8 @@ def file_names() -> list[str]:
 @cache
 def protocols() -> Keys:
     """Return the content of protocols.yaml."""
-    return settings.parse_mapping(resources.files("fastil.recipes").joinpath("protocols.yaml").read_text(), "protocols")
+    text = resources.files("fastil.recipes").joinpath("protocols.yaml").read_text("utf-8")
+    return settings.parse_mapping(text, "protocols")
 
 
 @cache
@@ -240,7 +241,7 @@ def _in_protocol(parent: str, protocol: str) -> Keys:
 def _text_of(name: str) -> str:
     """Return the text of a recipe file, fastil's or the user's own."""
     if name in file_names():
-        return resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text()
+        return resources.files("fastil.recipes").joinpath(f"{name}.yaml").read_text("utf-8")
     if not name.endswith((".yaml", ".yml")):
         if "/" in name:
             raise UserError(

@@ -117,7 +117,7 @@ def test_recipes_prints_all_keys_of_one_which_run_reads_again(fastil, tmp_path):
     assert (again.description, again.fidelity) == (recipe.description, recipe.fidelity)
     assert again.published is None  # of the recipe, not of a file made of it
     assert "# published: 63.37 " in fastil("recipes", "cifar100_lucir_5").stdout
-    read, _, unread = process.stdout.partition("# Nothing reads these")
+    read, _, unread = process.stdout.partition("# Unused, unless")
     assert {"lucir_lambda", "memory_budget", "milestones"} <= yaml.safe_load(read).keys()
     assert re.search(r"^icarl_beta: 0.25  # with method=icarl$", unread, re.MULTILINE)
     assert_user_error(fastil("recipes", "cifar100_lucri_5"), "unknown recipe", "cifar100_lucir_5")

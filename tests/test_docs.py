@@ -86,6 +86,8 @@ def check_fastil(arguments, whole):
     given = context.params
     if name in ("run", "plan") and given["recipe"]:
         load(recipe_of(given["recipe"]), settings_of(given["overrides"] or ()))
+    if name == "recipes" and given["name"] and not is_place(given["name"]):
+        load(given["name"])
     if name == "sweep" and given["recipe"] and not is_place(given["recipe"]):
         sweep.table_of(given["recipe"], settings_of(given["settings"] or ()), None)
     if name == "reproduce" and given["table"]:

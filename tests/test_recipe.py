@@ -578,6 +578,9 @@ def test_a_stem_that_a_model_does_not_have_is_refused(model):
         ("n_tasks=5", "increment=N"),
         ("label_smoothing=0.1", "docs/extending.md"),
         ("seeds=3", "--seeds"),
+        ("MEMORY_SIZE=200", "memory_budget=N exemplars_per_class=null"),
+        ("method=coil", "not in fastil; .*docs/extending.md"),
+        ("method=er_ace", "not in fastil"),
         ("method=er", "method=finetune .*exemplars"),
         ("method=sgd", "method=finetune exemplars_per_class=0 loss=softmax"),
         ("method=DER", "docs/extending.md"),
@@ -608,6 +611,8 @@ def test_unknown_recipes_lead_to_those_of_their_data():
             load(name)
     with pytest.raises(UserError, match="folder"):
         load("my-cats")
+    with pytest.raises(UserError, match=r"of this data set, such as imagenet_|did you mean imagenet_"):
+        load("imagenet_bic_b0_10")
     with pytest.raises(UserError, match=r"did you mean cifar100_podnet_10\?"):
         load("cifar100-podnet-10")
 

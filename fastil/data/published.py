@@ -69,7 +69,7 @@ class Published:
 @cache
 def table() -> dict[str, Published]:
     """Return the published data sets, by their name in the key `dataset`."""
-    content = json.loads(resources.files("fastil.data").joinpath("published.json").read_text())
+    content = json.loads(resources.files("fastil.data").joinpath("published.json").read_text("utf-8"))
     return {name: parsed(found) for name, found in content.items()}
 
 

@@ -13,6 +13,7 @@ from fastil.reporting.rows import readable_measures, spread
 from fastil.reporting.runs import Run
 
 COLOUR_MAP = "Blues"  # light: what is rare stays readable, on paper too
+PIXELS = 400  # about those of a side of a matrix in a figure
 NAMED = 20  # classes at most that are named
 LETTERS = 14  # of a class name, at most
 NUMBERED = 11  # groups at most whose accuracies are written into their cells
@@ -63,11 +64,23 @@ def scale_of(most: float) -> Any:
     return FuncNorm((np.log1p, np.expm1), vmin=0, vmax=max(most, 1))
 
 
+def as_pixels(images: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
+    """Return a matrix of at most PIXELS rows and columns, and how many cells of `images` a side of its own cells
+    holds: the largest value of each square, so that none is lost between two pixels."""
+    cells = -(-len(images) // PIXELS)
+    padded = np.pad(images, (0, -len(images) % cells))
+    largest: NDArray[np.float64] = padded.reshape(len(padded) // cells, cells, -1, cells).max(axis=(1, 3))
+    return largest, cells
+
+
 def draw_confusion(axis: Any, confusion: Confusion, most: float) -> None:
     """Draw a confusion matrix with thin lines between the steps, and names of classes where they fit. most: images at
     the end of the scale."""
     classes = len(confusion.images)
-    axis.imshow(confusion.images, cmap=COLOUR_MAP, norm=scale_of(most), interpolation="none")
+    pixels, cells = as_pixels(confusion.images)
+    end = len(pixels) * cells - 0.5
+    axis.imshow(pixels, cmap=COLOUR_MAP, norm=scale_of(most), interpolation="none", extent=(-0.5, end, end, -0.5))
+    axis.set(xlim=(-0.5, classes - 0.5), ylim=(classes - 0.5, -0.5))
     for end in confusion.ends[:-1]:
         axis.axvline(end - 0.5, color="0.4", linewidth=0.5)
         axis.axhline(end - 0.5, color="0.4", linewidth=0.5)

@@ -4,9 +4,18 @@ import re
 
 from fastil import settings
 from fastil.recipe import Recipe
-from fastil.recipe_file import EFFECTIVE, file_names, load, protocols, published_elsewhere, read_effective, run_named
+from fastil.recipe_file import (
+    EFFECTIVE,
+    file_names,
+    load,
+    names,
+    protocols,
+    published_elsewhere,
+    read_effective,
+    run_named,
+)
 from fastil.reporting.fidelity import SOURCES
-from fastil.text import columns, paragraph
+from fastil.text import columns, one_line, paragraph
 
 DATASETS = ("cifar100", "subimagenet", "imagenet")
 STEPS = ("5", "10")
@@ -79,7 +88,7 @@ def from_scratch() -> str:
     rows = [(method, *(cells[i] for i in used)) for method, cells in numbers.items() if any(cells)]
     pattern = paragraph(
         f"DATASET_METHOD_PROTOCOL, such as cifar100_icarl_b0_10: from scratch, with any METHOD above, on "
-        f"{' and '.join(datasets)}"
+        f"{' and '.join(datasets)}; {' and '.join(protocols()['without_memory'])} have no _r20"
     )
     elsewhere = paragraph(f"Published elsewhere, with other networks and schedules ({SOURCES}):")
     return f"{pattern}\n{columns(('PROTOCOL', 'what'), listed)}\n\n{elsewhere}\n{columns(header, rows)}"
@@ -96,22 +105,23 @@ def all_keys(name: str) -> str:
     """Return all keys of a recipe, those of its parents and the defaults included, as a recipe file that trains the
     same. Keys that nothing reads with the others as they are stand at the end, with what would make them read.
 
-    name: as `load` takes it. The method of a run directory need not be there. The published number is a comment, as it
-    belongs to the recipe and not to a file that is made of it. Raises UserError as `load` does.
+    name: as `load` takes it. The method of a run directory need not be there. The published number and the fidelity are
+    comments, as they belong to the recipe and not to a file that is made of it. Raises UserError as `load` does.
     """
     run = run_named(name)
     recipe = load(name) if run is None else read_effective(run / EFFECTIVE)
     number = "none" if recipe.published is None else f"{recipe.published:.2f} average incremental accuracy, percent"
+    fidelity = f"# fidelity: {one_line(recipe.fidelity)}\n" if name in names() else ""
     keys = recipe.keys()
     readers = {key: recipe.reader(key) for key in keys}
     unread = "".join(
         _with_remark(settings.dump({key: keys[key]}), f"with {reader}") for key, reader in readers.items() if reader
     )
     return "".join((
-        f"# fastil run {name}\n# published: {number}\n",
-        settings.dump({"description": recipe.description, "fidelity": recipe.fidelity}),
+        f"# fastil run {name}\n# published: {number}\n{fidelity}",
+        settings.dump({"description": recipe.description}),
         settings.dump({key: value for key, value in keys.items() if not readers[key]}),
-        f"# Nothing reads these, unless the settings behind them are made.\n{unread}" if unread else "",
+        f"# Unused, unless the setting in the comment is made.\n{unread}" if unread else "",
     )).rstrip("\n")  # fmt: skip
 
 

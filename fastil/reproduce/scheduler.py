@@ -39,11 +39,11 @@ class Scheduler(Bar):
         self.interrupt = Interrupt()
         self.last_line = time.monotonic()
         self.total = sum(work.work_left(job) for job in work.jobs)
-        self.begin(self.of_runs(), self.total, remark=self.left)
 
     def run(self) -> None:
         """Until nothing is left or a signal came; a run that fails does not stop the others."""
         with self.interrupt:
+            self.begin(self.of_runs(), self.total, remark=self.left)
             try:
                 while not self.interrupt.requested():
                     for job in self.work.jobs:
@@ -255,6 +255,6 @@ def complete(work: WorkList, out: Path, jobs: int | None = None) -> tuple[str, i
     remarks = "".join(f"\nfailed: {job.folder} ({job.failure}; all of it: {job.log})" for job in failed)
     if scheduler.interrupt.number is not None:
         finished = len(work.jobs) - len(work.missing)
-        kept = f"{out} keeps {finished} finished of {len(work.jobs)} runs, and of the others what they have trained"
-        return f"{remarks}\n\n{kept}\nstopped; the same command goes on", 128 + scheduler.interrupt.number
+        kept = f"{out}: {finished} of {len(work.jobs)} runs finished, the others are checkpointed"
+        return f"{remarks}\n\n{kept}\nstopped; run the same command to go on", 128 + scheduler.interrupt.number
     return remarks, 1 if failed else 0

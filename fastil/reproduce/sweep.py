@@ -23,7 +23,7 @@ from fastil.settings import shown
 LONGEST = 80  # characters of the name of a file
 BY_OPTION = {"seed": "the seeds are given by --seeds, such as --seeds 0,1,2", "precision": "give --precision instead"}
 NOTE = (
-    "Each interval is of its row by itself: of twenty rows that differ in nothing, one is expected to leave 0 out. All "
+    "Each interval is of its row by itself: of twenty rows that differ in nothing, one is expected to exclude 0. All "
     "numbers are of the test images, so a row that is chosen by them looks better here than it is."
 )
 
@@ -138,6 +138,8 @@ def _values(given: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"{shown(text)}: {BY_OPTION[key]}")
         if key in values:
             raise UserError(f"{shown(text)}: {key} is given twice; write its values in one, {key}=A,B")
+        if sign and "," in several and not all(part.strip() for part in several.split(",")):
+            raise UserError(f"{shown(text)}: a value is empty; write {key}=A,B")
         # Rows that differ in how fast they run are none, and these values may have commas: track=csv,wandb.
         values[key] = [several] if key in RUNTIME_KEYS else settings.split_values(several)
     return values
@@ -167,6 +169,7 @@ def _checked(entries: Sequence[Entry], data: str | None) -> Recipe:
         if twin is not entry:
             one, other = (  # as they were written
                 " ".join(text for text in e.overrides if any(text not in row.overrides for row in entries))
+                or e.label  # a value that is given twice
                 for e in (twin, entry)
             )
             raise UserError(f"{one} and {other} are the same experiment; leave one of them out")

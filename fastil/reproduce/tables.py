@@ -71,7 +71,8 @@ Found = dict[tuple[str, int], dict[int, Run]]  # finished runs by seed, by row a
 
 def read_tables() -> dict[str, Any]:
     """recipes/tables.yaml."""
-    content: dict[str, Any] = yaml.safe_load(resources.files("fastil.recipes").joinpath("tables.yaml").read_text())
+    text = resources.files("fastil.recipes").joinpath("tables.yaml").read_text("utf-8")
+    content: dict[str, Any] = yaml.safe_load(text)
     return content
 
 

@@ -45,7 +45,7 @@ def _planned(recipe: Recipe) -> Planned:
         if known is None or recipe.data.data is not None:
             raise
         names = None if known.class_names is None else list(known.class_names)
-        source = f"{recipe.data.dataset}, as published, for the files are not here ({error})"
+        source = f"{recipe.data.dataset}, as published, because the files are not here ({error})"
         held = known.images * math.prod(known.shape)
         streamed = recipe.data.dataset == "imagenet"
         size = (recipe.data.size, recipe.data.size) if streamed else known.shape[:2]

@@ -48,6 +48,7 @@ FILES = (
     "epochs.csv", "steps.csv",
 )  # fmt: skip
 FOLDERS = ("checkpoints", "memory", "confusion", "predictions", "figures")
+SHOWN = 3  # differences between two recipes in a message
 OF_TRACKERS = ("tensorboard", "wandb")
 
 
@@ -63,7 +64,10 @@ class RunDirectory:
         if path.exists() and not resume and not empty:
             changed = [] if recipe is None else self._changed(path, recipe)
             if changed:
-                raise UserError(f"{path}: holds a run of another recipe ({'; '.join(changed)}); choose another --out")
+                more = f"; {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+                raise UserError(
+                    f"{path}: holds a run of another recipe ({'; '.join(changed[:SHOWN])}{more}); choose another --out"
+                )
             raise UserError(f"{path}: exists already; go on with --resume, or choose another --out")
         # A run that was killed before it wrote anything has at least its lock.
         ours = any((path / name).exists() for name in ("recipe.yaml", "lock"))
@@ -78,9 +82,8 @@ class RunDirectory:
         """How a recipe that is not settled yet differs from the run that is here; nothing where none can be read."""
         try:
             before = read_effective(path / "recipe.yaml", recipe.code)
-            return _differences(
-                before, recipe.settled(torch.device("cpu"), before.precision).shared_by(ranks.count(), before)
-            )
+            settled = recipe.settled(torch.device("cpu"), before.precision).shared_by(ranks.count(), before)
+            return sorted(_differences(before, settled), key=lambda change: " None" in change)
         except UserError:
             return []
 

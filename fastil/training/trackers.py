@@ -147,4 +147,4 @@ def _run_id(run: Path) -> str:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         files.write_text(path, secrets.token_hex(8))
-    return path.read_text()
+    return path.read_text("utf-8")

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from test_report import SEEN, make_run
 
@@ -124,6 +125,27 @@ def test_a_confusion_matrix_names_its_classes_where_they_fit(classes):
     (image,) = axis.get_images()
     ends = np.log1p(150)
     np.testing.assert_allclose(image.norm([0, 1, 10, 100, 150]), np.log1p([0, 1, 10, 100, 150]) / ends)
+
+
+@pytest.mark.parametrize("classes", [100, 401, 1000])
+def test_one_cell_of_a_large_matrix_is_in_the_picture(classes):
+    """Drawn as it is, most cells of 1,000 x 1,000 fell between two pixels."""
+    random = np.random.default_rng(classes)
+    for _ in range(4):
+        row, column = random.integers(classes // 20, classes - classes // 20, 2)
+        matrix = np.zeros((classes, classes))
+        matrix[row, column] = 100
+        with settings():
+            figure, (axis,) = new_figure(1, height=4.2)
+            draw_confusion(axis, Confusion(matrix, [classes], None, ""), 100)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+        inside = axis.get_window_extent()
+        red = np.asarray(canvas.buffer_rgba())[::-1, :, 0]
+        y, x = np.nonzero(red[int(inside.y0) + 3 : int(inside.y1) - 2, int(inside.x0) + 3 : int(inside.x1) - 2] < 128)
+        assert len(x) > 0
+        assert abs(x.mean() + 3 - (column + 0.5) / classes * inside.width) < 4
+        assert abs(inside.height - y.mean() - 3 - (row + 0.5) / classes * inside.height) < 4
 
 
 def test_the_triangle_has_the_numbers_of_its_cells():

@@ -227,8 +227,8 @@ def test_a_stopped_table_goes_on_to_the_same_results(trained, tmp_path, number):
     process.send_signal(number)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number, said
-    kept = f"{tmp_path} keeps 0 finished of 3 runs, and of the others what they have trained"
-    assert said.splitlines()[-2:] == [kept, "stopped; the same command goes on"]
+    kept = f"{tmp_path}: 0 of 3 runs finished, the others are checkpointed"
+    assert said.splitlines()[-2:] == [kept, "stopped; run the same command to go on"]
     assert "|" not in said  # no table where no run is finished
     assert "Traceback" not in said
     _, table, _, _ = trained
