@@ -63,7 +63,8 @@ def on_key(key: str, keys: Collection[str]) -> str:
     key = key.lower()
     if key in ADVICE:
         return ADVICE[key]
-    near = [k for k in keys if k.startswith(key)] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near = [key] if key in keys else [k for k in keys if k.startswith(key)]
+    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     near = near or [k for k in keys if key.startswith(k)]
     if key in KEYS:
         near = [KEYS[key]]

@@ -107,6 +107,7 @@ def test_recipes_lists_the_published_numbers(fastil):
 
 
 def test_recipes_prints_all_keys_of_one_which_run_reads_again(fastil, tmp_path):
+    from fastil.recipe import About
     from fastil.recipe_file import load
 
     process = fastil("recipes", "cifar100_lucir_b0_10")
@@ -114,8 +115,9 @@ def test_recipes_prints_all_keys_of_one_which_run_reads_again(fastil, tmp_path):
     (tmp_path / "again.yaml").write_text(process.stdout)
     recipe, again = load("cifar100_lucir_b0_10"), load(str(tmp_path / "again.yaml"))
     assert again.keys() == recipe.keys()
-    assert (again.description, again.fidelity) == (recipe.description, recipe.fidelity)
-    assert again.published is None  # of the recipe, not of a file made of it
+    assert again.description == recipe.description
+    assert f"# fidelity: {recipe.fidelity}\n" in process.stdout
+    assert (again.published, again.fidelity) == (None, About.fidelity)  # of the recipe, not of a file made of it
     assert "# published: 63.37 " in fastil("recipes", "cifar100_lucir_5").stdout
     read, _, unread = process.stdout.partition("# Unused, unless")
     assert {"lucir_lambda", "memory_budget", "milestones"} <= yaml.safe_load(read).keys()
