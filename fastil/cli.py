@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -215,6 +216,13 @@ def main() -> None:
         takes_settings = sys.argv[1:2] in (["run"], ["plan"], ["sweep"])
         settings = " Settings are written KEY=VALUE, such as epochs=2." if takes_settings else ""
         found = error.format_message().removesuffix(".")  # type: ignore[attr-defined]
+        option = re.match(r"No such option: (--[\w-]+)", found)
+        if takes_settings and option:
+            from fastil import advice
+            from fastil.recipe_file import load
+
+            said = advice.on_option(option[1], load("digits").keys())
+            found, settings = f"No such option: {option[1]}", f" Settings are written KEY=VALUE: {said}."
         message = f"{found}.{settings} See fastil --help."
     except RuntimeError as error:
         if any(name in str(error) for name in ("gloo", "NCCL")):  # another process has ended, and will say why

@@ -297,3 +297,18 @@ def test_an_ascii_terminal_ends_nothing():
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
     assert (done.returncode, done.stdout) == (0, b"52.1 ? 0.3\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--lr", "lr=VALUE"),
+        ("--n_epochs", "epochs=VALUE"),
+        ("--n-epochs", "epochs=VALUE"),
+        ("--nowand", "track="),
+        ("--buffer_size", "memory_budget=N exemplars_per_class=null"),
+    ],
+)
+def test_an_option_that_is_a_setting_here_is_answered_with_it(fastil, option, said):
+    process = fastil("run", "digits", option, "5")
+    assert_user_error(process, f"No such option: {option}. Settings are written KEY=VALUE: ", said)

@@ -609,6 +609,14 @@ def test_unknown_recipes_lead_to_those_of_their_data():
     for name in ("seq-cifar100", "cifar100", "split-cifar100"):
         with pytest.raises(UserError, match="such as cifar100_balanced_5"):
             load(name)
+    for name, said in (
+        ("er", "it is a method, not a recipe; plain rehearsal is"),
+        ("derpp", "it is a method, not a recipe; not in fastil"),
+        ("icarl", "such as cifar100_icarl_5"),
+        ("seq-cifar10", "folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(name)
     with pytest.raises(UserError, match="folder"):
         load("my-cats")
     with pytest.raises(UserError, match=r"of this data set, such as imagenet_|did you mean imagenet_"):

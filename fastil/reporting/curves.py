@@ -101,6 +101,7 @@ def draw_accuracy(
             linewidth=2,
             gid=f"curve{i}",
             clip_on=False,
+            zorder=3 if style.colour == "grey" else 2,  # a reference line is not hidden
             **marker,
         )
         lower, upper = (np.add(curve.mean, np.multiply(sign, curve.band)) for sign in (-1, 1))

@@ -22,7 +22,7 @@ DECIMALS = re.compile(r"(\.\d\d)\d+")
 Line = Literal["-", "--", ":", "-."]
 # Of a line 2 wide, as matplotlib has them.
 DASHES: dict[Line, str] = {"-": "", "--": "7.4 3.2", ":": "2 3.3", "-.": "12.8 3.2 2 3.2"}
-COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#7d848d", "#8f9022", "#1f98a8")
+COLOURS = ("#3b7fd0", "#d9701e", "#2a9a58", "#d1495b", "#8d63c8", "#93705c", "#cf5ba6", "#2f4b7c", "#8f9022", "#1f98a8")
 LINES: dict[str, Line] = {"joint": "--", "finetune": ":"}  # of the reference lines, which are grey
 SETTINGS = {
     "font.size": 9,

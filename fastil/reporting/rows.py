@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 
 from fastil.errors import UserError
+from fastil.recipe_file import differences
 from fastil.reporting.measures import Measures
 from fastil.reporting.runs import Run
 from fastil.text import one_line
@@ -16,10 +17,20 @@ def heading(groups: dict[str, list[Run]]) -> str:
     recipes = list(dict.fromkeys(one_line(run.recipe.name) for runs in groups.values() for run in runs))
     precisions = sorted({run.recipe.precision for runs in groups.values() for run in runs})
     return (
-        f"Recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}. "
+        f"Recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}{changed_in_all(groups)}. "
         f"Top-1 in percent over all classes seen; {deviation(groups.values())}. "
         f"All runs were trained in {' and '.join(precisions)}."
     )
+
+
+def changed_in_all(groups: dict[str, list[Run]]) -> str:
+    """The settings that all runs have and no recipe of theirs has, which no label names."""
+    changed = [differences(run.recipe) or {} for runs in groups.values() for run in runs]
+    same = [
+        key for key in changed[0] if key not in SAID and all(key in c and c[key] == changed[0][key] for c in changed)
+    ]
+    unnamed = [f"{key}={changed[0][key]}" for key in same if not any(f"{key}=" in label for label in groups)]
+    return one_line(f" with {', '.join(unnamed)}") if unnamed else ""
 
 
 def deviation(groups: Iterable[Collection[Run]]) -> str:
@@ -54,6 +65,7 @@ MEASURED = (
     "What was kept and forgotten after the last step, by group of classes that came together; percent, and points "
     "between two percentages (docs/measures.md)."
 )
+SAID = ("method", "loss", "precision", "seed")  # elsewhere in a report
 MEASURES = ("run", "average over groups", "classes after the base step", "forgetting", "backward transfer")
 
 
