@@ -305,7 +305,7 @@ def finished(tmp_path_factory):
     after_memory, progress = experiment.method.after_memory, experiment.progress
     begin, tick = progress.begin, experiment.trainer.tick
     experiment.method.after_memory = lambda *a: (given.append(a), after_memory(*a))[1]
-    progress.begin = lambda name, *a: (counted.append([name, 0]), begin(name, *a))[1]
+    progress.begin = lambda name, *a, **k: (counted.append([name, 0]), begin(name, *a, **k))[1]
     experiment.trainer.tick = lambda images: (counted[-1].__setitem__(1, counted[-1][1] + images), tick(images))[1]
     return experiment, experiment.run(), given[-1], dict(counted)
 
