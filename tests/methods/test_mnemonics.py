@@ -303,9 +303,9 @@ def finished(tmp_path_factory):
     """A run, what its last step gave the method to learn exemplars with, and the images that each bar counted."""
     experiment, given, counted = experiment_of(tmp_path_factory.mktemp("mnemonics") / "run"), [], []
     after_memory, progress = experiment.method.after_memory, experiment.progress
-    begin, tick = progress.begin, experiment.trainer.tick
+    begin, tick = progress.begin_phase, experiment.trainer.tick
     experiment.method.after_memory = lambda *a: (given.append(a), after_memory(*a))[1]
-    progress.begin = lambda name, *a, **k: (counted.append([name, 0]), begin(name, *a, **k))[1]
+    progress.begin_phase = lambda step, phase, *a: (counted.append([(step, phase), 0]), begin(step, phase, *a))[1]
     experiment.trainer.tick = lambda images: (counted[-1].__setitem__(1, counted[-1][1] + images), tick(images))[1]
     return experiment, experiment.run(), given[-1], dict(counted)
 
@@ -313,7 +313,7 @@ def finished(tmp_path_factory):
 def test_the_exemplars_stage_visits_what_the_plan_says(finished):
     experiment, _, _, counted = finished
     for step, plan in enumerate(experiment.steps):
-        assert counted[f"step {step}, exemplars"] == plan.memory_visits == 2 * plan.visits // plan.epochs
+        assert counted[step, "memory"] == plan.memory_visits == 2 * plan.visits // plan.epochs
 
 
 @pytest.mark.parametrize("moving", ["new", "even", "odd", "released"])
