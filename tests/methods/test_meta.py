@@ -175,7 +175,7 @@ def ten_classes(name):
         )),
     ],
 )  # fmt: skip
-def test_in_bf16_it_is_the_float32_one_to_two_hundredths_over_ten_updates(name, gradient):
+def test_in_bf16_it_is_the_float32_one_to_one_and_a_half_hundredths_over_ten_updates(name, gradient):
     """Ten updates of an incremental step on real images, each precision at the same weights: the gradients of all ten
     together, of one alpha and of one per class. A single one may differ by more, where it is small or a sum cancels."""
     split, transform = ten_classes(name)
@@ -221,5 +221,5 @@ def test_in_bf16_it_is_the_float32_one_to_two_hundredths_over_ten_updates(name, 
     assert len(found["fp32"]) == 10
     ours, wanted = (torch.stack(found[precision]) for precision in ("bf16", "fp32"))
     # Under 1 % where bfloat16 is emulated, 1.2 % with AMX.
-    assert relative(ours.sum(1), wanted.sum(1)) < 2e-2
-    assert relative(ours, wanted) < 2e-2
+    assert relative(ours.sum(1), wanted.sum(1)) < 1.5e-2
+    assert relative(ours, wanted) < 1.5e-2

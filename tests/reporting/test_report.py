@@ -102,3 +102,16 @@ def test_the_hash_in_a_label_is_explained(tmp_path):
     assert "images=digits (sha256 8194c2)" in text
     assert "first six digits of the sha256 of its training images" in text
     assert "sha256" not in write_report(runs[:1], None, False)[0]
+
+
+def test_the_heading_names_what_all_runs_changed_and_no_label_says(tmp_path):
+    """A table of two epochs looked like one of the recipe."""
+
+    def heading(*runs):
+        paths = [make_run(tmp_path / "-".join(settings), 50.0 + i, *settings) for i, settings in enumerate(runs)]
+        return write_report(paths, None, False)[0].splitlines()[0]
+
+    assert heading(("loss=softmax",), ("loss=balanced",)).startswith("Recipe digits. Top-1")
+    assert "digits with epochs=2. " in heading(("loss=softmax", "epochs=2"), ("loss=balanced", "epochs=2"))
+    only_one = heading(("loss=softmax", "epochs=3"), ("loss=balanced", "seed=1"))
+    assert only_one.startswith("Recipe digits. Top-1")
